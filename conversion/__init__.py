@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn dense language models into CMoE models, and measure them."""
+
+from .convert import Conversion, Settings, convert
+from .demo import Demo, demo
+from .errors import CMoEError, RequestError
+from .evaluate import Evaluation, evaluate
+
+__all__ = [
+    "CMoEError",
+    "Conversion",
+    "Demo",
+    "Evaluation",
+    "RequestError",
+    "Settings",
+    "convert",
+    "demo",
+    "evaluate",
+]

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How each model family names its parts: one row per family, no code.
+
+CONTRIBUTING.md says how to add a row.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from cmoe_hf import CMoELlamaConfig, CMoELlamaForCausalLM
+
+from .errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A dense family that can be carved, and the CMoE classes it becomes."""
+
+    dense_config: type[PreTrainedConfig]
+    dense_model: type[PreTrainedModel]
+    decoder_layer: type[nn.Module]
+    """Its `mlp` is the FFN; called with hidden states, positions and position embeddings."""
+    rotary_embedding: type[nn.Module]
+    cmoe_config: type[CMoELlamaConfig]
+    cmoe_model: type[PreTrainedModel]
+    layer_prefix: str = "model.layers.{}."
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    """Not stored when the configuration ties it to the embedding."""
+    gate: str = "mlp.gate_proj.weight"
+    up: str = "mlp.up_proj.weight"
+    down: str = "mlp.down_proj.weight"
+    ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    """Tensors of old checkpoints that are recomputed and not stored again."""
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(
+        dense_config=LlamaConfig,
+        dense_model=LlamaForCausalLM,
+        decoder_layer=LlamaDecoderLayer,
+        rotary_embedding=LlamaRotaryEmbedding,
+        cmoe_config=CMoELlamaConfig,
+        cmoe_model=CMoELlamaForCausalLM,
+    ),
+}
+
+
+def find_architecture(config: dict[str, Any]) -> Architecture:
+    """The row of a model, from its raw `config.json`.
+
+    Raises `RequestError` naming what was found if the family, or a variant of it, cannot be
+    carved.
+    """
+    model_type = config.get("model_type")
+    named = ", ".join(config.get("architectures") or []) or "no architecture named"
+    if model_type not in ARCHITECTURES:
+        carved = " It is carved already." if str(model_type).startswith("cmoe_") else ""
+        raise RequestError(
+            f"cannot carve a model of type {model_type!r} ({named}).{carved} "
+            f"Supported model types: {', '.join(sorted(ARCHITECTURES))}."
+        )
+    if config.get("mlp_bias"):
+        raise RequestError(
+            "cannot carve an FFN with biases (mlp_bias is true): the experts have none. "
+            "Use a checkpoint without FFN biases."
+        )
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown method")
+        raise RequestError(
+            f"the checkpoint is quantised ({method}): neurons cannot be moved between packed "
+            "weights. Carve the unquantised checkpoint and quantise the result."
+        )
+    return ARCHITECTURES[model_type]

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads dense checkpoints and writes carved ones: the only room that knows about files.
+
+Weights are only ever read from safetensors. A shard is opened, read and closed, so that its
+pages do not stay resident.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig
+
+import cmoe_hf
+
+from .architectures import Architecture, find_architecture
+from .errors import CMoEError, RequestError
+
+WEIGHTS_INDEX = "model.safetensors.index.json"
+REMOTE_CODE = ("configuration_cmoe.py", "modeling_cmoe.py")
+LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+SOURCE_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "merges.txt",
+    "README.md",
+    *LEGAL_FILES,
+)
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dense checkpoint whose files are complete and agree with its configuration."""
+
+    folder: Path
+    name: str
+    """Hub id, or the bare name of a local folder: never a path."""
+    revision: str | None
+    """Commit of a Hub repository; None for a local folder."""
+    architecture: Architecture
+    config: PreTrainedConfig
+    files: dict[str, Path]
+    """Tensor name to the shard that holds it."""
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The named tensors, as stored. Raises `CMoEError` for one that is not finite."""
+        wanted: dict[Path, list[str]] = {}
+        for name in names:
+            wanted.setdefault(self.files[name], []).append(name)
+        tensors = {}
+        for path, here in wanted.items():
+            with safe_open(path, framework="pt") as shard:
+                for name in here:
+                    tensors[name] = shard.get_tensor(name)
+                    if not torch.isfinite(tensors[name]).all():
+                        raise CMoEError(
+                            f"tensor {name} in {path.name} has NaN or infinite values: the "
+                            "source checkpoint is damaged. Download it again or choose another."
+                        )
+        return tensors
+
+    def read_layer(self, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of one decoder layer, named relative to the layer."""
+        prefix = self.architecture.layer_prefix.format(index)
+        tensors = self.read(name for name in self.files if name.startswith(prefix))
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def read_rest(self) -> dict[str, torch.Tensor]:
+        """The tensors outside the decoder layers: embedding, final norm, head."""
+        prefix = self.architecture.layer_prefix.partition("{")[0]
+        return self.read(name for name in self.files if not name.startswith(prefix))
+
+    def check_values(self) -> None:
+        """Read everything once: a NaN is found now, not in the last layer."""
+        self.read_rest()
+        for index in range(self.config.num_hidden_layers):
+            self.read_layer(index)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the shards in bytes."""
+        return sum(path.stat().st_size for path in set(self.files.values()))
+
+    @property
+    def licence(self) -> dict[str, str]:
+        """Licence fields of the source's model card; empty if it states none."""
+        card = self.folder / "README.md"
+        if not card.is_file():
+            return {}
+        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+        return {
+            key: data[key] for key in ("license", "license_name", "license_link") if key in data
+        }
+
+
+def find_model(model: str | Path, *, revision: str | None = None) -> tuple[Path, str, str | None]:
+    """Locate a model: (folder, name, commit). Only `config.json` of a Hub model is fetched.
+
+    Raises `RequestError` if there is no such folder or repository, or it is gated, and
+    `CMoEError` if the Hub cannot be reached.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise RequestError(f"folder {folder} has no config.json: it is not a model.")
+        return folder, folder.resolve().name, None
+    if folder.exists() or not _HUB_ID.fullmatch(str(model)):
+        raise RequestError(f"{model} is neither a folder nor the id of a Hub repository.")
+    config = Path(_from_hub(hf_hub_download, str(model), revision, filename="config.json"))
+    return config.parent, str(model), config.parent.name
+
+
+def fetch_model(name: str, revision: str | None) -> Path:
+    """Download the files of a Hub model that a conversion or an evaluation needs."""
+    return Path(
+        _from_hub(snapshot_download, name, revision, allow_patterns=list(SOURCE_FILES)),
+    )
+
+
+def _from_hub(download: Any, name: str, revision: str | None, **arguments: Any) -> str:
+    """Call a download function of huggingface_hub; its failures become one clear line."""
+    where = f"{name} at revision {revision}" if revision else name
+    try:
+        return download(name, revision=revision, **arguments)
+    except GatedRepoError as error:
+        raise RequestError(
+            f"{name} is gated. Ask for access at its page on the Hub, then log in with "
+            "`hf auth login` or set HF_TOKEN."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise RequestError(f"{name} exists on the Hub, but has no revision {revision}.") from error
+    except RepositoryNotFoundError as error:
+        raise RequestError(
+            f"there is no folder and no Hub repository named {name}. Check the spelling; if it "
+            "is private, log in with `hf auth login`."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CMoEError(
+            f"cannot reach the Hub, and {where} is not in the local cache. Check the connection "
+            "and HF_HUB_OFFLINE, or give a local folder."
+        ) from error
+    except EntryNotFoundError as error:
+        raise RequestError(f"{where} has no config.json: it is not a model.") from error
+    except HFValidationError as error:
+        raise RequestError(f"{name} is neither a folder nor a valid Hub id.") from error
+    except OSError as error:
+        raise CMoEError(f"cannot download {where}: {error}") from error
+
+
+def open_source(model: str | Path, *, revision: str | None = None) -> Source:
+    """Find a dense checkpoint and check its files against its configuration.
+
+    Checks, in order of cost: the family is supported, every shard is there and whole, every
+    tensor has the shape that the configuration asks for, none is missing or unknown.
+    """
+    folder, name, commit = find_model(model, revision=revision)
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architecture = find_architecture(raw)
+    if commit is not None:
+        folder = fetch_model(name, revision)
+    config = architecture.dense_config.from_pretrained(folder)
+    shapes = _stored_shapes(folder)
+    files = {tensor: path for tensor, (path, _) in shapes.items()}
+    for tensor in _check_tensors(architecture, config, shapes):
+        del files[tensor]
+    return Source(folder, name, commit, architecture, config, files)
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[Path, list[int]]]:
+    """Shard and shape of every tensor, from the shards' headers."""
+    index = folder / WEIGHTS_INDEX
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    else:
+        shards = ["model.safetensors"]
+    shapes: dict[str, tuple[Path, list[int]]] = {}
+    for shard in shards:
+        path = folder / shard
+        if not path.is_file():
+            raise RequestError(
+                f"shard {shard} is missing. Weights are read from safetensors only; complete the "
+                "download, or convert other formats with `save_pretrained` first."
+            )
+        try:
+            with safe_open(path, framework="pt") as opened:
+                for tensor in opened.keys():  # noqa: SIM118 - not a dict, cannot be iterated
+                    shapes[tensor] = (path, opened.get_slice(tensor).get_shape())
+        except SafetensorError as error:
+            raise RequestError(
+                f"shard {shard} is corrupt or truncated ({error}). Download it again."
+            ) from error
+    return shapes
+
+
+def _check_tensors(
+    architecture: Architecture,
+    config: PreTrainedConfig,
+    shapes: dict[str, tuple[Path, list[int]]],
+) -> list[str]:
+    """Compare stored with expected tensors; return the stored ones that are to be ignored."""
+    with torch.device("meta"):
+        model = architecture.dense_model(config)
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    ignored = [name for name in shapes if name.endswith(architecture.ignored_suffixes)]
+    if config.tie_word_embeddings:
+        expected.pop(architecture.head, None)
+        ignored += [architecture.head] if architecture.head in shapes else []
+    missing = sorted(expected.keys() - shapes.keys())
+    unknown = sorted(shapes.keys() - expected.keys() - set(ignored))
+    if missing:
+        raise RequestError(
+            f"the checkpoint lacks {len(missing)} tensors that its configuration asks for, "
+            f"{missing[0]} among them. A shard or its index is damaged: download it again."
+        )
+    if unknown:
+        raise RequestError(
+            f"the checkpoint holds {len(unknown)} tensors that a {config.model_type} model does "
+            f"not have, {unknown[0]} among them. Carving would lose them, so it is refused."
+        )
+    for name, shape in expected.items():
+        if shapes[name][1] != shape:
+            raise RequestError(
+                f"tensor {name} has shape {shapes[name][1]}, but config.json asks for {shape}. "
+                "The configuration and the weights are not of the same model."
+            )
+    return ignored
+
+
+class Target:
+    """A carved repository being written: complete at OUT, or visibly unfinished.
+
+    Everything goes to `OUT.partial`, which becomes OUT in one rename when the `with` block ends
+    and is removed when it fails. One shard holds the tensors outside the layers, then one shard
+    per layer follows; the number of shards is known beforehand, so none is written twice.
+    """
+
+    def __init__(self, output: str | Path, *, layers: int, overwrite: bool = False) -> None:
+        self.output = Path(output).expanduser().absolute()
+        self.folder = self.output.with_name(self.output.name + ".partial")
+        self.shards = layers + 1
+        self.overwrite = overwrite
+        self._weight_map: dict[str, str] = {}
+        self._nbytes = 0
+
+    def check(self, source: Source) -> None:
+        """Refuse before any work: an existing folder, the source itself, too little disk."""
+        if self.output == source.folder.absolute():
+            raise RequestError("the output folder is the source checkpoint itself.")
+        if not self.overwrite:
+            for path in (self.output, self.folder):
+                if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                    raise RequestError(
+                        f"{path.name} exists already in {path.parent}. Choose another output "
+                        "folder, or pass --overwrite to replace it."
+                    )
+        elif self.output.exists() and not (self.output / "config.json").is_file():
+            raise RequestError(
+                f"{self.output.name} exists and is not a model repository (no config.json): "
+                "--overwrite will not delete it."
+            )
+        parent = next(path for path in self.output.parents if path.exists())
+        free = shutil.disk_usage(parent).free
+        if free < source.nbytes * 1.02:
+            raise RequestError(
+                f"the carved model needs about {source.nbytes * 1.02 / 1e9:.1f} GB, but "
+                f"{parent} has {free / 1e9:.1f} GB free. Free some space or choose another disk."
+            )
+
+    def __enter__(self) -> Self:
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise CMoEError(f"cannot write {self.output.name}: {error}") from error
+            return
+        replaced = self.output.with_name(self.output.name + ".replaced")
+        if self.output.exists():
+            os.rename(self.output, replaced)
+        os.rename(self.folder, self.output)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def write_shard(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Write shard `number` (0 for the tensors outside the layers, then layer + 1)."""
+        name = f"model-{number + 1:05d}-of-{self.shards:05d}.safetensors"
+        tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
+        save_file(tensors, self.folder / name, metadata={"format": "pt"})
+        self._weight_map.update(dict.fromkeys(tensors, name))
+        self._nbytes += sum(tensor.nbytes for tensor in tensors.values())
+
+    def write_index(self) -> None:
+        """Write the index of all shards written so far."""
+        self.write_json(
+            WEIGHTS_INDEX,
+            {
+                "metadata": {"total_size": self._nbytes},
+                "weight_map": dict(sorted(self._weight_map.items())),
+            },
+        )
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write one JSON file."""
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        (self.folder / name).write_text(text + "\n", encoding="utf-8")
+
+    def copy_code(self) -> None:
+        """Copy the two Python files that make the repository loadable without this package."""
+        here = Path(cmoe_hf.__file__).parent
+        for name in REMOTE_CODE:
+            shutil.copyfile(here / name, self.folder / name)
+
+    def copy_from(self, source: Source, *patterns: str) -> None:
+        """Copy the source's files that match any pattern, contents unchanged."""
+        for pattern in patterns:
+            for path in sorted(source.folder.glob(pattern)):
+                shutil.copyfile(path, self.folder / path.name)

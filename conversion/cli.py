@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: thin commands over the verbs.
+
+With `--json` a command prints exactly one JSON object on standard output. Everything else goes
+to standard error. Exit status: 0 done, 1 the work failed, 2 the request was wrong.
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import huggingface_hub.utils
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from .convert import DTYPES, convert
+from .demo import demo
+from .errors import CMoEError
+from .evaluate import ROUTERS, evaluate
+from .pipeline import RECIPES
+
+app = typer.Typer(
+    name="cmoe",
+    help="Turn a dense language model into a sparse Mixture of Experts, without training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _choices(name: str, values: Any) -> Any:
+    """An enumeration for typer; the values have one home, where the verb defines them."""
+    return StrEnum(name, {value: value for value in values})
+
+
+RecipeName = _choices("RecipeName", RECIPES)
+DtypeName = _choices("DtypeName", DTYPES)
+RouterName = _choices("RouterName", ROUTERS)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model at OUT.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default the fastest.")]
+Shared = Annotated[int, typer.Option(help="Shared experts, always on (S).")]
+Active = Annotated[int, typer.Option(help="Routed experts run per token (A).")]
+Experts = Annotated[int, typer.Option(help="Experts in all (E); must divide the FFN width.")]
+Recipe = Annotated[RecipeName, typer.Option(help="Method: the paper, or its released code.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the file's entries as defaults of the options that the command line leaves open."""
+    if path is None:
+        return None
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"cannot read {path}: {error}") from error
+    if not isinstance(entries, dict):
+        raise typer.BadParameter(f"{path} must map option names to values.")
+    entries = {str(key).replace("-", "_"): value for key, value in entries.items()}
+    known = {parameter.name for parameter in context.command.params}
+    unknown = sorted(entries.keys() - known)
+    if unknown:
+        raise typer.BadParameter(f"{path} has unknown options: {', '.join(unknown)}.")
+    context.default_map = {**(context.default_map or {}), **entries}
+    return path
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        is_eager=True,
+        callback=_read_config,
+        help="YAML or JSON file with options; the command line wins.",
+    ),
+]
+
+
+@contextmanager
+def _reporting(debug: bool) -> Iterator[None]:
+    """Turn any failure into one line on standard error and an exit status."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        status = 1
+        if isinstance(error, CMoEError):
+            message, status = f"error: {' '.join(str(error).split())}", error.exit_status
+        elif isinstance(error, KeyboardInterrupt):
+            message = "interrupted: the output folder was not made."
+        else:
+            reason = " ".join(str(error).split())
+            message = f"unexpected {type(error).__name__}: {reason} (--debug shows where)"
+        typer.echo(message, err=True)
+        raise typer.Exit(status) from None
+
+
+def _print(result: Any, as_json: bool, table: Callable[[], Table]) -> None:
+    if as_json:
+        print(json.dumps(asdict(result), allow_nan=False))
+    else:
+        Console().print(table())
+
+
+def _table(title: str, rows: Mapping[str, str]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _agreement(own: float | None, chance: float | None) -> str:
+    return "does not route" if own is None else f"{own:.1%} of tokens (chance {chance:.1%})"
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[
+        Path | None, typer.Argument(help="Keep the carved model in this folder.")
+    ] = None,
+    shared: Shared = 3,
+    active: Active = 3,
+    experts: Experts = 8,
+    recipe: Recipe = RecipeName.paper,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Carve the embedded default, compare dense and carved, generate a line of text."""
+    with _reporting(debug):
+        result = demo(
+            out,
+            shared=shared,
+            active=active,
+            experts=experts,
+            recipe=recipe.value,
+            overwrite=overwrite,
+        )
+
+    def table() -> Table:
+        table = Table("", "dense", f"carved {result.notation}", title="held-out text")
+        table.add_row(
+            "perplexity", f"{result.dense_perplexity:.2f}", f"{result.carved_perplexity:.2f}"
+        )
+        table.add_row("FFN neurons run per token", "100 %", f"{result.activation_ratio:.0%}")
+        table.add_row(
+            "router picks the oracle's experts",
+            "",
+            _agreement(result.router_oracle_agreement, result.router_chance_agreement),
+        )
+        table.caption = f"carved model: {result.output}" if result.output else None
+        return table
+
+    _print(result, as_json, table)
+    if not as_json:
+        Console().print(f"generated: {result.generated}", markup=False, highlight=False)
+
+
+@app.command("convert")
+def convert_command(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a dense model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    shared: Shared,
+    active: Active,
+    experts: Experts,
+    recipe: Recipe = RecipeName.paper,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="Text, JSONL or parquet file, wikitext2, c4, or dataset[:subset][:split][:column]."
+        ),
+    ] = "wikitext2",
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration windows; default 16,384 tokens' worth.")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens per window; default 2,048 or the model's context.")
+    ] = None,
+    k_act: Annotated[int, typer.Option(help="Neurons marked per token (K_a).")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of the windows' offsets.")] = 0,
+    device: Device = None,
+    dtype: Annotated[
+        DtypeName | None, typer.Option(help="Precision of the result; default the source's.")
+    ] = None,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+    config: ConfigFile = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Carve MODEL into a CMoE repository at OUT."""
+    with _reporting(debug):
+        result = convert(
+            model,
+            out,
+            shared=shared,
+            active=active,
+            experts=experts,
+            recipe=recipe.value,
+            calibration=calibration,
+            samples=samples,
+            sequence_length=sequence_length,
+            k_act=k_act,
+            seed=seed,
+            device=device,
+            dtype=dtype.value if dtype else None,
+            revision=revision,
+            overwrite=overwrite,
+        )
+    rows = {
+        "output": result.output,
+        "FFN neurons run per token": f"{result.activation_ratio:.1%}",
+        "calibration tokens": f"{result.calibration_tokens:,}",
+        "error of the FFN outputs": f"{result.relative_output_error:.1%}",
+        "seconds": f"{result.seconds:.1f}",
+        "carving pass / bare forward pass": f"{result.carving_ratio:.2f}",
+        "peak memory": f"{result.peak_memory_bytes / 1e9:.2f} GB",
+    }
+    _print(result, as_json, lambda: _table(f"{model} carved to {result.notation}", rows))
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a carved or dense model.")],
+    baseline: Annotated[
+        str | None, typer.Option(help="The dense model, measured in the same run.")
+    ] = None,
+    text: Annotated[
+        str, typer.Option(help="Text file, wikitext2, c4 or a Hub data set.")
+    ] = "wikitext2",
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens per window; default 2,048 or the model's context.")
+    ] = None,
+    router: Annotated[
+        RouterName, typer.Option(help="Let an oracle, or chance, route instead of the model.")
+    ] = RouterName.own,
+    seed: Annotated[int, typer.Option(help="Seed of the random router.")] = 0,
+    dtype: Annotated[
+        DtypeName | None, typer.Option(help="Precision to compute in; default the checkpoint's.")
+    ] = None,
+    device: Device = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity, dense beside carved, and the router beside an oracle and chance."""
+    with _reporting(debug):
+        result = evaluate(
+            model,
+            baseline=baseline,
+            text=text,
+            sequence_length=sequence_length,
+            router=router.value,
+            seed=seed,
+            dtype=dtype.value if dtype else None,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+    rows = {"perplexity": f"{result.perplexity:.3f}"}
+    if result.baseline_perplexity is not None:
+        rows["perplexity of the baseline"] = f"{result.baseline_perplexity:.3f}"
+    rows["predicted tokens"] = f"{result.tokens:,} in windows of {result.sequence_length}"
+    rows["router picks the oracle's experts"] = _agreement(
+        result.router_oracle_agreement, result.router_chance_agreement
+    )
+    _print(result, as_json, lambda: _table(model, rows))
+
+
+def main() -> None:
+    """Entry point of the console command `cmoe`."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+        huggingface_hub.utils.disable_progress_bars()
+    app()
+
+
+if __name__ == "__main__":
+    main()

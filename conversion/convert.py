@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `convert`: a dense checkpoint in, a complete CMoE repository out."""
+
+import hashlib
+import logging
+import platform
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
+
+import cmoe_hf
+from cmoe_hf import CMoELlamaConfig
+
+from .calibration import load_text, random_windows, tokenize
+from .card import model_card
+from .checkpoint import LEGAL_FILES, Source, Target, open_source
+from .errors import RequestError
+from .pipeline import RECIPES, carve_model
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_TOKENS = 16_384
+"""The paper's amount: 8 windows of 2,048 tokens."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that determines the result; recorded in `conversion.json`."""
+
+    shared: int
+    """Shared units S."""
+    active: int
+    """Routed experts run per token, A."""
+    experts: int
+    """Units in all, E: S shared ones and E - S routed experts."""
+    recipe: str = "paper"
+    """One of `pipeline.RECIPES`."""
+    calibration: str = "wikitext2"
+    """Text file or data set, see `calibration.load_text`."""
+    samples: int | None = None
+    """Calibration windows; by default as many as make 16,384 tokens."""
+    sequence_length: int | None = None
+    """Tokens of a window; by default 2,048, or the model's context if that is shorter."""
+    k_act: int = 10
+    """Neurons marked per token, K_a."""
+    seed: int = 0
+    """Of the windows' offsets; nothing else is random."""
+    dtype: str | None = None
+    """Precision of the carved weights; by default that of the source."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no model could satisfy. Raises `RequestError`."""
+        if self.shared < 0 or self.active < 0 or self.experts < 1:
+            raise RequestError(
+                f"S={self.shared}, A={self.active}, E={self.experts}: shared and active cannot "
+                "be negative, and there must be at least one expert."
+            )
+        if self.shared + self.active > self.experts:
+            raise RequestError(
+                f"{self.notation} asks for {self.shared} shared + {self.active} active = "
+                f"{self.shared + self.active} experts, but there are only {self.experts}. "
+                "Lower --shared or --active, or raise --experts."
+            )
+        if self.shared + self.active == 0:
+            raise RequestError(
+                f"{self.notation} runs no neuron at all. Raise --shared or --active."
+            )
+        if self.shared == self.experts:
+            raise RequestError(
+                f"{self.notation} leaves nothing to route: with every expert shared it is the "
+                "dense model. Lower --shared."
+            )
+        if self.recipe not in RECIPES:
+            raise RequestError(
+                f"there is no recipe {self.recipe!r}; choose one of {', '.join(RECIPES)}."
+            )
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise RequestError(
+                f"there is no dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}."
+            )
+        for name in ("samples", "sequence_length", "k_act"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"{name} is {value}; it must be at least 1.")
+
+    @property
+    def notation(self) -> str:
+        """The paper's name of the shape, for example `S3A3E8`."""
+        return f"S{self.shared}A{self.active}E{self.experts}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What a conversion did; the keys of `cmoe convert --json`."""
+
+    output: str
+    notation: str
+    activation_ratio: float
+    calibration_tokens: int
+    seconds: float
+    peak_memory_bytes: int
+    relative_output_error: float
+    """Mean over the layers, on the calibration tokens."""
+    carving_ratio: float
+    """Time of the carving pass over that of the bare forward pass."""
+
+
+def convert(
+    model: str | Path,
+    output: str | Path,
+    *,
+    shared: int,
+    active: int,
+    experts: int,
+    recipe: str = "paper",
+    calibration: str | Path = "wikitext2",
+    samples: int | None = None,
+    sequence_length: int | None = None,
+    k_act: int = 10,
+    seed: int = 0,
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> Conversion:
+    """Carve the dense model `model` (folder or Hub id) into a CMoE repository at `output`.
+
+    Args:
+        model: Folder or Hub id of a supported dense model, with tokenizer and safetensors.
+        output: Folder to create. It appears only when it is complete.
+        shared, active, experts: S, A and E of the paper's notation SxAyEz.
+        recipe: `"paper"` or `"released"`, see `pipeline.RECIPES`.
+        calibration: Text file, `wikitext2`, `c4` or a Hub data set, see `calibration.load_text`.
+        samples, sequence_length: Number and length in tokens of the calibration windows.
+        k_act: Neurons marked per token (K_a).
+        seed: Seed of the windows' random offsets.
+        dtype: Precision of the carved weights, default that of the source.
+        device: Where to compute, default the accelerator if there is one.
+        revision: Branch, tag or commit of a Hub model.
+        overwrite: Replace an existing model repository at `output`.
+
+    Returns:
+        What was done, with times in seconds and memory in bytes.
+
+    Raises:
+        RequestError: The request cannot be satisfied; nothing was started.
+        CMoEError: The work failed; nothing was left at `output`.
+    """
+    start = time.perf_counter()
+    settings = Settings(
+        shared=shared,
+        active=active,
+        experts=experts,
+        recipe=recipe,
+        calibration=str(calibration),
+        samples=samples,
+        sequence_length=sequence_length,
+        k_act=k_act,
+        seed=seed,
+        dtype=dtype,
+    )
+    torch_device = find_device(device)
+    source = open_source(model, revision=revision)
+    config = carved_config(source, settings)
+    target = Target(output, layers=config.num_hidden_layers, overwrite=overwrite)
+    target.check(source)
+    tokenizer = load_tokenizer(source.folder)
+    windows_WL, text_record = calibration_windows(settings, source, tokenizer)
+    source.check_values()
+
+    layers: list[dict[str, Any]] = []
+    with target:
+        for number, tensors, figures in carve_model(
+            source,
+            windows_WL,
+            config,
+            RECIPES[settings.recipe],
+            k_act=settings.k_act,
+            device=torch_device,
+        ):
+            target.write_shard(number, in_dtype(tensors, settings.dtype))
+            layers += [figures] if figures else []
+        target.write_index()
+        config.save_pretrained(target.folder)
+        target.copy_code()
+        tokenizer.save_pretrained(target.folder)
+        save_generation_config(source, target.folder)
+        target.copy_from(source, *LEGAL_FILES)
+        bare = sum(layer["seconds"]["bare_forward"] for layer in layers)
+        carving = sum(layer["seconds"]["carving_pass"] for layer in layers)
+        result = Conversion(
+            output=str(target.output),
+            notation=settings.notation,
+            activation_ratio=config.activation_ratio,
+            calibration_tokens=windows_WL.numel(),
+            seconds=time.perf_counter() - start,
+            peak_memory_bytes=peak_memory_bytes(torch_device),
+            relative_output_error=sum(x["relative_output_error"] for x in layers) / len(layers),
+            carving_ratio=carving / bare,
+        )
+        report = conversion_report(source, settings, text_record, result, layers, torch_device)
+        target.write_json("conversion.json", report)
+        card = model_card(source, config, report)
+        (target.folder / "README.md").write_text(card, encoding="utf-8")
+    return result
+
+
+def find_device(device: str | None) -> torch.device:
+    """The named device, or the accelerator if there is one. Raises `RequestError`."""
+    if device is None:
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
+        reason = str(error).splitlines()[0]
+        raise RequestError(f"device {device!r} cannot be used: {reason}") from error
+    return chosen
+
+
+def carved_config(source: Source, settings: Settings) -> CMoELlamaConfig:
+    """Configuration of the carved model. Raises `RequestError` for a shape that does not fit."""
+    dense = source.config
+    width = dense.intermediate_size
+    neurons, remainder = divmod(width, settings.experts)
+    if remainder:
+        fitting = [str(count) for count in range(2, min(width, 256) + 1) if width % count == 0]
+        raise RequestError(
+            f"the FFN width {width} is not divisible by {settings.experts} experts: neurons "
+            f"would be lost. --experts can be {', '.join(fitting)}."
+        )
+    if settings.k_act > width:
+        raise RequestError(
+            f"k_act is {settings.k_act}, but the FFN has only {width} neurons. Lower --k-act."
+        )
+    fields = {
+        key: value
+        for key, value in dense.to_dict().items()
+        if key not in ("model_type", "architectures", "auto_map", "transformers_version")
+        and not key.startswith("_")
+    }
+    if settings.dtype is not None:
+        fields["dtype"] = settings.dtype
+    return source.architecture.cmoe_config(
+        **fields,
+        architectures=[source.architecture.cmoe_model.__name__],
+        num_experts=settings.experts - settings.shared,
+        num_experts_per_tok=settings.active,
+        moe_intermediate_size=neurons,
+        shared_expert_intermediate_size=settings.shared * neurons,
+        router_type="representative",
+        router_absolute_score=RECIPES[settings.recipe].absolute_score,
+    )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises `RequestError` if there is none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise RequestError(
+            f"{folder.name} has no tokenizer (neither tokenizer.json nor tokenizer.model). Copy "
+            "the tokenizer files of the model into the folder."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the library raises whatever its parsers raise
+        raise RequestError(f"the tokenizer of {folder.name} cannot be loaded: {error}") from error
+
+
+def calibration_windows(
+    settings: Settings, source: Source, tokenizer: PreTrainedTokenizerBase
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The calibration windows (W, L) and a record of the text that names no path."""
+    context = source.config.max_position_embeddings
+    length = settings.sequence_length or min(2048, context)
+    if length > context:
+        raise RequestError(
+            f"--sequence-length {length} is longer than the model's context of {context} tokens."
+        )
+    samples = settings.samples or max(1, CALIBRATION_TOKENS // length)
+    text = load_text(settings.calibration)
+    ids = tokenize(tokenizer, text)
+    windows_WL = random_windows(ids, samples=samples, length=length, seed=settings.seed)
+    if windows_WL.max() >= source.config.vocab_size:
+        raise RequestError(
+            f"the tokenizer gives token {int(windows_WL.max())}, but the model's vocabulary has "
+            f"{source.config.vocab_size}: it is the tokenizer of another model."
+        )
+    name = settings.calibration
+    return windows_WL, {
+        "source": Path(name).name if Path(name).expanduser().is_file() else name,
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "text_tokens": len(ids),
+        "samples": samples,
+        "sequence_length": length,
+        "tokens": windows_WL.numel(),
+    }
+
+
+def in_dtype(tensors: dict[str, torch.Tensor], dtype: str | None) -> dict[str, torch.Tensor]:
+    """The tensors in the precision asked for; the balance bias is always float32."""
+    if dtype is None:
+        return tensors
+    return {
+        name: tensor if name.endswith("balance_bias") else tensor.to(DTYPES[dtype])
+        for name, tensor in tensors.items()
+    }
+
+
+def save_generation_config(source: Source, folder: Path) -> None:
+    """Keep the source's generation configuration, or derive one from its configuration."""
+    name = "generation_config.json"
+    if (source.folder / name).is_file():
+        (folder / name).write_bytes((source.folder / name).read_bytes())
+    else:
+        GenerationConfig.from_model_config(source.config).save_pretrained(folder)
+
+
+def conversion_report(
+    source: Source,
+    settings: Settings,
+    calibration: dict[str, Any],
+    result: Conversion,
+    layers: list[dict[str, Any]],
+    device: torch.device,
+) -> dict[str, Any]:
+    """The content of `conversion.json`: no path, user name or token reaches it."""
+    figures = asdict(result)
+    del figures["output"]
+    return {
+        "source": {"name": source.name, "revision": source.revision},
+        "settings": {**asdict(settings), "calibration": calibration["source"]},
+        "calibration": calibration,
+        "versions": {
+            "cmoe_hf": cmoe_hf.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "device": device.type,
+        "result": figures,
+        "layers": layers,
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak resident memory of the process, plus that of the GPU if one was used."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return peak + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)

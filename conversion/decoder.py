@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs one dense decoder layer on the calibration windows and watches its FFN.
+
+Shape suffixes: W windows, L tokens of one window, T = W * L tokens, H hidden size, F dense FFN
+width, K marked neurons per token.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .architectures import Architecture
+from .profile import activation_marks, activations, cosines
+
+BATCH_TOKENS = 2048
+"""Tokens that cross a layer at once."""
+
+
+@dataclass
+class FFN:
+    """A dense gated FFN in float32: y = (act(x gateᵀ) * (x upᵀ)) downᵀ."""
+
+    gate_FH: torch.Tensor
+    up_FH: torch.Tensor
+    down_HF: torch.Tensor
+    act: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Profile:
+    """What the calibration tokens do in one FFN."""
+
+    x_TH: torch.Tensor
+    """Inputs."""
+    h_TF: torch.Tensor
+    """Hidden activations."""
+    marks_TK: torch.Tensor
+    """Indices of the marked neurons, on the CPU."""
+
+
+class AttentionHalf(nn.Module):
+    """A decoder layer up to its FFN: called on hidden states (W, L, H), it returns what the FFN
+    is to be added to and what the FFN sees, both (W, L, H).
+
+    It is the library's own layer with a recorder in the place of the FFN, so that norms,
+    attention and positions are never written a second time.
+    """
+
+    class Recorder(nn.Module):
+        """Remembers its input; adds nothing to the residual."""
+
+        x: torch.Tensor
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.x = x
+            return torch.zeros_like(x)
+
+    def __init__(self, names: Architecture, config: Any, length: int, device: torch.device) -> None:
+        super().__init__()
+        config = type(config).from_dict(config.to_dict(), attn_implementation="sdpa")
+        with torch.device("meta"):
+            self.layer = names.decoder_layer(config, 0)
+        self.layer.mlp = self.Recorder()
+        self.layer.eval()
+        self.position_ids = torch.arange(length, device=device).unsqueeze(0)
+        rotary = names.rotary_embedding(config).to(device)
+        self.position_embeddings = rotary(torch.empty(0, device=device), self.position_ids)
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take the attention and norm weights of a layer."""
+        self.layer.load_state_dict(tensors, assign=True)
+
+    def forward(self, hidden_WLH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # No mask: full windows, and sdpa is causal without one.
+        residual_WLH = self.layer(
+            hidden_WLH,
+            position_ids=self.position_ids,
+            position_embeddings=self.position_embeddings,
+        )
+        return residual_WLH, self.layer.mlp.x
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent under each name."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def report(self, tokens: int) -> dict[str, float]:
+        """Each step's seconds, and the two that count: bare forward pass and carving pass.
+
+        The bare forward pass is attention, gate and up as run, plus the dense down projection,
+        timed on a sample and scaled to all tokens.
+        """
+        sample = min(tokens, BATCH_TOKENS)
+        bare = self.seconds["forward"] + self.seconds["dense_down_sample"] * tokens / sample
+        carving = sum(value for name, value in self.seconds.items() if name != "read")
+        return {**self.seconds, "bare_forward": bare, "carving_pass": carving}
+
+
+def profile_layer(
+    ffn: FFN,
+    attention: AttentionHalf,
+    hidden_WLH: torch.Tensor,
+    *,
+    k_act: int,
+    cosine: bool,
+    clock: Stopwatch,
+) -> Profile:
+    """Run attention on all windows, in place, and profile the FFN on what comes out."""
+    windows, length, _ = hidden_WLH.shape
+    xs, hs, marks = [], [], []
+    for batch_WLH in hidden_WLH.split(max(1, BATCH_TOKENS // length)):
+        with clock("forward"):
+            residual_WLH, x_WLH = attention(batch_WLH)
+            batch_WLH.copy_(residual_WLH)
+            x_TH = x_WLH.flatten(0, 1)
+            gate_TF, up_TF = x_TH @ ffn.gate_FH.T, x_TH @ ffn.up_FH.T
+            h_TF = activations(gate_TF, up_TF, ffn.act)
+        with clock("marks"):
+            signal_TF = h_TF
+            if cosine:
+                gate_TF = cosines(gate_TF, x_TH, ffn.gate_FH)
+                up_TF = cosines(up_TF, x_TH, ffn.up_FH)
+                signal_TF = activations(gate_TF, up_TF, ffn.act)
+            marks.append(activation_marks(signal_TF, k_act).cpu())
+        xs.append(x_TH)
+        hs.append(h_TF)
+    return Profile(torch.cat(xs), torch.cat(hs), torch.cat(marks))

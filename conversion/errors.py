@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two ways in which a verb fails. Each message says what was found and what to do."""
+
+
+class CMoEError(Exception):
+    """The work failed; the command line exits with status 1."""
+
+    exit_status = 1
+
+
+class RequestError(CMoEError, ValueError):
+    """The request was wrong and nothing was started; the command line exits with status 2."""
+
+    exit_status = 2

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From marks to shared neurons and balanced routed experts (paper, section 4.2, A.3).
+
+Shape suffixes: T tokens, F dense FFN width, S shared neurons, R routed neurons, N routed
+experts, M neurons of one expert, K marks per token.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import ot
+import torch
+from scipy.sparse import csr_array
+
+from .errors import CMoEError
+
+
+class Partition(NamedTuple):
+    """Which neuron goes where. Every neuron of the FFN is in exactly one place."""
+
+    shared_S: torch.Tensor
+    """Shared neurons, ascending, int64."""
+    experts_NM: torch.Tensor
+    """Neurons of each routed expert, ascending in each row, int64."""
+    representatives_N: torch.Tensor
+    """The neuron that stands for each expert in the router, int64."""
+    iterations: int
+    """Assignments solved until the clusters stood still, or the limit."""
+
+
+def partition(
+    marks_TK: torch.Tensor,
+    rate_F: torch.Tensor,
+    *,
+    shared: int,
+    experts: int,
+    metric: str = "l2",
+    max_iterations: int = 20,
+) -> Partition:
+    """Divide the neurons into `shared` always-on ones and `experts` equal clusters.
+
+    The shared neurons are those of the highest activation rates (eq. 16). The others are
+    clustered by balanced k-means over their columns of the mark matrix, seeded with the
+    busiest of them (eq. 17-21). Ties go to the lower index, so that the result is reproducible.
+    """
+    busiest_F = torch.argsort(rate_F, descending=True, stable=True)
+    shared_S = busiest_F[:shared].sort().values
+    routed_R = busiest_F[shared:].sort().values
+    columns_TR = mark_matrix(marks_TK, len(rate_F))[:, routed_R.numpy()]
+    seeds_N = np.searchsorted(routed_R.numpy(), busiest_F[shared : shared + experts].numpy())
+
+    centroids_TN = columns_TR[:, seeds_N].toarray()
+    label_R = np.full(len(routed_R), -1)
+    for iteration in range(1, max_iterations + 1):
+        previous_R = label_R
+        label_R = assign_balanced(distances(columns_TR, centroids_TN, metric))
+        if np.array_equal(label_R, previous_R):
+            break
+        centroids_TN = cluster_means(columns_TR, label_R, experts)
+
+    members_NM = np.argsort(label_R, kind="stable").reshape(experts, -1)
+    # Eq. 7: the member nearest to the mean of its cluster.
+    nearest_RN = distances(columns_TR, centroids_TN, metric)
+    member_distance_NM = nearest_RN[members_NM, np.arange(experts)[:, None]]
+    chosen_N = members_NM[np.arange(experts), member_distance_NM.argmin(axis=1)]
+    return Partition(
+        shared_S=shared_S,
+        experts_NM=routed_R[torch.from_numpy(members_NM)],
+        representatives_N=routed_R[torch.from_numpy(chosen_N)],
+        iterations=iteration,
+    )
+
+
+def mark_matrix(marks_TK: torch.Tensor, width: int) -> csr_array:
+    """The paper's binary matrix A (T, F) from the indices of its ones, sparse, float64."""
+    tokens, k = marks_TK.shape
+    ones = np.ones(tokens * k)
+    starts = np.arange(0, tokens * k + 1, k)
+    return csr_array((ones, marks_TK.flatten().numpy(), starts), shape=(tokens, width))
+
+
+def distances(columns_TR: csr_array, centroids_TN: np.ndarray, metric: str) -> np.ndarray:
+    """Distance of every binary column to every centroid in [0, 1], (R, N) float64.
+
+    `"l2"` is eq. 18, `"l1"` the released code. For a column with n ones and inner product p
+    with the centroid, |a - c|_1 = n + sum(c) - 2 p and |a - c|_2^2 = n + sum(c^2) - 2 p: one
+    sparse product gives both, and no dense T x R matrix is formed.
+    """
+    ones_R1 = columns_TR.sum(axis=0)[:, None]
+    inner_RN = columns_TR.T @ centroids_TN
+    if metric == "l1":
+        return ones_R1 + centroids_TN.sum(axis=0) - 2 * inner_RN
+    squared_RN = ones_R1 + np.square(centroids_TN).sum(axis=0) - 2 * inner_RN
+    return np.sqrt(squared_RN.clip(min=0))  # rounding may fall below zero
+
+
+def assign_balanced(cost_RN: np.ndarray) -> np.ndarray:
+    """Assign R items to N clusters of exactly R / N items at the least total cost, (R,) int64.
+
+    The assignment problem of eq. 20, solved exactly as a transportation problem between R
+    sources of mass 1 and N sinks of mass R / N: the same optimum as the square assignment with
+    every centroid repeated R / N times, without its R x R matrix.
+    """
+    items, clusters = cost_RN.shape
+    capacity = items // clusters
+    plan_RN = ot.emd(
+        np.ones(items),
+        np.full(clusters, float(capacity)),
+        np.ascontiguousarray(cost_RN),
+        numItermax=10_000_000,
+        check_marginals=False,
+    )
+    label_R = plan_RN.argmax(axis=1)
+    if not np.array_equal(np.bincount(label_R, minlength=clusters), np.full(clusters, capacity)):
+        raise CMoEError(
+            f"the balanced assignment of {items} neurons to {clusters} experts did not converge. "
+            "Please report this with conversion.json of a smaller model."
+        )
+    return label_R
+
+
+def cluster_means(columns_TR: csr_array, label_R: np.ndarray, clusters: int) -> np.ndarray:
+    """Mean column of every cluster, (T, N) float64 (eq. 21). Balance leaves none empty."""
+    items = len(label_R)
+    weight = np.full(items, clusters / items)
+    membership_RN = csr_array((weight, (np.arange(items), label_R)), shape=(items, clusters))
+    return (columns_TR @ membership_RN).toarray()

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which neurons fire: activations, ATopK marks and activation rates (paper, section 4.1, A.2).
+
+Shape suffixes: T tokens, H hidden size, F dense FFN width, K marked neurons per token.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+def activations(gate_TF: torch.Tensor, up_TF: torch.Tensor, act: Activation) -> torch.Tensor:
+    """Hidden activations h = act(x Wg) * (x Wu) from the two products, (T, F)."""
+    return act(gate_TF) * up_TF
+
+
+def cosines(z_TF: torch.Tensor, x_TH: torch.Tensor, w_FH: torch.Tensor) -> torch.Tensor:
+    """z = x Wᵀ with every token and every neuron scaled to length 1, (T, F).
+
+    The released code profiles these instead of the true products: every argument of the
+    activation function then lies in [-1, 1], and the lengths of neurons no longer count.
+    """
+    tiny = torch.finfo(z_TF.dtype).tiny
+    scale_T1 = x_TH.norm(dim=1, keepdim=True).clamp_min(tiny).reciprocal()
+    scale_F = w_FH.norm(dim=1).clamp_min(tiny).reciprocal()
+    return (z_TF * scale_T1).mul_(scale_F)
+
+
+def activation_marks(h_TF: torch.Tensor, k: int) -> torch.Tensor:
+    """ATopK: the k neurons of largest |h| of every token, (T, K) int64, in no order.
+
+    These indices are the positions of the ones in the paper's binary matrix A.
+    """
+    return h_TF.abs().topk(k, dim=1, sorted=False).indices
+
+
+def activation_rates(marks_TK: torch.Tensor, width: int) -> torch.Tensor:
+    """Share of the tokens that mark each neuron, (F,) float64: the column means of A."""
+    counts_F = torch.bincount(marks_TK.flatten(), minlength=width)
+    return counts_F.double() / len(marks_TK)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of CMoE models: a dense configuration plus how its FFN is carved.
+
+This file travels with every converted repository. It may import torch, transformers and
+huggingface_hub only, and nothing relative.
+"""
+
+import os
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+ROUTER_TYPES = ("representative", "linear")
+
+
+@strict
+class CMoELlamaConfig(LlamaConfig):
+    """A Llama whose feed-forward networks are carved into a shared and several routed experts.
+
+    All fields of `LlamaConfig` keep their meaning; `intermediate_size` stays the width of the
+    dense FFN, so that `shared_expert_intermediate_size + num_experts * moe_intermediate_size`
+    equals it. In the paper's notation SxAyEz, x is `num_shared`, y is `num_experts_per_tok` and
+    z is `num_shared + num_experts`.
+    """
+
+    model_type = "cmoe_llama"
+    attribute_map = {"num_local_experts": "num_experts"}
+
+    # Expert parallelism needs transformers 5.20 or newer: the plan's names changed there.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.shared_expert.gate_proj": "colwise",
+        "layers.*.mlp.shared_expert.up_proj": "colwise",
+        "layers.*.mlp.shared_expert.down_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+
+    num_experts: int = 7
+    """Routed experts, Nr."""
+    num_experts_per_tok: int = 1
+    """Routed experts run for each token, A; 0 runs the shared expert alone (static pruning)."""
+    moe_intermediate_size: int = 1376
+    """Neurons of each routed expert, m."""
+    shared_expert_intermediate_size: int = 1376
+    """Neurons of the shared expert, S * m; 0 for none."""
+    router_type: str = "representative"
+    """`"representative"`: the score is the activation of one chosen neuron per expert (paper,
+    eq. 8). `"linear"`: the score is a linear function of the FFN input."""
+    router_absolute_score: bool = False
+    """Use the absolute value of the score, as the authors' released code does."""
+    norm_topk_prob: bool = False
+    """Always false: the gate weights 1 + softmax(score) * u are never renormalised."""
+    output_router_logits: bool = False
+    """Return the router scores of every layer with each forward pass."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if not getattr(self, "auto_map", None):
+            self.auto_map = self.local_auto_map()
+
+    @property
+    def num_shared(self) -> int:
+        """Shared units of m neurons, S."""
+        return self.shared_expert_intermediate_size // self.moe_intermediate_size
+
+    @property
+    def notation(self) -> str:
+        """The paper's name of this shape, for example `S3A3E8`."""
+        experts = self.num_shared + self.num_experts
+        return f"S{self.num_shared}A{self.num_experts_per_tok}E{experts}"
+
+    @property
+    def activation_ratio(self) -> float:
+        """Share of the FFN neurons that run for a token, (S + A) / E."""
+        active = self.num_experts_per_tok * self.moe_intermediate_size
+        return (self.shared_expert_intermediate_size + active) / self.intermediate_size
+
+    @staticmethod
+    def local_auto_map() -> dict[str, str]:
+        """Where the Auto classes find the code beside the weights. vLLM needs `AutoModel` too."""
+        return {
+            "AutoConfig": "configuration_cmoe.CMoELlamaConfig",
+            "AutoModel": "modeling_cmoe.CMoELlamaModel",
+            "AutoModelForCausalLM": "modeling_cmoe.CMoELlamaForCausalLM",
+        }
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save; the entries of `auto_map` point at the files saved beside the configuration.
+
+        A configuration loaded from the Hub carries `auto_map` entries that name the repository
+        it came from; the library would rewrite only those of the classes being saved.
+        """
+        self.auto_map = self.local_auto_map()
+        super().save_pretrained(save_directory, **kwargs)
+
+    def validate_architecture(self) -> None:
+        """Part of the strict validation: the parts must add up to the dense FFN."""
+        super().validate_architecture()
+        routed = self.num_experts * self.moe_intermediate_size
+        if self.shared_expert_intermediate_size + routed != self.intermediate_size:
+            raise ValueError(
+                f"shared_expert_intermediate_size ({self.shared_expert_intermediate_size}) plus "
+                f"num_experts * moe_intermediate_size ({self.num_experts} * "
+                f"{self.moe_intermediate_size}) must equal intermediate_size "
+                f"({self.intermediate_size})."
+            )
+        if not 0 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must be between 0 and "
+                f"num_experts ({self.num_experts})."
+            )
+        if self.router_type not in ROUTER_TYPES:
+            raise ValueError(
+                f"router_type is {self.router_type!r}; it must be one of {ROUTER_TYPES}."
+            )
+
+
+__all__ = ["CMoELlamaConfig"]

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CMoE models (arXiv 2502.04416): a shared expert, routed experts and an analytical router.
+
+This file travels with every converted repository. It may import torch, transformers and its
+sibling configuration file only.
+
+Shape suffixes: B sequences, S positions, T = B * S tokens, H hidden size, N routed experts,
+K active experts, M neurons of one routed expert.
+"""
+
+# No `from __future__ import annotations` here, and the decorator below stays literal: transformers,
+# vLLM and llm-compressor read this source and these annotations.
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_cmoe import CMoELlamaConfig
+
+
+class CMoERouter(nn.Module):
+    """Scores the routed experts, selects K of them and weighs them (paper, eq. 8 and 9).
+
+    `"representative"`: s = act(x Wg) * (x Wu) with the gate and up rows of one neuron per expert.
+    `"linear"`: s = x W. The expert of the largest softmax(s) + b are run, each with weight
+    1 + softmax(s) * u; b balances the load and u is learned, both are zero after carving.
+
+    The parameters are raw and none is called `weight`: vLLM would take a router whose state is
+    a lone `weight` for a plain softmax router and silently replace it.
+    """
+
+    def __init__(self, config: CMoELlamaConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.absolute_score = config.router_absolute_score
+        self.router_type = config.router_type
+        shape = (config.num_experts, config.hidden_size)
+        if self.router_type == "representative":
+            self.gate_weight = nn.Parameter(torch.empty(shape))
+            self.up_weight = nn.Parameter(torch.empty(shape))
+            self.act_fn = ACT2FN[config.hidden_act]
+        else:
+            self.linear_weight = nn.Parameter(torch.empty(shape))
+        self.scale = nn.Parameter(torch.zeros(config.num_experts))
+        self.register_buffer(
+            "balance_bias", torch.zeros(config.num_experts, dtype=torch.float32), persistent=True
+        )
+
+    def score(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """Score s of every expert, in float32: rounding to 16 bits would reorder close experts."""
+        x_TH = x_TH.float()
+        if self.router_type == "linear":
+            score_TN = F.linear(x_TH, self.linear_weight.float())
+        else:
+            gate_TN = F.linear(x_TH, self.gate_weight.float())
+            up_TN = F.linear(x_TH, self.up_weight.float())
+            score_TN = self.act_fn(gate_TN) * up_TN
+        return score_TN.abs() if self.absolute_score else score_TN
+
+    def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the scores (T, N), the gate weights (T, K) and the chosen experts (T, K)."""
+        score_TN = self.score(x_TH)
+        probability_TN = torch.softmax(score_TN, dim=-1, dtype=torch.float32)
+        index_TK = torch.topk(probability_TN + self.balance_bias, self.top_k, dim=-1).indices
+        weight_TK = 1 + probability_TN.gather(1, index_TK) * self.scale[index_TK]
+        return score_TN, weight_TK.to(x_TH.dtype), index_TK
+
+
+@use_experts_implementation
+class CMoEExperts(nn.Module):
+    """The routed experts as two packed tensors, the layout of every experts backend.
+
+    `gate_up_proj` is (N, 2M, H), gate rows first; `down_proj` is (N, H, M).
+    """
+
+    def __init__(self, config: CMoELlamaConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(
+            torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim)
+        )
+        self.down_proj = nn.Parameter(
+            torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim)
+        )
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """The readable reference, backend `"eager"`: loop over the experts that were chosen.
+
+        Index `num_experts` means "not on this rank" under expert parallelism: the loop never
+        reaches it.
+        """
+        out_TH = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(top_k_index == expert)
+            if token.numel() == 0:
+                continue
+            x_UH = hidden_states[token]
+            gate_UM, up_UM = F.linear(x_UH, self.gate_up_proj[expert]).chunk(2, dim=-1)
+            y_UH = F.linear(self.act_fn(gate_UM) * up_UM, self.down_proj[expert])
+            y_UH = y_UH * top_k_weights[token, slot, None]
+            out_TH.index_add_(0, token, y_UH.to(out_TH.dtype))
+        return out_TH
+
+
+class CMoESharedExpert(nn.Module):
+    """The always-on expert: a gated FFN over the busiest neurons."""
+
+    def __init__(self, config: CMoELlamaConfig) -> None:
+        super().__init__()
+        width = config.shared_expert_intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class CMoESparseMoeBlock(nn.Module):
+    """Shared expert plus the K routed experts that the router picks for each token."""
+
+    def __init__(self, config: CMoELlamaConfig) -> None:
+        super().__init__()
+        self.gate = CMoERouter(config)
+        self.experts = CMoEExperts(config)
+        # Absent rather than empty: vLLM concludes from the name that there is a shared expert.
+        if config.shared_expert_intermediate_size > 0:
+            self.shared_expert = CMoESharedExpert(config)
+        else:
+            self.shared_expert = None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, S, H) to (B, S, H)."""
+        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        # vLLM's kernel overwrites its input: everything else that needs it comes first.
+        shared_TH = None if self.shared_expert is None else self.shared_expert(x_TH)
+        if self.gate.top_k == 0:
+            out_TH = shared_TH
+        else:
+            _, weight_TK, index_TK = self.gate(x_TH)
+            out_TH = self.experts(x_TH, index_TK, weight_TK)
+            out_TH = out_TH if shared_TH is None else out_TH + shared_TH
+        return out_TH.reshape(hidden_states.shape)
+
+
+class CMoELlamaDecoderLayer(LlamaDecoderLayer):
+    """Llama's decoder layer with the sparse block in place of the FFN."""
+
+    def __init__(self, config: CMoELlamaConfig, layer_idx: int) -> None:
+        # Not super().__init__(): it would allocate the dense FFN first.
+        nn.Module.__init__(self)
+        self.hidden_size = config.hidden_size
+        self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
+        self.mlp = CMoESparseMoeBlock(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class CMoELlamaPreTrainedModel(PreTrainedModel):
+    """What the library needs to know to load, save, split, compile and train these models."""
+
+    config: CMoELlamaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CMoELlamaDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["balance_bias"]
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(CMoERouter, index=0),
+        "hidden_states": CMoELlamaDecoderLayer,
+        "attentions": LlamaAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, CMoEExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, CMoERouter):
+            for name in ("gate_weight", "up_weight", "linear_weight"):
+                if hasattr(module, name):
+                    init.normal_(getattr(module, name), mean=0.0, std=std)
+            init.zeros_(module.scale)
+            init.zeros_(module.balance_bias)
+
+
+class CMoELlamaModel(CMoELlamaPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: CMoELlamaConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [CMoELlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers)]
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """As in any transformers decoder; `output_router_logits=True` also returns the scores."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            position_ids = (positions + seen).unsqueeze(0)
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+
+class CMoELlamaForCausalLM(CMoELlamaPreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: CMoELlamaConfig) -> None:
+        super().__init__(config)
+        self.model = CMoELlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Logits (B, S, V), the loss if `labels` are given, and the router scores on request."""
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+__all__ = ["CMoELlamaForCausalLM", "CMoELlamaModel", "CMoELlamaPreTrainedModel"]
