@@ -52,7 +52,7 @@ def load_text(source: str | Path, *, part: str = "train") -> str:
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix in TABLE_FORMATS:
-            arguments = {
+            arguments: dict[str, Any] = {
                 "path": TABLE_FORMATS[path.suffix],
                 "data_files": str(path),
                 "split": "train",

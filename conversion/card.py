@@ -4,7 +4,6 @@
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from transformers import PreTrainedConfig
 
 from cmoe_hf import CMoELlamaConfig
 
@@ -61,7 +60,7 @@ Perplexity is not measured by the conversion: run `cmoe evaluate` on this reposi
 """
 
 
-def model_card(source: Source, config: PreTrainedConfig, report: dict[str, Any]) -> str:
+def model_card(source: Source, config: CMoELlamaConfig, report: dict[str, Any]) -> str:
     """Text of README.md: metadata block and body. `report` is the content of conversion.json."""
     licence = source.licence
     data = ModelCardData(
@@ -69,7 +68,7 @@ def model_card(source: Source, config: PreTrainedConfig, report: dict[str, Any])
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["cmoe", "moe", "mixture-of-experts", "sparse", "custom_code"],
-        **licence,
+        **licence,  # type: ignore[arg-type]
     )
     return f"---\n{data.to_yaml()}\n---\n\n" + _BODY.format(
         **_shape(config),

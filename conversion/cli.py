@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,15 +36,6 @@ app = typer.Typer(
 )
 
 
-def _choices(name: str, values: Any) -> Any:
-    """An enumeration for typer; the values have one home, where the verb defines them."""
-    return StrEnum(name, {value: value for value in values})
-
-
-RecipeName = _choices("RecipeName", RECIPES)
-DtypeName = _choices("DtypeName", DTYPES)
-RouterName = _choices("RouterName", ROUTERS)
-
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model at OUT.")]
@@ -53,7 +43,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; defaul
 Shared = Annotated[int, typer.Option(help="Shared experts, always on (S).")]
 Active = Annotated[int, typer.Option(help="Routed experts run per token (A).")]
 Experts = Annotated[int, typer.Option(help="Experts in all (E); must divide the FFN width.")]
-Recipe = Annotated[RecipeName, typer.Option(help="Method: the paper, or its released code.")]
+Recipe = Annotated[str, typer.Option(help=f"Method: {', '.join(RECIPES)}.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
 
 
@@ -133,7 +123,7 @@ def demo_command(
     shared: Shared = 3,
     active: Active = 3,
     experts: Experts = 8,
-    recipe: Recipe = RecipeName.paper,
+    recipe: Recipe = "paper",
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -145,7 +135,7 @@ def demo_command(
             shared=shared,
             active=active,
             experts=experts,
-            recipe=recipe.value,
+            recipe=recipe,
             overwrite=overwrite,
         )
 
@@ -175,7 +165,7 @@ def convert_command(
     shared: Shared,
     active: Active,
     experts: Experts,
-    recipe: Recipe = RecipeName.paper,
+    recipe: Recipe = "paper",
     calibration: Annotated[
         str,
         typer.Option(
@@ -192,7 +182,7 @@ def convert_command(
     seed: Annotated[int, typer.Option(help="Seed of the windows' offsets.")] = 0,
     device: Device = None,
     dtype: Annotated[
-        DtypeName | None, typer.Option(help="Precision of the result; default the source's.")
+        str | None, typer.Option(help=f"{', '.join(DTYPES)}; default the source's precision.")
     ] = None,
     revision: Revision = None,
     overwrite: Overwrite = False,
@@ -208,14 +198,14 @@ def convert_command(
             shared=shared,
             active=active,
             experts=experts,
-            recipe=recipe.value,
+            recipe=recipe,
             calibration=calibration,
             samples=samples,
             sequence_length=sequence_length,
             k_act=k_act,
             seed=seed,
             device=device,
-            dtype=dtype.value if dtype else None,
+            dtype=dtype,
             revision=revision,
             overwrite=overwrite,
         )
@@ -244,11 +234,11 @@ def evaluate_command(
         int | None, typer.Option(help="Tokens per window; default 2,048 or the model's context.")
     ] = None,
     router: Annotated[
-        RouterName, typer.Option(help="Let an oracle, or chance, route instead of the model.")
-    ] = RouterName.own,
+        str, typer.Option(help=f"Who routes: {', '.join(ROUTERS)}; own is the model's router.")
+    ] = "own",
     seed: Annotated[int, typer.Option(help="Seed of the random router.")] = 0,
     dtype: Annotated[
-        DtypeName | None, typer.Option(help="Precision to compute in; default the checkpoint's.")
+        str | None, typer.Option(help=f"{', '.join(DTYPES)}; default the checkpoint's precision.")
     ] = None,
     device: Device = None,
     trust_remote_code: Annotated[
@@ -264,9 +254,9 @@ def evaluate_command(
             baseline=baseline,
             text=text,
             sequence_length=sequence_length,
-            router=router.value,
+            router=router,
             seed=seed,
-            dtype=dtype.value if dtype else None,
+            dtype=dtype,
             device=device,
             trust_remote_code=trust_remote_code,
         )

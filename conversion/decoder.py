@@ -65,7 +65,7 @@ class AttentionHalf(nn.Module):
         config = type(config).from_dict(config.to_dict(), attn_implementation="sdpa")
         with torch.device("meta"):
             self.layer = names.decoder_layer(config, 0)
-        self.layer.mlp = self.Recorder()
+        self.ffn_input = self.layer.mlp = self.Recorder()
         self.layer.eval()
         self.position_ids = torch.arange(length, device=device).unsqueeze(0)
         rotary = names.rotary_embedding(config).to(device)
@@ -82,7 +82,7 @@ class AttentionHalf(nn.Module):
             position_ids=self.position_ids,
             position_embeddings=self.position_embeddings,
         )
-        return residual_WLH, self.layer.mlp.x
+        return residual_WLH, self.ffn_input.x
 
 
 @dataclass
@@ -121,7 +121,7 @@ def profile_layer(
     clock: Stopwatch,
 ) -> Profile:
     """Run attention on all windows, in place, and profile the FFN on what comes out."""
-    windows, length, _ = hidden_WLH.shape
+    length = hidden_WLH.shape[1]
     xs, hs, marks = [], [], []
     for batch_WLH in hidden_WLH.split(max(1, BATCH_TOKENS // length)):
         with clock("forward"):

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from cmoe_hf.modeling_cmoe import CMoESparseMoeBlock
+from cmoe_hf.modeling_cmoe import CMoERouter, CMoESparseMoeBlock
 
 from .calibration import consecutive_windows, load_text, tokenize
 from .checkpoint import fetch_model, find_model
@@ -144,7 +143,8 @@ def load_model(
     except Exception as error:  # the library raises whatever its readers raise
         reason = str(error).strip().splitlines()[0]
         raise CMoEError(f"{name} cannot be loaded: {reason}") from error
-    return loaded.to(device).eval(), tokenizer
+    loaded.to(device)  # type: ignore[arg-type]
+    return loaded.eval(), tokenizer
 
 
 @torch.no_grad()
@@ -176,7 +176,7 @@ def watch_router(block: CMoESparseMoeBlock) -> Iterator[list[float]]:
     """Collect, batch by batch, how often the block's own router picks the oracle's experts."""
     collected: list[float] = []
 
-    def compare(gate: nn.Module, inputs: tuple[torch.Tensor], output: Any) -> None:
+    def compare(gate: CMoERouter, inputs: tuple[torch.Tensor], output: Any) -> None:
         oracle_TK = oracle_choice(routed_mass(block, inputs[0]), gate.top_k)
         collected.append(agreement(output[2], oracle_TK))
 
@@ -199,7 +199,7 @@ def replace_router(block: CMoESparseMoeBlock, router: str, seed: int) -> Iterato
         ).to(x_TH.device),
     }
 
-    def override(gate: nn.Module, inputs: tuple[torch.Tensor], output: Any) -> Any:
+    def override(gate: CMoERouter, inputs: tuple[torch.Tensor], output: Any) -> Any:
         score_TN, weight_TK, _ = output
         index_TK = choose[router](inputs[0]).topk(gate.top_k, dim=1).indices
         probability_TN = score_TN.softmax(dim=1, dtype=torch.float32)

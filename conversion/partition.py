@@ -50,13 +50,13 @@ def partition(
     seeds_N = np.searchsorted(routed_R.numpy(), busiest_F[shared : shared + experts].numpy())
 
     centroids_TN = columns_TR[:, seeds_N].toarray()
-    label_R = np.full(len(routed_R), -1)
-    for iteration in range(1, max_iterations + 1):
+    label_R, iterations, settled = np.full(len(routed_R), -1), 0, False
+    while iterations < max_iterations and not settled:
         previous_R = label_R
         label_R = assign_balanced(distances(columns_TR, centroids_TN, metric))
-        if np.array_equal(label_R, previous_R):
-            break
         centroids_TN = cluster_means(columns_TR, label_R, experts)
+        settled = np.array_equal(label_R, previous_R)
+        iterations += 1
 
     members_NM = np.argsort(label_R, kind="stable").reshape(experts, -1)
     # Eq. 7: the member nearest to the mean of its cluster.
@@ -67,7 +67,7 @@ def partition(
         shared_S=shared_S,
         experts_NM=routed_R[torch.from_numpy(members_NM)],
         representatives_N=routed_R[torch.from_numpy(chosen_N)],
-        iterations=iteration,
+        iterations=iterations,
     )
 
 

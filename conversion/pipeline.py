@@ -172,7 +172,9 @@ def carve_model(
             stored = source.read_layer(index)
             layer = {name: tensor.to(device, torch.float32) for name, tensor in stored.items()}
             ffn = FFN(
-                *(layer.pop(name) for name in (names.gate, names.up, names.down)),
+                gate_FH=layer.pop(names.gate),
+                up_FH=layer.pop(names.up),
+                down_HF=layer.pop(names.down),
                 act=ACT2FN[config.hidden_act],
             )
             attention.load(layer)

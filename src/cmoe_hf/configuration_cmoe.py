@@ -41,9 +41,9 @@ class CMoELlamaConfig(LlamaConfig):
         "layers.*.mlp.experts": "moe_tp_experts",
     }
     base_model_ep_plan = {
-        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-        "layers.*.mlp.experts.down_proj": "grouped_gemm",
-        "layers.*.mlp.experts": "ep_dispatch_experts",
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",  # type: ignore[dict-item]
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",  # type: ignore[dict-item]
+        "layers.*.mlp.experts": "ep_dispatch_experts",  # type: ignore[dict-item]
     }
 
     num_experts: int = 7
@@ -95,14 +95,16 @@ class CMoELlamaConfig(LlamaConfig):
             "AutoModelForCausalLM": "modeling_cmoe.CMoELlamaForCausalLM",
         }
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """Save; the entries of `auto_map` point at the files saved beside the configuration.
 
         A configuration loaded from the Hub carries `auto_map` entries that name the repository
         it came from; the library would rewrite only those of the classes being saved.
         """
         self.auto_map = self.local_auto_map()
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def validate_architecture(self) -> None:
         """Part of the strict validation: the parts must add up to the dense FFN."""
@@ -120,6 +122,8 @@ class CMoELlamaConfig(LlamaConfig):
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must be between 0 and "
                 f"num_experts ({self.num_experts})."
             )
+        if self.shared_expert_intermediate_size == self.num_experts_per_tok == 0:
+            raise ValueError("Without a shared expert, num_experts_per_tok must be at least 1.")
         if self.router_type not in ROUTER_TYPES:
             raise ValueError(
                 f"router_type is {self.router_type!r}; it must be one of {ROUTER_TYPES}."

@@ -48,6 +48,8 @@ class CMoERouter(nn.Module):
     a lone `weight` for a plain softmax router and silently replace it.
     """
 
+    balance_bias: torch.Tensor
+
     def __init__(self, config: CMoELlamaConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
@@ -152,22 +154,18 @@ class CMoESparseMoeBlock(nn.Module):
         self.gate = CMoERouter(config)
         self.experts = CMoEExperts(config)
         # Absent rather than empty: vLLM concludes from the name that there is a shared expert.
-        if config.shared_expert_intermediate_size > 0:
-            self.shared_expert = CMoESharedExpert(config)
-        else:
-            self.shared_expert = None
+        has_shared = config.shared_expert_intermediate_size > 0
+        self.shared_expert = CMoESharedExpert(config) if has_shared else None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, S, H) to (B, S, H)."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         # vLLM's kernel overwrites its input: everything else that needs it comes first.
-        shared_TH = None if self.shared_expert is None else self.shared_expert(x_TH)
+        shared_TH = self.shared_expert(x_TH) if self.shared_expert else x_TH.new_zeros(())
         if self.gate.top_k == 0:
-            out_TH = shared_TH
-        else:
-            _, weight_TK, index_TK = self.gate(x_TH)
-            out_TH = self.experts(x_TH, index_TK, weight_TK)
-            out_TH = out_TH if shared_TH is None else out_TH + shared_TH
+            return shared_TH.reshape(hidden_states.shape)
+        _, weight_TK, index_TK = self.gate(x_TH)
+        out_TH = self.experts(x_TH, index_TK, weight_TK) + shared_TH
         return out_TH.reshape(hidden_states.shape)
 
 
@@ -179,7 +177,7 @@ class CMoELlamaDecoderLayer(LlamaDecoderLayer):
         nn.Module.__init__(self)
         self.hidden_size = config.hidden_size
         self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
-        self.mlp = CMoESparseMoeBlock(config)
+        self.mlp = CMoESparseMoeBlock(config)  # type: ignore[assignment]
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -239,11 +237,11 @@ class CMoELlamaModel(CMoELlamaPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
@@ -288,7 +286,7 @@ class CMoELlamaForCausalLM(CMoELlamaPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: CMoELlamaConfig) -> None:
@@ -301,12 +299,12 @@ class CMoELlamaForCausalLM(CMoELlamaPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
