@@ -70,7 +70,7 @@ class Source:
             wanted.setdefault(self.files[name], []).append(name)
         tensors = {}
         for path, here in wanted.items():
-            with safe_open(path, framework="pt") as shard:
+            with safe_open(path, framework="pt", backend="pread") as shard:
                 for name in here:
                     tensors[name] = shard.get_tensor(name)
                     if not torch.isfinite(tensors[name]).all():
@@ -204,7 +204,7 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[Path, list[int]]]:
                 "download, or convert other formats with `save_pretrained` first."
             )
         try:
-            with safe_open(path, framework="pt") as opened:
+            with safe_open(path, framework="pt", backend="pread") as opened:
                 for tensor in opened.keys():  # noqa: SIM118 - not a dict, cannot be iterated
                     shapes[tensor] = (path, opened.get_slice(tensor).get_shape())
         except SafetensorError as error:

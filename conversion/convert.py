@@ -266,7 +266,7 @@ def carved_config(source: Source, settings: Settings) -> CMoELlamaConfig:
     )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises `RequestError` if there is none."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise RequestError(
@@ -274,7 +274,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "the tokenizer files of the model into the folder."
         )
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library raises whatever its parsers raise
         raise RequestError(f"the tokenizer of {folder.name} cannot be loaded: {error}") from error
 

@@ -135,7 +135,7 @@ def load_model(
     folder, name, commit = find_model(model)
     if commit is not None:
         folder = fetch_model(name, commit)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code

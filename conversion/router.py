@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The analytical router (paper, section 4.3): made of neurons of the dense FFN, not trained.
 
-Shape suffixes: T tokens, H hidden size, F dense FFN width, N routed experts, M neurons of one
-expert, K active experts.
+Shape suffixes: T tokens, H hidden size, F dense FFN width, N routed experts, K active experts.
 """
 
 import torch
@@ -24,13 +23,11 @@ def representative_router(
     return rows
 
 
-def expert_mass(h_TF: torch.Tensor, experts_NM: torch.Tensor) -> torch.Tensor:
-    """What each expert holds of a token's activation, sum of |h|, (T, N) (eq. 24)."""
-    return torch.stack([h_TF[:, ids_M].abs().sum(dim=1) for ids_M in experts_NM], dim=1)
-
-
 def oracle_choice(mass_TN: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The experts that a perfect router would run: the largest masses, (T, K) int64."""
+    """The experts that a perfect router would run, (T, K) int64 (eq. 24).
+
+    `mass_TN` is what each expert holds of a token's activation, sum of |h|.
+    """
     return mass_TN.topk(top_k, dim=1).indices
 
 

@@ -161,7 +161,7 @@ class CMoESparseMoeBlock(nn.Module):
         """(B, S, H) to (B, S, H)."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         # vLLM's kernel overwrites its input: everything else that needs it comes first.
-        shared_TH = self.shared_expert(x_TH) if self.shared_expert else x_TH.new_zeros(())
+        shared_TH = x_TH.new_zeros(()) if self.shared_expert is None else self.shared_expert(x_TH)
         if self.gate.top_k == 0:
             return shared_TH.reshape(hidden_states.shape)
         _, weight_TK, index_TK = self.gate(x_TH)

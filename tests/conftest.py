@@ -1,0 +1,186 @@
+"""Pico models, an isolated cache and a loopback Hub: nothing here touches the network."""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from hub import LoopbackHub  # noqa: E402
+
+# huggingface_hub reads these once, when it is imported.
+_HUB = LoopbackHub()
+_CACHE = Path(tempfile.mkdtemp(prefix="cmoe-tests-"))
+os.environ.update(
+    HF_ENDPOINT=_HUB.url,
+    HF_HOME=str(_CACHE),
+    HF_MODULES_CACHE=str(_CACHE / "modules"),
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",  # also in child processes: thread counts change the last bits
+)
+os.environ.pop("HF_TOKEN", None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from cmoe_hf.conversion import convert  # noqa: E402
+from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT, MODEL  # noqa: E402
+
+ROPE_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES = {
+    "llama-2": {"num_key_value_heads": 4, "tie_word_embeddings": False},
+    "llama-3": {
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "rope_parameters": ROPE_LLAMA3,
+    },
+    "tinyllama": {"num_key_value_heads": 1, "tie_word_embeddings": False},
+}
+"""What distinguishes the checkpoints that people bring."""
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+def pico_config(family: str = "llama-2", **changes: object) -> LlamaConfig:
+    """Two layers, hidden 64, FFN 96: divisible by 4, 6, 8, 12."""
+    fields = {
+        "vocab_size": 1024,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    return LlamaConfig(**{**fields, **FAMILIES[family], **changes})
+
+
+@pytest.fixture(scope="session")
+def hub() -> LoopbackHub:
+    """The server that HF_ENDPOINT names."""
+    return _HUB
+
+
+@pytest.fixture(scope="session")
+def make_dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write a random dense pico model with a tokenizer; return its folder."""
+
+    def make(family: str = "llama-2", **changes: object) -> Path:
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp("dense") / family
+        model = LlamaForCausalLM(pico_config(family, **changes))
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # larger weights than the default: the FFN must matter
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def dense(make_dense: Callable[..., Path]) -> Path:
+    """The pico model most tests use. Read only."""
+    return make_dense()
+
+
+@pytest.fixture
+def dense_copy(dense: Path, tmp_path: Path) -> Path:
+    """A pico model that a test may damage."""
+    return Path(shutil.copytree(dense, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def carve(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Convert with few tokens; return the new folder."""
+
+    def run(model: Path, notation: tuple[int, int, int] = (2, 2, 8), **options: object) -> Path:
+        output = tmp_path_factory.mktemp("carved") / "out"
+        shared, active, experts = notation
+        settings = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64, **options}
+        convert(model, output, shared=shared, active=active, experts=experts, **settings)
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def carved(dense: Path, carve: Callable[..., Path]) -> Path:
+    """A carved pico model, S2A2E8. Read only."""
+    return carve(dense)
+
+
+@pytest.fixture(scope="session")
+def token_ids() -> torch.Tensor:
+    """Two rows of 32 tokens."""
+    return torch.randint(2, 1024, (2, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Path:
+    """The trained model that the package carries."""
+    return MODEL
+
+
+@pytest.fixture(scope="session")
+def calibration_text() -> Path:
+    """Text that the embedded default was trained on."""
+    return CALIBRATION
+
+
+@pytest.fixture(scope="session")
+def held_out() -> Path:
+    """Text that the embedded default was not trained on."""
+    return HELD_OUT
+
+
+@pytest.fixture
+def tensors() -> Callable[[Path], dict[str, torch.Tensor]]:
+    """Read all tensors of a repository."""
+
+    def read(folder: Path) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for shard in sorted(folder.glob("*.safetensors")):
+            found.update(load_file(shard))
+        return found
+
+    return read
+
+
+@pytest.fixture
+def edit_config() -> Callable[..., None]:
+    """Change fields of a folder's config.json."""
+
+    def edit(folder: Path, **changes: object) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+@pytest.fixture
+def no_leftovers(tmp_path: Path) -> Iterator[Path]:
+    """An output path; afterwards neither it nor a partial one may exist."""
+    output = tmp_path / "output" / "carved"
+    yield output
+    assert not list(tmp_path.glob("output/*"))

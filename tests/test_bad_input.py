@@ -1,0 +1,349 @@
+"""Every bad request ends in one clear line, the right exit status and nothing on disk."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
+
+from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.demo import CALIBRATION
+
+
+def run(model, out, *options, shared=2, active=2, experts=8):
+    arguments = ["convert", str(model), str(out), "--json"]
+    arguments += ["--shared", str(shared), "--active", str(active), "--experts", str(experts)]
+    if "--calibration" not in options:
+        arguments += ["--calibration", str(CALIBRATION)]
+    arguments += ["--samples", "4", "--sequence-length", "64", *options]
+    return CliRunner().invoke(app, arguments)
+
+
+def refused(result, status, *phrases):
+    """One line on standard error with every phrase; nothing on standard output."""
+    assert result.exit_code == status, result.stderr
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    for phrase in phrases:
+        assert phrase in result.stderr, result.stderr
+
+
+def test_width_not_divisible_names_the_divisors(dense, no_leftovers):
+    result = run(dense, no_leftovers, experts=7)
+    refused(result, 2, "96 is not divisible by 7", "2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 96")
+
+
+@pytest.mark.parametrize(
+    ("shape", "phrase"),
+    [
+        ((5, 4, 8), "5 shared + 4 active = 9 experts, but there are only 8"),
+        ((0, 9, 8), "0 shared + 9 active = 9 experts, but there are only 8"),
+        ((0, 0, 8), "runs no neuron"),
+        ((8, 0, 8), "it is the dense model"),
+        ((-1, 2, 8), "cannot be negative"),
+        ((0, 0, 0), "at least one expert"),
+    ],
+)
+def test_impossible_shapes(dense, no_leftovers, shape, phrase):
+    shared, active, experts = shape
+    result = run(dense, no_leftovers, shared=shared, active=active, experts=experts)
+    refused(result, 2, phrase)
+
+
+@pytest.mark.parametrize(
+    ("options", "phrase"),
+    [
+        (["--recipe", "magic"], "choose one of paper, released"),
+        (["--dtype", "int3"], "choose one of float32, bfloat16, float16"),
+        (["--k-act", "97"], "has only 96 neurons"),
+        (["--k-act", "0"], "at least 1"),
+        (["--samples", "0"], "at least 1"),
+        (["--device", "quantum"], "device 'quantum' cannot be used"),
+        (["--sequence-length", "4096"], "context of 128"),
+    ],
+)
+def test_impossible_options(dense, no_leftovers, options, phrase):
+    refused(run(dense, no_leftovers, *options), 2, phrase)
+
+
+def test_another_family_is_named_with_what_is_supported(tmp_path, no_leftovers):
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    result = run(tmp_path / "gpt2", no_leftovers)
+    refused(result, 2, "'gpt2'", "GPT2LMHeadModel", "Supported model types: llama")
+
+
+def test_a_carved_model_is_not_carved_again(carved, no_leftovers):
+    refused(run(carved, no_leftovers), 2, "'cmoe_llama'", "It is carved already")
+
+
+def test_ffn_biases_and_quantised_weights_are_refused(dense_copy, no_leftovers, edit_config):
+    edit_config(dense_copy, mlp_bias=True)
+    refused(run(dense_copy, no_leftovers), 2, "mlp_bias")
+    edit_config(dense_copy, mlp_bias=False, quantization_config={"quant_method": "gptq"})
+    refused(run(dense_copy, no_leftovers), 2, "quantised (gptq)")
+
+
+@pytest.fixture
+def sharded(dense, tmp_path):
+    """A checkpoint in several shards."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "sharded"
+    shutil.copytree(dense, folder)
+    (folder / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(dense).save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
+def test_a_missing_shard(sharded, no_leftovers):
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.unlink()
+    refused(run(sharded, no_leftovers), 2, f"shard {shard.name} is missing")
+
+
+def test_a_truncated_shard(sharded, no_leftovers):
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused(run(sharded, no_leftovers), 2, f"shard {shard.name} is corrupt or truncated")
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors", b"\xff" * 64])
+def test_a_corrupt_shard(dense_copy, no_leftovers, content):
+    (dense_copy / "model.safetensors").write_bytes(content)
+    refused(run(dense_copy, no_leftovers), 2, "model.safetensors is corrupt or truncated")
+
+
+def test_only_pickled_weights(dense_copy, no_leftovers):
+    (dense_copy / "model.safetensors").rename(dense_copy / "pytorch_model.bin")
+    refused(run(dense_copy, no_leftovers), 2, "read from safetensors only")
+
+
+def change_weights(folder: Path, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_missing_unknown_and_misshapen_tensors(dense_copy, no_leftovers):
+    name = "model.layers.1.mlp.up_proj.weight"
+    kept = load_file(dense_copy / "model.safetensors")[name]
+    change_weights(dense_copy, lambda tensors: tensors.pop(name))
+    refused(run(dense_copy, no_leftovers), 2, "lacks 1 tensors", name)
+    change_weights(dense_copy, lambda tensors: tensors.update({name: kept[:48].clone()}))
+    refused(run(dense_copy, no_leftovers), 2, name, "[48, 64]", "[96, 64]")
+    change_weights(dense_copy, lambda tensors: tensors.update({name: kept, "extra": kept.clone()}))
+    refused(run(dense_copy, no_leftovers), 2, "holds 1 tensors", "extra")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(dense_copy, no_leftovers, value):
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_weights(dense_copy, lambda tensors: tensors[name][3].fill_(value))
+    refused(run(dense_copy, no_leftovers), 1, name, "NaN or infinite")
+
+
+def test_activations_that_are_not_finite(dense_copy, no_leftovers):
+    def overflow(tensors):
+        tensors["model.layers.1.mlp.gate_proj.weight"].fill_(1e30)
+        tensors["model.layers.1.mlp.up_proj.weight"].fill_(1e30)
+
+    change_weights(dense_copy, overflow)
+    refused(run(dense_copy, no_leftovers), 1, "layer 1 produces NaN or infinite activations")
+
+
+def test_too_little_calibration_text(dense, no_leftovers, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("Too short.\n" * 5)
+    result = run(dense, no_leftovers, "--calibration", str(text))
+    refused(result, 2, "4 windows of 64 need 256", "--samples")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "phrase"),
+    [
+        ("absent.txt", None, "no text file"),
+        ("latin.txt", "é".encode("latin-1"), "not UTF-8"),
+        ("rows.jsonl", b'{"body": "hello"}\n', "no column 'text'; it has ['body']"),
+    ],
+)
+def test_unreadable_calibration_text(dense, no_leftovers, tmp_path, name, content, phrase):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    refused(run(dense, no_leftovers, "--calibration", str(path)), 2, phrase)
+
+
+def test_an_unknown_data_set(dense, no_leftovers):
+    result = run(dense, no_leftovers, "--calibration", "nobody/nothing")
+    refused(result, 2, "cannot read nobody/nothing as a data set")
+
+
+def test_no_tokenizer(dense_copy, no_leftovers):
+    (dense_copy / "tokenizer.json").unlink()
+    refused(run(dense_copy, no_leftovers), 2, "has no tokenizer")
+
+
+def test_the_tokenizer_of_another_model(dense_copy, no_leftovers, edit_config):
+    edit_config(dense_copy, vocab_size=10)
+
+    def shrink(tensors):
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = tensors[name][:10].clone()
+
+    change_weights(dense_copy, shrink)
+    refused(run(dense_copy, no_leftovers), 2, "tokenizer of another model")
+
+
+def test_an_existing_output_is_never_overwritten_unasked(dense, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    refused(run(dense, out), 2, "out exists already", "--overwrite")
+    refused(run(dense, out, "--overwrite"), 2, "not a model repository")
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+def test_an_unfinished_output_is_not_overwritten_unasked(dense, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "model-00001-of-00003.safetensors").write_text("")
+    refused(run(dense, tmp_path / "out"), 2, "out.partial exists already")
+
+
+def test_the_source_is_never_the_output(dense_copy):
+    before = sorted(path.name for path in dense_copy.iterdir())
+    refused(run(dense_copy, dense_copy, "--overwrite"), 2, "source checkpoint itself")
+    assert sorted(path.name for path in dense_copy.iterdir()) == before
+
+
+def test_overwrite_replaces_a_model_and_an_empty_folder_is_fine(dense, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    assert run(dense, out).exit_code == 0
+    first = (out / "config.json").read_bytes()
+    (out / "old-file").write_text("")
+    assert run(dense, out, "--overwrite", active=3).exit_code == 0
+    assert (out / "config.json").read_bytes() != first
+    assert not (out / "old-file").exists()
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+
+
+def test_a_failed_overwrite_leaves_the_old_model(dense, dense_copy, tmp_path):
+    out = tmp_path / "out"
+    assert run(dense, out).exit_code == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    change_weights(
+        dense_copy, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].fill_(1e38)
+    )
+    assert run(dense_copy, out, "--overwrite").exit_code == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+
+
+def test_no_disk_space(dense_copy, no_leftovers, edit_config):
+    """A sparse file stands for a checkpoint that is larger than the disk."""
+    rows = int(shutil.disk_usage(dense_copy).free * 1.1) // (64 * 4)
+    tensors = load_file(dense_copy / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, dense_copy / "model.safetensors", metadata={"format": "pt"})
+    path = dense_copy / "model.safetensors"
+    size = struct.unpack("<Q", path.read_bytes()[:8])[0]
+    header = json.loads(path.read_bytes()[8 : 8 + size])
+    body = path.read_bytes()[8 + size :]
+    for info in header.values():
+        if "dtype" in info and info["shape"] == [1024, 64]:
+            embedding = info
+    # The embedding moves to the end of the file and grows.
+    start, end = embedding["data_offsets"]
+    length = end - start
+    body = body[:start] + body[end:]
+    for info in header.values():
+        if "data_offsets" in info and info["data_offsets"][0] >= end:
+            info["data_offsets"] = [offset - length for offset in info["data_offsets"]]
+    embedding["shape"] = [rows, 64]
+    embedding["data_offsets"] = [len(body), len(body) + rows * 64 * 4]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text + body)
+        try:
+            file.truncate(8 + len(text) + len(body) + rows * 64 * 4)
+        except OSError:
+            pytest.skip("this file system has no sparse files")
+    edit_config(dense_copy, vocab_size=rows, tie_word_embeddings=True)
+    refused(run(dense_copy, no_leftovers), 2, "GB free")
+
+
+def test_not_a_model_at_all(tmp_path, no_leftovers):
+    (tmp_path / "empty").mkdir()
+    refused(run(tmp_path / "empty", no_leftovers), 2, "no config.json")
+    refused(run(tmp_path / "absent", no_leftovers), 2, "neither a folder nor the id")
+    refused(run("not//valid::id", no_leftovers), 2, "neither a folder nor the id")
+
+
+def test_remote_code_is_not_run_unasked(dense_copy, tmp_path, edit_config):
+    canary = tmp_path / "canary"
+    (dense_copy / "modeling_evil.py").write_text(f"open({str(canary)!r}, 'w').close()\n")
+    edit_config(
+        dense_copy,
+        model_type="evil",
+        auto_map={
+            "AutoConfig": "modeling_evil.Config",
+            "AutoModelForCausalLM": "modeling_evil.Model",
+        },
+    )
+    result = run(dense_copy, tmp_path / "out")
+    refused(result, 2, "'evil'")
+    arguments = ["evaluate", str(dense_copy), "--text", str(CALIBRATION), "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1 and result.stdout == ""
+    assert not canary.exists()
+
+
+@pytest.mark.slow
+def test_interrupted_it_leaves_nothing_that_looks_finished(embedded, tmp_path):
+    """Ctrl-C in the middle, in a process of its own."""
+    out = tmp_path / "out"
+    script = (
+        "import sys, signal, os\n"
+        "from cmoe_hf.conversion import checkpoint, cli\n"
+        "write = checkpoint.Target.write_shard\n"
+        "def interrupt(self, number, tensors):\n"
+        "    write(self, number, tensors)\n"
+        "    if number == 2: os.kill(os.getpid(), signal.SIGINT)\n"
+        "checkpoint.Target.write_shard = interrupt\n"
+        "cli.main()\n"
+    )
+    command = [sys.executable, "-c", script, "convert", str(embedded), str(out)]
+    command += ["--shared", "1", "--active", "1", "--experts", "8"]
+    command += ["--calibration", str(CALIBRATION), "--samples", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "interrupted: the output folder was not made."
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback(dense, tmp_path):
+    result = run(dense, tmp_path / "out", "--debug", experts=7)
+    assert result.exit_code != 0
+    assert result.exception is not None and "not divisible" in str(result.exception)
+
+
+def test_the_dtype_of_the_weights_may_be_any(make_dense, tmp_path):
+    folder = make_dense("tinyllama")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name: tensor.to(torch.float16) for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    assert run(folder, tmp_path / "out").exit_code == 0

@@ -1,0 +1,262 @@
+"""The converted repository: complete, reproducible, and loadable where this package is not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from cmoe_hf.conversion import convert
+
+FILES = {
+    "config.json",
+    "configuration_cmoe.py",
+    "modeling_cmoe.py",
+    "conversion.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "README.md",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["cmoe_hf"] = None  # any import of it fails
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+source, target, logits_file = sys.argv[1:]
+model, info = AutoModelForCausalLM.from_pretrained(
+    source, trust_remote_code=True, output_loading_info=True
+)
+assert not any(info.values()), info
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+ids = torch.arange(2, 34).view(2, 16)
+with torch.no_grad():
+    logits = model.eval()(ids).logits
+    base = AutoModel.from_pretrained(source, trust_remote_code=True).eval()
+    assert torch.equal(model.lm_head(base(ids).last_hidden_state), logits)
+torch.save(logits, logits_file)
+model.save_pretrained(target)
+AutoTokenizer.from_pretrained(source).save_pretrained(target)
+"""
+
+
+def run_without_package(source: Path, target: Path, folder: Path) -> torch.Tensor:
+    """Load in a process that cannot import cmoe_hf, save again, return the logits."""
+    logits = folder / f"{target.name}.pt"
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / target.name / "modules")}
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_PACKAGE, str(source), str(target), str(logits)],
+        check=True,
+        env=environment,
+        timeout=120,
+    )
+    return torch.load(logits)
+
+
+@pytest.mark.parametrize("notation", [(2, 2, 8), (0, 2, 8), (3, 0, 8)])
+def test_the_folder_is_complete(dense, carve, notation):
+    folder = carve(dense, notation)
+    shards = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
+    assert {path.name for path in folder.iterdir()} == FILES | shards
+    assert not list(folder.parent.glob("*.partial"))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    stored = {}
+    for shard in shards:
+        with safe_open(folder / shard, framework="pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            stored.update(dict.fromkeys(opened.keys(), shard))
+    assert index["weight_map"] == stored
+    config = json.loads((folder / "config.json").read_text())
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_cmoe.CMoELlamaConfig",
+        "AutoModel": "modeling_cmoe.CMoELlamaModel",
+        "AutoModelForCausalLM": "modeling_cmoe.CMoELlamaForCausalLM",
+    }
+    assert config["architectures"] == ["CMoELlamaForCausalLM"]
+
+
+@pytest.mark.slow
+def test_it_loads_saves_and_loads_again_without_the_package(carved, tmp_path, tensors):
+    first = run_without_package(carved, tmp_path / "again", tmp_path)
+    second = run_without_package(tmp_path / "again", tmp_path / "third", tmp_path)
+    with_package = AutoModelForCausalLM.from_pretrained(tmp_path / "third").eval()
+    assert type(with_package).__module__ == "cmoe_hf.modeling_cmoe"
+    with torch.no_grad():
+        third = with_package(torch.arange(2, 34).view(2, 16)).logits
+    original = AutoModelForCausalLM.from_pretrained(carved).eval()
+    with torch.no_grad():
+        expected = original(torch.arange(2, 34).view(2, 16)).logits
+    for logits in (first, second, third):
+        # Not bit for bit: where a file's tensors lie in memory can change the BLAS kernel.
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    before, after = tensors(carved), tensors(tmp_path / "third")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for name in ("configuration_cmoe.py", "modeling_cmoe.py"):
+        assert (tmp_path / "third" / name).read_bytes() == (carved / name).read_bytes()
+
+
+def test_saved_with_the_package_it_is_still_complete(carved, tmp_path):
+    AutoModelForCausalLM.from_pretrained(carved).save_pretrained(tmp_path)
+    assert (tmp_path / "modeling_cmoe.py").is_file()
+    assert (tmp_path / "configuration_cmoe.py").is_file()
+    before = json.loads((carved / "config.json").read_text())
+    after = json.loads((tmp_path / "config.json").read_text())
+    assert after["auto_map"] == before["auto_map"]
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+
+
+@pytest.mark.parametrize("recipe", ["paper", "released"])
+def test_the_same_request_gives_the_same_bytes(embedded, carve, recipe):
+    first, second = (carve(embedded, (3, 3, 8), recipe=recipe) for _ in range(2))
+    for path in sorted(first.glob("*.safetensors")):
+        assert path.read_bytes() == (second / path.name).read_bytes()
+    assert (first / "config.json").read_bytes() == (second / "config.json").read_bytes()
+
+
+def test_another_seed_gives_other_windows(embedded, carve, tensors):
+    first, second = (tensors(carve(embedded, (3, 3, 8), seed=seed)) for seed in (0, 1))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("family", ["llama-2", "llama-3", "tinyllama"])
+def test_every_family_keeps_its_configuration(make_dense, carve, family):
+    source = make_dense(family)
+    dense, carved = (AutoConfig.from_pretrained(folder) for folder in (source, carve(source)))
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_key_value_heads",
+        "rope_parameters",
+        "tie_word_embeddings",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "eos_token_id",
+    ):
+        assert getattr(carved, name) == getattr(dense, name), name
+
+
+def test_source_precision_is_kept_unless_another_is_asked_for(embedded, carve, tensors):
+    for dtype, expected in ((None, torch.bfloat16), ("float16", torch.float16)):
+        folder = carve(embedded, (3, 3, 8), dtype=dtype)
+        for name, tensor in tensors(folder).items():
+            kept = torch.float32 if name.endswith("balance_bias") else expected
+            assert tensor.dtype == kept, name
+        assert AutoConfig.from_pretrained(folder).dtype == expected
+
+
+def test_tokenizer_and_generation_config_survive(dense_copy, carve):
+    tokenizer = AutoTokenizer.from_pretrained(dense_copy)
+    tokenizer.chat_template = "{% for message in messages %}<s>{{ message.content }}{% endfor %}"
+    tokenizer.add_tokens(["<new>"], special_tokens=True)
+    tokenizer.add_tokens(["</s>"])
+    tokenizer.save_pretrained(dense_copy)
+    GenerationConfig(max_new_tokens=7, do_sample=True, temperature=0.5).save_pretrained(dense_copy)
+    folder = carve(dense_copy)
+    again = AutoTokenizer.from_pretrained(folder)
+    text = "def f(x): <new> return 'é'</s>"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    messages = [{"role": "user", "content": "hello"}]
+    assert again.apply_chat_template(messages, tokenize=False) == "<s>hello"
+    assert again.eos_token == "</s>" and again.pad_token == "</s>"
+    generation = GenerationConfig.from_pretrained(folder)
+    assert (generation.max_new_tokens, generation.temperature) == (7, 0.5)
+
+
+def test_the_card_states_base_model_licence_and_measurements(dense_copy, carve):
+    (dense_copy / "README.md").write_text("---\nlicense: llama2\nlicense_link: LICENSE\n---\nHi\n")
+    (dense_copy / "LICENSE.txt").write_text("terms")
+    folder = carve(dense_copy)
+    card = ModelCard.load(folder / "README.md")
+    data = card.data.to_dict()
+    assert data["base_model"] == "copy"
+    assert data["license"] == "llama2" and data["license_link"] == "LICENSE"
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "text-generation"
+    assert {"moe", "cmoe"} <= set(data["tags"])
+    assert "S2A2E8" in card.text and "50.0%" in card.text
+    assert "trust_remote_code=True" in card.text
+    assert (folder / "LICENSE.txt").read_text() == "terms"
+    assert card.text.count("\n| 0 | 0.") == 1  # the measured error of layer 0
+
+
+def test_nothing_published_names_a_path_or_a_user(dense, carve, tmp_path, calibration_text):
+    text = tmp_path / "private-user" / "notes.txt"
+    text.parent.mkdir()
+    text.write_text(calibration_text.read_text())
+    folder = carve(dense, calibration=text)
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        for secret in (str(tmp_path), "private-user", str(dense.parent), str(Path.home()) + "/"):
+            assert secret.encode() not in content, f"{secret} in {path.name}"
+    assert json.loads((folder / "conversion.json").read_text())["calibration"]["source"] == (
+        "notes.txt"
+    )
+
+
+def test_conversion_json_records_what_made_the_model(carved):
+    report = json.loads((carved / "conversion.json").read_text())
+    assert report["settings"] == {
+        "shared": 2,
+        "active": 2,
+        "experts": 8,
+        "recipe": "paper",
+        "calibration": "calibration.txt",
+        "samples": 4,
+        "sequence_length": 64,
+        "k_act": 10,
+        "seed": 0,
+        "dtype": None,
+    }
+    assert report["calibration"]["tokens"] == 256
+    assert len(report["calibration"]["sha256"]) == 64
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["source"] == {"name": "llama-2", "revision": None}
+    assert report["result"]["notation"] == "S2A2E8"
+    assert report["result"]["carving_ratio"] > 1
+
+
+def test_carving_costs_little_beside_the_forward_pass(embedded, calibration_text, tmp_path):
+    """At most 1.5 times the bare forward pass; the best of three runs, as machines are noisy."""
+    ratios = []
+    for run in range(3):
+        result = convert(
+            embedded,
+            tmp_path / str(run),
+            shared=3,
+            active=3,
+            experts=8,
+            calibration=calibration_text,
+        )
+        ratios.append(result.carving_ratio)
+    assert min(ratios) <= 1.5, ratios
+
+
+def test_an_old_checkpoint_with_stored_frequencies_converts(dense_copy, carve, tensors):
+    from safetensors.torch import load_file, save_file
+
+    path = dense_copy / "model.safetensors"
+    stored = load_file(path)
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(stored, path, metadata={"format": "pt"})
+    assert not any("inv_freq" in name for name in tensors(carve(dense_copy)))
+
+
+def test_a_sharded_checkpoint_gives_the_same_model(dense, dense_copy, carve, tensors):
+    AutoModelForCausalLM.from_pretrained(dense).save_pretrained(dense_copy, max_shard_size="100KB")
+    (dense_copy / "model.safetensors").unlink()
+    assert len(list(dense_copy.glob("*.safetensors"))) > 2
+    whole, sharded = tensors(carve(dense)), tensors(carve(dense_copy))
+    assert whole.keys() == sharded.keys()
+    assert all(torch.equal(whole[name], sharded[name]) for name in whole)

@@ -1,0 +1,267 @@
+"""The model itself: routing, backends, and what transformers expects of a MoE."""
+
+import fnmatch
+
+import pytest
+import torch
+from torch.nn.functional import silu
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from cmoe_hf import CMoELlamaConfig, CMoELlamaForCausalLM
+from cmoe_hf.modeling_cmoe import CMoERouter, CMoESparseMoeBlock
+
+BACKENDS = ["eager", "batched_mm", "grouped_mm"]
+
+
+def config(**changes):
+    fields = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 16,
+    }
+    return CMoELlamaConfig(**{**fields, **changes})
+
+
+def random_model(**changes):
+    """Random weights, u and b not zero."""
+    torch.manual_seed(0)
+    model = CMoELlamaForCausalLM(config(**changes)).eval()
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("gate.scale", "gate.balance_bias")):
+            tensor.normal_(std=0.3)
+        elif "mlp" in name:
+            tensor.normal_(std=0.3)
+    return model
+
+
+ids = torch.randint(128, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("router_type", ["representative", "linear"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_router_against_its_definition(router_type, absolute):
+    settings = config(router_type=router_type, router_absolute_score=absolute)
+    router = CMoERouter(settings)
+    for tensor in router.state_dict().values():
+        tensor.normal_(std=0.2)  # small: softmax must not saturate
+    x_TH = torch.randn(20, 32)
+    score_TN, weight_TK, index_TK = router(x_TH)
+    for x_H, got_N, weight_K, index_K in zip(x_TH, score_TN, weight_TK, index_TK, strict=True):
+        if router_type == "linear":
+            score_N = router.linear_weight @ x_H
+        else:
+            score_N = silu(router.gate_weight @ x_H) * (router.up_weight @ x_H)
+        score_N = score_N.abs() if absolute else score_N
+        torch.testing.assert_close(got_N, score_N)
+        share_N = score_N.exp() / score_N.exp().sum()
+        order = sorted(range(6), key=lambda n: -(share_N + router.balance_bias)[n].item())
+        assert sorted(index_K.tolist()) == sorted(order[:2])
+        torch.testing.assert_close(weight_K, 1 + share_N[index_K] * router.scale[index_K])
+
+
+def test_a_new_router_weighs_one_and_is_trainable():
+    model = CMoELlamaForCausalLM(config())
+    router = model.model.layers[0].mlp.gate
+    _, weight_TK, _ = router(torch.randn(5, 32))
+    assert (weight_TK == 1).all()
+    assert router.scale.requires_grad and (router.scale == 0).all()
+    model(ids, labels=ids).loss.backward()
+    assert router.scale.grad.abs().sum() > 0
+
+
+def test_the_balance_bias_changes_the_choice_but_not_the_weights():
+    router = random_model().model.layers[0].mlp.gate
+    x_TH = torch.randn(50, 32)
+    router.balance_bias.zero_()
+    router.balance_bias[3] = 10
+    score_TN, weight_TK, index_TK = router(x_TH)
+    assert (index_TK == 3).any(dim=1).all()
+    share_TN = score_TN.softmax(dim=1)
+    torch.testing.assert_close(
+        weight_TK, 1 + share_TN.gather(1, index_TK) * router.scale[index_TK]
+    )
+
+
+@pytest.mark.parametrize("router_type", ["representative", "linear"])
+@pytest.mark.parametrize(
+    ("active", "shared", "routed"), [(2, 16, 6), (6, 16, 6), (1, 0, 8), (3, 0, 8), (1, 56, 1)]
+)
+def test_every_backend_computes_what_a_loop_over_experts_does(router_type, active, shared, routed):
+    model = random_model(
+        router_type=router_type,
+        num_experts_per_tok=active,
+        shared_expert_intermediate_size=shared,
+        num_experts=routed,
+    )
+    expected = slow_logits(model)
+    for backend in BACKENDS:
+        model.set_experts_implementation(backend)
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def slow_logits(model):
+    """Logits with every sparse block replaced by a loop over tokens and experts."""
+
+    def slow_block(block, inputs):
+        x_TH = inputs[0].flatten(0, 1)
+        _, weight_TK, index_TK = block.gate(x_TH)
+        rows = []
+        for x_H, weight_K, index_K in zip(x_TH, weight_TK, index_TK, strict=True):
+            y_H = torch.zeros_like(x_H) if block.shared_expert is None else block.shared_expert(x_H)
+            for weight, expert in zip(weight_K, index_K.tolist(), strict=True):
+                gate_M, up_M = (block.experts.gate_up_proj[expert] @ x_H).chunk(2)
+                y_H = y_H + weight * (block.experts.down_proj[expert] @ (silu(gate_M) * up_M))
+            rows.append(y_H)
+        return torch.stack(rows).view_as(inputs[0])
+
+    handles = [
+        module.register_forward_hook(lambda block, inputs, output: slow_block(block, inputs))
+        for module in model.modules()
+        if isinstance(module, CMoESparseMoeBlock)
+    ]
+    logits = model(ids).logits.detach()
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+def test_gradients_agree_between_backends():
+    reference = None
+    for backend in BACKENDS:
+        model = random_model()
+        model.set_experts_implementation(backend)
+        model(ids, labels=ids).loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        reference = reference or gradients
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, reference[name], atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_without_active_experts_only_the_shared_one_runs():
+    model = random_model(num_experts_per_tok=0)
+    block = model.model.layers[0].mlp
+    x = torch.randn(2, 3, 32)
+    torch.testing.assert_close(block(x), block.shared_expert(x))
+    assert model(ids, output_router_logits=True).logits.shape == (2, 12, 128)
+
+
+def test_router_logits_on_request_by_keyword_or_config():
+    model = random_model()
+    assert model(ids).router_logits is None
+    by_keyword = model(ids, output_router_logits=True).router_logits
+    assert [tuple(scores.shape) for scores in by_keyword] == [(24, 6)] * 2
+    model.config.output_router_logits = True
+    by_config = model(ids).router_logits
+    for ours, theirs in zip(by_keyword, by_config, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert model(ids, output_router_logits=False).router_logits is None
+
+
+def test_hidden_states_and_attentions_are_recorded():
+    model = random_model()
+    model.set_attn_implementation("eager")
+    outputs = model(ids, output_hidden_states=True, output_attentions=True)
+    assert len(outputs.hidden_states) == 3
+    assert [tuple(weights.shape) for weights in outputs.attentions] == [(2, 4, 12, 12)] * 2
+
+
+def test_attention_backends_agree():
+    model = random_model()
+    expected = model(ids).logits
+    for backend in ("eager", "sdpa"):
+        model.set_attn_implementation(backend)
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        model = random_model()
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_balance_bias_stays_float32_in_half_precision(dtype, tmp_path):
+    model = random_model()
+    model.save_pretrained(tmp_path)
+    loaded = CMoELlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    router = loaded.model.layers[1].mlp.gate
+    assert router.balance_bias.dtype == torch.float32
+    assert router.scale.dtype == router.gate_weight.dtype == dtype
+    torch.testing.assert_close(router.balance_bias, model.model.layers[1].mlp.gate.balance_bias)
+    assert torch.isfinite(loaded(ids).logits).all()
+
+
+def test_the_parallel_plans_name_every_expert_tensor():
+    model = random_model()
+    names = [name for name, _ in model.model.named_parameters() if ".mlp." in name]
+    planned = model.config.base_model_tp_plan
+    for name in names:
+        covered = any(fnmatch.fnmatch(name, f"{pattern}*") for pattern in planned)
+        assert covered != (".gate." in name), f"{name}: experts are split, the router is not"
+    expert = [name for name in names if ".experts." in name]
+    for name in expert:
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in model.config.base_model_ep_plan)
+
+
+def test_vllm_cannot_mistake_the_router_for_a_softmax_gate():
+    for router_type in ("representative", "linear"):
+        state = CMoERouter(config(router_type=router_type)).state_dict()
+        assert not state.keys() <= {"weight", "e_score_correction_bias"}
+        assert "weight" not in state
+
+
+def test_a_user_backend_can_be_registered():
+    calls = []
+
+    def spy(self, hidden_states, top_k_index, top_k_weights):
+        calls.append(top_k_index.shape)
+        return ALL_EXPERTS_FUNCTIONS["batched_mm"](self, hidden_states, top_k_index, top_k_weights)
+
+    ALL_EXPERTS_FUNCTIONS.register("spy", spy)
+    model = random_model()
+    expected = model(ids).logits
+    model.set_experts_implementation("spy")
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert calls == [(24, 2), (24, 2)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 5}, "must equal intermediate_size"),
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok"),
+        ({"router_type": "magic"}, "router_type"),
+        (
+            {
+                "num_experts": 8,
+                "shared_expert_intermediate_size": 0,
+                "num_experts_per_tok": 0,
+            },
+            "at least 1",
+        ),
+    ],
+)
+def test_impossible_configurations_are_refused(changes, message):
+    with pytest.raises(Exception, match=message):
+        config(**changes)
+
+
+def test_notation_and_activation_ratio():
+    settings = config()
+    assert settings.notation == "S2A2E8"
+    assert settings.activation_ratio == 0.5
+    assert settings.num_local_experts == settings.num_experts == 6

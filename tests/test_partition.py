@@ -1,0 +1,120 @@
+"""The partition: nothing lost, balanced, and as cheap as the exact square assignment."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
+
+from cmoe_hf.conversion.partition import (
+    assign_balanced,
+    cluster_means,
+    distances,
+    mark_matrix,
+    partition,
+)
+from cmoe_hf.conversion.profile import activation_marks, activation_rates
+
+
+def random_marks(tokens, width, k, seed):
+    """Marks with busy and idle neurons, as in a real FFN."""
+    generator = torch.Generator().manual_seed(seed)
+    scale_F = torch.linspace(0.2, 2, width)
+    return activation_marks(torch.randn(tokens, width, generator=generator) * scale_F, k)
+
+
+@st.composite
+def shapes(draw):
+    """(F, S * m, Nr, m) of a valid request."""
+    experts, neurons = draw(st.integers(2, 8)), draw(st.integers(1, 12))
+    shared = draw(st.integers(0, experts - 1))
+    return experts * neurons, shared * neurons, experts - shared, neurons
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes(), st.integers(0, 99), st.sampled_from(["l1", "l2"]), st.sampled_from([1, 20]))
+def test_every_neuron_is_in_exactly_one_place(shape, seed, metric, iterations):
+    width, shared, experts, neurons = shape
+    marks_TK = random_marks(50, width, min(3, width), seed)
+    rate_F = activation_rates(marks_TK, width)
+    parts = partition(
+        marks_TK, rate_F, shared=shared, experts=experts, metric=metric, max_iterations=iterations
+    )
+    placed = torch.cat([parts.shared_S, parts.experts_NM.flatten()])
+    assert sorted(placed.tolist()) == list(range(width))
+    assert parts.experts_NM.shape == (experts, neurons)
+    assert parts.iterations <= iterations
+    if shared:
+        routed_F = rate_F[parts.experts_NM.flatten()]
+        assert rate_F[parts.shared_S].min() >= routed_F.max()
+    for representative, members_M in zip(parts.representatives_N, parts.experts_NM, strict=True):
+        assert representative in members_M
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 6), st.integers(1, 12), st.integers(0, 999))
+def test_assignment_costs_what_the_square_assignment_costs(clusters, capacity, seed):
+    cost_RN = np.random.default_rng(seed).random((clusters * capacity, clusters))
+    label_R = assign_balanced(cost_RN)
+    assert np.bincount(label_R, minlength=clusters).tolist() == [capacity] * clusters
+    rows, columns = linear_sum_assignment(np.repeat(cost_RN, capacity, axis=1))
+    best = np.repeat(cost_RN, capacity, axis=1)[rows, columns].sum()
+    assert cost_RN[np.arange(len(label_R)), label_R].sum() == pytest.approx(best)
+
+
+@given(st.integers(2, 30), st.integers(4, 12), st.integers(1, 4), st.integers(0, 99))
+def test_distances_are_those_of_the_dense_matrix(tokens, width, clusters, seed):
+    columns_TR = mark_matrix(random_marks(tokens, width, 3, seed), width)
+    centroids_TN = np.random.default_rng(seed).random((tokens, clusters))
+    difference_TRN = columns_TR.toarray()[:, :, None] - centroids_TN[:, None, :]
+    l1_RN = np.abs(difference_TRN).sum(axis=0)
+    l2_RN = np.sqrt(np.square(difference_TRN).sum(axis=0))
+    np.testing.assert_allclose(distances(columns_TR, centroids_TN, "l1"), l1_RN, atol=1e-9)
+    np.testing.assert_allclose(distances(columns_TR, centroids_TN, "l2"), l2_RN, atol=1e-6)
+
+
+def test_cluster_means_are_means():
+    columns_TR = mark_matrix(random_marks(20, 12, 3, 0), 12)
+    label_R = np.array([0, 1, 2] * 4)
+    means_TN = cluster_means(columns_TR, label_R, 3)
+    for cluster in range(3):
+        expected_T = columns_TR.toarray()[:, label_R == cluster].mean(axis=1)
+        np.testing.assert_allclose(means_TN[:, cluster], expected_T)
+
+
+def test_under_balance_l1_and_squared_l2_have_the_same_optimum():
+    """Method section 4: only the cost differs, by a constant, on binary columns."""
+    columns_TR = mark_matrix(random_marks(60, 24, 4, 3), 24)
+    centroids_TN = columns_TR[:, [20, 21, 22, 23]].toarray()
+    l1_RN = distances(columns_TR, centroids_TN, "l1")
+    squared_RN = distances(columns_TR, centroids_TN, "l2") ** 2
+    inner_RN = -(columns_TR.T @ centroids_TN)
+    items = np.arange(24)
+    for cost_RN in (l1_RN, squared_RN):
+        for other_RN in (l1_RN, squared_RN, inner_RN):
+            label_R = assign_balanced(other_RN)
+            best_R = assign_balanced(cost_RN)
+            assert cost_RN[items, label_R].sum() == pytest.approx(cost_RN[items, best_R].sum())
+
+
+def test_neurons_that_fire_together_end_up_together():
+    """Three groups of four neurons, each marked as a whole by its own tokens."""
+    groups = torch.tensor([[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]])
+    marks_TK = groups.repeat(10, 1)
+    rate_F = activation_rates(marks_TK, 12)
+    rate_F[torch.tensor([0, 1, 2])] += 1e-6  # one seed per group
+    parts = partition(marks_TK, rate_F, shared=0, experts=3)
+    assert sorted(parts.experts_NM.tolist()) == groups.tolist()
+
+
+@pytest.mark.slow
+def test_a_llama_2_7b_layer_is_partitioned_in_seconds_on_one_core():
+    marks_TK = random_marks(16_384, 11_008, 10, 0)
+    rate_F = activation_rates(marks_TK, 11_008)
+    start = time.process_time()  # CPU seconds: what one core would need
+    parts = partition(marks_TK, rate_F, shared=2 * 1376, experts=6, metric="l1", max_iterations=1)
+    assert parts.experts_NM.shape == (6, 1376)
+    assert time.process_time() - start < 3

@@ -1,0 +1,134 @@
+"""Carving: exact where it must be, and seeing in calibration what the model computes later."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from cmoe_hf.conversion.calibration import random_windows, tokenize
+from cmoe_hf.conversion.pipeline import RECIPES
+
+BACKENDS = ["eager", "batched_mm", "grouped_mm"]
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("notation", [(0, 8, 8), (3, 5, 8), (1, 3, 4)])
+def test_with_all_experts_active_the_embedded_model_is_the_dense_one(
+    embedded, carve, recipe, notation, token_ids
+):
+    carved = load(carve(embedded, notation, recipe=recipe))
+    with torch.no_grad():
+        expected = load(embedded)(token_ids).logits
+        for backend in BACKENDS:
+            carved.set_experts_implementation(backend)
+            assert (carved(token_ids).logits - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["llama-2", "llama-3", "tinyllama"])
+def test_all_active_equals_dense_in_every_family_and_precision(
+    make_dense, carve, family, dtype, token_ids
+):
+    source = make_dense(family, dtype=dtype)
+    source_model = LlamaForCausalLM.from_pretrained(source).to(getattr(torch, dtype))
+    source_model.save_pretrained(source)
+    carved_folder = carve(source, (2, 6, 8))
+    stored = json.loads((carved_folder / "config.json").read_text())
+    assert stored["dtype"] == dtype
+    with torch.no_grad():
+        # In float32 both, so that only the arithmetic of carving could differ.
+        expected = load(source)(token_ids).logits
+        assert (load(carved_folder)(token_ids).logits - expected).abs().max() < 1e-4 * max(
+            1.0, expected.abs().max().item()
+        )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_neuron_is_lost_or_doubled(dense, carve, tensors, recipe):
+    before, after = tensors(dense), tensors(carve(dense, (2, 2, 8), recipe=recipe))
+    for layer in range(2):
+        mlp = f"model.layers.{layer}.mlp."
+        gate_NMH, up_NMH = after[mlp + "experts.gate_up_proj"].chunk(2, dim=1)
+        down_NHM = after[mlp + "experts.down_proj"]
+        pieces = {
+            "gate_proj": gate_NMH.flatten(0, 1),
+            "up_proj": up_NMH.flatten(0, 1),
+            "down_proj": down_NHM.transpose(1, 2).flatten(0, 1),
+        }
+        neurons = []
+        for name, routed_RH in pieces.items():
+            shared = after[mlp + f"shared_expert.{name}.weight"]
+            whole = before[mlp + f"{name}.weight"]
+            shared, whole = (shared.T, whole.T) if name == "down_proj" else (shared, whole)
+            rows = torch.cat([shared, routed_RH])
+            # Which dense neuron each row is: exact copies, each used once, the same in all three.
+            index = (rows[:, None] == whole[None]).all(dim=2).int().argmax(dim=1)
+            assert torch.equal(whole[index], rows)
+            neurons.append(index.tolist())
+        assert sorted(neurons[0]) == list(range(96))
+        assert neurons[0] == neurons[1] == neurons[2]
+
+
+def test_tensors_outside_the_ffn_are_untouched(dense, carved, tensors):
+    before, after = tensors(dense), tensors(carved)
+    kept = {name for name in before if ".mlp." not in name}
+    assert kept == {name for name in after if ".mlp." not in name}
+    for name in kept:
+        assert torch.equal(before[name], after[name])
+
+
+def test_each_layer_is_profiled_on_what_the_carved_layers_before_it_produce(
+    embedded, calibration_text, carve
+):
+    """The errors that calibration reports are those of the finished model on the same windows."""
+    folder = carve(embedded, (2, 2, 8), samples=4, sequence_length=64, seed=3)
+    ids = tokenize(AutoTokenizer.from_pretrained(embedded), calibration_text.read_text())
+    windows_WL = random_windows(ids, samples=4, length=64, seed=3)
+    carved, dense = load(folder), load(embedded)
+    outputs = {}
+    for index, layer in enumerate(carved.model.layers):
+        layer.mlp.register_forward_hook(
+            lambda module, args, output, index=index: outputs.update({index: (args[0], output)})
+        )
+    with torch.no_grad():
+        carved(windows_WL)
+        report = json.loads((folder / "conversion.json").read_text())
+        for index, layer in enumerate(report["layers"]):
+            x, y = outputs[index]
+            expected = dense.model.layers[index].mlp(x)
+            error = ((y - expected).norm() / expected.norm()).item()
+            assert layer["relative_output_error"] == pytest.approx(error, rel=0.02)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("experts", [4, 6, 12])
+def test_layer_figures_are_consistent(dense, carve, recipe, experts):
+    report = json.loads(
+        (carve(dense, (1, 2, experts), recipe=recipe) / "conversion.json").read_text()
+    )
+    assert len(report["layers"]) == 2
+    for layer in report["layers"]:
+        assert layer["expert_sizes"] == [96 // experts] * (experts - 1)
+        assert layer["shared_neurons"] == 96 // experts
+        assert sum(layer["expert_loads"]) == pytest.approx(2)
+        rate = layer["activation_rate"]
+        assert 0 <= rate["min"] <= rate["q25"] <= rate["median"] <= rate["q75"] <= rate["max"] <= 1
+        assert 0 < layer["marks_on_shared"] <= 1
+        assert 0 < layer["relative_output_error"] < 1.5
+        assert layer["seconds"]["carving_pass"] > 0
+        assert layer["seconds"]["bare_forward"] > 0
+
+
+def test_the_error_falls_to_zero_as_more_experts_run(embedded, carve):
+    errors = []
+    for active in (0, 2, 4, 6):
+        report = json.loads((carve(embedded, (2, active, 8)) / "conversion.json").read_text())
+        errors.append(report["result"]["relative_output_error"])
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 0.1
+    assert errors[-1] < 1e-5

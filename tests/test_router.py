@@ -1,0 +1,67 @@
+"""The analytical router, and the oracle it is compared with."""
+
+import torch
+from torch.nn.functional import silu
+
+from cmoe_hf import CMoELlamaConfig
+from cmoe_hf.conversion.partition import partition
+from cmoe_hf.conversion.pipeline import expert_weights
+from cmoe_hf.conversion.profile import activation_marks, activation_rates
+from cmoe_hf.conversion.router import (
+    agreement,
+    representative_router,
+)
+
+
+def small_config(**changes):
+    fields = {
+        "hidden_size": 8,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 4,
+        "shared_expert_intermediate_size": 4,
+    }
+    return CMoELlamaConfig(**{**fields, **changes})
+
+
+def test_the_score_is_the_activation_of_the_representative():
+    x_TH, gate_FH, up_FH = torch.randn(6, 8), torch.randn(24, 8), torch.randn(24, 8)
+    chosen_N = torch.tensor([3, 1, 20, 7, 11])
+    router = representative_router(gate_FH, up_FH, chosen_N, normalise=False)
+    h_TF = silu(x_TH @ gate_FH.T) * (x_TH @ up_FH.T)
+    weight_TE = expert_weights(router, x_TH, small_config())
+    for row_E, score_N in zip(weight_TE, h_TF[:, chosen_N], strict=True):
+        assert row_E[0] == 1
+        assert set(row_E[1:].nonzero().flatten().tolist()) == set(score_N.topk(2).indices.tolist())
+
+
+def test_the_released_router_has_unit_rows_and_absolute_scores():
+    x_TH, gate_FH, up_FH = torch.randn(6, 8), torch.randn(24, 8) * 3, torch.randn(24, 8) * 3
+    chosen_N = torch.arange(5)
+    router = representative_router(gate_FH, up_FH, chosen_N, normalise=True)
+    for rows_NH in router.values():
+        torch.testing.assert_close(rows_NH.norm(dim=1), torch.ones(5))
+    score_TN = silu(x_TH @ router["gate_weight"].T) * (x_TH @ router["up_weight"].T)
+    weight_TE = expert_weights(router, x_TH, small_config(router_absolute_score=True))
+    for row_E, score_N in zip(weight_TE, score_TN.abs(), strict=True):
+        assert set(row_E[1:].nonzero().flatten().tolist()) == set(score_N.topk(2).indices.tolist())
+
+
+def test_agreement_counts_equal_sets_whatever_their_order():
+    ours = torch.tensor([[0, 1], [2, 3], [1, 0], [4, 2]])
+    theirs = torch.tensor([[1, 0], [2, 4], [1, 0], [2, 4]])
+    assert agreement(ours, theirs) == 0.75
+
+
+def test_the_papers_representative_is_almost_the_least_marked_neuron():
+    """Why this router is weak (method, section 5.4): a fact of the published method."""
+    h_TF = torch.randn(400, 96, generator=torch.Generator().manual_seed(0))
+    marks_TK = activation_marks(h_TF * torch.linspace(0.3, 2, 96), 4)
+    rate_F = activation_rates(marks_TK, 96)
+    parts = partition(marks_TK, rate_F, shared=24, experts=3, max_iterations=1)
+    for representative, members_M in zip(parts.representatives_N, parts.experts_NM, strict=True):
+        # Off by at most the share 2 K_a / m of the cluster's marks.
+        assert rate_F[representative] * (1 - 2 * 4 / 24) <= rate_F[members_M].min() + 1e-12
