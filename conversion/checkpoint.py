@@ -164,8 +164,11 @@ def _from_hub(download: Any, name: str, revision: str | None, **arguments: Any) 
         raise RequestError(f"{where} has no config.json: it is not a model.") from error
     except HFValidationError as error:
         raise RequestError(f"{name} is neither a folder nor a valid Hub id.") from error
-    except OSError as error:
-        raise CMoEError(f"cannot download {where}: {error}") from error
+    except Exception as error:  # of the HTTP library, which differs between versions
+        raise CMoEError(
+            f"cannot reach the Hub for {where}: {error}. Check the connection, or give a local "
+            "folder."
+        ) from error
 
 
 def open_source(model: str | Path, *, revision: str | None = None) -> Source:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -50,7 +51,8 @@ class LoopbackHub:
         parts = parts[2:] if is_api else parts
         name = "/".join(parts[:2])
         if name == "org/unreachable":
-            request.connection.close()
+            request.close_connection = True
+            request.connection.shutdown(socket.SHUT_RDWR)
             return
         if name == "org/gated":
             self.refuse(request, 403, "GatedRepo")

@@ -1,0 +1,45 @@
+"""Text sources and windows."""
+
+import json
+
+import pandas
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cmoe_hf.conversion import RequestError
+from cmoe_hf.conversion.calibration import consecutive_windows, load_text, random_windows
+
+DOCUMENTS = ["First document.", "Second, with é.", "Third."]
+
+
+def test_every_local_format_gives_the_same_text(tmp_path):
+    (tmp_path / "t.txt").write_text("\n\n".join(DOCUMENTS), encoding="utf-8")
+    rows = [{"id": index, "text": text} for index, text in enumerate(DOCUMENTS)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    pandas.DataFrame(rows).to_parquet(tmp_path / "t.parquet")
+    texts = {load_text(tmp_path / f"t.{kind}") for kind in ("txt", "jsonl", "parquet")}
+    assert texts == {"\n\n".join(DOCUMENTS)}
+
+
+@given(st.integers(1, 8), st.integers(1, 20), st.integers(0, 99))
+def test_random_windows_are_slices_of_the_text(samples, length, seed):
+    ids = torch.arange(max(200, samples * length + 1))
+    windows_WL = random_windows(ids, samples=samples, length=length, seed=seed)
+    assert windows_WL.shape == (samples, length)
+    for window_L in windows_WL:
+        assert torch.equal(window_L, ids[window_L[0] : window_L[0] + length])
+    again = random_windows(ids, samples=samples, length=length, seed=seed)
+    assert torch.equal(windows_WL, again)
+
+
+@given(st.integers(1, 300), st.integers(1, 40))
+def test_consecutive_windows_drop_only_the_last_partial_one(tokens, length):
+    ids = torch.arange(tokens)
+    if tokens < length:
+        with pytest.raises(RequestError, match="fewer than one window"):
+            consecutive_windows(ids, length=length)
+    else:
+        windows_WL = consecutive_windows(ids, length=length)
+        assert torch.equal(windows_WL.flatten(), ids[: tokens - tokens % length])

@@ -1,0 +1,89 @@
+"""The command line: its keys, its streams, its configuration file."""
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.demo import CALIBRATION
+
+SHAPE = ["--shared", "2", "--active", "2", "--experts", "8"]
+CHEAP = ["--calibration", str(CALIBRATION), "--samples", "4", "--sequence-length", "64"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_help_names_every_command():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    for command in ("demo", "convert", "evaluate"):
+        assert command in result.stdout
+
+
+def test_convert_json_has_the_promised_keys(dense, tmp_path):
+    result = invoke("convert", dense, tmp_path / "out", *SHAPE, *CHEAP, "--json")
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert {
+        "output",
+        "notation",
+        "activation_ratio",
+        "calibration_tokens",
+        "seconds",
+        "peak_memory_bytes",
+    } <= printed.keys()
+    assert printed["notation"] == "S2A2E8"
+    assert printed["activation_ratio"] == 0.5
+    assert printed["calibration_tokens"] == 256
+    assert printed["output"] == str(tmp_path / "out")
+    assert printed["peak_memory_bytes"] > 10**7
+
+
+def test_without_json_a_table_says_what_was_done(dense, tmp_path):
+    result = invoke("convert", dense, tmp_path / "out", *SHAPE, *CHEAP)
+    assert result.exit_code == 0, result.stderr
+    assert "S2A2E8" in result.stdout and "50.0%" in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("dump", [json.dumps, yaml.safe_dump])
+def test_a_configuration_file_gives_defaults_and_the_command_line_wins(dense, tmp_path, dump):
+    config = tmp_path / "settings"
+    entries = {"shared": 1, "active": 2, "experts": 8, "samples": 4, "sequence-length": 64}
+    config.write_text(dump({**entries, "calibration": str(CALIBRATION)}))
+    result = invoke(
+        "convert", dense, tmp_path / "out", "--config", config, "--active", 3, "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["notation"] == "S1A3E8"
+
+
+@pytest.mark.parametrize(
+    ("content", "phrase"), [("magic: 1", "magic"), ("[1, 2]", "map option names"), (None, "cannot")]
+)
+def test_a_bad_configuration_file_is_refused(dense, tmp_path, content, phrase):
+    config = tmp_path / "settings.yaml"
+    if content is not None:
+        config.write_text(content)
+    result = invoke("convert", dense, tmp_path / "out", *SHAPE, "--config", config)
+    assert result.exit_code == 2
+    assert phrase in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_option_is_a_wrong_request(dense, tmp_path):
+    result = invoke("convert", dense, tmp_path / "out", "--shared", 2)
+    assert result.exit_code == 2
+    assert "--active" in result.stderr
+
+
+def test_the_demo_compares_dense_and_carved_and_generates_a_line(tmp_path):
+    result = invoke("demo", tmp_path / "demo")
+    assert result.exit_code == 0, result.stderr
+    for phrase in ("dense", "carved S3A3E8", "perplexity", "chance 10.0%", "generated:"):
+        assert phrase in result.stdout, result.stdout
+    assert (tmp_path / "demo" / "config.json").is_file()

@@ -1,0 +1,80 @@
+"""Models by Hub id, over a real HTTP connection to a loopback Hub."""
+
+import json
+
+import pytest
+import torch
+from hub import COMMIT
+from test_bad_input import refused, run
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from cmoe_hf.conversion.cli import app
+
+
+def test_a_hub_model_is_converted_with_its_revision_recorded(hub, dense, tmp_path, tensors, carved):
+    hub.publish("org/dense", dense)
+    result = run("org/dense", tmp_path / "out", "--revision", "main")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert report["source"] == {"name": "org/dense", "revision": COMMIT}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model: org/dense" in card and COMMIT in card
+    local, remote = tensors(carved), tensors(tmp_path / "out")
+    assert all(torch.equal(local[name], remote[name]) for name in local)
+
+
+def test_a_carved_hub_model_is_evaluated(hub, carved, dense, held_out):
+    hub.publish("org/carved", carved)
+    arguments = ["evaluate", "org/carved", "--text", str(held_out), "--json"]
+    result = CliRunner().invoke(app, [*arguments, "--sequence-length", "128"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["perplexity"] > 1
+
+
+def test_saved_again_from_the_hub_it_points_at_its_own_code(hub, carved, tmp_path):
+    hub.publish("org/mine", carved)
+    model = AutoModelForCausalLM.from_pretrained("org/mine", trust_remote_code=True)
+    model.save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert len(auto_map) == 3
+    assert not any("--" in entry for entry in auto_map.values())
+
+
+def test_only_the_files_that_are_needed_are_fetched(hub, dense_copy, tmp_path):
+    (dense_copy / "pytorch_model.bin").write_text("pickle")
+    (dense_copy / "modeling_evil.py").write_text("raise SystemExit")
+    hub.publish("org/messy", dense_copy)
+    assert run("org/messy", tmp_path / "out").exit_code == 0
+    fetched = [path for path in hub.requests if "/org/messy/resolve/" in path]
+    assert fetched and not any(path.endswith((".bin", ".py")) for path in fetched)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "status", "phrases"),
+    [
+        ("org/absent", (), 2, ["no folder and no Hub repository named org/absent"]),
+        ("org/gated", (), 2, ["org/gated is gated", "hf auth login"]),
+        ("org/unreachable", (), 1, ["cannot reach the Hub", "give a local folder"]),
+        ("org/known", ("--revision", "nowhere"), 2, ["has no revision nowhere"]),
+    ],
+)
+def test_what_the_hub_refuses(hub, dense, no_leftovers, model, options, status, phrases):
+    hub.publish("org/known", dense)
+    refused(run(model, no_leftovers, *options), status, *phrases)
+
+
+def test_a_repository_that_is_no_model(hub, tmp_path, no_leftovers):
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "README.md").write_text("a data set")
+    hub.publish("org/dataset", tmp_path / "repo")
+    refused(run("org/dataset", no_leftovers), 2, "no config.json")
+
+
+def test_an_unsupported_hub_model_is_refused_before_its_weights_are_fetched(
+    hub, dense_copy, no_leftovers, edit_config
+):
+    edit_config(dense_copy, model_type="mamba", architectures=["MambaForCausalLM"])
+    hub.publish("org/mamba", dense_copy)
+    refused(run("org/mamba", no_leftovers), 2, "'mamba'", "MambaForCausalLM")
+    assert not any("org/mamba" in path and "safetensors" in path for path in hub.requests)
