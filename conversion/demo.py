@@ -14,7 +14,7 @@ ASSETS = Path(__file__).parent / "assets"
 MODEL = ASSETS / "llama-pydoc"
 CALIBRATION = ASSETS / "calibration.txt"
 HELD_OUT = ASSETS / "heldout.txt"
-PROMPT = "The following"
+PROMPT = "The value of the expression"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def demo(
             calibration=CALIBRATION,
             overwrite=overwrite,
         )
-        measured = evaluate(folder, baseline=MODEL, text=HELD_OUT)
+        measured = evaluate(folder, baseline=MODEL, text=HELD_OUT, dtype="float32")
         generate = pipeline("text-generation", model=str(folder))
         [line] = generate(PROMPT, max_new_tokens=40, do_sample=False)
     assert measured.baseline_perplexity is not None

@@ -43,7 +43,7 @@ class Evaluation:
     """Who routed: `"own"`, `"oracle"` or `"random"`."""
     router_oracle_agreement: float | None
     """Share of tokens, averaged over layers, whose experts are exactly the oracle's choice, the
-    ones of largest sum |h|. None for a dense model or one that does not route."""
+    ones of largest sum |h|. None for a model that does not route, and for a replaced router."""
     router_chance_agreement: float | None
     """The same for a router that picks at random: 1 / C(Nr, A)."""
 
@@ -100,10 +100,12 @@ def evaluate(
     routed = [block for block in blocks if block.gate.top_k > 0]
     if router != "own" and not routed:
         raise RequestError(f"the model does not route, so it cannot have a router {router!r}.")
+    agreements = []
     with ExitStack() as stack:
-        agreements = [stack.enter_context(watch_router(block)) for block in routed]
-        if router != "own":
-            for index, block in enumerate(routed):
+        for index, block in enumerate(routed):
+            if router == "own":
+                agreements.append(stack.enter_context(watch_router(block)))
+            else:
                 stack.enter_context(replace_router(block, router, seed + index))
         carved_perplexity = perplexity(carved, windows_WL, description="model")
     baseline_perplexity = None
@@ -123,7 +125,9 @@ def evaluate(
         sequence_length=length,
         baseline_perplexity=baseline_perplexity,
         router=router,
-        router_oracle_agreement=_mean([_mean(layer) for layer in agreements]) if routed else None,
+        router_oracle_agreement=_mean([_mean(layer) for layer in agreements])
+        if agreements
+        else None,
         router_chance_agreement=1 / math.comb(len(gate.scale), gate.top_k) if gate else None,
     )
 
@@ -180,8 +184,7 @@ def watch_router(block: CMoESparseMoeBlock) -> Iterator[list[float]]:
         oracle_TK = oracle_choice(routed_mass(block, inputs[0]), gate.top_k)
         collected.append(agreement(output[2], oracle_TK))
 
-    # Prepended: it must see the choice before `replace_router` changes it.
-    handle = block.gate.register_forward_hook(compare, prepend=True)
+    handle = block.gate.register_forward_hook(compare)
     try:
         yield collected
     finally:

@@ -3,8 +3,8 @@
     python examples/reproduce_reference.py MODEL CALIBRATION_TEXT TEST_TEXT --shape S1A1E8
 
 For every shape: the dense model, static pruning at the same activation ratio (all active experts
-shared), and both recipes with their own router, an oracle and, for `released`, chance. Means over
-the seeds of the calibration windows; one JSON object per line goes to standard output.
+shared), and both recipes with their own router, an oracle and chance. Means over the seeds of the
+calibration windows; one JSON object per line goes to standard output.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def measure(arguments: argparse.Namespace, shape: str) -> Iterator[dict[str, Any
             "dense": runs[0].baseline_perplexity,
             "perplexities": [run.perplexity for run in runs],
             "mean": statistics.mean(run.perplexity for run in runs),
-            "agreement": statistics.mean(agreements) if None not in agreements else None,
+            "agreement": None if None in agreements else statistics.mean(agreements),
             "chance": runs[0].router_chance_agreement,
         }
 

@@ -55,9 +55,7 @@ def test_a_configuration_file_gives_defaults_and_the_command_line_wins(dense, tm
     config = tmp_path / "settings"
     entries = {"shared": 1, "active": 2, "experts": 8, "samples": 4, "sequence-length": 64}
     config.write_text(dump({**entries, "calibration": str(CALIBRATION)}))
-    result = invoke(
-        "convert", dense, tmp_path / "out", "--config", config, "--active", 3, "--json"
-    )
+    result = invoke("convert", dense, tmp_path / "out", "--config", config, "--active", 3, "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["notation"] == "S1A3E8"
 

@@ -84,9 +84,7 @@ def test_the_balance_bias_changes_the_choice_but_not_the_weights():
     score_TN, weight_TK, index_TK = router(x_TH)
     assert (index_TK == 3).any(dim=1).all()
     share_TN = score_TN.softmax(dim=1)
-    torch.testing.assert_close(
-        weight_TK, 1 + share_TN.gather(1, index_TK) * router.scale[index_TK]
-    )
+    torch.testing.assert_close(weight_TK, 1 + share_TN.gather(1, index_TK) * router.scale[index_TK])
 
 
 @pytest.mark.parametrize("router_type", ["representative", "linear"])
