@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from hub import LoopbackHub  # noqa: E402
+from hub import LoopbackHub
 
 # huggingface_hub reads these once, when it is imported.
 _HUB = LoopbackHub()

@@ -30,7 +30,7 @@ class LoopbackHub:
                 hub.requests.append(self.path)
                 hub.answer(self)
 
-            do_HEAD = do_POST = do_GET  # noqa: N815 - names given by http.server
+            do_HEAD = do_POST = do_GET
 
             def log_message(self, *arguments: object) -> None:
                 """Say nothing."""

@@ -1,0 +1,22 @@
+"""Open a carved repository with transformers alone; cmoe-hf need not be installed.
+
+python examples/load_anywhere.py REPOSITORY
+"""
+
+import sys
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+repository = sys.argv[1]
+# trust_remote_code runs the two Python files of the repository: read them first.
+model = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(repository)
+
+inputs = tokenizer("The value of", return_tensors="pt")
+outputs = model.generate(**inputs, max_new_tokens=30, do_sample=False)
+print(tokenizer.decode(outputs[0]))
+
+scores = model(**inputs, output_router_logits=True).router_logits
+print("experts of the last token, layer by layer:")
+for layer, score_TN in zip(model.model.layers, scores, strict=True):
+    print("  ", score_TN[-1].topk(layer.mlp.gate.top_k).indices.tolist())

@@ -1,0 +1,71 @@
+"""The scripts under examples/ run as printed."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def run_example(monkeypatch, tmp_path):
+    """Run a script in an empty folder, as `python examples/NAME ARGUMENTS` would."""
+
+    def run(name, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+    return run
+
+
+def test_convert_and_generate_then_load(run_example, tmp_path, capsys):
+    run_example("convert_and_generate.py")
+    run_example("load_anywhere.py", tmp_path / "carved")
+    printed = capsys.readouterr().out
+    assert "S3A3E8: 75% of the FFN neurons run per token" in printed
+    assert printed.count("The value of") == 2
+    assert "experts of the last token" in printed
+
+
+def test_calibrate_on_your_text(run_example, embedded, calibration_text, held_out, capsys):
+    run_example("calibrate_on_your_text.py", embedded, "out", calibration_text, held_out)
+    assert "perplexity: dense 39.8" in capsys.readouterr().out
+
+
+def test_continue_with_peft(run_example, embedded, carve, calibration_text, tmp_path):
+    repository = carve(embedded)
+    run_example("continue_with_peft.py", repository, tmp_path / "out", calibration_text, 3)
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).model.layers[0].mlp
+        for folder in (repository, tmp_path / "out")
+    )
+    assert (after.gate.scale != 0).any()
+    assert (after.experts.down_proj.float() != before.experts.down_proj.float()).any()
+
+
+def test_the_reference_tables_can_be_reproduced(
+    run_example, embedded, calibration_text, held_out, capsys, tmp_path
+):
+    text = tmp_path / "text.txt"
+    text.write_text(held_out.read_text()[:8000])
+    run_example(
+        "reproduce_reference.py",
+        *(embedded, calibration_text, text),
+        *("--shape", "S1A1E8", "--seeds", "1", "--samples", "4"),
+    )
+    rows = {row["row"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert len(rows) == 8
+    assert rows["paper, oracle router"]["mean"] < rows["paper"]["mean"]
+    assert rows["paper"]["dense"] < rows["paper profile, static"]["mean"]
+
+
+def test_the_embedded_default_can_be_trained(run_example, tmp_path):
+    run_example("train_embedded_default.py", tmp_path / "assets", "--steps", "2")
+    folder = tmp_path / "assets" / "llama-pydoc"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.num_parameters() == 918_656
+    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= 2 * 10**6
