@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 import cmoe_hf
 
@@ -169,6 +169,19 @@ def _from_hub(download: Any, name: str, revision: str | None, **arguments: Any) 
             f"cannot reach the Hub for {where}: {error}. Check the connection, or give a local "
             "folder."
         ) from error
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises `RequestError` if there is none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise RequestError(
+            f"{folder.name} has no tokenizer (neither tokenizer.json nor tokenizer.model). Copy "
+            "the tokenizer files of the model into the folder."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the library raises whatever its parsers raise
+        raise RequestError(f"the tokenizer of {folder.name} cannot be loaded: {error}") from error
 
 
 def open_source(model: str | Path, *, revision: str | None = None) -> Source:

@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from .convert import DTYPES, convert
+from .convert import convert
 from .demo import demo
+from .device import DTYPES
 from .errors import CMoEError
 from .evaluate import ROUTERS, evaluate
 from .pipeline import RECIPES

@@ -2,10 +2,7 @@
 """The verb `convert`: a dense checkpoint in, a complete CMoE repository out."""
 
 import hashlib
-import logging
 import platform
-import resource
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,26 +10,20 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import cmoe_hf
 from cmoe_hf import CMoELlamaConfig
 
 from .calibration import load_text, random_windows, tokenize
 from .card import model_card
-from .checkpoint import LEGAL_FILES, Source, Target, open_source
+from .checkpoint import LEGAL_FILES, Source, Target, load_tokenizer, open_source
+from .device import DTYPES, find_device, peak_memory_bytes
 from .errors import RequestError
 from .pipeline import RECIPES, carve_model
 
-logger = logging.getLogger(__name__)
-
 CALIBRATION_TOKENS = 16_384
 """The paper's amount: 8 windows of 2,048 tokens."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,20 +208,6 @@ def convert(
     return result
 
 
-def find_device(device: str | None) -> torch.device:
-    """The named device, or the accelerator if there is one. Raises `RequestError`."""
-    if device is None:
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found or torch.device("cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
-        reason = str(error).splitlines()[0]
-        raise RequestError(f"device {device!r} cannot be used: {reason}") from error
-    return chosen
-
-
 def carved_config(source: Source, settings: Settings) -> CMoELlamaConfig:
     """Configuration of the carved model. Raises `RequestError` for a shape that does not fit."""
     dense = source.config
@@ -264,19 +241,6 @@ def carved_config(source: Source, settings: Settings) -> CMoELlamaConfig:
         router_type="representative",
         router_absolute_score=RECIPES[settings.recipe].absolute_score,
     )
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises `RequestError` if there is none."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise RequestError(
-            f"{folder.name} has no tokenizer (neither tokenizer.json nor tokenizer.model). Copy "
-            "the tokenizer files of the model into the folder."
-        )
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the library raises whatever its parsers raise
-        raise RequestError(f"the tokenizer of {folder.name} cannot be loaded: {error}") from error
 
 
 def calibration_windows(
@@ -353,10 +317,3 @@ def conversion_report(
         "result": figures,
         "layers": layers,
     }
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak resident memory of the process, plus that of the GPU if one was used."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak *= 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
-    return peak + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from cmoe_hf.modeling_cmoe import CMoERouter, CMoESparseMoeBlock
 
 from .calibration import consecutive_windows, load_text, tokenize
-from .checkpoint import fetch_model, find_model
-from .convert import DTYPES, find_device, load_tokenizer
+from .checkpoint import fetch_model, find_model, load_tokenizer
+from .device import DTYPES, find_device
 from .errors import CMoEError, RequestError
 from .router import agreement, oracle_choice
 

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where and in which precision to compute, and how much memory that took."""
+
+import resource
+import sys
+
+import torch
+
+from .errors import RequestError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def find_device(device: str | None) -> torch.device:
+    """The named device, or the accelerator if there is one. Raises `RequestError`."""
+    if device is None:
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
+        reason = str(error).splitlines()[0]
+        raise RequestError(f"device {device!r} cannot be used: {reason}") from error
+    return chosen
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak resident memory of the process, plus that of the GPU if one was used."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return peak + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
