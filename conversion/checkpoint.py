@@ -191,11 +191,13 @@ def open_source(model: str | Path, *, revision: str | None = None) -> Source:
     tensor has the shape that the configuration asks for, none is missing or unknown.
     """
     folder, name, commit = find_model(model, revision=revision)
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    architecture = find_architecture(raw)
+    architecture = find_architecture(_read_json(folder / "config.json"))
     if commit is not None:
         folder = fetch_model(name, revision)
-    config = architecture.dense_config.from_pretrained(folder)
+    try:
+        config = architecture.dense_config.from_pretrained(folder)
+    except Exception as error:  # the library raises whatever its validators raise
+        raise RequestError(f"config.json of {name} is not usable: {error}") from error
     shapes = _stored_shapes(folder)
     files = {tensor: path for tensor, (path, _) in shapes.items()}
     for tensor in _check_tensors(architecture, config, shapes):
@@ -203,12 +205,24 @@ def open_source(model: str | Path, *, revision: str | None = None) -> Source:
     return Source(folder, name, commit, architecture, config, files)
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of the source. Raises `RequestError` if it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RequestError(
+            f"{path.name} is not valid JSON ({error}). Download it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise RequestError(f"{path.name} is not a JSON object. Download it again.")
+    return content
+
+
 def _stored_shapes(folder: Path) -> dict[str, tuple[Path, list[int]]]:
     """Shard and shape of every tensor, from the shards' headers."""
     index = folder / WEIGHTS_INDEX
     if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
+        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
     else:
         shards = ["model.safetensors"]
     shapes: dict[str, tuple[Path, list[int]]] = {}
@@ -305,9 +319,12 @@ class Target:
             )
 
     def __enter__(self) -> Self:
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True)
+        try:
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise RequestError(f"cannot create {self.folder.name}: {error.strerror}.") from error
         return self
 
     def __exit__(

@@ -100,7 +100,8 @@ def carve_layer(
         y_TH = carved_output(profile.h_TF, weight_TE, parts, ffn.down_HF)
     with clock("dense_down_sample"):
         dense_TH = profile.h_TF[:BATCH_TOKENS] @ ffn.down_HF.T
-    error = (y_TH[:BATCH_TOKENS] - dense_TH).norm() / dense_TH.norm()
+    # A layer whose FFN writes nothing has no relative error: 0, not NaN.
+    error = (y_TH[:BATCH_TOKENS] - dense_TH).norm() / dense_TH.norm().clamp_min(1e-30)
     figures = {
         "activation_rate": _quantiles(rate_F),
         "marks_on_shared": rate_F[parts.shared_S].sum().item() / rate_F.sum().item(),

@@ -283,6 +283,20 @@ def test_no_disk_space(dense_copy, no_leftovers, edit_config):
     refused(run(dense_copy, no_leftovers), 2, "GB free")
 
 
+def test_damaged_json(dense_copy, sharded, no_leftovers, edit_config):
+    edit_config(dense_copy, num_attention_heads="many")
+    refused(run(dense_copy, no_leftovers), 2, "config.json of copy is not usable")
+    (dense_copy / "config.json").write_text('{"model_type": "lla')
+    refused(run(dense_copy, no_leftovers), 2, "config.json is not valid JSON")
+    (sharded / "model.safetensors.index.json").write_text("[]")
+    refused(run(sharded, no_leftovers), 2, "model.safetensors.index.json is not a JSON object")
+
+
+def test_an_output_that_cannot_be_created(dense, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(run(dense, tmp_path / "file" / "out"), 2, "cannot create out.partial")
+
+
 def test_not_a_model_at_all(tmp_path, no_leftovers):
     (tmp_path / "empty").mkdir()
     refused(run(tmp_path / "empty", no_leftovers), 2, "no config.json")
