@@ -6,6 +6,7 @@ pages do not stay resident.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -62,6 +63,8 @@ class Source:
     config: PreTrainedConfig
     files: dict[str, Path]
     """Tensor name to the shard that holds it."""
+    parameters: int
+    """Number of values in all tensors."""
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The named tensors, as stored. Raises `CMoEError` for one that is not finite."""
@@ -97,9 +100,10 @@ class Source:
         for index in range(self.config.num_hidden_layers):
             self.read_layer(index)
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the shards in bytes."""
+    def nbytes(self, dtype: torch.dtype | None) -> int:
+        """Size in bytes in the given precision, or as stored."""
+        if dtype is not None:
+            return self.parameters * dtype.itemsize
         return sum(path.stat().st_size for path in set(self.files.values()))
 
     @property
@@ -202,7 +206,8 @@ def open_source(model: str | Path, *, revision: str | None = None) -> Source:
     files = {tensor: path for tensor, (path, _) in shapes.items()}
     for tensor in _check_tensors(architecture, config, shapes):
         del files[tensor]
-    return Source(folder, name, commit, architecture, config, files)
+    parameters = sum(math.prod(shapes[tensor][1]) for tensor in files)
+    return Source(folder, name, commit, architecture, config, files, parameters)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -294,8 +299,11 @@ class Target:
         self._weight_map: dict[str, str] = {}
         self._nbytes = 0
 
-    def check(self, source: Source) -> None:
-        """Refuse before any work: an existing folder, the source itself, too little disk."""
+    def check(self, source: Source, dtype: torch.dtype | None = None) -> None:
+        """Refuse before any work: an existing folder, the source itself, too little disk.
+
+        `dtype` is the precision to be written, None that of the source.
+        """
         if self.output == source.folder.absolute():
             raise RequestError("the output folder is the source checkpoint itself.")
         if not self.overwrite:
@@ -312,10 +320,11 @@ class Target:
             )
         parent = next(path for path in self.output.parents if path.exists())
         free = shutil.disk_usage(parent).free
-        if free < source.nbytes * 1.02:
+        needed = source.nbytes(dtype) * 1.02  # router, index and tokenizer are small
+        if free < needed:
             raise RequestError(
-                f"the carved model needs about {source.nbytes * 1.02 / 1e9:.1f} GB, but "
-                f"{parent} has {free / 1e9:.1f} GB free. Free some space or choose another disk."
+                f"the carved model needs about {needed / 1e9:.1f} GB, but {parent} has "
+                f"{free / 1e9:.1f} GB free. Free some space or choose another disk."
             )
 
     def __enter__(self) -> Self:

@@ -166,7 +166,7 @@ def convert(
     source = open_source(model, revision=revision)
     config = carved_config(source, settings)
     target = Target(output, layers=config.num_hidden_layers, overwrite=overwrite)
-    target.check(source)
+    target.check(source, DTYPES[settings.dtype] if settings.dtype else None)
     tokenizer = load_tokenizer(source.folder)
     windows_WL, text_record = calibration_windows(settings, source, tokenizer)
     source.check_values()

@@ -121,9 +121,17 @@ def profile_layer(
     clock: Stopwatch,
 ) -> Profile:
     """Run attention on all windows, in place, and profile the FFN on what comes out."""
-    length = hidden_WLH.shape[1]
-    xs, hs, marks = [], [], []
-    for batch_WLH in hidden_WLH.split(max(1, BATCH_TOKENS // length)):
+    windows, length, width = hidden_WLH.shape
+    tokens = windows * length
+    profile = Profile(
+        x_TH=hidden_WLH.new_empty(tokens, width),
+        h_TF=hidden_WLH.new_empty(tokens, len(ffn.gate_FH)),
+        marks_TK=torch.empty(tokens, k_act, dtype=torch.int64),
+    )
+    step = max(1, BATCH_TOKENS // length)
+    for first in range(0, windows, step):
+        batch_WLH = hidden_WLH[first : first + step]
+        rows = slice(first * length, first * length + batch_WLH.shape[0] * length)
         with clock("forward"):
             residual_WLH, x_WLH = attention(batch_WLH)
             batch_WLH.copy_(residual_WLH)
@@ -131,12 +139,10 @@ def profile_layer(
             gate_TF, up_TF = x_TH @ ffn.gate_FH.T, x_TH @ ffn.up_FH.T
             h_TF = activations(gate_TF, up_TF, ffn.act)
         with clock("marks"):
-            signal_TF = h_TF
+            profile.x_TH[rows], profile.h_TF[rows] = x_TH, h_TF
             if cosine:
                 gate_TF = cosines(gate_TF, x_TH, ffn.gate_FH)
                 up_TF = cosines(up_TF, x_TH, ffn.up_FH)
-                signal_TF = activations(gate_TF, up_TF, ffn.act)
-            marks.append(activation_marks(signal_TF, k_act).cpu())
-        xs.append(x_TH)
-        hs.append(h_TF)
-    return Profile(torch.cat(xs), torch.cat(hs), torch.cat(marks))
+                h_TF = activations(gate_TF, up_TF, ffn.act)
+            profile.marks_TK[rows] = activation_marks(h_TF, k_act).cpu()
+    return profile

@@ -164,8 +164,9 @@ def carve_model(
     """
     names = source.architecture
     rest = source.read_rest()
-    yield 0, rest, {}
     hidden_WLH = rest[names.embedding][windows_WL].to(device, torch.float32)
+    yield 0, rest, {}
+    del rest
     attention = AttentionHalf(names, source.config, windows_WL.shape[1], device)
     for index in tqdm(range(config.num_hidden_layers), desc="carving", unit="layer", disable=None):
         clock = Stopwatch()
@@ -182,7 +183,9 @@ def carve_model(
         profile = profile_layer(
             ffn, attention, hidden_WLH, k_act=k_act, cosine=recipe.cosine_profile, clock=clock
         )
-        if not torch.isfinite(profile.h_TF).all():
+        with clock("check"):
+            finite = bool(torch.isfinite(profile.h_TF).all())
+        if not finite:
             raise CMoEError(
                 f"layer {index} produces NaN or infinite activations on the calibration text, "
                 "from finite weights: the checkpoint overflows. Try another one."

@@ -65,6 +65,17 @@ def test_assignment_costs_what_the_square_assignment_costs(clusters, capacity, s
     assert cost_RN[np.arange(len(label_R)), label_R].sum() == pytest.approx(best)
 
 
+@pytest.mark.parametrize("metric", ["l1", "l2"])
+def test_on_marks_of_a_real_width_the_cost_is_the_square_assignments(metric):
+    columns_TR = mark_matrix(random_marks(2000, 1032, 10, 0), 1032)
+    cost_RN = distances(columns_TR, columns_TR[:, -6:].toarray(), metric)
+    label_R = assign_balanced(cost_RN)
+    square = np.repeat(cost_RN, 172, axis=1)
+    rows, columns = linear_sum_assignment(square)
+    ours, best = cost_RN[np.arange(1032), label_R].sum(), square[rows, columns].sum()
+    assert ours == pytest.approx(best, rel=1e-12)
+
+
 @given(st.integers(2, 30), st.integers(4, 12), st.integers(1, 4), st.integers(0, 99))
 def test_distances_are_those_of_the_dense_matrix(tokens, width, clusters, seed):
     columns_TR = mark_matrix(random_marks(tokens, width, 3, seed), width)
