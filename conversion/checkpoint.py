@@ -374,7 +374,11 @@ class Target:
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write one JSON file."""
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-        (self.folder / name).write_text(text + "\n", encoding="utf-8")
+        self.write_text(name, text + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write one text file."""
+        (self.folder / name).write_text(text, encoding="utf-8")
 
     def copy_code(self) -> None:
         """Copy the two Python files that make the repository loadable without this package."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 import cmoe_hf
 from cmoe_hf import CMoELlamaConfig
@@ -183,14 +184,7 @@ def convert(
         ):
             target.write_shard(number, in_dtype(tensors, settings.dtype))
             layers += [figures] if figures else []
-        target.write_index()
-        config.save_pretrained(target.folder)
-        target.copy_code()
-        tokenizer.save_pretrained(target.folder)
-        save_generation_config(source, target.folder)
-        target.copy_from(source, *LEGAL_FILES)
-        bare = sum(layer["seconds"]["bare_forward"] for layer in layers)
-        carving = sum(layer["seconds"]["carving_pass"] for layer in layers)
+        write_loading_files(target, source, config, tokenizer)
         result = Conversion(
             output=str(target.output),
             notation=settings.notation,
@@ -198,14 +192,35 @@ def convert(
             calibration_tokens=windows_WL.numel(),
             seconds=time.perf_counter() - start,
             peak_memory_bytes=peak_memory_bytes(torch_device),
-            relative_output_error=sum(x["relative_output_error"] for x in layers) / len(layers),
-            carving_ratio=carving / bare,
+            **summary(layers),
         )
         report = conversion_report(source, settings, text_record, result, layers, torch_device)
         target.write_json("conversion.json", report)
-        card = model_card(source, config, report)
-        (target.folder / "README.md").write_text(card, encoding="utf-8")
+        target.write_text("README.md", model_card(source, config, report))
     return result
+
+
+def write_loading_files(
+    target: Target, source: Source, config: CMoELlamaConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Everything beside the weights that a loader needs, and the source's legal files."""
+    target.write_index()
+    config.save_pretrained(target.folder)
+    target.copy_code()
+    tokenizer.save_pretrained(target.folder)
+    if (source.folder / GENERATION_CONFIG_NAME).is_file():
+        target.copy_from(source, GENERATION_CONFIG_NAME)
+    else:
+        GenerationConfig.from_model_config(source.config).save_pretrained(target.folder)
+    target.copy_from(source, *LEGAL_FILES)
+
+
+def summary(layers: list[dict[str, Any]]) -> dict[str, float]:
+    """The figures of all layers as those of the whole model."""
+    errors = [layer["relative_output_error"] for layer in layers]
+    bare = sum(layer["seconds"]["bare_forward"] for layer in layers)
+    carving = sum(layer["seconds"]["carving_pass"] for layer in layers)
+    return {"relative_output_error": sum(errors) / len(errors), "carving_ratio": carving / bare}
 
 
 def carved_config(source: Source, settings: Settings) -> CMoELlamaConfig:
@@ -281,15 +296,6 @@ def in_dtype(tensors: dict[str, torch.Tensor], dtype: str | None) -> dict[str, t
         name: tensor if name.endswith("balance_bias") else tensor.to(DTYPES[dtype])
         for name, tensor in tensors.items()
     }
-
-
-def save_generation_config(source: Source, folder: Path) -> None:
-    """Keep the source's generation configuration, or derive one from its configuration."""
-    name = "generation_config.json"
-    if (source.folder / name).is_file():
-        (folder / name).write_bytes((source.folder / name).read_bytes())
-    else:
-        GenerationConfig.from_model_config(source.config).save_pretrained(folder)
 
 
 def conversion_report(

@@ -33,7 +33,8 @@ class FFN:
 
 @dataclass
 class Profile:
-    """What the calibration tokens do in one FFN."""
+    """What the calibration tokens do in one FFN. Overwritten layer by layer: the buffers are the
+    largest thing in memory, and touching new ones costs as much as some of the arithmetic."""
 
     x_TH: torch.Tensor
     """Inputs."""
@@ -41,6 +42,20 @@ class Profile:
     """Hidden activations."""
     marks_TK: torch.Tensor
     """Indices of the marked neurons, on the CPU."""
+
+    @classmethod
+    def empty(cls, tokens: int, hidden: int, width: int, k: int, device: torch.device) -> "Profile":
+        """Buffers for `tokens` tokens."""
+        return cls(
+            x_TH=torch.empty(tokens, hidden, device=device),
+            h_TF=torch.empty(tokens, width, device=device),
+            marks_TK=torch.empty(tokens, k, dtype=torch.int64),
+        )
+
+    def is_finite(self) -> bool:
+        """No NaN and no infinity: ATopK takes them for the largest, so the marked tell it all."""
+        marked_TK = self.h_TF.gather(1, self.marks_TK.to(self.h_TF.device))
+        return bool(torch.isfinite(marked_TK).all())
 
 
 class AttentionHalf(nn.Module):
@@ -115,34 +130,33 @@ def profile_layer(
     ffn: FFN,
     attention: AttentionHalf,
     hidden_WLH: torch.Tensor,
+    profile: Profile,
     *,
-    k_act: int,
     cosine: bool,
     clock: Stopwatch,
-) -> Profile:
-    """Run attention on all windows, in place, and profile the FFN on what comes out."""
-    windows, length, width = hidden_WLH.shape
-    tokens = windows * length
-    profile = Profile(
-        x_TH=hidden_WLH.new_empty(tokens, width),
-        h_TF=hidden_WLH.new_empty(tokens, len(ffn.gate_FH)),
-        marks_TK=torch.empty(tokens, k_act, dtype=torch.int64),
-    )
+) -> None:
+    """Run attention on all windows, in place, and fill `profile` with what comes out of it."""
+    length = hidden_WLH.shape[1]
+    k = profile.marks_TK.shape[1]
     step = max(1, BATCH_TOKENS // length)
-    for first in range(0, windows, step):
-        batch_WLH = hidden_WLH[first : first + step]
-        rows = slice(first * length, first * length + batch_WLH.shape[0] * length)
+    rows = zip(
+        hidden_WLH.split(step),
+        profile.x_TH.split(step * length),
+        profile.h_TF.split(step * length),
+        profile.marks_TK.split(step * length),
+        strict=True,
+    )
+    for batch_WLH, x_TH, h_TF, marks_TK in rows:
         with clock("forward"):
             residual_WLH, x_WLH = attention(batch_WLH)
             batch_WLH.copy_(residual_WLH)
-            x_TH = x_WLH.flatten(0, 1)
+            x_TH.copy_(x_WLH.flatten(0, 1))
             gate_TF, up_TF = x_TH @ ffn.gate_FH.T, x_TH @ ffn.up_FH.T
-            h_TF = activations(gate_TF, up_TF, ffn.act)
+            h_TF.copy_(activations(gate_TF, up_TF, ffn.act))
         with clock("marks"):
-            profile.x_TH[rows], profile.h_TF[rows] = x_TH, h_TF
+            signal_TF = h_TF
             if cosine:
                 gate_TF = cosines(gate_TF, x_TH, ffn.gate_FH)
                 up_TF = cosines(up_TF, x_TH, ffn.up_FH)
-                h_TF = activations(gate_TF, up_TF, ffn.act)
-            profile.marks_TK[rows] = activation_marks(h_TF, k_act).cpu()
-    return profile
+                signal_TF = activations(gate_TF, up_TF, ffn.act)
+            marks_TK.copy_(activation_marks(signal_TF, k))

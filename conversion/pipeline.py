@@ -168,6 +168,9 @@ def carve_model(
     yield 0, rest, {}
     del rest
     attention = AttentionHalf(names, source.config, windows_WL.shape[1], device)
+    profile = Profile.empty(
+        windows_WL.numel(), config.hidden_size, config.intermediate_size, k_act, device
+    )
     for index in tqdm(range(config.num_hidden_layers), desc="carving", unit="layer", disable=None):
         clock = Stopwatch()
         with clock("read"):
@@ -180,12 +183,10 @@ def carve_model(
                 act=ACT2FN[config.hidden_act],
             )
             attention.load(layer)
-        profile = profile_layer(
-            ffn, attention, hidden_WLH, k_act=k_act, cosine=recipe.cosine_profile, clock=clock
+        profile_layer(
+            ffn, attention, hidden_WLH, profile, cosine=recipe.cosine_profile, clock=clock
         )
-        with clock("check"):
-            finite = bool(torch.isfinite(profile.h_TF).all())
-        if not finite:
+        if not profile.is_finite():
             raise CMoEError(
                 f"layer {index} produces NaN or infinite activations on the calibration text, "
                 "from finite weights: the checkpoint overflows. Try another one."
