@@ -41,7 +41,7 @@ class CMoERouter(nn.Module):
     """Scores the routed experts, selects K of them and weighs them (paper, eq. 8 and 9).
 
     `"representative"`: s = act(x Wg) * (x Wu) with the gate and up rows of one neuron per expert.
-    `"linear"`: s = x W. The expert of the largest softmax(s) + b are run, each with weight
+    `"linear"`: s = x W. The K experts of largest softmax(s) + b run, each with weight
     1 + softmax(s) * u; b balances the load and u is learned, both are zero after carving.
 
     The parameters are raw and none is called `weight`: vLLM would take a router whose state is
