@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from .convert import convert
 from .demo import demo
 from .device import DTYPES
-from .errors import CMoEError
+from .errors import CMoEError, RequestError
 from .evaluate import ROUTERS, evaluate
 from .pipeline import RECIPES
 
@@ -45,6 +45,10 @@ Shared = Annotated[int, typer.Option(help="Shared experts, always on (S).")]
 Active = Annotated[int, typer.Option(help="Routed experts run per token (A).")]
 Experts = Annotated[int, typer.Option(help="Experts in all (E); must divide the FFN width.")]
 Recipe = Annotated[str, typer.Option(help=f"Method: {', '.join(RECIPES)}.")]
+Change = Annotated[
+    list[str] | None,
+    typer.Option(help="Change one choice of the recipe, KEY=VALUE; repeatable. For ablations."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
 
 
@@ -76,6 +80,15 @@ ConfigFile = Annotated[
         help="YAML or JSON file with options; the command line wins.",
     ),
 ]
+
+
+def _changes(pairs: list[str]) -> dict[str, Any]:
+    """`KEY=VALUE` pairs as a dictionary; values are read as YAML."""
+    split = [pair.partition("=") for pair in pairs]
+    for pair, (_, equals, _) in zip(pairs, split, strict=True):
+        if not equals:
+            raise RequestError(f"--change {pair} is not of the form KEY=VALUE.")
+    return {key.replace("-", "_"): yaml.safe_load(value) for key, _, value in split}
 
 
 @contextmanager
@@ -124,7 +137,7 @@ def demo_command(
     shared: Shared = 3,
     active: Active = 3,
     experts: Experts = 8,
-    recipe: Recipe = "paper",
+    recipe: Recipe = "refined",
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -166,7 +179,7 @@ def convert_command(
     shared: Shared,
     active: Active,
     experts: Experts,
-    recipe: Recipe = "paper",
+    recipe: Recipe = "refined",
     calibration: Annotated[
         str,
         typer.Option(
@@ -181,6 +194,7 @@ def convert_command(
     ] = None,
     k_act: Annotated[int, typer.Option(help="Neurons marked per token (K_a).")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of the windows' offsets.")] = 0,
+    change: Change = None,
     device: Device = None,
     dtype: Annotated[
         str | None, typer.Option(help=f"{', '.join(DTYPES)}; default the source's precision.")
@@ -200,6 +214,7 @@ def convert_command(
             active=active,
             experts=experts,
             recipe=recipe,
+            changes=_changes(change or []),
             calibration=calibration,
             samples=samples,
             sequence_length=sequence_length,

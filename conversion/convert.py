@@ -4,7 +4,8 @@
 import hashlib
 import platform
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .card import model_card
 from .checkpoint import LEGAL_FILES, Source, Target, load_tokenizer, open_source
 from .device import DTYPES, find_device, peak_memory_bytes
 from .errors import RequestError
-from .pipeline import RECIPES, carve_model
+from .pipeline import RECIPES, Recipe, carve_model
 
 CALIBRATION_TOKENS = 16_384
 """The paper's amount: 8 windows of 2,048 tokens."""
@@ -37,8 +38,10 @@ class Settings:
     """Routed experts run per token, A."""
     experts: int
     """Units in all, E: S shared ones and E - S routed experts."""
-    recipe: str = "paper"
+    recipe: str = "refined"
     """One of `pipeline.RECIPES`."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Fields of the recipe that differ from it, for ablations."""
     calibration: str = "wikitext2"
     """Text file or data set, see `calibration.load_text`."""
     samples: int | None = None
@@ -78,6 +81,17 @@ class Settings:
             raise RequestError(
                 f"there is no recipe {self.recipe!r}; choose one of {', '.join(RECIPES)}."
             )
+        known = {choice.name for choice in fields(Recipe)}
+        unknown = sorted(self.changes.keys() - known)
+        if unknown:
+            raise RequestError(
+                f"a recipe has no choice {', '.join(unknown)}; it has {', '.join(sorted(known))}."
+            )
+        choices = self.choices
+        if choices.router == "representative" and choices.clusters != "marks":
+            raise RequestError(
+                "a representative router needs clusters of marks: change both, or neither."
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise RequestError(
                 f"there is no dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}."
@@ -86,6 +100,11 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"{name} is {value}; it must be at least 1.")
+
+    @property
+    def choices(self) -> Recipe:
+        """The recipe with the changes."""
+        return replace(RECIPES[self.recipe], **self.changes)
 
     @property
     def notation(self) -> str:
@@ -116,7 +135,8 @@ def convert(
     shared: int,
     active: int,
     experts: int,
-    recipe: str = "paper",
+    recipe: str = "refined",
+    changes: Mapping[str, Any] | None = None,
     calibration: str | Path = "wikitext2",
     samples: int | None = None,
     sequence_length: int | None = None,
@@ -133,7 +153,8 @@ def convert(
         model: Folder or Hub id of a supported dense model, with tokenizer and safetensors.
         output: Folder to create. It appears only when it is complete.
         shared, active, experts: S, A and E of the paper's notation SxAyEz.
-        recipe: `"paper"` or `"released"`, see `pipeline.RECIPES`.
+        recipe: `"refined"`, `"paper"` or `"released"`, see `pipeline.RECIPES`.
+        changes: Fields of the recipe to change, for example `{"refit": False}`.
         calibration: Text file, `wikitext2`, `c4` or a Hub data set, see `calibration.load_text`.
         samples, sequence_length: Number and length in tokens of the calibration windows.
         k_act: Neurons marked per token (K_a).
@@ -156,6 +177,7 @@ def convert(
         active=active,
         experts=experts,
         recipe=recipe,
+        changes=dict(changes or {}),
         calibration=str(calibration),
         samples=samples,
         sequence_length=sequence_length,
@@ -178,7 +200,7 @@ def convert(
             source,
             windows_WL,
             config,
-            RECIPES[settings.recipe],
+            settings.choices,
             k_act=settings.k_act,
             device=torch_device,
         ):
@@ -238,23 +260,23 @@ def carved_config(source: Source, settings: Settings) -> CMoELlamaConfig:
         raise RequestError(
             f"k_act is {settings.k_act}, but the FFN has only {width} neurons. Lower --k-act."
         )
-    fields = {
+    kept = {
         key: value
         for key, value in dense.to_dict().items()
         if key not in ("model_type", "architectures", "auto_map", "transformers_version")
         and not key.startswith("_")
     }
     if settings.dtype is not None:
-        fields["dtype"] = settings.dtype
+        kept["dtype"] = settings.dtype
     return source.architecture.cmoe_config(
-        **fields,
+        **kept,
         architectures=[source.architecture.cmoe_model.__name__],
         num_experts=settings.experts - settings.shared,
         num_experts_per_tok=settings.active,
         moe_intermediate_size=neurons,
         shared_expert_intermediate_size=settings.shared * neurons,
-        router_type="representative",
-        router_absolute_score=RECIPES[settings.recipe].absolute_score,
+        router_type=settings.choices.router,
+        router_absolute_score=settings.choices.absolute_score,
     )
 
 
@@ -312,6 +334,7 @@ def conversion_report(
     return {
         "source": {"name": source.name, "revision": source.revision},
         "settings": {**asdict(settings), "calibration": calibration["source"]},
+        "recipe": asdict(settings.choices),
         "calibration": calibration,
         "versions": {
             "cmoe_hf": cmoe_hf.__version__,

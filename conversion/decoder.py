@@ -29,6 +29,13 @@ class FFN:
     up_FH: torch.Tensor
     down_HF: torch.Tensor
     act: Callable[[torch.Tensor], torch.Tensor]
+    stored_dtype: torch.dtype
+    """Precision of the checkpoint: what is derived is rounded to it before it is used, so that
+    calibration sees what inference will see."""
+
+    def rounded(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A derived weight as it will be loaded, in float32."""
+        return tensor.to(self.stored_dtype).float()
 
 
 @dataclass
@@ -160,3 +167,11 @@ def profile_layer(
                 up_TF = cosines(up_TF, x_TH, ffn.up_FH)
                 signal_TF = activations(gate_TF, up_TF, ffn.act)
             marks_TK.copy_(activation_marks(signal_TF, k))
+
+
+def run_dense_layer(ffn: FFN, attention: AttentionHalf, hidden_WLH: torch.Tensor) -> None:
+    """Run the dense layer on all windows, in place."""
+    for batch_WLH in hidden_WLH.split(max(1, BATCH_TOKENS // hidden_WLH.shape[1])):
+        residual_WLH, x_WLH = attention(batch_WLH)
+        h_WLF = activations(x_WLH @ ffn.gate_FH.T, x_WLH @ ffn.up_FH.T, ffn.act)
+        batch_WLH.copy_(residual_WLH + h_WLF @ ffn.down_HF.T)

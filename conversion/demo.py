@@ -38,7 +38,7 @@ def demo(
     shared: int = 3,
     active: int = 3,
     experts: int = 8,
-    recipe: str = "paper",
+    recipe: str = "refined",
     overwrite: bool = False,
 ) -> Demo:
     """Carve the embedded default, measure dense and carved on held-out text, generate a line.

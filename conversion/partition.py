@@ -22,32 +22,31 @@ class Partition(NamedTuple):
     """Shared neurons, ascending, int64."""
     experts_NM: torch.Tensor
     """Neurons of each routed expert, ascending in each row, int64."""
-    representatives_N: torch.Tensor
-    """The neuron that stands for each expert in the router, int64."""
+    representatives_N: torch.Tensor | None
+    """The neuron that stands for each expert in the paper's router, int64."""
     iterations: int
     """Assignments solved until the clusters stood still, or the limit."""
 
 
-def partition(
+def partition_by_marks(
     marks_TK: torch.Tensor,
-    rate_F: torch.Tensor,
+    score_F: torch.Tensor,
     *,
     shared: int,
     experts: int,
     metric: str = "l2",
     max_iterations: int = 20,
 ) -> Partition:
-    """Divide the neurons into `shared` always-on ones and `experts` equal clusters.
+    """Divide the neurons into `shared` always-on ones and `experts` equal clusters (section 4.2).
 
-    The shared neurons are those of the highest activation rates (eq. 16). The others are
-    clustered by balanced k-means over their columns of the mark matrix, seeded with the
-    busiest of them (eq. 17-21). Ties go to the lower index, so that the result is reproducible.
+    The shared neurons are those of the highest scores, in the paper the activation rates
+    (eq. 16). The others are clustered by balanced k-means over their columns of the mark matrix,
+    seeded with the highest of them (eq. 17-21). Ties go to the lower index, so that the result
+    is reproducible.
     """
-    busiest_F = torch.argsort(rate_F, descending=True, stable=True)
-    shared_S = busiest_F[:shared].sort().values
-    routed_R = busiest_F[shared:].sort().values
-    columns_TR = mark_matrix(marks_TK, len(rate_F))[:, routed_R.numpy()]
-    seeds_N = np.searchsorted(routed_R.numpy(), busiest_F[shared : shared + experts].numpy())
+    order_F, shared_S, routed_R = split_by_score(score_F, shared)
+    columns_TR = mark_matrix(marks_TK, len(score_F))[:, routed_R.numpy()]
+    seeds_N = np.searchsorted(routed_R.numpy(), order_F[shared : shared + experts].numpy())
 
     centroids_TN = columns_TR[:, seeds_N].toarray()
     label_R, iterations, settled = np.full(len(routed_R), -1), 0, False
@@ -69,6 +68,51 @@ def partition(
         representatives_N=routed_R[torch.from_numpy(chosen_N)],
         iterations=iterations,
     )
+
+
+def partition_by_contributions(
+    h_TF: torch.Tensor,
+    down_HF: torch.Tensor,
+    score_F: torch.Tensor,
+    *,
+    shared: int,
+    experts: int,
+    max_iterations: int = 12,
+) -> Partition:
+    """The same division from what the neurons write, |h_j| * ||w_down,j||, instead of rare marks.
+
+    Balanced k-means over the centred contributions of each neuron, not normalised: neurons that
+    are active together share an expert, and so do neurons that write much, which lets the router
+    leave out experts that write little. It starts from the order of the scores.
+    """
+    order_F, shared_S, routed_R = split_by_score(score_F, shared)
+    columns_TR = h_TF[:, routed_R].abs().mul_(down_HF.norm(dim=0)[routed_R])
+    columns_TR -= columns_TR.mean(dim=0)
+    square_R1 = columns_TR.square().sum(dim=0).unsqueeze(1)
+    items = len(routed_R)
+
+    rank_R = torch.empty(items, dtype=torch.int64)
+    rank_R[torch.searchsorted(routed_R, order_F[shared:])] = torch.arange(items)
+    label_R, iterations, settled = rank_R * experts // items, 0, False
+    while iterations < max_iterations and not settled:
+        member_RN = torch.nn.functional.one_hot(label_R, experts).to(columns_TR)
+        centroids_TN = columns_TR @ member_RN * (experts / items)
+        cost_RN = square_R1 + centroids_TN.square().sum(dim=0) - 2 * columns_TR.T @ centroids_TN
+        previous_R = label_R
+        # Scaled: the solver's tolerance is absolute.
+        label_R = torch.from_numpy(assign_balanced((cost_RN / cost_RN.mean()).double().numpy()))
+        settled = torch.equal(label_R, previous_R)
+        iterations += 1
+    members_NM = label_R.argsort(stable=True).view(experts, -1)
+    return Partition(shared_S, routed_R[members_NM], None, iterations)
+
+
+def split_by_score(
+    score_F: torch.Tensor, shared: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Neurons by falling score; the first `shared` of them; the others, both ascending."""
+    order_F = torch.argsort(score_F, descending=True, stable=True)
+    return order_F, order_F[:shared].sort().values, order_F[shared:].sort().values
 
 
 def mark_matrix(marks_TK: torch.Tensor, width: int) -> csr_array:

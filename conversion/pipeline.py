@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The algorithm: profile -> partition -> route -> carve, one layer at a time.
+"""The algorithm: profile -> partition -> route -> refit, one layer at a time.
 
 `carve_layer` reads like the paper's section 4; `carve_model` walks the layers in order, each
 profiled on what the carved layers before it really produce.
@@ -21,38 +21,56 @@ from cmoe_hf.modeling_cmoe import CMoERouter
 
 from .architectures import Architecture
 from .checkpoint import Source
-from .decoder import BATCH_TOKENS, FFN, AttentionHalf, Profile, Stopwatch, profile_layer
+from .decoder import (
+    BATCH_TOKENS,
+    FFN,
+    AttentionHalf,
+    Profile,
+    Stopwatch,
+    profile_layer,
+    run_dense_layer,
+)
 from .errors import CMoEError
-from .partition import Partition, partition
-from .profile import activation_rates
-from .router import representative_router
+from .partition import Partition, partition_by_contributions, partition_by_marks
+from .profile import activation_rates, energies
+from .refit import refit_down
+from .router import linear_router, output_energies, representative_router
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The choices on which the paper and its released code differ (method, section 11.1)."""
+    """The choices in which the paper, its released code (method, section 11.1) and ours differ."""
 
-    cosine_profile: bool
+    cosine_profile: bool = False
     """Mark neurons by products of cosines instead of by their true activations."""
-    metric: str
+    importance: str = "rate"
+    """What makes a neuron shared: its activation `"rate"`, or the `"energy"` of what it writes."""
+    clusters: str = "marks"
+    """Cluster neurons by their `"marks"`, or by their `"contributions"` to the output."""
+    metric: str = "l2"
     """Distance between columns of marks: `"l2"` or `"l1"`."""
-    max_iterations: int
+    max_iterations: int = 20
     """Assignments of the balanced clustering."""
-    absolute_score: bool
+    router: str = "representative"
+    """`"representative"` neurons, or `"linear"`: a ridge regression of the experts' energies."""
+    absolute_score: bool = False
     """Route by |s| instead of s."""
-    normalised_rows: bool
-    """Scale the router's rows to length 1."""
+    normalised_rows: bool = False
+    """Scale the rows of the representative router to length 1."""
+    router_ridge: float = 0.5
+    """Strength of the linear router's ridge, relative to a mean squared input feature."""
+    refit: bool = False
+    """Refit the down projections under the routing."""
+    refit_ridge: float = 0.003
+    """Strength of the refit's ridge, relative to a mean squared activation."""
+    error_correction: bool = False
+    """Let the refit aim at the dense model's hidden states, which also undoes what earlier layers
+    got wrong, instead of at the dense FFN's output."""
 
 
 RECIPES: dict[str, Recipe] = {
     # arXiv 2502.04416v3 as written.
-    "paper": Recipe(
-        cosine_profile=False,
-        metric="l2",
-        max_iterations=20,
-        absolute_score=False,
-        normalised_rows=False,
-    ),
+    "paper": Recipe(),
     # The authors' code, where it differs.
     "released": Recipe(
         cosine_profile=True,
@@ -61,7 +79,15 @@ RECIPES: dict[str, Recipe] = {
         absolute_score=True,
         normalised_rows=True,
     ),
-    # "refined", ours, goes here.
+    # Ours: the best we know without gradient descent.
+    "refined": Recipe(
+        importance="energy",
+        clusters="contributions",
+        max_iterations=8,
+        router="linear",
+        refit=True,
+        error_correction=True,
+    ),
 }
 
 
@@ -71,6 +97,8 @@ class CarvedLayer:
 
     partition: Partition
     router: dict[str, torch.Tensor]
+    down_HF: torch.Tensor
+    """The down projection, refitted or not, float32, in the dense order of neurons."""
     y_TH: torch.Tensor
     """Output of the carved FFN for the calibration tokens."""
     figures: dict[str, Any]
@@ -78,26 +106,38 @@ class CarvedLayer:
 
 
 def carve_layer(
-    ffn: FFN, profile: Profile, config: CMoELlamaConfig, recipe: Recipe, clock: Stopwatch
+    ffn: FFN,
+    profile: Profile,
+    wanted_TH: torch.Tensor | None,
+    config: CMoELlamaConfig,
+    recipe: Recipe,
+    clock: Stopwatch,
 ) -> CarvedLayer:
-    """Turn one dense FFN into shared expert, routed experts and router (paper, section 4)."""
+    """Turn one dense FFN into shared expert, routed experts and router (paper, section 4).
+
+    `wanted_TH` is the output that a refit aims at, by default that of the dense FFN.
+    """
+    down_HF = ffn.down_HF
     with clock("partition"):
         rate_F = activation_rates(profile.marks_TK, len(ffn.gate_FH))
-        parts = partition(
-            profile.marks_TK,
-            rate_F,
-            shared=config.shared_expert_intermediate_size,
-            experts=config.num_experts,
-            metric=recipe.metric,
-            max_iterations=recipe.max_iterations,
-        )
+        parts = divide(ffn, profile, rate_F, config, recipe)
     with clock("router"):
-        router = representative_router(
-            ffn.gate_FH, ffn.up_FH, parts.representatives_N, normalise=recipe.normalised_rows
-        )
+        router = build_router(ffn, profile, parts, recipe)
+        router = {name: ffn.rounded(weight) for name, weight in router.items()}
         weight_TE = expert_weights(router, profile.x_TH, config)
+    if recipe.refit:
+        with clock("refit"):
+            wanted_TH = profile.h_TF @ down_HF.T if wanted_TH is None else wanted_TH
+            weighed = weighed_activations(profile.h_TF, weight_TE, parts)
+            down_HF = refit_down(
+                zip(weighed, wanted_TH.split(BATCH_TOKENS), strict=True),
+                down_HF,
+                ridge=recipe.refit_ridge,
+            )
+            down_HF = ffn.rounded(down_HF)
     with clock("carved_down"):
-        y_TH = carved_output(profile.h_TF, weight_TE, parts, ffn.down_HF)
+        weighed = weighed_activations(profile.h_TF, weight_TE, parts)
+        y_TH = torch.cat([z_tF @ down_HF.T for z_tF in weighed])
     with clock("dense_down_sample"):
         dense_TH = profile.h_TF[:BATCH_TOKENS] @ ffn.down_HF.T
     # A layer whose FFN writes nothing has no relative error: 0, not NaN.
@@ -111,7 +151,38 @@ def carve_layer(
         "clustering_iterations": parts.iterations,
         "relative_output_error": error.item(),
     }
-    return CarvedLayer(parts, router, y_TH, figures)
+    return CarvedLayer(parts, router, down_HF, y_TH, figures)
+
+
+def divide(
+    ffn: FFN, profile: Profile, rate_F: torch.Tensor, config: CMoELlamaConfig, recipe: Recipe
+) -> Partition:
+    """Shared neurons and routed experts, by the recipe's importance and clusters."""
+    score_F = rate_F
+    if recipe.importance == "energy":
+        score_F = energies(profile.h_TF, ffn.down_HF).cpu()
+    shape = {
+        "shared": config.shared_expert_intermediate_size,
+        "experts": config.num_experts,
+        "max_iterations": recipe.max_iterations,
+    }
+    if recipe.clusters == "contributions":
+        return partition_by_contributions(profile.h_TF, ffn.down_HF, score_F, **shape)
+    return partition_by_marks(profile.marks_TK, score_F, metric=recipe.metric, **shape)
+
+
+def build_router(
+    ffn: FFN, profile: Profile, parts: Partition, recipe: Recipe
+) -> dict[str, torch.Tensor]:
+    """The router's weights, by the recipe's form."""
+    if recipe.router == "linear":
+        energy_TN = output_energies(profile.h_TF, ffn.down_HF, parts.experts_NM)
+        return linear_router(profile.x_TH, energy_TN, ridge=recipe.router_ridge)
+    if parts.representatives_N is None:
+        raise ValueError("a representative router needs clusters of marks")
+    return representative_router(
+        ffn.gate_FH, ffn.up_FH, parts.representatives_N, normalise=recipe.normalised_rows
+    )
 
 
 def expert_weights(
@@ -129,20 +200,20 @@ def expert_weights(
     return weight_TE.scatter_(1, 1 + index_TK, weight_TK)
 
 
-def carved_output(
-    h_TF: torch.Tensor, weight_TE: torch.Tensor, parts: Partition, down_HF: torch.Tensor
-) -> torch.Tensor:
-    """Output of the carved FFN (T, H), from the activations of the dense one (eq. 2, 9).
+def weighed_activations(
+    h_TF: torch.Tensor, weight_TE: torch.Tensor, parts: Partition
+) -> Iterator[torch.Tensor]:
+    """Activations weighed as the experts that own them, some tokens at a time, (t, F) (eq. 2, 9).
 
-    Every neuron is weighed as the expert that owns it. Multiplying by zero and then by a dense
-    matrix is faster here than gathering the columns of each expert.
+    What the carved FFN's down projection sees, in the dense order of neurons. Multiplying by zero
+    and then by a dense matrix is faster here than gathering the columns of each expert.
     """
     owner_EF = torch.zeros(weight_TE.shape[1], h_TF.shape[1], device=h_TF.device)
     owner_EF[0, parts.shared_S] = 1
     for expert, ids_M in enumerate(parts.experts_NM, start=1):
         owner_EF[expert, ids_M] = 1
     chunks = zip(h_TF.split(BATCH_TOKENS), weight_TE.split(BATCH_TOKENS), strict=True)
-    return torch.cat([(weight_tE @ owner_EF).mul_(h_tF) @ down_HF.T for h_tF, weight_tE in chunks])
+    return ((weight_tE @ owner_EF).mul_(h_tF) for h_tF, weight_tE in chunks)
 
 
 @torch.no_grad()
@@ -171,6 +242,7 @@ def carve_model(
     profile = Profile.empty(
         windows_WL.numel(), config.hidden_size, config.intermediate_size, k_act, device
     )
+    dense_WLH = hidden_WLH.clone() if recipe.error_correction else None
     for index in tqdm(range(config.num_hidden_layers), desc="carving", unit="layer", disable=None):
         clock = Stopwatch()
         with clock("read"):
@@ -181,6 +253,7 @@ def carve_model(
                 up_FH=layer.pop(names.up),
                 down_HF=layer.pop(names.down),
                 act=ACT2FN[config.hidden_act],
+                stored_dtype=stored[names.gate].dtype,
             )
             attention.load(layer)
         profile_layer(
@@ -191,7 +264,12 @@ def carve_model(
                 f"layer {index} produces NaN or infinite activations on the calibration text, "
                 "from finite weights: the checkpoint overflows. Try another one."
             )
-        carved = carve_layer(ffn, profile, config, recipe, clock)
+        wanted_TH = None
+        if dense_WLH is not None:
+            with clock("dense_stream"):
+                run_dense_layer(ffn, attention, dense_WLH)
+                wanted_TH = (dense_WLH - hidden_WLH).flatten(0, 1)
+        carved = carve_layer(ffn, profile, wanted_TH, config, recipe, clock)
         hidden_WLH += carved.y_TH.view_as(hidden_WLH)
         tensors = stored_tensors(names, stored, carved)
         prefix = names.layer_prefix.format(index)
@@ -205,6 +283,7 @@ def stored_tensors(
     """The tensors of a carved layer in the checkpoint's precision, named relative to it."""
     tensors = dict(dense)
     gate_FH, up_FH, down_HF = (tensors.pop(name) for name in (names.gate, names.up, names.down))
+    down_HF = carved.down_HF.to(down_HF)
     shared_S, experts_NM = carved.partition.shared_S, carved.partition.experts_NM
     if len(shared_S):
         tensors["mlp.shared_expert.gate_proj.weight"] = gate_FH[shared_S]

@@ -40,3 +40,8 @@ def activation_rates(marks_TK: torch.Tensor, width: int) -> torch.Tensor:
     """Share of the tokens that mark each neuron, (F,) float64: the column means of A."""
     counts_F = torch.bincount(marks_TK.flatten(), minlength=width)
     return counts_F.double() / len(marks_TK)
+
+
+def energies(h_TF: torch.Tensor, down_HF: torch.Tensor) -> torch.Tensor:
+    """Mean square of what each neuron writes, E[h_j^2] * ||w_down,j||^2, (F,) float64."""
+    return h_TF.square().mean(dim=0).double() * down_HF.square().sum(dim=0).double()

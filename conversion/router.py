@@ -23,6 +23,32 @@ def representative_router(
     return rows
 
 
+def linear_router(
+    x_TH: torch.Tensor, energy_TN: torch.Tensor, *, ridge: float
+) -> dict[str, torch.Tensor]:
+    """Router weights (N, H) whose scores x W predict which experts write most.
+
+    Ridge regression, without intercept, of each expert's output energy, centred over the experts,
+    on the FFN input. `ridge` is relative to the mean square of an input feature. A strong one
+    pays: the router must hold on text it has not seen. Scores are scaled to unit variance, which
+    leaves their order alone and keeps the softmax away from saturation.
+    """
+    target_TN = energy_TN - energy_TN.mean(dim=1, keepdim=True)
+    gram_HH = x_TH.T @ x_TH
+    gram_HH.diagonal().add_(ridge * gram_HH.diagonal().mean())
+    weight_HN = torch.linalg.solve(gram_HH, x_TH.T @ target_TN)
+    deviation = (x_TH @ weight_HN).std().clamp_min(1e-30)
+    return {"linear_weight": (weight_HN / deviation).T.contiguous()}
+
+
+def output_energies(
+    h_TF: torch.Tensor, down_HF: torch.Tensor, experts_NM: torch.Tensor
+) -> torch.Tensor:
+    """Squared length of each expert's output for every token, (T, N)."""
+    outputs = (h_TF[:, ids_M] @ down_HF[:, ids_M].T for ids_M in experts_NM)
+    return torch.stack([y_TH.square().sum(dim=1) for y_TH in outputs], dim=1)
+
+
 def oracle_choice(mass_TN: torch.Tensor, top_k: int) -> torch.Tensor:
     """The experts that a perfect router would run, (T, K) int64 (eq. 24).
 

@@ -61,7 +61,10 @@ def test_impossible_shapes(dense, no_leftovers, shape, phrase):
 @pytest.mark.parametrize(
     ("options", "phrase"),
     [
-        (["--recipe", "magic"], "choose one of paper, released"),
+        (["--recipe", "magic"], "choose one of paper, released, refined"),
+        (["--change", "magic=1"], "a recipe has no choice magic"),
+        (["--change", "refit"], "not of the form KEY=VALUE"),
+        (["--change", "router=representative"], "needs clusters of marks"),
         (["--dtype", "int3"], "choose one of float32, bfloat16, float16"),
         (["--k-act", "97"], "has only 96 neurons"),
         (["--k-act", "0"], "at least 1"),

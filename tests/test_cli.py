@@ -82,6 +82,6 @@ def test_a_missing_option_is_a_wrong_request(dense, tmp_path):
 def test_the_demo_compares_dense_and_carved_and_generates_a_line(tmp_path):
     result = invoke("demo", tmp_path / "demo")
     assert result.exit_code == 0, result.stderr
-    for phrase in ("dense", "carved S3A3E8", "perplexity", "chance 10.0%", "generated:"):
+    for phrase in ("dense", "carved S3A3E8", "perplexity", "chance 10.0%)", "generated:"):
         assert phrase in result.stdout, result.stdout
     assert (tmp_path / "demo" / "config.json").is_file()

@@ -116,7 +116,7 @@ def test_saved_with_the_package_it_is_still_complete(carved, tmp_path):
     assert not any(info.values())
 
 
-@pytest.mark.parametrize("recipe", ["paper", "released"])
+@pytest.mark.parametrize("recipe", ["refined", "paper", "released"])
 def test_the_same_request_gives_the_same_bytes(embedded, carve, recipe):
     first, second = (carve(embedded, (3, 3, 8), recipe=recipe) for _ in range(2))
     for path in sorted(first.glob("*.safetensors")):
@@ -211,7 +211,8 @@ def test_conversion_json_records_what_made_the_model(carved):
         "shared": 2,
         "active": 2,
         "experts": 8,
-        "recipe": "paper",
+        "recipe": "refined",
+        "changes": {},
         "calibration": "calibration.txt",
         "samples": 4,
         "sequence_length": 64,
@@ -238,6 +239,7 @@ def test_carving_costs_little_beside_the_forward_pass(make_dense, calibration_te
             shared=3,
             active=3,
             experts=8,
+            recipe="paper",
             calibration=calibration_text,
             samples=64,
             sequence_length=128,

@@ -56,8 +56,8 @@ def test_all_active_measures_the_same_as_dense(embedded, carve, held_out):
 
 @pytest.fixture(scope="module")
 def sparse(embedded, carve):
-    """One of eight experts shared, one active: the router matters."""
-    return carve(embedded, (1, 1, 8), samples=16, sequence_length=256)
+    """One of eight experts shared, one active, by the paper: the router matters."""
+    return carve(embedded, (1, 1, 8), recipe="paper", samples=16, sequence_length=256)
 
 
 def test_the_oracle_router_is_better_than_the_own_one_and_chance(sparse, held_out):

@@ -14,9 +14,10 @@ from cmoe_hf.conversion.partition import (
     cluster_means,
     distances,
     mark_matrix,
-    partition,
+    partition_by_contributions,
+    partition_by_marks,
 )
-from cmoe_hf.conversion.profile import activation_marks, activation_rates
+from cmoe_hf.conversion.profile import activation_marks, activation_rates, energies
 
 
 def random_marks(tokens, width, k, seed):
@@ -40,7 +41,7 @@ def test_every_neuron_is_in_exactly_one_place(shape, seed, metric, iterations):
     width, shared, experts, neurons = shape
     marks_TK = random_marks(50, width, min(3, width), seed)
     rate_F = activation_rates(marks_TK, width)
-    parts = partition(
+    parts = partition_by_marks(
         marks_TK, rate_F, shared=shared, experts=experts, metric=metric, max_iterations=iterations
     )
     placed = torch.cat([parts.shared_S, parts.experts_NM.flatten()])
@@ -52,6 +53,40 @@ def test_every_neuron_is_in_exactly_one_place(shape, seed, metric, iterations):
         assert rate_F[parts.shared_S].min() >= routed_F.max()
     for representative, members_M in zip(parts.representatives_N, parts.experts_NM, strict=True):
         assert representative in members_M
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes(), st.integers(0, 99))
+def test_clusters_of_contributions_lose_no_neuron_either(shape, seed):
+    width, shared, experts, neurons = shape
+    generator = torch.Generator().manual_seed(seed)
+    h_TF, down_HF = torch.randn(40, width, generator=generator), torch.rand(5, width)
+    score_F = energies(h_TF, down_HF)
+    parts = partition_by_contributions(h_TF, down_HF, score_F, shared=shared, experts=experts)
+    placed = torch.cat([parts.shared_S, parts.experts_NM.flatten()])
+    assert sorted(placed.tolist()) == list(range(width))
+    assert parts.experts_NM.shape == (experts, neurons)
+    if shared:
+        assert score_F[parts.shared_S].min() >= score_F[parts.experts_NM.flatten()].max()
+
+
+def test_neurons_that_write_together_end_up_together():
+    """Three groups of four neurons, each with an envelope of its own over the tokens."""
+    groups = torch.tensor([[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]])
+    h_TF = torch.randn(300, 12, generator=torch.Generator().manual_seed(0)) * 0.1
+    for part, ids in enumerate(groups):
+        h_TF[part * 100 : (part + 1) * 100, ids] *= 30 - 5 * part  # the order separates them
+    down_HF = torch.ones(2, 12)
+    score_F = energies(h_TF, down_HF)
+    parts = partition_by_contributions(h_TF, down_HF, score_F, shared=0, experts=3)
+    assert sorted(parts.experts_NM.tolist()) == groups.tolist()
+
+
+def test_energies_are_mean_squared_lengths():
+    h_TF, down_HF = torch.randn(30, 4), torch.randn(5, 4)
+    written_TFH = h_TF[:, :, None] * down_HF.T
+    expected_F = written_TFH.square().sum(dim=2).mean(dim=0).double()
+    torch.testing.assert_close(energies(h_TF, down_HF), expected_F, rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=30, deadline=None)
@@ -117,7 +152,7 @@ def test_neurons_that_fire_together_end_up_together():
     marks_TK = groups.repeat(10, 1)
     rate_F = activation_rates(marks_TK, 12)
     rate_F[torch.tensor([0, 1, 2])] += 1e-6  # one seed per group
-    parts = partition(marks_TK, rate_F, shared=0, experts=3)
+    parts = partition_by_marks(marks_TK, rate_F, shared=0, experts=3)
     assert sorted(parts.experts_NM.tolist()) == groups.tolist()
 
 
@@ -126,6 +161,8 @@ def test_a_llama_2_7b_layer_is_partitioned_in_seconds_on_one_core():
     marks_TK = random_marks(16_384, 11_008, 10, 0)
     rate_F = activation_rates(marks_TK, 11_008)
     start = time.process_time()  # CPU seconds: what one core would need
-    parts = partition(marks_TK, rate_F, shared=2 * 1376, experts=6, metric="l1", max_iterations=1)
+    parts = partition_by_marks(
+        marks_TK, rate_F, shared=2 * 1376, experts=6, metric="l1", max_iterations=1
+    )
     assert parts.experts_NM.shape == (6, 1376)
     assert time.process_time() - start < 3

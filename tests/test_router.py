@@ -4,11 +4,14 @@ import torch
 from torch.nn.functional import silu
 
 from cmoe_hf import CMoELlamaConfig
-from cmoe_hf.conversion.partition import partition
+from cmoe_hf.conversion.partition import partition_by_marks
 from cmoe_hf.conversion.pipeline import expert_weights
 from cmoe_hf.conversion.profile import activation_marks, activation_rates
 from cmoe_hf.conversion.router import (
     agreement,
+    linear_router,
+    oracle_choice,
+    output_energies,
     representative_router,
 )
 
@@ -61,7 +64,31 @@ def test_the_papers_representative_is_almost_the_least_marked_neuron():
     h_TF = torch.randn(400, 96, generator=torch.Generator().manual_seed(0))
     marks_TK = activation_marks(h_TF * torch.linspace(0.3, 2, 96), 4)
     rate_F = activation_rates(marks_TK, 96)
-    parts = partition(marks_TK, rate_F, shared=24, experts=3, max_iterations=1)
+    parts = partition_by_marks(marks_TK, rate_F, shared=24, experts=3, max_iterations=1)
     for representative, members_M in zip(parts.representatives_N, parts.experts_NM, strict=True):
         # Off by at most the share 2 K_a / m of the cluster's marks.
         assert rate_F[representative] * (1 - 2 * 4 / 24) <= rate_F[members_M].min() + 1e-12
+
+
+def test_output_energies_are_squared_lengths_of_the_experts_outputs():
+    h_TF, down_HF = torch.randn(5, 6), torch.randn(3, 6)
+    experts_NM = torch.tensor([[0, 4], [2, 5]])
+    energy_TN = output_energies(h_TF, down_HF, experts_NM)
+    for token in range(5):
+        for expert, ids_M in enumerate(experts_NM):
+            output_H = down_HF[:, ids_M] @ h_TF[token, ids_M]
+            torch.testing.assert_close(energy_TN[token, expert], output_H.dot(output_H))
+
+
+def test_the_linear_router_finds_what_is_linear():
+    x_TH, truth_NH = torch.randn(500, 8), torch.randn(4, 8)
+    energy_TN = x_TH @ truth_NH.T + 50  # a constant for all experts must not matter
+    router = linear_router(x_TH, energy_TN, ridge=1e-6)
+    score_TN = x_TH @ router["linear_weight"].T
+    assert score_TN.std().item() - 1 < 1e-3
+    assert agreement(score_TN.topk(2, dim=1).indices, oracle_choice(energy_TN, 2)) > 0.99
+
+
+def test_a_single_expert_gets_a_router_of_zeros():
+    router = linear_router(torch.randn(50, 8), torch.rand(50, 1), ridge=0.1)
+    assert (router["linear_weight"] == 0).all()
