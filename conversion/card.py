@@ -15,7 +15,8 @@ _BODY = """\
 [{base}]({base_link}) carved into a sparse Mixture of Experts of shape **{notation}**: of
 {experts} experts, {shared} shared ones always run and a router picks {active} of the other
 {routed} for every token. {activation:.1%} of the FFN neurons run (FFN sparsity {sparsity:.1%}).
-Carving rearranges the neurons of the dense model and drops none; nothing was trained.
+Carving rearranges the neurons of the dense model and drops none.{refitted} No gradient descent was
+used.
 
 ## How to load it
 
@@ -59,6 +60,8 @@ Perplexity is not measured by the conversion: run `cmoe evaluate` on this reposi
 {licence}
 """
 
+_REFITTED = " Their down projections were\nrefitted to the calibration text by least squares."
+
 
 def model_card(source: Source, config: CMoELlamaConfig, report: dict[str, Any]) -> str:
     """Text of README.md: metadata block and body. `report` is the content of conversion.json."""
@@ -98,6 +101,7 @@ def _provenance(source: Source, report: dict[str, Any]) -> dict[str, Any]:
         "base": source.name,
         "base_link": f"https://huggingface.co/{source.name}" if on_hub else "#how-it-was-made",
         "recipe": report["settings"]["recipe"],
+        "refitted": _REFITTED if report["recipe"]["refit"] else "",
         "revision": source.revision or "a local folder, no revision known",
         "tokens": calibration["tokens"],
         "calibration": calibration["source"],
