@@ -5,12 +5,15 @@ from .convert import Conversion, Settings, convert
 from .demo import Demo, demo
 from .errors import CMoEError, RequestError
 from .evaluate import Evaluation, evaluate
+from .pipeline import RECIPES, Recipe
 
 __all__ = [
+    "RECIPES",
     "CMoEError",
     "Conversion",
     "Demo",
     "Evaluation",
+    "Recipe",
     "RequestError",
     "Settings",
     "convert",

@@ -87,11 +87,7 @@ class Settings:
             raise RequestError(
                 f"a recipe has no choice {', '.join(unknown)}; it has {', '.join(sorted(known))}."
             )
-        choices = self.choices
-        if choices.router == "representative" and choices.clusters != "marks":
-            raise RequestError(
-                "a representative router needs clusters of marks: change both, or neither."
-            )
+        _ = self.choices  # refuses a change to something that does not exist
         if self.dtype is not None and self.dtype not in DTYPES:
             raise RequestError(
                 f"there is no dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}."

@@ -100,7 +100,8 @@ def partition_by_contributions(
         cost_RN = square_R1 + centroids_TN.square().sum(dim=0) - 2 * columns_TR.T @ centroids_TN
         previous_R = label_R
         # Scaled: the solver's tolerance is absolute.
-        label_R = torch.from_numpy(assign_balanced((cost_RN / cost_RN.mean()).double().numpy()))
+        scaled_RN = (cost_RN / cost_RN.mean()).cpu().double().numpy()
+        label_R = torch.from_numpy(assign_balanced(scaled_RN))
         settled = torch.equal(label_R, previous_R)
         iterations += 1
     members_NM = label_R.argsort(stable=True).view(experts, -1)

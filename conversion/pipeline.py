@@ -9,7 +9,7 @@ width, E = 1 + N experts (column 0 the shared one), N routed experts, K active e
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers.activations import ACT2FN
 
 from cmoe_hf import CMoELlamaConfig
+from cmoe_hf.configuration_cmoe import ROUTER_TYPES
 from cmoe_hf.modeling_cmoe import CMoERouter
 
 from .architectures import Architecture
@@ -30,7 +31,7 @@ from .decoder import (
     profile_layer,
     run_dense_layer,
 )
-from .errors import CMoEError
+from .errors import CMoEError, RequestError
 from .partition import Partition, partition_by_contributions, partition_by_marks
 from .profile import activation_rates, energies
 from .refit import refit_down
@@ -67,6 +68,34 @@ class Recipe:
     """Let the refit aim at the dense model's hidden states, which also undoes what earlier layers
     got wrong, instead of at the dense FFN's output."""
 
+    def __post_init__(self) -> None:
+        """Raises `RequestError` for a choice that does not exist or goes with no other."""
+        for choice in fields(self):
+            kind = type(choice.default)
+            value = getattr(self, choice.name)
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise RequestError(
+                    f"the recipe's {choice.name} is {value!r}; it must be of type {kind.__name__}."
+                )
+        for name, known in _KNOWN_CHOICES.items():
+            if getattr(self, name) not in known:
+                raise RequestError(
+                    f"the recipe's {name} is {getattr(self, name)!r}; it can be {', '.join(known)}."
+                )
+        if self.router == "representative" and self.clusters != "marks":
+            raise RequestError(
+                "a representative router needs clusters of marks: change both, or neither."
+            )
+        if min(self.max_iterations, self.router_ridge, self.refit_ridge) <= 0:
+            raise RequestError("the recipe's max_iterations and ridges must be above 0.")
+
+
+_KNOWN_CHOICES = {
+    "importance": ("rate", "energy"),
+    "clusters": ("marks", "contributions"),
+    "metric": ("l1", "l2"),
+    "router": ROUTER_TYPES,
+}
 
 RECIPES: dict[str, Recipe] = {
     # arXiv 2502.04416v3 as written.
@@ -160,7 +189,7 @@ def divide(
     """Shared neurons and routed experts, by the recipe's importance and clusters."""
     score_F = rate_F
     if recipe.importance == "energy":
-        score_F = energies(profile.h_TF, ffn.down_HF).cpu()
+        score_F = energies(profile.h_TF, ffn.down_HF)
     shape = {
         "shared": config.shared_expert_intermediate_size,
         "experts": config.num_experts,
@@ -178,8 +207,7 @@ def build_router(
     if recipe.router == "linear":
         energy_TN = output_energies(profile.h_TF, ffn.down_HF, parts.experts_NM)
         return linear_router(profile.x_TH, energy_TN, ridge=recipe.router_ridge)
-    if parts.representatives_N is None:
-        raise ValueError("a representative router needs clusters of marks")
+    assert parts.representatives_N is not None  # the recipe has been checked
     return representative_router(
         ffn.gate_FH, ffn.up_FH, parts.representatives_N, normalise=recipe.normalised_rows
     )

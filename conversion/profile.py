@@ -43,5 +43,7 @@ def activation_rates(marks_TK: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def energies(h_TF: torch.Tensor, down_HF: torch.Tensor) -> torch.Tensor:
-    """Mean square of what each neuron writes, E[h_j^2] * ||w_down,j||^2, (F,) float64."""
-    return h_TF.square().mean(dim=0).double() * down_HF.square().sum(dim=0).double()
+    """Mean square of what each neuron writes, E[h_j^2] * ||w_down,j||^2, (F,) float64 on CPU."""
+    # Moved before it is widened: not every accelerator has float64.
+    square_F = h_TF.square().mean(dim=0).cpu().double()
+    return square_F * down_HF.square().sum(dim=0).cpu().double()
