@@ -20,7 +20,7 @@ from cmoe_hf import CMoELlamaConfig
 from .calibration import load_text, random_windows, tokenize
 from .card import model_card
 from .checkpoint import LEGAL_FILES, Source, Target, load_tokenizer, open_source
-from .device import DTYPES, find_device, peak_memory_bytes
+from .device import DTYPES, check_dtype, find_device, peak_memory_bytes
 from .errors import RequestError
 from .pipeline import RECIPES, Recipe, carve_model
 
@@ -88,10 +88,7 @@ class Settings:
                 f"a recipe has no choice {', '.join(unknown)}; it has {', '.join(sorted(known))}."
             )
         _ = self.choices  # refuses a change to something that does not exist
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise RequestError(
-                f"there is no dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}."
-            )
+        check_dtype(self.dtype)
         for name in ("samples", "sequence_length", "k_act"):
             value = getattr(self, name)
             if value is not None and value < 1:

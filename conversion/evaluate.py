@@ -21,7 +21,7 @@ from cmoe_hf.modeling_cmoe import CMoERouter, CMoESparseMoeBlock
 
 from .calibration import consecutive_windows, load_text, tokenize
 from .checkpoint import fetch_model, find_model, load_tokenizer
-from .device import DTYPES, find_device
+from .device import check_dtype, find_device
 from .errors import CMoEError, RequestError
 from .router import agreement, oracle_choice
 
@@ -85,8 +85,7 @@ def evaluate(
     """
     if router not in ROUTERS:
         raise RequestError(f"there is no router {router!r}; choose one of {', '.join(ROUTERS)}.")
-    if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     where = find_device(device)
     carved, tokenizer = load_model(model, dtype, where, trust_remote_code)
     length = sequence_length or min(2048, carved.config.max_position_embeddings)
@@ -96,21 +95,10 @@ def evaluate(
         tokenize(tokenizer, load_text(text, part="test")), length=length
     )
 
-    blocks = [block for block in carved.modules() if isinstance(block, CMoESparseMoeBlock)]
-    routed = [block for block in blocks if block.gate.top_k > 0]
-    if router != "own" and not routed:
-        raise RequestError(f"the model does not route, so it cannot have a router {router!r}.")
-    agreements = []
-    with ExitStack() as stack:
-        for index, block in enumerate(routed):
-            if router == "own":
-                agreements.append(stack.enter_context(watch_router(block)))
-            else:
-                stack.enter_context(replace_router(block, router, seed + index))
-        carved_perplexity = perplexity(carved, windows_WL, description="model")
+    carved_perplexity, own, chance = measure_routing(carved, windows_WL, router, seed)
     baseline_perplexity = None
     if baseline is not None:
-        del carved, blocks
+        del carved  # one model in memory at a time
         dense, dense_tokenizer = load_model(baseline, dtype, where, trust_remote_code)
         if dense_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise RequestError(
@@ -118,18 +106,40 @@ def evaluate(
                 "compared. Give the model that was carved as the baseline."
             )
         baseline_perplexity = perplexity(dense, windows_WL, description="baseline")
-    gate = routed[0].gate if routed else None
     return Evaluation(
         perplexity=carved_perplexity,
         tokens=windows_WL.shape[0] * (length - 1),
         sequence_length=length,
         baseline_perplexity=baseline_perplexity,
         router=router,
-        router_oracle_agreement=_mean([_mean(layer) for layer in agreements])
-        if agreements
-        else None,
-        router_chance_agreement=1 / math.comb(len(gate.scale), gate.top_k) if gate else None,
+        router_oracle_agreement=own,
+        router_chance_agreement=chance,
     )
+
+
+def measure_routing(
+    model: PreTrainedModel, windows_WL: torch.Tensor, router: str, seed: int
+) -> tuple[float, float | None, float | None]:
+    """Perplexity under a router, agreement of the model's own one with the oracle, and chance.
+
+    The agreement is None for a replaced router; both are None for a model that does not route.
+    """
+    blocks = [block for block in model.modules() if isinstance(block, CMoESparseMoeBlock)]
+    routed = [block for block in blocks if block.gate.top_k > 0]
+    if not routed:
+        if router != "own":
+            raise RequestError(f"the model does not route, so it cannot have a router {router!r}.")
+        return perplexity(model, windows_WL, description="model"), None, None
+    agreements = []
+    with ExitStack() as stack:
+        for index, block in enumerate(routed):
+            if router == "own":
+                agreements.append(stack.enter_context(watch_router(block)))
+            else:
+                stack.enter_context(replace_router(block, router, seed + index))
+        measured = perplexity(model, windows_WL, description="model")
+    own = _mean([_mean(layer) for layer in agreements]) if agreements else None
+    return measured, own, 1 / math.comb(routed[0].experts.num_experts, routed[0].gate.top_k)
 
 
 def load_model(

@@ -77,7 +77,7 @@ def partition_by_contributions(
     *,
     shared: int,
     experts: int,
-    max_iterations: int = 12,
+    max_iterations: int = 8,
 ) -> Partition:
     """The same division from what the neurons write, |h_j| * ||w_down,j||, instead of rare marks.
 
