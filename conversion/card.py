@@ -15,8 +15,8 @@ _BODY = """\
 [{base}]({base_link}) carved into a sparse Mixture of Experts of shape **{notation}**: of
 {experts} experts, {shared} shared ones always run and a router picks {active} of the other
 {routed} for every token. {activation:.1%} of the FFN neurons run (FFN sparsity {sparsity:.1%}).
-Carving rearranges the neurons of the dense model and drops none.{refitted} No gradient descent was
-used.
+Carving rearranges the neurons of the dense model and drops none.{refitted}{split} No gradient
+descent was used.
 
 ## How to load it
 
@@ -46,10 +46,11 @@ and `import cmoe_hf` it is not needed.
 
 On the calibration tokens, with all earlier layers carved: error of the carved FFN's output
 relative to the dense FFN's (norm of the difference over norm), share of the marks that the shared
-expert holds, and the busiest and idlest routed expert's share of tokens.
+expert holds, routed experts that always run, and the busiest and idlest routed expert's share of
+tokens.
 
-| layer | relative error | marks on shared | busiest expert | idlest expert |
-|---|---|---|---|---|
+| layer | relative error | marks on shared | always run | busiest expert | idlest expert |
+|---|---|---|---|---|---|
 {rows}
 
 Perplexity is not measured by the conversion: run `cmoe evaluate` on this repository with
@@ -59,6 +60,10 @@ Perplexity is not measured by the conversion: run `cmoe evaluate` on this reposi
 
 {licence}
 """
+
+_SPLIT = """ In each layer
+a number of the routed experts, listed below, always run: the others were better left to the router
+on held-out calibration tokens."""
 
 _REFITTED = " Their down projections were\nrefitted to the calibration text by least squares."
 
@@ -102,6 +107,7 @@ def _provenance(source: Source, report: dict[str, Any]) -> dict[str, Any]:
         "base_link": f"https://huggingface.co/{source.name}" if on_hub else "#how-it-was-made",
         "recipe": report["settings"]["recipe"],
         "refitted": _REFITTED if report["recipe"]["refit"] else "",
+        "split": _SPLIT if report["recipe"]["adaptive_split"] else "",
         "revision": source.revision or "a local folder, no revision known",
         "tokens": calibration["tokens"],
         "calibration": calibration["source"],
@@ -120,7 +126,7 @@ def _row(index: int, layer: dict[str, Any]) -> str:
     loads = layer["expert_loads"]
     return (
         f"| {index} | {layer['relative_output_error']:.3f} | {layer['marks_on_shared']:.1%} "
-        f"| {max(loads):.1%} | {min(loads):.1%} |"
+        f"| {layer['pinned_experts']} | {max(loads):.1%} | {min(loads):.1%} |"
     )
 
 

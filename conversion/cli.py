@@ -176,9 +176,16 @@ def demo_command(
 def convert_command(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a dense model.")],
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    shared: Shared,
-    active: Active,
     experts: Experts,
+    shared: Annotated[int | None, typer.Option(help="Shared experts, always on (S).")] = None,
+    active: Annotated[int | None, typer.Option(help="Routed experts run per token (A).")] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the FFN neurons to run, instead of --active: each layer decides on "
+            "held-out calibration tokens how many of them always run."
+        ),
+    ] = None,
     recipe: Recipe = "refined",
     calibration: Annotated[
         str,
@@ -210,9 +217,10 @@ def convert_command(
         result = convert(
             model,
             out,
+            experts=experts,
             shared=shared,
             active=active,
-            experts=experts,
+            budget=budget,
             recipe=recipe,
             changes=_changes(change or []),
             calibration=calibration,

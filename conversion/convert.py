@@ -38,6 +38,8 @@ class Settings:
     """Routed experts run per token, A."""
     experts: int
     """Units in all, E: S shared ones and E - S routed experts."""
+    budget: float | None = None
+    """Share of the FFN neurons to run, if that was asked for instead of S and A."""
     recipe: str = "refined"
     """One of `pipeline.RECIPES`."""
     changes: dict[str, Any] = field(default_factory=dict)
@@ -87,7 +89,11 @@ class Settings:
             raise RequestError(
                 f"a recipe has no choice {', '.join(unknown)}; it has {', '.join(sorted(known))}."
             )
-        _ = self.choices  # refuses a change to something that does not exist
+        if self.choices.pinned > self.active:  # also refuses a choice that does not exist
+            raise RequestError(
+                f"the recipe's pinned is {self.choices.pinned}, but only {self.active} routed "
+                "experts are active."
+            )
         check_dtype(self.dtype)
         for name in ("samples", "sequence_length", "k_act"):
             value = getattr(self, name)
@@ -125,9 +131,10 @@ def convert(
     model: str | Path,
     output: str | Path,
     *,
-    shared: int,
-    active: int,
     experts: int,
+    shared: int | None = None,
+    active: int | None = None,
+    budget: float | None = None,
     recipe: str = "refined",
     changes: Mapping[str, Any] | None = None,
     calibration: str | Path = "wikitext2",
@@ -146,6 +153,8 @@ def convert(
         model: Folder or Hub id of a supported dense model, with tokenizer and safetensors.
         output: Folder to create. It appears only when it is complete.
         shared, active, experts: S, A and E of the paper's notation SxAyEz.
+        budget: Share of the FFN neurons to run, instead of `active`. Each layer then decides on
+            held-out calibration tokens how many of the active experts always run.
         recipe: `"refined"`, `"paper"` or `"released"`, see `pipeline.RECIPES`.
         changes: Fields of the recipe to change, for example `{"refit": False}`.
         calibration: Text file, `wikitext2`, `c4` or a Hub data set, see `calibration.load_text`.
@@ -165,12 +174,14 @@ def convert(
         CMoEError: The work failed; nothing was left at `output`.
     """
     start = time.perf_counter()
+    shared, active = units(shared, active, experts, budget)
     settings = Settings(
         shared=shared,
         active=active,
         experts=experts,
+        budget=budget,
         recipe=recipe,
-        changes=dict(changes or {}),
+        changes=({"adaptive_split": True} if budget is not None else {}) | dict(changes or {}),
         calibration=str(calibration),
         samples=samples,
         sequence_length=sequence_length,
@@ -213,6 +224,31 @@ def convert(
         target.write_json("conversion.json", report)
         target.write_text("README.md", model_card(source, config, report))
     return result
+
+
+def units(
+    shared: int | None, active: int | None, experts: int, budget: float | None
+) -> tuple[int, int]:
+    """S and A, as asked for or from a budget. Raises `RequestError` if that is not possible."""
+    if budget is None:
+        if shared is None or active is None:
+            raise RequestError("say how much of the FFN runs: --shared and --active, or --budget.")
+        return shared, active
+    if active is not None:
+        raise RequestError("--budget decides how many experts are active: leave out --active.")
+    running = round(budget * experts)
+    if not 0 < running < experts or abs(running - budget * experts) > 1e-6:
+        fitting = ", ".join(f"{count / experts:g}" for count in range(1, min(experts, 33)))
+        raise RequestError(
+            f"--budget {budget:g} is not a whole number of {experts} experts. It can be {fitting}; "
+            "or change --experts."
+        )
+    shared = running // 2 if shared is None else shared
+    if shared > running:
+        raise RequestError(
+            f"--shared {shared} is more than the {running} experts that --budget {budget:g} runs."
+        )
+    return shared, running - shared
 
 
 def write_loading_files(

@@ -59,6 +59,10 @@ class Profile:
             marks_TK=torch.empty(tokens, k, dtype=torch.int64),
         )
 
+    def part(self, tokens: slice) -> "Profile":
+        """A view of some of the tokens."""
+        return Profile(self.x_TH[tokens], self.h_TF[tokens], self.marks_TK[tokens])
+
     def is_finite(self) -> bool:
         """No NaN and no infinity: ATopK takes them for the largest, so the marked tell it all."""
         marked_TK = self.h_TF.gather(1, self.marks_TK.to(self.h_TF.device))

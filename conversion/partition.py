@@ -14,6 +14,9 @@ from scipy.sparse import csr_array
 
 from .errors import CMoEError
 
+CLUSTERING_TOKENS = 4096
+"""More tokens than this do not make better clusters of contributions, measured."""
+
 
 class Partition(NamedTuple):
     """Which neuron goes where. Every neuron of the FFN is in exactly one place."""
@@ -26,6 +29,8 @@ class Partition(NamedTuple):
     """The neuron that stands for each expert in the paper's router, int64."""
     iterations: int
     """Assignments solved until the clusters stood still, or the limit."""
+    pinned: int = 0
+    """How many of the first experts run for every token, as if they were shared."""
 
 
 def partition_by_marks(
@@ -77,6 +82,7 @@ def partition_by_contributions(
     *,
     shared: int,
     experts: int,
+    pinned: int = 0,
     max_iterations: int = 8,
 ) -> Partition:
     """The same division from what the neurons write, |h_j| * ||w_down,j||, instead of rare marks.
@@ -84,9 +90,26 @@ def partition_by_contributions(
     Balanced k-means over the centred contributions of each neuron, not normalised: neurons that
     are active together share an expert, and so do neurons that write much, which lets the router
     leave out experts that write little. It starts from the order of the scores.
+
+    The first `pinned` experts are not clustered: they take the best neurons that are not shared.
     """
+    neurons = (len(score_F) - shared) // experts  # of one expert
+    if pinned:
+        inner = partition_by_contributions(
+            h_TF,
+            down_HF,
+            score_F,
+            shared=shared + pinned * neurons,
+            experts=experts - pinned,
+            max_iterations=max_iterations,
+        )
+        order_F, shared_S, _ = split_by_score(score_F, shared)
+        best_PM = order_F[shared : shared + pinned * neurons].view(pinned, neurons)
+        experts_NM = torch.cat([best_PM.sort(dim=1).values, inner.experts_NM])
+        return Partition(shared_S, experts_NM, None, inner.iterations, pinned)
     order_F, shared_S, routed_R = split_by_score(score_F, shared)
-    columns_TR = h_TF[:, routed_R].abs().mul_(down_HF.norm(dim=0)[routed_R])
+    sample_TF = h_TF[:: max(1, len(h_TF) // CLUSTERING_TOKENS)]
+    columns_TR = sample_TF[:, routed_R].abs().mul_(down_HF.norm(dim=0)[routed_R])
     columns_TR -= columns_TR.mean(dim=0)
     square_R1 = columns_TR.square().sum(dim=0).unsqueeze(1)
     items = len(routed_R)

@@ -9,7 +9,7 @@ width, E = 1 + N experts (column 0 the shared one), N routed experts, K active e
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -34,8 +34,8 @@ from .decoder import (
 from .errors import CMoEError, RequestError
 from .partition import Partition, partition_by_contributions, partition_by_marks
 from .profile import activation_rates, energies
-from .refit import refit_down
-from .router import linear_router, output_energies, representative_router
+from .refit import active_blocks, down_projected, refit_down
+from .router import linear_router, oracle_choice, output_energies, representative_router
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,14 @@ class Recipe:
     """Let the refit aim at the dense model's hidden states, which also undoes what earlier layers
     got wrong, instead of at the dense FFN's output."""
 
+    pinned: int = 0
+    """Active experts that run for every token: those of the most important neurons."""
+    adaptive_split: bool = False
+    """Choose `pinned` for each layer on held-out calibration tokens."""
+    routed_by: str = "router"
+    """Who routes while calibrating: the `"router"`, an `"oracle"` (the experts of largest sum |h|)
+    or a `"random"` choice. For comparisons: the model keeps its router."""
+
     def __post_init__(self) -> None:
         """Raises `RequestError` for a choice that does not exist or goes with no other."""
         for choice in fields(self):
@@ -86,6 +94,15 @@ class Recipe:
             raise RequestError(
                 "a representative router needs clusters of marks: change both, or neither."
             )
+        if self.pinned < 0:
+            raise RequestError("the recipe's pinned cannot be negative.")
+        if (self.pinned or self.adaptive_split) and self.clusters != "contributions":
+            raise RequestError(
+                "a budget (pinned experts, an adaptive split) needs clusters of contributions: "
+                "use --recipe refined, or say --shared and --active."
+            )
+        if self.adaptive_split and not self.refit:
+            raise RequestError("a budget compares refitted layers: leave the refit on.")
         if min(self.max_iterations, self.router_ridge, self.refit_ridge) <= 0:
             raise RequestError("the recipe's max_iterations and ridges must be above 0.")
 
@@ -95,6 +112,7 @@ _KNOWN_CHOICES = {
     "clusters": ("marks", "contributions"),
     "metric": ("l1", "l2"),
     "router": ROUTER_TYPES,
+    "routed_by": ("router", "oracle", "random"),
 }
 
 RECIPES: dict[str, Recipe] = {
@@ -126,12 +144,13 @@ class CarvedLayer:
 
     partition: Partition
     router: dict[str, torch.Tensor]
+    """Parameters of the router as they will be loaded."""
     down_HF: torch.Tensor
     """The down projection, refitted or not, float32, in the dense order of neurons."""
+    run_TN: torch.Tensor
+    """Which routed experts ran for the calibration tokens."""
     y_TH: torch.Tensor
     """Output of the carved FFN for the calibration tokens."""
-    figures: dict[str, Any]
-    """What `conversion.json` says about the layer."""
 
 
 def carve_layer(
@@ -144,104 +163,145 @@ def carve_layer(
 ) -> CarvedLayer:
     """Turn one dense FFN into shared expert, routed experts and router (paper, section 4).
 
-    `wanted_TH` is the output that a refit aims at, by default that of the dense FFN.
+    `wanted_TH` is the output that a refit aims at, None for a recipe without one.
     """
     down_HF = ffn.down_HF
     with clock("partition"):
-        rate_F = activation_rates(profile.marks_TK, len(ffn.gate_FH))
-        parts = divide(ffn, profile, rate_F, config, recipe)
+        parts = divide(ffn, profile, config, recipe)
     with clock("router"):
         router = build_router(ffn, profile, parts, recipe)
-        router = {name: ffn.rounded(weight) for name, weight in router.items()}
-        weight_TE = expert_weights(router, profile.x_TH, config)
-    if recipe.refit:
-        with clock("refit"):
-            wanted_TH = profile.h_TF @ down_HF.T if wanted_TH is None else wanted_TH
-            weighed = weighed_activations(profile.h_TF, weight_TE, parts)
-            down_HF = refit_down(
-                zip(weighed, wanted_TH.split(BATCH_TOKENS), strict=True),
-                down_HF,
-                ridge=recipe.refit_ridge,
-            )
+        run_TN = running_experts(router, profile, parts, config, recipe)
+    with clock("refit"):
+        blocks = active_blocks(profile.h_TF, parts, run_TN)
+        if wanted_TH is not None:
+            down_HF = refit_down(blocks, wanted_TH, down_HF, ridge=recipe.refit_ridge)
             down_HF = ffn.rounded(down_HF)
     with clock("carved_down"):
-        weighed = weighed_activations(profile.h_TF, weight_TE, parts)
-        y_TH = torch.cat([z_tF @ down_HF.T for z_tF in weighed])
+        y_TH = down_projected(blocks, down_HF, len(profile.x_TH))
+    return CarvedLayer(parts, router, down_HF, run_TN, y_TH)
+
+
+def best_split(
+    ffn: FFN,
+    profile: Profile,
+    wanted_TH: torch.Tensor,
+    config: CMoELlamaConfig,
+    recipe: Recipe,
+) -> dict[int, float]:
+    """Relative error on held-out tokens for each number of active experts that could be pinned.
+
+    Routing adapts to the token, a fixed choice suits the refit better: which of them wins differs
+    from layer to layer. Each candidate is carved on the first seven eighths of the tokens.
+    """
+    cut = len(wanted_TH) * 7 // 8
+    seen, held = profile.part(slice(cut)), profile.part(slice(cut, None))
+    errors = {}
+    top_k = config.num_experts_per_tok
+    for pinned in sorted({round(top_k * step / 3) for step in range(4)}):
+        trial = replace(recipe, pinned=pinned)
+        layer = carve_layer(ffn, seen, wanted_TH[:cut], config, trial, Stopwatch())
+        run_TN = running_experts(layer.router, held, layer.partition, config, trial)
+        blocks = active_blocks(held.h_TF, layer.partition, run_TN)
+        y_TH = down_projected(blocks, layer.down_HF, len(run_TN))
+        errors[pinned] = relative_error(y_TH, wanted_TH[cut:])
+    return errors
+
+
+def relative_error(got_TH: torch.Tensor, wanted_TH: torch.Tensor) -> float:
+    """Length of the difference over that of what was wanted; 0, not NaN, if both are zero."""
+    return ((got_TH - wanted_TH).norm() / wanted_TH.norm().clamp_min(1e-30)).item()
+
+
+def layer_figures(
+    carved: CarvedLayer, ffn: FFN, profile: Profile, clock: Stopwatch
+) -> dict[str, Any]:
+    """What `conversion.json` says about a layer."""
+    parts = carved.partition
+    rate_F = activation_rates(profile.marks_TK, len(ffn.gate_FH))
     with clock("dense_down_sample"):
         dense_TH = profile.h_TF[:BATCH_TOKENS] @ ffn.down_HF.T
-    # A layer whose FFN writes nothing has no relative error: 0, not NaN.
-    error = (y_TH[:BATCH_TOKENS] - dense_TH).norm() / dense_TH.norm().clamp_min(1e-30)
-    figures = {
+    return {
         "activation_rate": _quantiles(rate_F),
         "marks_on_shared": rate_F[parts.shared_S].sum().item() / rate_F.sum().item(),
         "shared_neurons": len(parts.shared_S),
+        "pinned_experts": parts.pinned,
         "expert_sizes": [len(ids_M) for ids_M in parts.experts_NM],
-        "expert_loads": (weight_TE[:, 1:] != 0).float().mean(dim=0).tolist(),
+        "expert_loads": carved.run_TN.float().mean(dim=0).tolist(),
         "clustering_iterations": parts.iterations,
-        "relative_output_error": error.item(),
+        "relative_output_error": relative_error(carved.y_TH[:BATCH_TOKENS], dense_TH),
     }
-    return CarvedLayer(parts, router, down_HF, y_TH, figures)
 
 
-def divide(
-    ffn: FFN, profile: Profile, rate_F: torch.Tensor, config: CMoELlamaConfig, recipe: Recipe
-) -> Partition:
+def divide(ffn: FFN, profile: Profile, config: CMoELlamaConfig, recipe: Recipe) -> Partition:
     """Shared neurons and routed experts, by the recipe's importance and clusters."""
-    score_F = rate_F
     if recipe.importance == "energy":
         score_F = energies(profile.h_TF, ffn.down_HF)
+    else:
+        score_F = activation_rates(profile.marks_TK, len(ffn.gate_FH))
     shape = {
         "shared": config.shared_expert_intermediate_size,
         "experts": config.num_experts,
         "max_iterations": recipe.max_iterations,
     }
     if recipe.clusters == "contributions":
-        return partition_by_contributions(profile.h_TF, ffn.down_HF, score_F, **shape)
+        return partition_by_contributions(
+            profile.h_TF, ffn.down_HF, score_F, pinned=recipe.pinned, **shape
+        )
     return partition_by_marks(profile.marks_TK, score_F, metric=recipe.metric, **shape)
 
 
 def build_router(
     ffn: FFN, profile: Profile, parts: Partition, recipe: Recipe
 ) -> dict[str, torch.Tensor]:
-    """The router's weights, by the recipe's form."""
+    """The router's parameters as they will be loaded, by the recipe's form."""
     if recipe.router == "linear":
-        energy_TN = output_energies(profile.h_TF, ffn.down_HF, parts.experts_NM)
-        return linear_router(profile.x_TH, energy_TN, ridge=recipe.router_ridge)
-    assert parts.representatives_N is not None  # the recipe has been checked
-    return representative_router(
-        ffn.gate_FH, ffn.up_FH, parts.representatives_N, normalise=recipe.normalised_rows
-    )
+        energy_TN = output_energies(profile.h_TF, ffn.down_HF, parts.experts_NM[parts.pinned :])
+        router = linear_router(profile.x_TH, energy_TN, ridge=recipe.router_ridge)
+    else:
+        assert parts.representatives_N is not None  # the recipe has been checked
+        router = representative_router(
+            ffn.gate_FH, ffn.up_FH, parts.representatives_N, normalise=recipe.normalised_rows
+        )
+    # A pinned expert needs no score: its bias lies above every probability.
+    first = torch.zeros(parts.pinned, ffn.gate_FH.shape[1], device=ffn.gate_FH.device)
+    router = {name: torch.cat([first, ffn.rounded(w_NH)]) for name, w_NH in router.items()}
+    bias_N = torch.zeros(len(parts.experts_NM), device=ffn.gate_FH.device)
+    bias_N[: parts.pinned] = 2.0
+    return {**router, "balance_bias": bias_N}
 
 
-def expert_weights(
+def running_experts(
+    router: dict[str, torch.Tensor],
+    profile: Profile,
+    parts: Partition,
+    config: CMoELlamaConfig,
+    recipe: Recipe,
+) -> torch.Tensor:
+    """Which routed experts run for which token, (T, N) bool."""
+    if recipe.routed_by == "router":
+        index_TK = chosen_experts(router, profile.x_TH, config)
+    else:
+        if recipe.routed_by == "oracle":
+            mass_TN = torch.stack([profile.h_TF[:, m].abs().sum(1) for m in parts.experts_NM], 1)
+        else:
+            mass_TN = torch.rand(len(profile.x_TH), config.num_experts).to(profile.x_TH.device)
+        index_TK = oracle_choice(mass_TN, config.num_experts_per_tok)
+    run_TN = torch.zeros(len(index_TK), config.num_experts, dtype=torch.bool)
+    return run_TN.to(index_TK.device).scatter_(1, index_TK, True)
+
+
+def chosen_experts(
     router: dict[str, torch.Tensor], x_TH: torch.Tensor, config: CMoELlamaConfig
 ) -> torch.Tensor:
-    """Gate weight of every expert for every token, (T, E); 0 where it does not run.
+    """The experts that run for every token, (T, K) int64.
 
-    The model's own router decides, so that calibration sees what inference will see.
+    The model's own router decides, so that calibration sees what inference will see. Its gates
+    are 1: the learned scale is zero after carving.
     """
     module = CMoERouter(config).to(x_TH.device)
     module.load_state_dict(router, strict=False)
-    _, weight_TK, index_TK = module(x_TH)
-    weight_TE = x_TH.new_zeros(len(x_TH), 1 + config.num_experts)
-    weight_TE[:, 0] = 1
-    return weight_TE.scatter_(1, 1 + index_TK, weight_TK)
-
-
-def weighed_activations(
-    h_TF: torch.Tensor, weight_TE: torch.Tensor, parts: Partition
-) -> Iterator[torch.Tensor]:
-    """Activations weighed as the experts that own them, some tokens at a time, (t, F) (eq. 2, 9).
-
-    What the carved FFN's down projection sees, in the dense order of neurons. Multiplying by zero
-    and then by a dense matrix is faster here than gathering the columns of each expert.
-    """
-    owner_EF = torch.zeros(weight_TE.shape[1], h_TF.shape[1], device=h_TF.device)
-    owner_EF[0, parts.shared_S] = 1
-    for expert, ids_M in enumerate(parts.experts_NM, start=1):
-        owner_EF[expert, ids_M] = 1
-    chunks = zip(h_TF.split(BATCH_TOKENS), weight_TE.split(BATCH_TOKENS), strict=True)
-    return ((weight_tE @ owner_EF).mul_(h_tF) for h_tF, weight_tE in chunks)
+    _, _, index_TK = module(x_TH)
+    return index_TK
 
 
 @torch.no_grad()
@@ -270,7 +330,7 @@ def carve_model(
     profile = Profile.empty(
         windows_WL.numel(), config.hidden_size, config.intermediate_size, k_act, device
     )
-    dense_WLH = hidden_WLH.clone() if recipe.error_correction else None
+    dense_WLH = hidden_WLH.clone() if recipe.refit and recipe.error_correction else None
     for index in tqdm(range(config.num_hidden_layers), desc="carving", unit="layer", disable=None):
         clock = Stopwatch()
         with clock("read"):
@@ -297,11 +357,20 @@ def carve_model(
             with clock("dense_stream"):
                 run_dense_layer(ffn, attention, dense_WLH)
                 wanted_TH = (dense_WLH - hidden_WLH).flatten(0, 1)
+        elif recipe.refit:
+            with clock("dense_output"):
+                wanted_TH = profile.h_TF @ ffn.down_HF.T
+        split = {}
+        if recipe.adaptive_split and wanted_TH is not None:
+            with clock("split"):
+                split = best_split(ffn, profile, wanted_TH, config, recipe)
+                recipe = replace(recipe, pinned=min(split, key=split.__getitem__))
         carved = carve_layer(ffn, profile, wanted_TH, config, recipe, clock)
         hidden_WLH += carved.y_TH.view_as(hidden_WLH)
+        figures = layer_figures(carved, ffn, profile, clock) | ({"split": split} if split else {})
         tensors = stored_tensors(names, stored, carved)
         prefix = names.layer_prefix.format(index)
-        figures = {**carved.figures, "seconds": clock.report(len(profile.x_TH))}
+        figures["seconds"] = clock.report(len(profile.x_TH))
         yield index + 1, {prefix + name: tensor for name, tensor in tensors.items()}, figures
 
 
@@ -320,9 +389,9 @@ def stored_tensors(
     tensors["mlp.experts.gate_up_proj"] = torch.cat([gate_FH[experts_NM], up_FH[experts_NM]], dim=1)
     tensors["mlp.experts.down_proj"] = down_HF.T[experts_NM].transpose(1, 2)
     for name, weight in carved.router.items():
-        tensors[f"mlp.gate.{name}"] = weight.to(gate_FH.dtype)
+        dtype = torch.float32 if name == "balance_bias" else gate_FH.dtype
+        tensors[f"mlp.gate.{name}"] = weight.to(dtype)
     tensors["mlp.gate.scale"] = torch.zeros(len(experts_NM), dtype=gate_FH.dtype)
-    tensors["mlp.gate.balance_bias"] = torch.zeros(len(experts_NM), dtype=torch.float32)
     return tensors
 
 

@@ -45,8 +45,15 @@ def output_energies(
     h_TF: torch.Tensor, down_HF: torch.Tensor, experts_NM: torch.Tensor
 ) -> torch.Tensor:
     """Squared length of each expert's output for every token, (T, N)."""
-    outputs = (h_TF[:, ids_M] @ down_HF[:, ids_M].T for ids_M in experts_NM)
-    return torch.stack([y_TH.square().sum(dim=1) for y_TH in outputs], dim=1)
+    energies = []
+    for ids_M in experts_NM:
+        h_TM, down_HM = h_TF[:, ids_M], down_HF[:, ids_M]
+        if down_HM.shape[0] < down_HM.shape[1]:
+            energy_T = (h_TM @ down_HM.T).square().sum(dim=1)
+        else:  # h W^T W h^T: narrower than the output
+            energy_T = (h_TM @ (down_HM.T @ down_HM)).mul_(h_TM).sum(dim=1)
+        energies.append(energy_T)
+    return torch.stack(energies, dim=1)
 
 
 def oracle_choice(mass_TN: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -47,20 +47,28 @@ def test_continue_with_peft(run_example, embedded, carve, calibration_text, tmp_
     assert (after.experts.down_proj.float() != before.experts.down_proj.float()).any()
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [("refined, no refit", "static"), ("refined for an oracle", "refined, split by layer")],
+)
 def test_the_reference_tables_can_be_reproduced(
-    run_example, embedded, calibration_text, held_out, capsys, tmp_path
+    run_example, embedded, calibration_text, held_out, capsys, tmp_path, rows
 ):
     text = tmp_path / "text.txt"
     text.write_text(held_out.read_text()[:8000])
     run_example(
-        "reproduce_reference.py",
+        "compare_recipes.py",
         *(embedded, calibration_text, text),
-        *("--shape", "S1A1E8", "--seeds", "1", "--samples", "16", "--recipe", "refined"),
+        *("--shape", "S1A1E8", "--seeds", "1", "--samples", "16"),
+        *(argument for row in rows for argument in ("--row", row)),
     )
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    mean = {row.get("kind", "dense"): row["mean"] for row in rows}
-    assert mean.keys() == {"dense", "own", "oracle", "random", "static"}
-    assert mean["dense"] < mean["own"] < mean["random"]
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    means = {(record["row"], record.get("router")): record["mean"] for record in records}
+    assert means.pop(("dense", None)) < min(means.values())
+    assert {row for row, _ in means} == set(rows)
+    if "static" in rows:
+        oracle, own, chance = (means[rows[0], router] for router in ("oracle", "own", "random"))
+        assert oracle < own < chance
 
 
 def test_the_embedded_default_can_be_trained(run_example, tmp_path):

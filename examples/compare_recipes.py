@@ -1,0 +1,166 @@
+"""Reproduce the quality tables of RESULTS.md on a model and texts of your own.
+
+    python examples/compare_recipes.py MODEL CALIBRATION_TEXT TEXT [TEXT ...] --shape S1A1E8
+    python examples/compare_recipes.py MODEL CALIBRATION_TEXT TEXT --shape S1A1E8 --table ablation
+
+One run compares, at the activation ratio of each shape, the dense model, static pruning (all
+active experts shared, nothing routed), the published recipes and ours, with the model's router, an
+oracle's and a random one; or ours with one choice changed at a time. Every text is measured on the
+same conversions. One JSON object per line goes to standard output: `perplexities` of every seed of
+the calibration windows, `gap` = mean ln(perplexity / dense), the error of each layer's FFN output
+on the calibration tokens, the router's agreement with the oracle beside chance, and seconds of
+conversion.
+"""
+
+import argparse
+import json
+import math
+import re
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cmoe_hf.conversion import convert, evaluate
+
+
+@dataclass(frozen=True)
+class Row:
+    """A conversion and the routers it is measured with."""
+
+    name: str
+    recipe: str = "refined"
+    changes: dict[str, Any] = field(default_factory=dict)
+    static: bool = False
+    finer: int = 1
+    """Experts of 1 / finer the size, at equal activation."""
+    more: float = 1
+    """Calibration windows, relative to --samples."""
+    routers: tuple[str, ...] = ("own",)
+
+
+PLAIN = {"refit": False}
+TABLES = {
+    "compare": (
+        Row("released", "released", routers=("own", "oracle", "random")),
+        Row("paper", "paper", routers=("own", "oracle", "random")),
+        Row("static", changes=PLAIN, static=True),
+        Row("static, refitted", static=True),
+        Row("refined, no refit", changes=PLAIN, routers=("own", "oracle", "random")),
+        Row("refined"),
+        Row("refined for an oracle", changes={"routed_by": "oracle"}, routers=("oracle",)),
+        Row("refined for chance", changes={"routed_by": "random"}, routers=("random",)),
+        Row("refined, split by layer", changes={"adaptive_split": True}),
+    ),
+    "ablation": (
+        Row("refined"),
+        Row("neurons by rate of marks", changes={"importance": "rate"}),
+        Row("clusters of marks", changes={"clusters": "marks"}),
+        Row(
+            "clusters of marks, representative router",
+            changes={"clusters": "marks", "router": "representative"},
+        ),
+        Row("one clustering round", changes={"max_iterations": 1}),
+        Row("refit to the dense FFN's output", changes={"error_correction": False}),
+        Row("no refit", changes=PLAIN),
+        Row("router ridge 0.001", changes={"router_ridge": 0.001}),
+        Row("router ridge 0.05", changes={"router_ridge": 0.05}),
+        Row("router ridge 5", changes={"router_ridge": 5.0}),
+        Row("refit ridge 0.0001", changes={"refit_ridge": 0.0001}),
+        Row("refit ridge 0.03", changes={"refit_ridge": 0.03}),
+        Row("1/8 of the calibration tokens", more=1 / 8),
+        Row("1/4 of the calibration tokens", more=1 / 4),
+        Row("4 times the calibration tokens", more=4),
+        Row("16 times the calibration tokens", more=16),
+        Row("experts of half the size", finer=2),
+        Row("experts of a quarter of the size", finer=4),
+        Row("experts of an eighth of the size", finer=8),
+    ),
+}
+
+
+def measure(
+    arguments: argparse.Namespace, shape: str, row: Row, dense: dict[str, float]
+) -> Iterator[dict[str, Any]]:
+    """One record per router and text."""
+    shared, active, experts = map(int, re.fullmatch(r"S(\d+)A(\d+)E(\d+)", shape).groups())
+    if row.static:
+        shared, active = shared + active, 0
+    runs, reports = defaultdict(list), []
+    for seed in range(arguments.seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            carved = Path(folder) / "carved"
+            convert(
+                arguments.model,
+                carved,
+                shared=shared * row.finer,
+                active=active * row.finer,
+                experts=experts * row.finer,
+                recipe=row.recipe,
+                changes=row.changes,
+                calibration=arguments.calibration,
+                samples=round(arguments.samples * row.more),
+                sequence_length=arguments.sequence_length,
+                seed=seed,
+            )
+            reports.append(json.loads((carved / "conversion.json").read_text()))
+            for router in row.routers:
+                for text in arguments.texts:
+                    result = evaluate(
+                        carved,
+                        text=text,
+                        router=router,
+                        sequence_length=arguments.sequence_length,
+                    )
+                    runs[router, text].append(result)
+    errors = [[layer["relative_output_error"] for layer in run["layers"]] for run in reports]
+    for (router, text), results in runs.items():
+        perplexities = [result.perplexity for result in results]
+        agreements = [result.router_oracle_agreement for result in results]
+        yield {
+            "shape": shape,
+            "row": row.name,
+            "router": router,
+            "text": Path(text).name,
+            "perplexities": perplexities,
+            "mean": statistics.mean(perplexities),
+            "gap": statistics.mean(math.log(value / dense[text]) for value in perplexities),
+            "agreement": None if None in agreements else statistics.mean(agreements),
+            "chance": results[0].router_chance_agreement,
+            "errors": [round(statistics.mean(layer), 4) for layer in zip(*errors, strict=True)],
+            "pinned": [[layer["pinned_experts"] for layer in run["layers"]] for run in reports],
+            "seconds": statistics.median(run["result"]["seconds"] for run in reports),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("calibration")
+    parser.add_argument("texts", nargs="+")
+    parser.add_argument("--shape", action="append", help="for example S3A3E8; repeatable")
+    parser.add_argument("--table", choices=TABLES, default="compare")
+    parser.add_argument("--row", action="append", help="only this row of the table; repeatable")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    arguments = parser.parse_args()
+    dense = {}
+    for text in arguments.texts:
+        result = evaluate(arguments.model, text=text, sequence_length=arguments.sequence_length)
+        dense[text] = result.perplexity
+        record = {"row": "dense", "text": Path(text).name, "mean": result.perplexity}
+        print(json.dumps(record), flush=True)
+    for shape in arguments.shape or ["S1A1E8", "S2A2E8", "S3A3E8"]:
+        for row in TABLES[arguments.table]:
+            if arguments.row and row.name not in arguments.row:
+                continue
+            for record in measure(arguments, shape, row, dense):
+                print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()
