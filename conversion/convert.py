@@ -89,10 +89,11 @@ class Settings:
             raise RequestError(
                 f"a recipe has no choice {', '.join(unknown)}; it has {', '.join(sorted(known))}."
             )
-        if self.choices.pinned > self.active:  # also refuses a choice that does not exist
+        limit = min(self.active, self.experts - self.shared - 1)
+        if self.choices.pinned > limit:  # also refuses a choice that does not exist
             raise RequestError(
-                f"the recipe's pinned is {self.choices.pinned}, but only {self.active} routed "
-                "experts are active."
+                f"the recipe's pinned is {self.choices.pinned}; at {self.notation} it can be at "
+                f"most {limit}: no more than are active, and one must be left to route."
             )
         check_dtype(self.dtype)
         for name in ("samples", "sequence_length", "k_act"):
@@ -236,7 +237,7 @@ def units(
         return shared, active
     if active is not None:
         raise RequestError("--budget decides how many experts are active: leave out --active.")
-    running = round(budget * experts)
+    running = round(budget * experts) if 0 < budget < 1 else 0
     if not 0 < running < experts or abs(running - budget * experts) > 1e-6:
         fitting = ", ".join(f"{count / experts:g}" for count in range(1, min(experts, 33)))
         raise RequestError(

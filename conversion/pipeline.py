@@ -196,7 +196,7 @@ def best_split(
     cut = len(wanted_TH) * 7 // 8
     seen, held = profile.part(slice(cut)), profile.part(slice(cut, None))
     errors = {}
-    top_k = config.num_experts_per_tok
+    top_k = min(config.num_experts_per_tok, config.num_experts - 1)
     for pinned in sorted({round(top_k * step / 3) for step in range(4)}):
         trial = replace(recipe, pinned=pinned)
         layer = carve_layer(ffn, seen, wanted_TH[:cut], config, trial, Stopwatch())

@@ -68,6 +68,11 @@ def test_impossible_shapes(dense, no_leftovers, shape, phrase):
         (["--change", "refit=maybe"], "must be of type bool"),
         (["--change", "refit_ridge=0"], "must be above 0"),
         (["--change", "router=representative"], "needs clusters of marks"),
+        (["--change", "pinned=3"], "at S2A2E8 it can be at most 2"),
+        (["--change", "pinned=-1"], "cannot be negative"),
+        (["--change", "adaptive_split=true", "--recipe", "paper"], "use --recipe refined"),
+        (["--change", "adaptive_split=true", "--change", "refit=false"], "leave the refit on"),
+        (["--budget", "0.5"], "leave out --active"),
         (["--dtype", "int3"], "choose one of float32, bfloat16, float16"),
         (["--k-act", "97"], "has only 96 neurons"),
         (["--k-act", "0"], "at least 1"),
@@ -78,6 +83,25 @@ def test_impossible_shapes(dense, no_leftovers, shape, phrase):
 )
 def test_impossible_options(dense, no_leftovers, options, phrase):
     refused(run(dense, no_leftovers, *options), 2, phrase)
+
+
+@pytest.mark.parametrize(
+    ("options", "phrase"),
+    [
+        ([], "--shared and --active, or --budget"),
+        (["--shared", "2"], "--shared and --active, or --budget"),
+        (["--budget", "0.3"], "It can be 0.125, 0.25, 0.375"),
+        (["--budget", "1"], "not a whole number of 8 experts"),
+        (["--budget", "-0.25"], "not a whole number of 8 experts"),
+        (["--budget", "nan"], "not a whole number of 8 experts"),
+        (["--budget", "0.25", "--shared", "3"], "more than the 2 experts"),
+        (["--budget", "0.25", "--recipe", "released"], "use --recipe refined"),
+    ],
+)
+def test_impossible_budgets(dense, no_leftovers, options, phrase):
+    command = ["convert", dense, no_leftovers, "--experts", "8", "--calibration", CALIBRATION]
+    result = CliRunner().invoke(app, [*map(str, command), *options])
+    refused(result, 2, phrase)
 
 
 def test_another_family_is_named_with_what_is_supported(tmp_path, no_leftovers):

@@ -74,7 +74,7 @@ def test_a_bad_configuration_file_is_refused(dense, tmp_path, content, phrase):
 
 
 def test_a_missing_option_is_a_wrong_request(dense, tmp_path):
-    result = invoke("convert", dense, tmp_path / "out", "--shared", 2)
+    result = invoke("convert", dense, tmp_path / "out", "--shared", 2, "--experts", 8)
     assert result.exit_code == 2
     assert "--active" in result.stderr
 

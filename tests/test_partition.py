@@ -1,5 +1,6 @@
 """The partition: nothing lost, balanced, and as cheap as the exact square assignment."""
 
+import itertools
 import time
 
 import numpy as np
@@ -56,18 +57,24 @@ def test_every_neuron_is_in_exactly_one_place(shape, seed, metric, iterations):
 
 
 @settings(max_examples=30, deadline=None)
-@given(shapes(), st.integers(0, 99))
-def test_clusters_of_contributions_lose_no_neuron_either(shape, seed):
+@given(shapes(), st.integers(0, 99), st.data())
+def test_clusters_of_contributions_lose_no_neuron_either(shape, seed, data):
     width, shared, experts, neurons = shape
+    pinned = data.draw(st.integers(0, experts - 1))
     generator = torch.Generator().manual_seed(seed)
     h_TF, down_HF = torch.randn(40, width, generator=generator), torch.rand(5, width)
     score_F = energies(h_TF, down_HF)
-    parts = partition_by_contributions(h_TF, down_HF, score_F, shared=shared, experts=experts)
+    parts = partition_by_contributions(
+        h_TF, down_HF, score_F, shared=shared, experts=experts, pinned=pinned
+    )
     placed = torch.cat([parts.shared_S, parts.experts_NM.flatten()])
     assert sorted(placed.tolist()) == list(range(width))
     assert parts.experts_NM.shape == (experts, neurons)
-    if shared:
-        assert score_F[parts.shared_S].min() >= score_F[parts.experts_NM.flatten()].max()
+    assert parts.pinned == pinned
+    # Shared before pinned before the experts that are left to the router.
+    places = [parts.shared_S, parts.experts_NM[:pinned], parts.experts_NM[pinned:]]
+    scores = [score_F[ids.flatten()] for ids in places if ids.numel()]
+    assert all(more.min() >= less.max() for more, less in itertools.pairwise(scores))
 
 
 def test_neurons_that_write_together_end_up_together():

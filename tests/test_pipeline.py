@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from cmoe_hf.conversion import evaluate
+from cmoe_hf.conversion import convert, evaluate
 from cmoe_hf.conversion.calibration import random_windows, tokenize
+from cmoe_hf.conversion.demo import CALIBRATION
 from cmoe_hf.conversion.pipeline import RECIPES
 
 BACKENDS = ["eager", "batched_mm", "grouped_mm"]
@@ -47,6 +48,29 @@ def test_all_active_equals_dense_in_every_family_and_precision(
         assert (load(carved_folder)(token_ids).logits - expected).abs().max() < 1e-4 * max(
             1.0, expected.abs().max().item()
         )
+
+
+def test_pinned_experts_change_nothing_where_all_are_active(embedded, carve, token_ids):
+    carved = load(carve(embedded, (1, 7, 8), changes={"pinned": 4}))
+    with torch.no_grad():
+        assert (carved(token_ids).logits - load(embedded)(token_ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("pinned", [1, 2])
+def test_pinned_experts_run_for_every_token(embedded, carve, token_ids, pinned):
+    """They are shared experts in all but name: the same model as with a larger shared expert."""
+    # Without the refit: its roundings to bfloat16 differ, and so do the next layer's clusters.
+    folder = carve(embedded, (1, 2, 8), changes={"refit": False, "pinned": pinned})
+    larger = load(carve(embedded, (1 + pinned, 2 - pinned, 8), changes={"refit": False}))
+    model = load(folder)
+    for layer in json.loads((folder / "conversion.json").read_text())["layers"]:
+        assert layer["pinned_experts"] == pinned
+        assert layer["expert_loads"][:pinned] == [1.0] * pinned
+    with torch.no_grad():
+        difference = model(token_ids).logits - larger(token_ids).logits
+    assert difference.abs().max() < 1e-4
+    stored = model.model.layers[0].mlp.gate.balance_bias
+    assert (stored != 0).tolist() == [True] * pinned + [False] * (7 - pinned)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -164,3 +188,27 @@ def test_refined_is_better_than_the_papers_recipes_and_than_static_pruning(
     assert refined < measured("refined", (2, 0, 8))
     assert refined < 0.7 * measured("paper")
     assert refined < 0.7 * measured("released")
+
+
+@pytest.mark.parametrize("notation", [(1, 1, 8), (2, 2, 8), (3, 3, 8)])
+def test_a_budget_is_as_good_as_the_better_of_routing_and_static_pruning(
+    embedded, carve, held_out, tmp_path, notation
+):
+    def measured(folder):
+        return evaluate(folder, text=held_out, dtype="float32").perplexity
+
+    shared, active, experts = notation
+    options = {"calibration": CALIBRATION, "samples": 64, "sequence_length": 256}
+    budget = (shared + active) / experts
+    result = convert(embedded, tmp_path / "out", experts=experts, budget=budget, **options)
+    assert result.notation == f"S{shared}A{active}E{experts}"
+    report = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert report["settings"]["budget"] == budget
+    for layer in report["layers"]:
+        tried = {int(pinned): error for pinned, error in layer["split"].items()}
+        assert tried.keys() >= {0, active}
+        assert tried[layer["pinned_experts"]] == min(tried.values())
+    routed = measured(carve(embedded, notation, **options))
+    static = measured(carve(embedded, (shared + active, 0, experts), **options))
+    # Held-out errors of single layers are a noisy guide to perplexity in a model this small.
+    assert measured(tmp_path / "out") < 1.02 * min(routed, static)
