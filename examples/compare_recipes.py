@@ -83,7 +83,11 @@ TABLES = {
 
 
 def measure(
-    arguments: argparse.Namespace, shape: str, row: Row, dense: dict[str, float]
+    arguments: argparse.Namespace,
+    shape: str,
+    row: Row,
+    routers: list[str],
+    dense: dict[str, float],
 ) -> Iterator[dict[str, Any]]:
     """One record per router and text."""
     shared, active, experts = map(int, re.fullmatch(r"S(\d+)A(\d+)E(\d+)", shape).groups())
@@ -107,7 +111,7 @@ def measure(
                 seed=seed,
             )
             reports.append(json.loads((carved / "conversion.json").read_text()))
-            for router in row.routers:
+            for router in routers:
                 for text in arguments.texts:
                     result = evaluate(
                         carved,
@@ -144,6 +148,7 @@ def main() -> None:
     parser.add_argument("--shape", action="append", help="for example S3A3E8; repeatable")
     parser.add_argument("--table", choices=TABLES, default="compare")
     parser.add_argument("--row", action="append", help="only this row of the table; repeatable")
+    parser.add_argument("--router", action="append", help="only rows with this one; repeatable")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=256)
@@ -156,10 +161,10 @@ def main() -> None:
         print(json.dumps(record), flush=True)
     for shape in arguments.shape or ["S1A1E8", "S2A2E8", "S3A3E8"]:
         for row in TABLES[arguments.table]:
-            if arguments.row and row.name not in arguments.row:
-                continue
-            for record in measure(arguments, shape, row, dense):
-                print(json.dumps(record), flush=True)
+            routers = [name for name in row.routers if name in (arguments.router or row.routers)]
+            if routers and row.name in (arguments.row or [row.name]):
+                for record in measure(arguments, shape, row, routers, dense):
+                    print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":
