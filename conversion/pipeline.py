@@ -225,6 +225,8 @@ def layer_figures(
         "marks_on_shared": rate_F[parts.shared_S].sum().item() / rate_F.sum().item(),
         "shared_neurons": len(parts.shared_S),
         "pinned_experts": parts.pinned,
+        # Order of the system that a refit solves, see refit.py.
+        "refit_order": min(profile.h_TF.shape),
         "expert_sizes": [len(ids_M) for ids_M in parts.experts_NM],
         "expert_loads": carved.run_TN.float().mean(dim=0).tolist(),
         "clustering_iterations": parts.iterations,
@@ -284,7 +286,9 @@ def running_experts(
         if recipe.routed_by == "oracle":
             mass_TN = torch.stack([profile.h_TF[:, m].abs().sum(1) for m in parts.experts_NM], 1)
         else:
-            mass_TN = torch.rand(len(profile.x_TH), config.num_experts).to(profile.x_TH.device)
+            chance = torch.Generator().manual_seed(0)  # a resumed run must repeat it
+            mass_TN = torch.rand(len(profile.x_TH), config.num_experts, generator=chance)
+            mass_TN = mass_TN.to(profile.x_TH.device)
         index_TK = oracle_choice(mass_TN, config.num_experts_per_tok)
     run_TN = torch.zeros(len(index_TK), config.num_experts, dtype=torch.bool)
     return run_TN.to(index_TK.device).scatter_(1, index_TK, True)

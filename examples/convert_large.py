@@ -1,0 +1,148 @@
+"""Convert a random checkpoint of a large model's shape: what memory and time a real one will take.
+
+    python examples/convert_large.py --shape llama-2-7b --tokens 2048 --folder /big/disk
+    python examples/convert_large.py --shape llama-2-70b --layers 2 --tokens 2048 --folder /big/disk
+    python examples/convert_large.py --shape llama-2-7b --layers 1 --tokens 16384
+
+The weights are random, so the quality means nothing; the arithmetic, the memory and the files are
+those of the real model, but for its vocabulary, which is that of the tokenizer that comes with the
+package unless --vocabulary is larger. Needs twice the checkpoint's size on the disk. The conversion
+runs in a process of its own, whose peak resident memory is printed with the seconds of each layer
+as one JSON object.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import AutoTokenizer, LlamaConfig
+
+from cmoe_hf.conversion.demo import CALIBRATION, MODEL
+
+SHAPES = {
+    "llama-2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+    "llama-2-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+
+
+def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
+    """Random bfloat16 weights, one layer in memory at a time, one shard a layer."""
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    key_value = hidden // config.num_attention_heads * config.num_key_value_heads
+    layer = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (key_value, hidden),
+        "self_attn.v_proj": (key_value, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    shards = [
+        {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+        for index in range(config.num_hidden_layers)
+    ]
+    vocabulary = (config.vocab_size, hidden)
+    shards.append(
+        {
+            "model.embed_tokens.weight": vocabulary,
+            "lm_head.weight": vocabulary,
+            "model.norm.weight": (hidden,),
+        }
+    )
+    torch.manual_seed(0)
+    where, size = {}, 0
+    for number, shapes in enumerate(tqdm(shards, desc="writing random weights", disable=None), 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {
+            name: torch.ones(shape, dtype=torch.bfloat16)
+            if len(shape) == 1
+            else torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
+            for name, shape in shapes.items()
+        }
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(tensors, file)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
+    parser.add_argument("--layers", type=int, help="fewer than the real model has")
+    parser.add_argument("--vocabulary", type=int, default=0, help="32000 in Llama-2")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--split", type=int, nargs=3, default=[3, 3, 8], metavar=("S", "A", "E"))
+    parser.add_argument("--recipe", default="refined")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--folder", type=Path, help="on a disk with room; removed afterwards")
+    arguments = parser.parse_args()
+    shape = SHAPES[arguments.shape]
+    config = LlamaConfig(
+        **shape | ({"num_hidden_layers": arguments.layers} if arguments.layers else {}),
+        vocab_size=max(arguments.vocabulary, len(AutoTokenizer.from_pretrained(MODEL))),
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        source, output = Path(folder) / "dense", Path(folder) / "carved"
+        source.mkdir()
+        write_checkpoint(source, config)
+        length = min(2048, arguments.tokens)
+        shared, active, experts = map(str, arguments.split)
+        command = [sys.executable, "-m", "cmoe_hf.conversion.cli", "convert", source, output]
+        command += ["--shared", shared, "--active", active, "--experts", experts]
+        command += ["--recipe", arguments.recipe, "--device", arguments.device]
+        command += ["--calibration", CALIBRATION, "--sequence-length", str(length)]
+        command += ["--samples", str(arguments.tokens // length), "--json"]
+        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        layers = json.loads((output / "conversion.json").read_text())["layers"]
+    seconds = {
+        step: round(statistics.median(layer["seconds"][step] for layer in layers), 2)
+        for step in layers[0]["seconds"]
+    }
+    result = json.loads(printed)
+    print(
+        json.dumps(
+            {
+                "shape": arguments.shape,
+                "layers": config.num_hidden_layers,
+                "notation": result["notation"],
+                "calibration_tokens": result["calibration_tokens"],
+                "peak_memory_gb": round(result["peak_memory_bytes"] / 1e9, 2),
+                "carving_pass_over_bare_forward": round(result["carving_ratio"], 2),
+                "seconds": round(result["seconds"], 1),
+                "median_seconds_per_layer": seconds,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
