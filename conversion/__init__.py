@@ -5,7 +5,7 @@ from .convert import Conversion, Settings, convert
 from .demo import Demo, demo
 from .errors import CMoEError, RequestError
 from .evaluate import Evaluation, evaluate
-from .pipeline import RECIPES, Recipe
+from .recipe import RECIPES, Recipe
 
 __all__ = [
     "RECIPES",

@@ -26,7 +26,7 @@ from .demo import demo
 from .device import DTYPES
 from .errors import CMoEError, RequestError
 from .evaluate import ROUTERS, evaluate
-from .pipeline import RECIPES
+from .recipe import RECIPES
 
 app = typer.Typer(
     name="cmoe",

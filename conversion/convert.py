@@ -22,7 +22,8 @@ from .card import model_card
 from .checkpoint import LEGAL_FILES, Source, Target, load_tokenizer, open_source
 from .device import DTYPES, check_dtype, find_device, peak_memory_bytes
 from .errors import RequestError
-from .pipeline import RECIPES, Recipe, carve_model
+from .pipeline import carve_model
+from .recipe import RECIPES, Recipe
 
 CALIBRATION_TOKENS = 16_384
 """The paper's amount: 8 windows of 2,048 tokens."""
@@ -41,7 +42,7 @@ class Settings:
     budget: float | None = None
     """Share of the FFN neurons to run, if that was asked for instead of S and A."""
     recipe: str = "refined"
-    """One of `pipeline.RECIPES`."""
+    """One of `recipe.RECIPES`."""
     changes: dict[str, Any] = field(default_factory=dict)
     """Fields of the recipe that differ from it, for ablations."""
     calibration: str = "wikitext2"
@@ -156,7 +157,7 @@ def convert(
         shared, active, experts: S, A and E of the paper's notation SxAyEz.
         budget: Share of the FFN neurons to run, instead of `active`. Each layer then decides on
             held-out calibration tokens how many of the active experts always run.
-        recipe: `"refined"`, `"paper"` or `"released"`, see `pipeline.RECIPES`.
+        recipe: `"refined"`, `"paper"` or `"released"`, see `recipe.RECIPES`.
         changes: Fields of the recipe to change, for example `{"refit": False}`.
         calibration: Text file, `wikitext2`, `c4` or a Hub data set, see `calibration.load_text`.
         samples, sequence_length: Number and length in tokens of the calibration windows.

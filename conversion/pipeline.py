@@ -9,7 +9,7 @@ width, E = 1 + N experts (column 0 the shared one), N routed experts, K active e
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from tqdm import tqdm
 from transformers.activations import ACT2FN
 
 from cmoe_hf import CMoELlamaConfig
-from cmoe_hf.configuration_cmoe import ROUTER_TYPES
 from cmoe_hf.modeling_cmoe import CMoERouter
 
 from .architectures import Architecture
@@ -31,111 +30,12 @@ from .decoder import (
     profile_layer,
     run_dense_layer,
 )
-from .errors import CMoEError, RequestError
+from .errors import CMoEError
 from .partition import Partition, partition_by_contributions, partition_by_marks
 from .profile import activation_rates, energies
+from .recipe import Recipe
 from .refit import active_blocks, down_projected, refit_down
 from .router import linear_router, oracle_choice, output_energies, representative_router
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """The choices in which the paper, its released code (method, section 11.1) and ours differ."""
-
-    cosine_profile: bool = False
-    """Mark neurons by products of cosines instead of by their true activations."""
-    importance: str = "rate"
-    """What makes a neuron shared: its activation `"rate"`, or the `"energy"` of what it writes."""
-    clusters: str = "marks"
-    """Cluster neurons by their `"marks"`, or by their `"contributions"` to the output."""
-    metric: str = "l2"
-    """Distance between columns of marks: `"l2"` or `"l1"`."""
-    max_iterations: int = 20
-    """Assignments of the balanced clustering."""
-    router: str = "representative"
-    """`"representative"` neurons, or `"linear"`: a ridge regression of the experts' energies."""
-    absolute_score: bool = False
-    """Route by |s| instead of s."""
-    normalised_rows: bool = False
-    """Scale the rows of the representative router to length 1."""
-    router_ridge: float = 0.5
-    """Strength of the linear router's ridge, relative to a mean squared input feature."""
-    refit: bool = False
-    """Refit the down projections under the routing."""
-    refit_ridge: float = 0.003
-    """Strength of the refit's ridge, relative to a mean squared activation."""
-    error_correction: bool = False
-    """Let the refit aim at the dense model's hidden states, which also undoes what earlier layers
-    got wrong, instead of at the dense FFN's output."""
-
-    pinned: int = 0
-    """Active experts that run for every token: those of the most important neurons."""
-    adaptive_split: bool = False
-    """Choose `pinned` for each layer on held-out calibration tokens."""
-    routed_by: str = "router"
-    """Who routes while calibrating: the `"router"`, an `"oracle"` (the experts of largest sum |h|)
-    or a `"random"` choice. For comparisons: the model keeps its router."""
-
-    def __post_init__(self) -> None:
-        """Raises `RequestError` for a choice that does not exist or goes with no other."""
-        for choice in fields(self):
-            kind = type(choice.default)
-            value = getattr(self, choice.name)
-            if type(value) is not kind and not (kind is float and type(value) is int):
-                raise RequestError(
-                    f"the recipe's {choice.name} is {value!r}; it must be of type {kind.__name__}."
-                )
-        for name, known in _KNOWN_CHOICES.items():
-            if getattr(self, name) not in known:
-                raise RequestError(
-                    f"the recipe's {name} is {getattr(self, name)!r}; it can be {', '.join(known)}."
-                )
-        if self.router == "representative" and self.clusters != "marks":
-            raise RequestError(
-                "a representative router needs clusters of marks: change both, or neither."
-            )
-        if self.pinned < 0:
-            raise RequestError("the recipe's pinned cannot be negative.")
-        if (self.pinned or self.adaptive_split) and self.clusters != "contributions":
-            raise RequestError(
-                "a budget (pinned experts, an adaptive split) needs clusters of contributions: "
-                "use --recipe refined, or say --shared and --active."
-            )
-        if self.adaptive_split and not self.refit:
-            raise RequestError("a budget compares refitted layers: leave the refit on.")
-        if min(self.max_iterations, self.router_ridge, self.refit_ridge) <= 0:
-            raise RequestError("the recipe's max_iterations and ridges must be above 0.")
-
-
-_KNOWN_CHOICES = {
-    "importance": ("rate", "energy"),
-    "clusters": ("marks", "contributions"),
-    "metric": ("l1", "l2"),
-    "router": ROUTER_TYPES,
-    "routed_by": ("router", "oracle", "random"),
-}
-
-RECIPES: dict[str, Recipe] = {
-    # arXiv 2502.04416v3 as written.
-    "paper": Recipe(),
-    # The authors' code, where it differs.
-    "released": Recipe(
-        cosine_profile=True,
-        metric="l1",
-        max_iterations=1,
-        absolute_score=True,
-        normalised_rows=True,
-    ),
-    # Ours: the best we know without gradient descent.
-    "refined": Recipe(
-        importance="energy",
-        clusters="contributions",
-        max_iterations=8,
-        router="linear",
-        refit=True,
-        error_correction=True,
-    ),
-}
 
 
 @dataclass

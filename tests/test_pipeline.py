@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from cmoe_hf.conversion import convert, evaluate
 from cmoe_hf.conversion.calibration import random_windows, tokenize
 from cmoe_hf.conversion.demo import CALIBRATION
-from cmoe_hf.conversion.pipeline import RECIPES
+from cmoe_hf.conversion.recipe import RECIPES
 
 BACKENDS = ["eager", "batched_mm", "grouped_mm"]
 
