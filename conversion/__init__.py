@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turn dense language models into CMoE models, and measure them."""
 
-from .convert import Conversion, Settings, convert
+from .convert import Conversion, convert, resume
 from .demo import Demo, demo
 from .errors import CMoEError, RequestError
 from .evaluate import Evaluation, evaluate
+from .plan import Plan, plan
 from .recipe import RECIPES, Recipe
+from .settings import Options, Settings
 
 __all__ = [
     "RECIPES",
@@ -13,10 +15,14 @@ __all__ = [
     "Conversion",
     "Demo",
     "Evaluation",
+    "Options",
+    "Plan",
     "Recipe",
     "RequestError",
     "Settings",
     "convert",
     "demo",
     "evaluate",
+    "plan",
+    "resume",
 ]

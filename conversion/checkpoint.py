@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads dense checkpoints and writes carved ones: the only room that knows about files.
+"""Finds, checks and reads dense checkpoints.
 
 Weights are only ever read from safetensors. A shard is opened, read and closed, so that its
 pages do not stay resident.
 """
 
+import hashlib
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
@@ -27,16 +25,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-
-import cmoe_hf
 
 from .architectures import Architecture, find_architecture
 from .errors import CMoEError, RequestError
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
-REMOTE_CODE = ("configuration_cmoe.py", "modeling_cmoe.py")
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 SOURCE_FILES = (
     "*.safetensors",
@@ -63,8 +58,8 @@ class Source:
     config: PreTrainedConfig
     files: dict[str, Path]
     """Tensor name to the shard that holds it."""
-    parameters: int
-    """Number of values in all tensors."""
+    shapes: dict[str, list[int]]
+    """Tensor name to its shape."""
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The named tensors, as stored. Raises `CMoEError` for one that is not finite."""
@@ -94,11 +89,26 @@ class Source:
         prefix = self.architecture.layer_prefix.partition("{")[0]
         return self.read(name for name in self.files if not name.startswith(prefix))
 
-    def check_values(self) -> None:
-        """Read everything once: a NaN is found now, not in the last layer."""
-        self.read_rest()
-        for index in range(self.config.num_hidden_layers):
-            self.read_layer(index)
+    def digest(self) -> str:
+        """SHA-256 of all tensors. Reads everything once: a NaN is found now, not hours later."""
+        total = hashlib.sha256()
+        names = sorted(self.files, key=lambda name: (self.files[name], name))
+        for name in tqdm(names, desc="checking the weights", unit="tensor", disable=None):
+            [tensor] = self.read([name]).values()
+            total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            total.update(tensor.flatten().view(torch.uint8).numpy().data)
+        return total.hexdigest()
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in all tensors."""
+        return sum(map(math.prod, self.shapes.values()))
+
+    @property
+    def layer_parameters(self) -> int:
+        """Number of values in one decoder layer."""
+        prefix = self.architecture.layer_prefix.format(0)
+        return sum(math.prod(at) for name, at in self.shapes.items() if name.startswith(prefix))
 
     def nbytes(self, dtype: torch.dtype | None) -> int:
         """Size in bytes in the given precision, or as stored."""
@@ -206,8 +216,8 @@ def open_source(model: str | Path, *, revision: str | None = None) -> Source:
     files = {tensor: path for tensor, (path, _) in shapes.items()}
     for tensor in _check_tensors(architecture, config, shapes):
         del files[tensor]
-    parameters = sum(math.prod(shapes[tensor][1]) for tensor in files)
-    return Source(folder, name, commit, architecture, config, files, parameters)
+    sizes = {tensor: shapes[tensor][1] for tensor in files}
+    return Source(folder, name, commit, architecture, config, files, sizes)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -241,6 +251,11 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[Path, list[int]]]:
         try:
             with safe_open(path, framework="pt", backend="pread") as opened:
                 for tensor in opened.keys():  # noqa: SIM118 - not a dict, cannot be iterated
+                    if tensor in shapes:
+                        raise RequestError(
+                            f"tensor {tensor} is in both {shapes[tensor][0].name} and {shard}: "
+                            "nobody can say which one counts. Remove one, or download again."
+                        )
                     shapes[tensor] = (path, opened.get_slice(tensor).get_shape())
         except SafetensorError as error:
             raise RequestError(
@@ -281,113 +296,3 @@ def _check_tensors(
                 "The configuration and the weights are not of the same model."
             )
     return ignored
-
-
-class Target:
-    """A carved repository being written: complete at OUT, or visibly unfinished.
-
-    Everything goes to `OUT.partial`, which becomes OUT in one rename when the `with` block ends
-    and is removed when it fails. One shard holds the tensors outside the layers, then one shard
-    per layer follows; the number of shards is known beforehand, so none is written twice.
-    """
-
-    def __init__(self, output: str | Path, *, layers: int, overwrite: bool = False) -> None:
-        self.output = Path(output).expanduser().absolute()
-        self.folder = self.output.with_name(self.output.name + ".partial")
-        self.shards = layers + 1
-        self.overwrite = overwrite
-        self._weight_map: dict[str, str] = {}
-        self._nbytes = 0
-
-    def check(self, source: Source, dtype: torch.dtype | None = None) -> None:
-        """Refuse before any work: an existing folder, the source itself, too little disk.
-
-        `dtype` is the precision to be written, None that of the source.
-        """
-        if self.output == source.folder.absolute():
-            raise RequestError("the output folder is the source checkpoint itself.")
-        if not self.overwrite:
-            for path in (self.output, self.folder):
-                if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                    raise RequestError(
-                        f"{path.name} exists already in {path.parent}. Choose another output "
-                        "folder, or pass --overwrite to replace it."
-                    )
-        elif self.output.exists() and not (self.output / "config.json").is_file():
-            raise RequestError(
-                f"{self.output.name} exists and is not a model repository (no config.json): "
-                "--overwrite will not delete it."
-            )
-        parent = next(path for path in self.output.parents if path.exists())
-        free = shutil.disk_usage(parent).free
-        needed = source.nbytes(dtype) * 1.02  # router, index and tokenizer are small
-        if free < needed:
-            raise RequestError(
-                f"the carved model needs about {needed / 1e9:.1f} GB, but {parent} has "
-                f"{free / 1e9:.1f} GB free. Free some space or choose another disk."
-            )
-
-    def __enter__(self) -> Self:
-        try:
-            if self.folder.exists():
-                shutil.rmtree(self.folder)
-            self.folder.mkdir(parents=True)
-        except OSError as error:
-            raise RequestError(f"cannot create {self.folder.name}: {error.strerror}.") from error
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if kind is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise CMoEError(f"cannot write {self.output.name}: {error}") from error
-            return
-        replaced = self.output.with_name(self.output.name + ".replaced")
-        if self.output.exists():
-            os.rename(self.output, replaced)
-        os.rename(self.folder, self.output)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-    def write_shard(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Write shard `number` (0 for the tensors outside the layers, then layer + 1)."""
-        name = f"model-{number + 1:05d}-of-{self.shards:05d}.safetensors"
-        tensors = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
-        save_file(tensors, self.folder / name, metadata={"format": "pt"})
-        self._weight_map.update(dict.fromkeys(tensors, name))
-        self._nbytes += sum(tensor.nbytes for tensor in tensors.values())
-
-    def write_index(self) -> None:
-        """Write the index of all shards written so far."""
-        self.write_json(
-            WEIGHTS_INDEX,
-            {
-                "metadata": {"total_size": self._nbytes},
-                "weight_map": dict(sorted(self._weight_map.items())),
-            },
-        )
-
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Write one JSON file."""
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-        self.write_text(name, text + "\n")
-
-    def write_text(self, name: str, text: str) -> None:
-        """Write one text file."""
-        (self.folder / name).write_text(text, encoding="utf-8")
-
-    def copy_code(self) -> None:
-        """Copy the two Python files that make the repository loadable without this package."""
-        here = Path(cmoe_hf.__file__).parent
-        for name in REMOTE_CODE:
-            shutil.copyfile(here / name, self.folder / name)
-
-    def copy_from(self, source: Source, *patterns: str) -> None:
-        """Copy the source's files that match any pattern, contents unchanged."""
-        for pattern in patterns:
-            for path in sorted(source.folder.glob(pattern)):
-                shutil.copyfile(path, self.folder / path.name)

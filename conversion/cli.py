@@ -21,12 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from .convert import convert
+from .convert import convert, resume
 from .demo import demo
 from .device import DTYPES
 from .errors import CMoEError, RequestError
 from .evaluate import ROUTERS, evaluate
+from .plan import Plan, plan
 from .recipe import RECIPES
+from .settings import Options, absolute
 
 app = typer.Typer(
     name="cmoe",
@@ -107,6 +109,7 @@ def _reporting(debug: bool) -> Iterator[None]:
         else:
             reason = " ".join(str(error).split())
             message = f"unexpected {type(error).__name__}: {reason} (--debug shows where)"
+        message = " ".join([message, *getattr(error, "__notes__", [])])
         typer.echo(message, err=True)
         raise typer.Exit(status) from None
 
@@ -174,9 +177,14 @@ def demo_command(
 
 @app.command("convert")
 def convert_command(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a dense model.")],
-    out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    experts: Experts,
+    out: Annotated[
+        Path | None, typer.Argument(help="Folder to create. With --resume, give only this one.")
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="Experts in all (E); must divide the FFN width.")
+    ] = None,
     shared: Annotated[int | None, typer.Option(help="Shared experts, always on (S).")] = None,
     active: Annotated[int | None, typer.Option(help="Routed experts run per token (A).")] = None,
     budget: Annotated[
@@ -206,18 +214,30 @@ def convert_command(
     dtype: Annotated[
         str | None, typer.Option(help=f"{', '.join(DTYPES)}; default the source's precision.")
     ] = None,
+    activations: Annotated[
+        str,
+        typer.Option(
+            help="Where the calibration activations are kept: memory, disk, or auto: on the disk "
+            "if they would not fit into memory."
+        ),
+    ] = "auto",
     revision: Revision = None,
     overwrite: Overwrite = False,
+    resume_it: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the unfinished conversion into OUT."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what it would take, and stop.")
+    ] = False,
     config: ConfigFile = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Carve MODEL into a CMoE repository at OUT."""
+    """Carve MODEL into a CMoE repository at OUT, or go on with it: cmoe convert OUT --resume."""
     with _reporting(debug):
-        result = convert(
-            model,
-            out,
-            experts=experts,
+        options = Options(
+            experts=experts or 0,
             shared=shared,
             active=active,
             budget=budget,
@@ -230,9 +250,23 @@ def convert_command(
             seed=seed,
             device=device,
             dtype=dtype,
+            activations=activations,
             revision=revision,
-            overwrite=overwrite,
         )
+        if resume_it:
+            if dry_run or overwrite:
+                raise RequestError("--resume goes with neither --dry-run nor --overwrite.")
+            result = resume(model if out is None else out, _given(context, model, out, options))
+        elif out is None:
+            raise RequestError("say where to: cmoe convert MODEL OUT.")
+        elif experts is None:
+            raise RequestError("say into how many experts: --experts.")
+        elif dry_run:
+            planned = plan(model, out, overwrite=overwrite, **options)
+            _print(planned, as_json, lambda: _plan_table(model, planned))
+            return
+        else:
+            result = convert(model, out, overwrite=overwrite, **options)
     rows = {
         "output": result.output,
         "FFN neurons run per token": f"{result.activation_ratio:.1%}",
@@ -242,7 +276,46 @@ def convert_command(
         "carving pass / bare forward pass": f"{result.carving_ratio:.2f}",
         "peak memory": f"{result.peak_memory_bytes / 1e9:.2f} GB",
     }
-    _print(result, as_json, lambda: _table(f"{model} carved to {result.notation}", rows))
+    _print(result, as_json, lambda: _table(f"carved to {result.notation}", rows))
+
+
+def _given(
+    context: typer.Context, model: str, out: Path | None, options: Options
+) -> dict[str, Any]:
+    """What the command line says beside --resume, by the names of the settings."""
+    given = {
+        name: value
+        for name, value in options.items()
+        if (source := context.get_parameter_source("change" if name == "changes" else name))
+        and source.name != "DEFAULT"
+    }
+    if "calibration" in given:
+        given["calibration"] = absolute(str(given["calibration"]))
+    return given | ({} if out is None else {"model": absolute(model)})
+
+
+def _plan_table(model: str, planned: Plan) -> Table:
+    def size(count: float) -> str:
+        return f"{count / 1e9:.2f} GB"
+
+    rows = {
+        "layers": f"{planned.layers} of hidden size {planned.hidden_size}",
+        "FFN width": f"{planned.ffn_width} = experts of {planned.expert_width} neurons",
+        "parameters": f"{planned.parameters:,}",
+        "run for a token": f"{planned.active_parameters:,} "
+        f"({planned.activation_ratio:.1%} of the FFN neurons)",
+        "calibration tokens": f"{planned.calibration_tokens:,}, activations in "
+        f"{planned.activations}",
+        "disk for the result": size(planned.disk_bytes),
+        "disk while working": size(planned.disk_bytes + planned.work_bytes)
+        + f" ({size(planned.disk_free_bytes)} free)",
+        "peak memory": size(planned.peak_memory_bytes)
+        + f" ({size(planned.memory_available_bytes)} available)",
+        "time": f"about {planned.seconds / 60:.0f} minutes on {planned.device}",
+    }
+    if planned.warnings:
+        rows["warning"] = " ".join(planned.warnings)
+    return _table(f"{model} to {planned.notation}: nothing was written", rows)
 
 
 @app.command("evaluate")

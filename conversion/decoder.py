@@ -5,20 +5,47 @@ Shape suffixes: W windows, L tokens of one window, T = W * L tokens, H hidden si
 width, K marked neurons per token.
 """
 
+import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from .architectures import Architecture
+from .errors import CMoEError
 from .profile import activation_marks, activations, cosines
 
 BATCH_TOKENS = 2048
 """Tokens that cross a layer at once."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where the activations of all calibration tokens are kept."""
+
+    device: torch.device
+    folder: Path | None = None
+    """Map them from files in this folder instead of keeping them on the device."""
+
+    def empty(self, name: str, *shape: int) -> torch.Tensor:
+        """An uninitialised float32 tensor. Raises `CMoEError` if the disk has no room for it."""
+        if self.folder is None:
+            return torch.empty(shape, device=self.device)
+        path = self.folder / f"{name}.activations"
+        try:
+            with open(path, "wb") as file:
+                # Claimed now: a write to a mapped page without room behind it kills the process.
+                os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+        except OSError as error:
+            raise CMoEError(f"cannot keep activations in {path}: {error.strerror}.") from error
+        flat = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float32)
+        return flat.view(shape)
 
 
 @dataclass
@@ -51,11 +78,11 @@ class Profile:
     """Indices of the marked neurons, on the CPU."""
 
     @classmethod
-    def empty(cls, tokens: int, hidden: int, width: int, k: int, device: torch.device) -> "Profile":
+    def empty(cls, tokens: int, hidden: int, width: int, k: int, storage: Storage) -> "Profile":
         """Buffers for `tokens` tokens."""
         return cls(
-            x_TH=torch.empty(tokens, hidden, device=device),
-            h_TF=torch.empty(tokens, width, device=device),
+            x_TH=storage.empty("inputs", tokens, hidden),
+            h_TF=storage.empty("hidden", tokens, width),
             marks_TK=torch.empty(tokens, k, dtype=torch.int64),
         )
 

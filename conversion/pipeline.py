@@ -10,10 +10,9 @@ width, E = 1 + N experts (column 0 the shared one), N routed experts, K active e
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
-from tqdm import tqdm
 from transformers.activations import ACT2FN
 
 from cmoe_hf import CMoELlamaConfig
@@ -27,6 +26,7 @@ from .decoder import (
     AttentionHalf,
     Profile,
     Stopwatch,
+    Storage,
     profile_layer,
     run_dense_layer,
 )
@@ -208,46 +208,73 @@ def chosen_experts(
     return index_TK
 
 
+@dataclass
+class Streams:
+    """Hidden states of the calibration windows entering a layer, (W, L, H), changed in place."""
+
+    carved_WLH: torch.Tensor
+    """Behind the carved layers so far."""
+    dense_WLH: torch.Tensor | None
+    """Behind the dense ones; None for a recipe that does not correct errors."""
+
+    @classmethod
+    def embedded(
+        cls, embedding_VH: torch.Tensor, windows_WL: torch.Tensor, recipe: Recipe, storage: Storage
+    ) -> Self:
+        """What enters the first layer."""
+        hidden_WLH = embedding_VH[windows_WL].float()
+        states = {"carved": hidden_WLH}
+        if recipe.refit and recipe.error_correction:
+            states["dense"] = hidden_WLH
+        return cls.restored(states, storage)
+
+    @classmethod
+    def restored(cls, states: dict[str, torch.Tensor], storage: Storage) -> Self:
+        """The inverse of `saved`."""
+        kept = {name: storage.empty(name, *value.shape) for name, value in states.items()}
+        for name, value in states.items():
+            kept[name].copy_(value)
+        return cls(kept["carved"], kept.get("dense"))
+
+    def saved(self) -> dict[str, torch.Tensor]:
+        """The states by name."""
+        states = {"carved": self.carved_WLH, "dense": self.dense_WLH}
+        return {name: value for name, value in states.items() if value is not None}
+
+    @property
+    def tokens(self) -> int:
+        """Number of calibration tokens."""
+        return self.carved_WLH.shape[0] * self.carved_WLH.shape[1]
+
+
 @torch.no_grad()
 def carve_model(
     source: Source,
-    windows_WL: torch.Tensor,
+    streams: Streams,
     config: CMoELlamaConfig,
     recipe: Recipe,
     *,
+    first: int = 0,
     k_act: int,
-    device: torch.device,
+    storage: Storage,
 ) -> Iterator[tuple[int, dict[str, torch.Tensor], dict[str, Any]]]:
-    """Carve every layer in order; yield (shard number, tensors to store, figures).
+    """Carve the layers from `first` on; yield (index, tensors to store, figures) of each.
 
-    Shard 0 holds the tensors outside the layers, without figures. The arithmetic is float32
+    `streams` enters layer `first`, and after each yield the next one. The arithmetic is float32
     whatever the precision of the checkpoint, which the stored tensors keep.
 
     Raises `CMoEError` if the weights or the activations are not finite.
     """
     names = source.architecture
-    rest = source.read_rest()
-    hidden_WLH = rest[names.embedding][windows_WL].to(device, torch.float32)
-    yield 0, rest, {}
-    del rest
-    attention = AttentionHalf(names, source.config, windows_WL.shape[1], device)
-    profile = Profile.empty(
-        windows_WL.numel(), config.hidden_size, config.intermediate_size, k_act, device
-    )
-    dense_WLH = hidden_WLH.clone() if recipe.refit and recipe.error_correction else None
-    for index in tqdm(range(config.num_hidden_layers), desc="carving", unit="layer", disable=None):
+    hidden_WLH, dense_WLH = streams.carved_WLH, streams.dense_WLH
+    windows, length, hidden = hidden_WLH.shape
+    attention = AttentionHalf(names, source.config, length, storage.device)
+    profile = Profile.empty(windows * length, hidden, config.intermediate_size, k_act, storage)
+    for index in range(first, config.num_hidden_layers):
         clock = Stopwatch()
         with clock("read"):
-            stored = source.read_layer(index)
-            layer = {name: tensor.to(device, torch.float32) for name, tensor in stored.items()}
-            ffn = FFN(
-                gate_FH=layer.pop(names.gate),
-                up_FH=layer.pop(names.up),
-                down_HF=layer.pop(names.down),
-                act=ACT2FN[config.hidden_act],
-                stored_dtype=stored[names.gate].dtype,
-            )
-            attention.load(layer)
+            ffn, rest = read_layer(source, index, config, storage.device)
+            attention.load(rest)
         profile_layer(
             ffn, attention, hidden_WLH, profile, cosine=recipe.cosine_profile, clock=clock
         )
@@ -264,18 +291,39 @@ def carve_model(
         elif recipe.refit:
             with clock("dense_output"):
                 wanted_TH = profile.h_TF @ ffn.down_HF.T
-        split = {}
+        split, chosen = {}, recipe
         if recipe.adaptive_split and wanted_TH is not None:
             with clock("split"):
                 split = best_split(ffn, profile, wanted_TH, config, recipe)
-                recipe = replace(recipe, pinned=min(split, key=split.__getitem__))
-        carved = carve_layer(ffn, profile, wanted_TH, config, recipe, clock)
+                chosen = replace(recipe, pinned=min(split, key=split.__getitem__))
+        carved = carve_layer(ffn, profile, wanted_TH, config, chosen, clock)
         hidden_WLH += carved.y_TH.view_as(hidden_WLH)
         figures = layer_figures(carved, ffn, profile, clock) | ({"split": split} if split else {})
-        tensors = stored_tensors(names, stored, carved)
+        figures["seconds"] = clock.report(windows * length)
+        # The largest things in memory make room for the stored copy.
+        del ffn, rest, wanted_TH
         prefix = names.layer_prefix.format(index)
-        figures["seconds"] = clock.report(len(profile.x_TH))
-        yield index + 1, {prefix + name: tensor for name, tensor in tensors.items()}, figures
+        tensors = stored_tensors(names, source.read_layer(index), carved)
+        yield index, {prefix + name: tensor for name, tensor in tensors.items()}, figures
+
+
+def read_layer(
+    source: Source, index: int, config: CMoELlamaConfig, device: torch.device
+) -> tuple[FFN, dict[str, torch.Tensor]]:
+    """The FFN of a layer, and the other tensors, in float32 on the device."""
+    names, stored = source.architecture, source.read_layer(index)
+    stored_dtype = stored[names.gate].dtype
+    layer = {}
+    for name in list(stored):  # one at a time: no second copy of the whole layer
+        layer[name] = stored.pop(name).to(device, torch.float32)
+    ffn = FFN(
+        gate_FH=layer.pop(names.gate),
+        up_FH=layer.pop(names.up),
+        down_HF=layer.pop(names.down),
+        act=ACT2FN[config.hidden_act],
+        stored_dtype=stored_dtype,
+    )
+    return ffn, layer
 
 
 def stored_tensors(

@@ -86,13 +86,15 @@ def refit_down(
         return down_HF.clone()
     energy = sum(float(block.z_UM.square().sum()) for block in blocks)
     shift = max(ridge * energy / width, 1e-30)
+    refitted_HF = down_HF.clone()
     if width <= tokens:
         change_FH = solve_shifted(gram(blocks), transposed_product(blocks, missing_TH), shift)
+        changes = iter(change_FH.split([len(block.neurons_M) for block in blocks]))
     else:
         solution_TH = solve_shifted(token_gram(blocks, missing_TH), missing_TH, shift)
-        change_FH = transposed_product(blocks, solution_TH)
-    refitted_HF = down_HF.clone()
-    refitted_HF[:, torch.cat([block.neurons_M for block in blocks])] += change_FH.T
+        changes = (block.z_UM.T @ solution_TH[block.tokens_U] for block in blocks)
+    for block, change_MH in zip(blocks, changes, strict=True):
+        refitted_HF[:, block.neurons_M] += change_MH.T
     return refitted_HF
 
 

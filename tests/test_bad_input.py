@@ -182,13 +182,15 @@ def test_weights_that_are_not_finite(dense_copy, no_leftovers, value):
     refused(run(dense_copy, no_leftovers), 1, name, "NaN or infinite")
 
 
-def test_activations_that_are_not_finite(dense_copy, no_leftovers):
+def test_activations_that_are_not_finite(dense_copy, tmp_path):
     def overflow(tensors):
         tensors["model.layers.1.mlp.gate_proj.weight"].fill_(1e30)
         tensors["model.layers.1.mlp.up_proj.weight"].fill_(1e30)
 
     change_weights(dense_copy, overflow)
-    refused(run(dense_copy, no_leftovers), 1, "layer 1 produces NaN or infinite activations")
+    phrases = ("layer 1 produces NaN or infinite activations", "1 layers are finished; go on with")
+    refused(run(dense_copy, tmp_path / "out"), 1, *phrases)
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.partial"]
 
 
 def test_too_little_calibration_text(dense, no_leftovers, tmp_path):
@@ -272,7 +274,7 @@ def test_a_failed_overwrite_leaves_the_old_model(dense, dense_copy, tmp_path):
     assert run(dense, out).exit_code == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     change_weights(
-        dense_copy, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].fill_(1e38)
+        dense_copy, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(1e38)
     )
     assert run(dense_copy, out, "--overwrite").exit_code == 1
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -359,12 +361,12 @@ def test_interrupted_it_leaves_nothing_that_looks_finished(embedded, tmp_path):
     out = tmp_path / "out"
     script = (
         "import sys, signal, os\n"
-        "from cmoe_hf.conversion import checkpoint, cli\n"
-        "write = checkpoint.Target.write_shard\n"
-        "def interrupt(self, number, tensors):\n"
-        "    write(self, number, tensors)\n"
-        "    if number == 2: os.kill(os.getpid(), signal.SIGINT)\n"
-        "checkpoint.Target.write_shard = interrupt\n"
+        "from cmoe_hf.conversion import cli, work\n"
+        "write = work.WorkFolder.write_rest\n"
+        "def interrupt(self, *arguments):\n"
+        "    write(self, *arguments)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "work.WorkFolder.write_rest = interrupt\n"
         "cli.main()\n"
     )
     command = [sys.executable, "-c", script, "convert", str(embedded), str(out)]

@@ -211,6 +211,7 @@ def test_conversion_json_records_what_made_the_model(carved):
         "shared": 2,
         "active": 2,
         "experts": 8,
+        "budget": None,
         "recipe": "refined",
         "changes": {},
         "calibration": "calibration.txt",

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `plan`: everything about a conversion that can be known, and refused, beforehand.
+
+Counts are of one layer: T calibration tokens, H hidden size, F dense FFN width.
+"""
+
+import hashlib
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Unpack
+
+import psutil
+import torch
+from transformers import PreTrainedTokenizerBase
+
+import cmoe_hf
+from cmoe_hf import CMoELlamaConfig
+
+from .calibration import load_text, random_windows, tokenize
+from .checkpoint import Source, load_tokenizer, open_source
+from .decoder import BATCH_TOKENS
+from .device import DTYPES, find_device
+from .errors import RequestError
+from .partition import CLUSTERING_TOKENS
+from .settings import CALIBRATION_TOKENS, Job, Options, Settings
+from .work import REMOTE_CODE, WorkFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a conversion will make and need; the keys of `cmoe convert --dry-run --json`."""
+
+    output: str
+    notation: str
+    layers: int
+    hidden_size: int
+    ffn_width: int
+    expert_width: int
+    """Neurons of one expert."""
+    routed_experts: int
+    parameters: int
+    """Of the dense model. The carved one has a router more."""
+    active_parameters: int
+    """Run for a token, embedding and head included."""
+    activation_ratio: float
+    calibration_tokens: int
+    refit_order: int | None
+    """Order of the linear system of a layer's refit: the smaller of T and F. None without one."""
+    device: str
+    activations: str
+    """Where the calibration activations will be kept."""
+    disk_bytes: int
+    """Of the finished repository."""
+    work_bytes: int
+    """Needed beside it while the conversion runs."""
+    disk_free_bytes: int
+    peak_memory_bytes: int
+    memory_available_bytes: int
+    seconds: float
+    """A guess, from a short probe of this machine's arithmetic."""
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a job needs, found and checked."""
+
+    source: Source
+    config: CMoELlamaConfig
+    """Of the carved model."""
+    tokenizer: PreTrainedTokenizerBase
+    windows_WL: torch.Tensor
+    calibration: dict[str, Any]
+    """A record of the calibration text that names no path."""
+    device: torch.device
+
+
+def plan(
+    model: str | Path, output: str | Path, *, overwrite: bool = False, **options: Unpack[Options]
+) -> Plan:
+    """Say what `convert` with the same arguments would do, or refuse what it would refuse.
+
+    Nothing is written. A Hub model is downloaded, as the conversion will need it.
+
+    Raises:
+        RequestError: The request cannot be satisfied.
+        CMoEError: The source checkpoint is damaged or cannot be reached.
+    """
+    job = Job.of(model, **options)
+    prepared = prepare(job)
+    work = WorkFolder(output, overwrite=overwrite)
+    work.check(prepared.source)
+    check_disk(job, prepared, work)
+    prepared.source.digest()
+    return estimate(job, prepared, work)
+
+
+def prepare(job: Job) -> Prepared:
+    """Find and check all that a job needs, cheapest first. Raises `RequestError`."""
+    device = find_device(job.device)
+    source = open_source(job.model, revision=job.revision)
+    config = carved_config(source, job.settings)
+    tokenizer = load_tokenizer(source.folder)
+    windows_WL, calibration = calibration_windows(job.settings, source, tokenizer)
+    return Prepared(source, config, tokenizer, windows_WL, calibration, device)
+
+
+def carved_config(source: Source, settings: Settings) -> CMoELlamaConfig:
+    """Configuration of the carved model. Raises `RequestError` for a shape that does not fit."""
+    dense = source.config
+    width = dense.intermediate_size
+    neurons, remainder = divmod(width, settings.experts)
+    if remainder:
+        fitting = [str(count) for count in range(2, min(width, 256) + 1) if width % count == 0]
+        raise RequestError(
+            f"the FFN width {width} is not divisible by {settings.experts} experts: neurons "
+            f"would be lost. --experts can be {', '.join(fitting)}."
+        )
+    if settings.k_act > width:
+        raise RequestError(
+            f"k_act is {settings.k_act}, but the FFN has only {width} neurons. Lower --k-act."
+        )
+    kept = {
+        key: value
+        for key, value in dense.to_dict().items()
+        if key not in ("model_type", "architectures", "auto_map", "transformers_version")
+        and not key.startswith("_")
+    }
+    if settings.dtype is not None:
+        kept["dtype"] = settings.dtype
+    return source.architecture.cmoe_config(
+        **kept,
+        architectures=[source.architecture.cmoe_model.__name__],
+        num_experts=settings.experts - settings.shared,
+        num_experts_per_tok=settings.active,
+        moe_intermediate_size=neurons,
+        shared_expert_intermediate_size=settings.shared * neurons,
+        router_type=settings.choices.router,
+        router_absolute_score=settings.choices.absolute_score,
+    )
+
+
+def calibration_windows(
+    settings: Settings, source: Source, tokenizer: PreTrainedTokenizerBase
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The calibration windows (W, L) and a record of the text that names no path."""
+    context = source.config.max_position_embeddings
+    length = settings.sequence_length or min(2048, context)
+    if length > context:
+        raise RequestError(
+            f"--sequence-length {length} is longer than the model's context of {context} tokens."
+        )
+    samples = settings.samples or max(1, CALIBRATION_TOKENS // length)
+    text = load_text(settings.calibration)
+    ids = tokenize(tokenizer, text)
+    windows_WL = random_windows(ids, samples=samples, length=length, seed=settings.seed)
+    if windows_WL.max() >= source.config.vocab_size:
+        raise RequestError(
+            f"the tokenizer gives token {int(windows_WL.max())}, but the model's vocabulary has "
+            f"{source.config.vocab_size}: it is the tokenizer of another model."
+        )
+    name = settings.calibration
+    return windows_WL, {
+        "source": Path(name).name if Path(name).expanduser().is_file() else name,
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "text_tokens": len(ids),
+        "samples": samples,
+        "sequence_length": length,
+        "tokens": windows_WL.numel(),
+    }
+
+
+def check_disk(job: Job, prepared: Prepared, work: WorkFolder) -> None:
+    """Raises `RequestError` if the finished and the working files would not fit."""
+    parent = next(path for path in work.output.parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    needed = disk_bytes(job, prepared) + work_bytes(prepared, job.activations == "disk")
+    if free < needed:
+        raise RequestError(
+            f"the conversion needs about {needed / 1e9:.1f} GB of disk, but {parent} has "
+            f"{free / 1e9:.1f} GB free. Free some space or choose another disk."
+        )
+
+
+def disk_bytes(job: Job, prepared: Prepared) -> int:
+    """Size of the finished repository: weights and router, tensor headers, and the small files."""
+    source, config = prepared.source, prepared.config
+    dtype = DTYPES[job.settings.dtype] if job.settings.dtype else None
+    rows = 1 if config.router_type == "linear" else 2
+    router = config.num_experts * (rows * config.hidden_size + 1) * 4
+    code = sum((Path(cmoe_hf.__file__).parent / name).stat().st_size for name in REMOTE_CODE)
+    others = sum(path.stat().st_size for path in source.folder.glob("*token*") if path.is_file())
+    per_layer = router + 14 * 120 + 4_000  # headers, index, and figures in conversion.json
+    return source.nbytes(dtype) + config.num_hidden_layers * per_layer + code + others + 8_000
+
+
+def work_bytes(prepared: Prepared, activations_on_disk: bool) -> int:
+    """Hidden states of two layers, in carved and dense stream, and activations kept on the disk."""
+    tokens, config = prepared.windows_WL.numel(), prepared.config
+    states = 2 * tokens * config.hidden_size * 4
+    kept = tokens * (3 * config.hidden_size + config.intermediate_size) * 4
+    return 2 * states + (kept if activations_on_disk else 0)
+
+
+def memory_bytes(job: Job, prepared: Prepared, on_disk: bool) -> int:
+    """Peak of the working memory: the weights of a layer in float32 plus its most greedy step."""
+    source, config, recipe = prepared.source, prepared.config, job.settings.choices
+    tokens, hidden, width = (
+        prepared.windows_WL.numel(),
+        config.hidden_size,
+        config.intermediate_size,
+    )
+    layer = 4 * source.layer_parameters
+    itemsize = round(source.nbytes(None) / source.parameters)
+    down = 4 * hidden * width
+    kept = 0 if on_disk else 4 * tokens * (hidden * (3 if recipe.refit else 2) + width)
+    batch = 4 * min(tokens, BATCH_TOKENS) * (4 * width + 2 * hidden)
+    output = 4 * tokens * hidden
+    steps = {"forward": batch}
+    if recipe.clusters == "contributions":
+        sampled = min(tokens, 2 * CLUSTERING_TOKENS)
+        steps["partition"] = 2 * 4 * sampled * (width - config.shared_expert_intermediate_size)
+    if recipe.router == "linear":
+        steps["router"] = output + 8 * hidden**2
+    if recipe.refit:
+        blocks = 4 * tokens * width * config.activation_ratio
+        order = min(tokens, width)
+        solution = 2 * down if width <= tokens else output
+        rounding = down + down * itemsize // 4
+        steps["refit"] = int(
+            2 * output + blocks + down + max(8 * order**2 + solution, rounding, output)
+        )
+    steps["write"] = 2 * itemsize * source.layer_parameters + output - layer
+    return layer + kept + max(steps.values())
+
+
+def estimate(job: Job, prepared: Prepared, work: WorkFolder) -> Plan:
+    """The plan of a job that nothing speaks against."""
+    source, config, settings = prepared.source, prepared.config, job.settings
+    tokens, width = prepared.windows_WL.numel(), config.intermediate_size
+    activations = place_of_activations(job, prepared)
+    ffn = 3 * config.hidden_size * width * config.num_hidden_layers
+    resident = psutil.Process().memory_info().rss
+    peak = resident + memory_bytes(job, prepared, activations == "disk")
+    available = resident + psutil.virtual_memory().available
+    parent = next(path for path in work.output.parents if path.exists())
+    warnings = []
+    if prepared.device.type == "cpu" and peak > available:
+        warnings.append(
+            f"the conversion may need {peak / 1e9:.1f} GB of memory, but {available / 1e9:.1f} GB "
+            "are free: lower --samples, or close other programs."
+        )
+    return Plan(
+        output=str(work.output),
+        notation=settings.notation,
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_width=width,
+        expert_width=config.moe_intermediate_size,
+        routed_experts=config.num_experts,
+        parameters=source.parameters,
+        active_parameters=source.parameters - round(ffn * (1 - config.activation_ratio)),
+        activation_ratio=config.activation_ratio,
+        calibration_tokens=tokens,
+        refit_order=min(tokens, width) if settings.choices.refit else None,
+        device=str(prepared.device),
+        activations=activations,
+        disk_bytes=disk_bytes(job, prepared),
+        work_bytes=work_bytes(prepared, activations == "disk"),
+        disk_free_bytes=shutil.disk_usage(parent).free,
+        peak_memory_bytes=peak,
+        memory_available_bytes=available,
+        seconds=seconds(job, prepared),
+        warnings=warnings,
+    )
+
+
+def place_of_activations(job: Job, prepared: Prepared) -> str:
+    """`"memory"` or `"disk"`: on the disk if that was asked for or they would not fit."""
+    if job.activations != "auto":
+        return job.activations
+    if prepared.device.type != "cpu":
+        return "memory"
+    free = 0.9 * psutil.virtual_memory().available
+    return "disk" if memory_bytes(job, prepared, on_disk=False) > free else "memory"
+
+
+def seconds(job: Job, prepared: Prepared) -> float:
+    """Operations of the conversion over the speed of one matrix product of its size."""
+    config, recipe = prepared.config, job.settings.choices
+    tokens, hidden, width = (
+        prepared.windows_WL.numel(),
+        config.hidden_size,
+        config.intermediate_size,
+    )
+    ratio = config.activation_ratio
+    attention = prepared.source.layer_parameters - 3 * hidden * width
+    forward = tokens * (attention + prepared.windows_WL.shape[1] * hidden)
+    ffn = tokens * hidden * width
+    work = forward + 2 * ffn + ratio * ffn
+    if recipe.refit:
+        order = min(tokens, width)
+        refit = 2 * ratio * ffn + tokens * width * order / 2 + order**2 * (order / 6 + hidden)
+        trials = 4 if recipe.adaptive_split else 0
+        work += refit * (1 + trials)
+        work += (forward + 3 * ffn) if recipe.error_correction else ffn
+    if recipe.router == "linear":
+        work += tokens * hidden**2 + (1 - ratio) * ffn
+    rows = min(tokens, 512)
+    x_TH = torch.randn(rows, hidden, device=prepared.device)
+    gate_HF = torch.randn(hidden, width, device=prepared.device)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        (x_TH @ gate_HF)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return config.num_hidden_layers * work / (rows * hidden * width) * best

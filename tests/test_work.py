@@ -1,0 +1,257 @@
+"""Conversions that are killed, crowded or cheated: nothing lost, nothing half-written."""
+
+import json
+import multiprocessing
+import random
+import time
+
+import killable
+import pytest
+from typer.testing import CliRunner
+
+import cmoe_hf
+from cmoe_hf.conversion import RequestError, convert, plan, resume
+from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.work import WorkFolder
+
+SHAPE = {"shared": 2, "active": 2, "experts": 8}
+FEW = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Starts processes in which the package is imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killable"])
+    return context
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors*")}
+
+
+def kill_after(processes, seconds, **arguments):
+    """Convert in another process and kill it (as kill -9 does)."""
+    begun = processes.Event()
+    process = processes.Process(target=killable.convert_it, args=(begun, arguments))
+    process.start()
+    assert begun.wait(60)
+    time.sleep(seconds)
+    process.kill()
+    process.join()
+
+
+def finish(output, **arguments):
+    """Go on where a killed conversion stopped, wherever that was."""
+    if output.exists():
+        return
+    try:
+        resume(output)
+    except RequestError as error:
+        assert "no unfinished conversion" in str(error)
+        convert(output=output, **arguments)
+
+
+@pytest.mark.parametrize("recipe", ["refined", "paper"])
+def test_killed_at_random_moments_it_resumes_to_the_same_bytes(processes, dense, tmp_path, recipe):
+    arguments = {"model": dense, "recipe": recipe, **SHAPE, **FEW}
+    convert(output=tmp_path / "whole", **arguments)
+    start = time.perf_counter()
+    convert(output=tmp_path / "again", **arguments)
+    duration = time.perf_counter() - start
+    expected = contents(tmp_path / "whole")
+    assert contents(tmp_path / "again") == expected
+    for moment in range(5):
+        output = tmp_path / f"killed-{moment}"
+        kill_after(processes, random.uniform(0, duration), output=output, **arguments)
+        finish(output, **arguments)
+        assert contents(output) == expected
+        assert not (output / "work").exists()
+
+
+def test_a_larger_model_killed_again_and_again(processes, embedded, tmp_path):
+    options = {"calibration": CALIBRATION, "samples": 32, "sequence_length": 256, **SHAPE}
+    convert(embedded, tmp_path / "whole", **options)
+    arguments = {"model": embedded, "output": tmp_path / "out", **options}
+    kill_after(processes, 1.0, **arguments)
+    for _ in range(3):
+        if (tmp_path / "out.partial" / "work" / "settings.json").is_file():
+            begun = processes.Event()
+            process = processes.Process(target=killable.resume_it, args=(begun, tmp_path / "out"))
+            process.start()
+            assert begun.wait(60)
+            time.sleep(random.uniform(0, 1.5))
+            process.kill()
+            process.join()
+    finish(tmp_path / "out", model=embedded, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.fixture
+def unfinished(dense, tmp_path, monkeypatch):
+    """A conversion that stopped after its first layer."""
+
+    def stop(self, index, *others):
+        if index == 1:
+            raise KeyboardInterrupt
+        return write(self, index, *others)
+
+    write = WorkFolder.write_layer
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "write_layer", stop)
+        arguments = ["convert", str(dense), str(tmp_path / "out"), "--calibration", CALIBRATION]
+        arguments += ["--shared", 2, "--active", 2, "--experts", 8]
+        arguments += ["--samples", 4, "--sequence-length", 64]
+        result = CliRunner().invoke(app, [*map(str, arguments)])
+    assert result.exit_code == 1
+    assert "1 layers are finished; go on with: cmoe convert" in result.stderr
+    assert not (tmp_path / "out").exists()
+    return tmp_path / "out"
+
+
+def cli_resume(*arguments):
+    return CliRunner().invoke(app, ["convert", *map(str, arguments), "--resume"])
+
+
+def refused(result, status, *phrases):
+    assert result.exit_code == status, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for phrase in phrases:
+        assert phrase in result.stderr, result.stderr
+
+
+def test_resume_takes_no_other_argument(unfinished, carved, dense):
+    log = (unfinished.with_name("out.partial") / "work" / "conversion.log").read_text()
+    assert "started" in log and "layer 1 of 2" in log and "stopped" in log
+    result = cli_resume(unfinished)
+    assert result.exit_code == 0, result.stderr
+    assert contents(unfinished) == contents(carved)
+    assert [path.name for path in unfinished.parent.glob("out*")] == ["out"]
+    report = json.loads((unfinished / "conversion.json").read_text())
+    assert len(report["layers"]) == 2
+
+
+def test_resume_accepts_the_same_settings_and_refuses_others(unfinished, dense, embedded):
+    for options, phrase in [
+        (["--active", 3], "active was 2 when this conversion started and cannot become 3"),
+        (["--recipe", "paper"], "recipe was 'refined'"),
+        (["--seed", 1], "seed was 0"),
+        (["--dtype", "bfloat16"], "dtype was None"),
+        (["--change", "refit=false"], "changes was {}"),
+        (["--overwrite"], "--resume goes with neither"),
+        (["--dry-run"], "--resume goes with neither"),
+    ]:
+        refused(cli_resume(unfinished, *options), 2, phrase)
+    refused(cli_resume(embedded, unfinished), 2, "model was")
+    result = cli_resume(dense, unfinished, "--active", 2, "--calibration", CALIBRATION)
+    assert result.exit_code == 0, result.stderr
+
+
+def test_what_has_changed_is_named(unfinished, dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(cmoe_hf, "__version__", "9.9")
+    refused(cli_resume(unfinished), 2, "version of cmoe hf has changed", "9.9")
+    monkeypatch.undo()
+    settings = unfinished.with_name("out.partial") / "work" / "settings.json"
+    record = json.loads(settings.read_text())
+    for name in ("source_checkpoint", "calibration_text"):
+        settings.write_text(json.dumps({**record, name: "0" * 64}))
+        refused(cli_resume(unfinished), 2, f"{name.replace('_', ' ')} has changed")
+
+
+def test_a_damaged_finished_shard_is_noticed(unfinished):
+    [shard] = unfinished.with_name("out.partial").glob("model-00002-*")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    refused(cli_resume(unfinished), 1, shard.name, "missing or damaged")
+
+
+def test_an_unfinished_conversion_is_not_started_over_unasked(unfinished, dense):
+    with pytest.raises(RequestError, match=r"go on with: cmoe convert .* --resume"):
+        convert(dense, unfinished, **SHAPE, **FEW)
+    convert(dense, unfinished, **SHAPE, **FEW, overwrite=True)
+    assert [path.name for path in unfinished.parent.glob("out*")] == ["out"]
+
+
+def test_nothing_to_resume(tmp_path):
+    refused(cli_resume(tmp_path / "out"), 2, "no unfinished conversion")
+    refused(CliRunner().invoke(app, ["convert", "model"]), 2, "cmoe convert MODEL OUT")
+    refused(CliRunner().invoke(app, ["convert", "model", "out"]), 2, "--experts")
+
+
+def test_killed_between_the_last_two_renames(unfinished, carved):
+    """The work folder has left, the repository does not have its name yet."""
+    partial = unfinished.with_name("out.partial")
+    (partial / "work").rename(unfinished.with_name("out.work"))
+    assert cli_resume(unfinished).exit_code == 0
+    assert contents(unfinished) == contents(carved)
+    assert [path.name for path in unfinished.parent.glob("out*")] == ["out"]
+
+
+def test_two_conversions_into_the_same_folder(processes, dense, tmp_path):
+    begun = processes.Event()
+    process = processes.Process(target=killable.hold, args=(begun, tmp_path / "out"))
+    process.start()
+    assert begun.wait(60)
+    with pytest.raises(RequestError, match="another process is converting into"):
+        convert(dense, tmp_path / "out", **SHAPE, **FEW, overwrite=True)
+    with pytest.raises(RequestError, match="another process is converting into"):
+        resume(tmp_path / "out")
+    process.kill()
+    process.join()
+    convert(dense, tmp_path / "out", **SHAPE, **FEW, overwrite=True)
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+
+
+def test_a_full_disk_leaves_a_folder_that_can_be_resumed(processes, dense, carved, tmp_path):
+    queue = processes.Queue()
+    arguments = {"model": dense, "output": tmp_path / "out", **SHAPE, **FEW}
+    process = processes.Process(target=killable.run_out_of_space, args=(queue, arguments, 1))
+    process.start()
+    kind, message, notes = queue.get(timeout=60)
+    process.join()
+    assert kind == "CMoEError"
+    assert "cannot write model-00003-of-00003.safetensors" in message
+    assert "--resume" in notes[0]
+    resume(tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(carved)
+
+
+def test_activations_on_the_disk_change_nothing(dense, carved, tmp_path):
+    result = convert(dense, tmp_path / "out", **SHAPE, **FEW, activations="disk")
+    assert contents(tmp_path / "out") == contents(carved)
+    assert result.calibration_tokens == 256
+
+
+def test_a_plan_writes_nothing_and_predicts_the_disk(embedded, tmp_path):
+    planned = plan(embedded, tmp_path / "out", budget=0.5, experts=8, calibration=CALIBRATION)
+    assert not list(tmp_path.iterdir())
+    assert planned.notation == "S2A2E8" and planned.layers == 4
+    assert planned.ffn_width == 8 * planned.expert_width
+    assert planned.refit_order == 384
+    assert planned.seconds > 0 and planned.warnings == []
+    convert(embedded, tmp_path / "out", budget=0.5, experts=8, calibration=CALIBRATION)
+    used = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert planned.disk_bytes == pytest.approx(used, rel=0.05)
+
+
+def test_a_plan_refuses_what_a_conversion_would(dense, carved, tmp_path):
+    arguments = ["convert", str(dense), str(tmp_path), "--experts", "8", "--budget", "0.25"]
+    arguments += ["--calibration", str(CALIBRATION), "--sequence-length", "64", "--dry-run"]
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(app, arguments)
+    refused(result, 2, "exists already")
+    arguments[2] = str(tmp_path / "out")
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.stderr
+    keys = json.loads(result.stdout).keys()
+    assert {"layers", "parameters", "active_parameters", "disk_bytes", "seconds"} <= keys
+    result = CliRunner().invoke(app, arguments)
+    assert "nothing was written" in result.stdout and "disk while working" in result.stdout
+    refused(
+        CliRunner().invoke(app, [*arguments, "--activations", "magic"]),
+        2,
+        "choose auto, memory, disk",
+    )
+    assert not (tmp_path / "out").exists()
