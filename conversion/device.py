@@ -22,6 +22,11 @@ def find_device(device: str | None) -> torch.device:
     if device is None:
         found = torch.accelerator.current_accelerator(check_available=True)
         return found or torch.device("cpu")
+    if "," in device:
+        raise RequestError(
+            f"--device is {device}, but a conversion uses one device: every layer is profiled on "
+            "what the carved layers before it produce. Run one conversion on each device."
+        )
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)

@@ -15,6 +15,7 @@ the manifest names only what is whole. The work folder leaves before OUT.partial
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -67,7 +68,7 @@ class WorkFolder:
     @property
     def resume_hint(self) -> str:
         """How to go on."""
-        return f"go on with: cmoe convert {self.output} --resume"
+        return f"go on with: cmoe convert {shlex.quote(str(self.output))} --resume"
 
     def check(self, source: Source) -> None:
         """Refuse an output folder that is the source, or that holds something already."""
@@ -89,6 +90,9 @@ class WorkFolder:
                 "output folder, or pass --overwrite to replace it."
             )
         begun = (self.private / SETTINGS).is_file()
+        if begun:
+            self._acquire(make=False)
+            self._lock.release()
         if begun or (self.folder.exists() and set(_names(self.folder)) - {"work"}):
             raise RequestError(
                 f"{self.folder.name} exists already in {self.folder.parent}: "
@@ -191,7 +195,7 @@ class WorkFolder:
                 shutil.rmtree(self.folder, ignore_errors=True)
             else:
                 self.log(f"stopped: {kind.__name__ if kind else ''} {error}")
-                error.add_note(f"{self.layers_done} layers are finished; {self.resume_hint}")
+                error.add_note(f"Layers finished: {self.layers_done}; {self.resume_hint}")
         finally:
             self._lock.release()
 

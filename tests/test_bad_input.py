@@ -1,6 +1,8 @@
 """Every bad request ends in one clear line, the right exit status and nothing on disk."""
 
 import json
+import random
+import re
 import shutil
 import struct
 import subprocess
@@ -13,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
+from cmoe_hf.conversion.checkpoint import open_source
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.errors import CMoEError
 
 
 def run(model, out, *options, shared=2, active=2, experts=8):
@@ -78,6 +82,7 @@ def test_impossible_shapes(dense, no_leftovers, shape, phrase):
         (["--k-act", "0"], "at least 1"),
         (["--samples", "0"], "at least 1"),
         (["--device", "quantum"], "device 'quantum' cannot be used"),
+        (["--device", "cuda:0,cuda:1"], "a conversion uses one device"),
         (["--sequence-length", "4096"], "context of 128"),
     ],
 )
@@ -153,6 +158,35 @@ def test_a_corrupt_shard(dense_copy, no_leftovers, content):
     refused(run(dense_copy, no_leftovers), 2, "model.safetensors is corrupt or truncated")
 
 
+def test_a_flipped_byte_in_a_shard_header(dense_copy, tmp_path):
+    """Refused by name, or harmless: never another model."""
+    path = dense_copy / "model.safetensors"
+    whole = path.read_bytes()
+    expected = open_source(dense_copy).digest()
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    generator = random.Random(0)
+    refusals = 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[generator.randrange(header)] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            assert open_source(dense_copy).digest() == expected
+        except CMoEError as error:
+            assert re.search(r"shard|tensor", str(error)), error
+            refusals += 1
+    assert refusals > 100
+
+
+def test_a_tensor_in_two_shards(sharded, no_leftovers):
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    name, home = next(iter(index["weight_map"].items()))
+    other = next(shard for shard in index["weight_map"].values() if shard != home)
+    tensors = load_file(sharded / other) | {name: load_file(sharded / home)[name] + 1}
+    save_file(tensors, sharded / other, metadata={"format": "pt"})
+    refused(run(sharded, no_leftovers), 2, name, home, other, "nobody can say which one counts")
+
+
 def test_only_pickled_weights(dense_copy, no_leftovers):
     (dense_copy / "model.safetensors").rename(dense_copy / "pytorch_model.bin")
     refused(run(dense_copy, no_leftovers), 2, "read from safetensors only")
@@ -188,7 +222,7 @@ def test_activations_that_are_not_finite(dense_copy, tmp_path):
         tensors["model.layers.1.mlp.up_proj.weight"].fill_(1e30)
 
     change_weights(dense_copy, overflow)
-    phrases = ("layer 1 produces NaN or infinite activations", "1 layers are finished; go on with")
+    phrases = ("layer 1 produces NaN or infinite activations", "Layers finished: 1; go on with")
     refused(run(dense_copy, tmp_path / "out"), 1, *phrases)
     assert [path.name for path in tmp_path.glob("out*")] == ["out.partial"]
 

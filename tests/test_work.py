@@ -105,7 +105,7 @@ def unfinished(dense, tmp_path, monkeypatch):
         arguments += ["--samples", 4, "--sequence-length", 64]
         result = CliRunner().invoke(app, [*map(str, arguments)])
     assert result.exit_code == 1
-    assert "1 layers are finished; go on with: cmoe convert" in result.stderr
+    assert "Layers finished: 1; go on with: cmoe convert" in result.stderr
     assert not (tmp_path / "out").exists()
     return tmp_path / "out"
 
@@ -194,8 +194,9 @@ def test_two_conversions_into_the_same_folder(processes, dense, tmp_path):
     process = processes.Process(target=killable.hold, args=(begun, tmp_path / "out"))
     process.start()
     assert begun.wait(60)
-    with pytest.raises(RequestError, match="another process is converting into"):
-        convert(dense, tmp_path / "out", **SHAPE, **FEW, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(RequestError, match="another process is converting into"):
+            convert(dense, tmp_path / "out", **SHAPE, **FEW, overwrite=overwrite)
     with pytest.raises(RequestError, match="another process is converting into"):
         resume(tmp_path / "out")
     process.kill()
