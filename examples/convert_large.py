@@ -6,9 +6,10 @@
 
 The weights are random, so the quality means nothing; the arithmetic, the memory and the files are
 those of the real model, but for its vocabulary, which is that of the tokenizer that comes with the
-package unless --vocabulary is larger. Needs twice the checkpoint's size on the disk. The conversion
-runs in a process of its own, whose peak resident memory is printed with the seconds of each layer
-as one JSON object.
+package unless --vocabulary is larger. Needs twice the checkpoint's size on the disk.
+
+The conversion runs in a process of its own. Printed as one JSON object: its peak resident memory,
+the size of what it wrote, what --dry-run had said of both, and the seconds of a layer.
 """
 
 import argparse
@@ -27,6 +28,13 @@ from transformers import AutoTokenizer, LlamaConfig
 from cmoe_hf.conversion.demo import CALIBRATION, MODEL
 
 SHAPES = {
+    "tiny": {  # to try this script
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
     "llama-2-7b": {
         "hidden_size": 4096,
         "intermediate_size": 11008,
@@ -121,13 +129,16 @@ def main() -> None:
         command += ["--recipe", arguments.recipe, "--device", arguments.device]
         command += ["--calibration", CALIBRATION, "--sequence-length", str(length)]
         command += ["--samples", str(arguments.tokens // length), "--json"]
-        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        planned, result = (
+            json.loads(subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            for line in ([*command, "--dry-run"], command)
+        )
         layers = json.loads((output / "conversion.json").read_text())["layers"]
+        written = sum(path.stat().st_size for path in output.iterdir())
     seconds = {
         step: round(statistics.median(layer["seconds"][step] for layer in layers), 2)
         for step in layers[0]["seconds"]
     }
-    result = json.loads(printed)
     print(
         json.dumps(
             {
@@ -136,6 +147,10 @@ def main() -> None:
                 "notation": result["notation"],
                 "calibration_tokens": result["calibration_tokens"],
                 "peak_memory_gb": round(result["peak_memory_bytes"] / 1e9, 2),
+                "planned_memory_gb": round(planned["peak_memory_bytes"] / 1e9, 2),
+                "disk_gb": round(written / 1e9, 3),
+                "planned_disk_gb": round(planned["disk_bytes"] / 1e9, 3),
+                "planned_seconds": round(planned["seconds"]),
                 "carving_pass_over_bare_forward": round(result["carving_ratio"], 2),
                 "seconds": round(result["seconds"], 1),
                 "median_seconds_per_layer": seconds,

@@ -71,6 +71,15 @@ def test_the_reference_tables_can_be_reproduced(
         assert oracle < own < chance
 
 
+def test_a_random_checkpoint_of_a_shape_is_planned_and_converted(run_example, tmp_path, capfd):
+    run_example("convert_large.py", "--shape", "tiny", "--tokens", 256, "--folder", tmp_path)
+    figures = json.loads(capfd.readouterr().out)
+    assert figures["layers"] == 3 and figures["calibration_tokens"] == 256
+    assert figures["disk_gb"] == pytest.approx(figures["planned_disk_gb"], rel=0.05)
+    assert figures["peak_memory_gb"] == pytest.approx(figures["planned_memory_gb"], rel=0.25)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_embedded_default_can_be_trained(run_example, tmp_path):
     run_example("train_embedded_default.py", tmp_path / "assets", "--steps", "2")
     folder = tmp_path / "assets" / "llama-pydoc"
