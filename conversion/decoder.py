@@ -40,8 +40,10 @@ class Storage:
         path = self.folder / f"{name}.activations"
         try:
             with open(path, "wb") as file:
-                # Claimed now: a write to a mapped page without room behind it kills the process.
-                os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+                file.truncate(4 * math.prod(shape))
+                if hasattr(os, "posix_fallocate"):  # not on macOS
+                    # Without room behind it, a write to a mapped page would kill the process.
+                    os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
         except OSError as error:
             raise CMoEError(f"cannot keep activations in {path}: {error.strerror}.") from error
         flat = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float32)
