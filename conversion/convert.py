@@ -19,10 +19,10 @@ import cmoe_hf
 
 from .card import model_card
 from .checkpoint import LEGAL_FILES
-from .decoder import Storage
+from .decoder import Storage, Streams
 from .device import DTYPES, peak_memory_bytes
 from .errors import RequestError
-from .pipeline import Streams, carve_model
+from .pipeline import carve_model
 from .plan import Prepared, check_disk, place_of_activations, prepare
 from .settings import Job, Options
 from .work import WorkFolder
@@ -76,7 +76,7 @@ def convert(
     work = WorkFolder(output, overwrite=overwrite)
     work.check(prepared.source)
     check_disk(job, prepared, work)
-    frozen = {"job": job.record(), **fingerprint(prepared)}
+    frozen = {"job": job.record(), "threads": torch.get_num_threads(), **fingerprint(prepared)}
     with WorkFolder.create(output, frozen, overwrite=overwrite) as work:
         return carve(job, prepared, work)
 
@@ -111,7 +111,12 @@ def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Co
                     f"{work.settings[name]}, it is {value}). Restore it, or start again with "
                     "--overwrite."
                 )
-        return carve(job, prepared, work)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(work.settings["threads"])  # their number changes the last bits
+        try:
+            return carve(job, prepared, work)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def fingerprint(prepared: Prepared) -> dict[str, str]:
@@ -139,7 +144,12 @@ def carve(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
         streams = Streams.restored(states, storage)
     else:
         embedding = rest[source.architecture.embedding]
-        streams = Streams.embedded(embedding, prepared.windows_WL, settings.choices, storage)
+        streams = Streams.embedded(
+            embedding,
+            prepared.windows_WL,
+            storage,
+            dense=settings.choices.needs_dense_stream,
+        )
     del rest, states
     carved = carve_model(
         source,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -51,6 +51,43 @@ class Storage:
 
 
 @dataclass
+class Streams:
+    """Hidden states of the calibration windows entering a layer, (W, L, H), changed in place."""
+
+    carved_WLH: torch.Tensor
+    """Behind the carved layers so far."""
+    dense_WLH: torch.Tensor | None
+    """Behind the dense ones; None for a recipe that does not correct errors."""
+
+    @classmethod
+    def embedded(
+        cls, embedding_VH: torch.Tensor, windows_WL: torch.Tensor, storage: Storage, *, dense: bool
+    ) -> Self:
+        """What enters the first layer; with a dense stream if `dense`."""
+        hidden_WLH = embedding_VH[windows_WL].float()
+        names = ("carved", "dense") if dense else ("carved",)
+        return cls.restored(dict.fromkeys(names, hidden_WLH), storage)
+
+    @classmethod
+    def restored(cls, states: dict[str, torch.Tensor], storage: Storage) -> Self:
+        """The inverse of `saved`."""
+        kept = {name: storage.empty(name, *value.shape) for name, value in states.items()}
+        for name, value in states.items():
+            kept[name].copy_(value)
+        return cls(kept["carved"], kept.get("dense"))
+
+    def saved(self) -> dict[str, torch.Tensor]:
+        """The states by name."""
+        states = {"carved": self.carved_WLH, "dense": self.dense_WLH}
+        return {name: value for name, value in states.items() if value is not None}
+
+    @property
+    def tokens(self) -> int:
+        """Number of calibration tokens."""
+        return self.carved_WLH.shape[0] * self.carved_WLH.shape[1]
+
+
+@dataclass
 class FFN:
     """A dense gated FFN in float32: y = (act(x gateᵀ) * (x upᵀ)) downᵀ."""
 
@@ -80,7 +117,7 @@ class Profile:
     """Indices of the marked neurons, on the CPU."""
 
     @classmethod
-    def empty(cls, tokens: int, hidden: int, width: int, k: int, storage: Storage) -> "Profile":
+    def empty(cls, tokens: int, hidden: int, width: int, k: int, storage: Storage) -> Self:
         """Buffers for `tokens` tokens."""
         return cls(
             x_TH=storage.empty("inputs", tokens, hidden),
@@ -88,9 +125,9 @@ class Profile:
             marks_TK=torch.empty(tokens, k, dtype=torch.int64),
         )
 
-    def part(self, tokens: slice) -> "Profile":
+    def part(self, tokens: slice) -> Self:
         """A view of some of the tokens."""
-        return Profile(self.x_TH[tokens], self.h_TF[tokens], self.marks_TK[tokens])
+        return type(self)(self.x_TH[tokens], self.h_TF[tokens], self.marks_TK[tokens])
 
     def is_finite(self) -> bool:
         """No NaN and no infinity: ATopK takes them for the largest, so the marked tell it all."""

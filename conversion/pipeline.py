@@ -5,12 +5,12 @@
 profiled on what the carved layers before it really produce.
 
 Shape suffixes: W windows, L tokens of one window, T = W * L tokens, H hidden size, F dense FFN
-width, E = 1 + N experts (column 0 the shared one), N routed experts, K active experts.
+width, N routed experts, K active experts, M neurons of one expert.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from transformers.activations import ACT2FN
@@ -27,6 +27,7 @@ from .decoder import (
     Profile,
     Stopwatch,
     Storage,
+    Streams,
     profile_layer,
     run_dense_layer,
 )
@@ -206,45 +207,6 @@ def chosen_experts(
     module.load_state_dict(router, strict=False)
     _, _, index_TK = module(x_TH)
     return index_TK
-
-
-@dataclass
-class Streams:
-    """Hidden states of the calibration windows entering a layer, (W, L, H), changed in place."""
-
-    carved_WLH: torch.Tensor
-    """Behind the carved layers so far."""
-    dense_WLH: torch.Tensor | None
-    """Behind the dense ones; None for a recipe that does not correct errors."""
-
-    @classmethod
-    def embedded(
-        cls, embedding_VH: torch.Tensor, windows_WL: torch.Tensor, recipe: Recipe, storage: Storage
-    ) -> Self:
-        """What enters the first layer."""
-        hidden_WLH = embedding_VH[windows_WL].float()
-        states = {"carved": hidden_WLH}
-        if recipe.refit and recipe.error_correction:
-            states["dense"] = hidden_WLH
-        return cls.restored(states, storage)
-
-    @classmethod
-    def restored(cls, states: dict[str, torch.Tensor], storage: Storage) -> Self:
-        """The inverse of `saved`."""
-        kept = {name: storage.empty(name, *value.shape) for name, value in states.items()}
-        for name, value in states.items():
-            kept[name].copy_(value)
-        return cls(kept["carved"], kept.get("dense"))
-
-    def saved(self) -> dict[str, torch.Tensor]:
-        """The states by name."""
-        states = {"carved": self.carved_WLH, "dense": self.dense_WLH}
-        return {name: value for name, value in states.items() if value is not None}
-
-    @property
-    def tokens(self) -> int:
-        """Number of calibration tokens."""
-        return self.carved_WLH.shape[0] * self.carved_WLH.shape[1]
 
 
 @torch.no_grad()

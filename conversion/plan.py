@@ -205,13 +205,11 @@ def work_bytes(prepared: Prepared, activations_on_disk: bool) -> int:
 
 
 def memory_bytes(job: Job, prepared: Prepared, on_disk: bool) -> int:
-    """Peak of the working memory: the weights of a layer in float32 plus its most greedy step."""
+    """Peak of the working memory: a layer's weights in float32 and its most greedy step, or what is
+    outside the layers."""
     source, config, recipe = prepared.source, prepared.config, job.settings.choices
-    tokens, hidden, width = (
-        prepared.windows_WL.numel(),
-        config.hidden_size,
-        config.intermediate_size,
-    )
+    hidden, width = config.hidden_size, config.intermediate_size
+    tokens = prepared.windows_WL.numel()
     layer = 4 * source.layer_parameters
     itemsize = round(source.nbytes(None) / source.parameters)
     down = 4 * hidden * width
@@ -233,7 +231,8 @@ def memory_bytes(job: Job, prepared: Prepared, on_disk: bool) -> int:
             2 * output + blocks + down + max(8 * order**2 + solution, rounding, output)
         )
     steps["write"] = 2 * itemsize * source.layer_parameters + output - layer
-    return layer + kept + max(steps.values())
+    outside = source.parameters - config.num_hidden_layers * source.layer_parameters
+    return max(layer + kept + max(steps.values()), itemsize * outside + 3 * output)
 
 
 def estimate(job: Job, prepared: Prepared, work: WorkFolder) -> Plan:
@@ -290,11 +289,8 @@ def place_of_activations(job: Job, prepared: Prepared) -> str:
 def seconds(job: Job, prepared: Prepared) -> float:
     """Operations of the conversion over the speed of one matrix product of its size."""
     config, recipe = prepared.config, job.settings.choices
-    tokens, hidden, width = (
-        prepared.windows_WL.numel(),
-        config.hidden_size,
-        config.intermediate_size,
-    )
+    hidden, width = config.hidden_size, config.intermediate_size
+    tokens = prepared.windows_WL.numel()
     ratio = config.activation_ratio
     attention = prepared.source.layer_parameters - 3 * hidden * width
     forward = tokens * (attention + prepared.windows_WL.shape[1] * hidden)

@@ -46,6 +46,11 @@ class Recipe:
     """Who routes while calibrating: the `"router"`, an `"oracle"` (the experts of largest sum |h|)
     or a `"random"` choice. For comparisons: the model keeps its router."""
 
+    @property
+    def needs_dense_stream(self) -> bool:
+        """Whether the dense model runs beside the carved one."""
+        return self.refit and self.error_correction
+
     def __post_init__(self) -> None:
         """Raises `RequestError` for a choice that does not exist or goes with no other."""
         for choice in fields(self):
