@@ -132,6 +132,7 @@ def fingerprint(prepared: Prepared) -> dict[str, str]:
     }
 
 
+@torch.no_grad()
 def carve(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
     """Carve the layers that are not finished yet, and complete the repository."""
     source, config, settings = prepared.source, prepared.config, job.settings
@@ -166,6 +167,7 @@ def carve(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
             work.write_layer(
                 index, shards, in_dtype(tensors, settings.dtype), figures, streams.saved()
             )
+            del tensors
             resident = psutil.Process().memory_info().rss / 1e9
             bar.set_postfix(memory=f"{resident:.1f}GB", tokens=streams.tokens)
             bar.update()

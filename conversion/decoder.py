@@ -167,6 +167,10 @@ class AttentionHalf(nn.Module):
         """Take the attention and norm weights of a layer."""
         self.layer.load_state_dict(tensors, assign=True)
 
+    def release(self) -> None:
+        """Let go of the weights."""
+        self.layer.to("meta")
+
     def forward(self, hidden_WLH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # No mask: full windows, and sdpa is causal without one.
         residual_WLH = self.layer(

@@ -209,7 +209,6 @@ def chosen_experts(
     return index_TK
 
 
-@torch.no_grad()
 def carve_model(
     source: Source,
     streams: Streams,
@@ -223,7 +222,8 @@ def carve_model(
     """Carve the layers from `first` on; yield (index, tensors to store, figures) of each.
 
     `streams` enters layer `first`, and after each yield the next one. The arithmetic is float32
-    whatever the precision of the checkpoint, which the stored tensors keep.
+    whatever the precision of the checkpoint, which the stored tensors keep. Iterate under
+    `torch.no_grad()`: as a decorator here it would keep each layer alive until the next is done.
 
     Raises `CMoEError` if the weights or the activations are not finite.
     """
@@ -262,11 +262,12 @@ def carve_model(
         hidden_WLH += carved.y_TH.view_as(hidden_WLH)
         figures = layer_figures(carved, ffn, profile, clock) | ({"split": split} if split else {})
         figures["seconds"] = clock.report(windows * length)
-        # The largest things in memory make room for the stored copy.
+        # Nothing of this layer may wait for the next one: weights are the largest thing in memory.
+        attention.release()
         del ffn, rest, wanted_TH
         prefix = names.layer_prefix.format(index)
-        tensors = stored_tensors(names, source.read_layer(index), carved)
-        yield index, {prefix + name: tensor for name, tensor in tensors.items()}, figures
+        yield index, stored_tensors(names, prefix, source.read_layer(index), carved), figures
+        del carved
 
 
 def read_layer(
@@ -289,9 +290,9 @@ def read_layer(
 
 
 def stored_tensors(
-    names: Architecture, dense: dict[str, torch.Tensor], carved: CarvedLayer
+    names: Architecture, prefix: str, dense: dict[str, torch.Tensor], carved: CarvedLayer
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a carved layer in the checkpoint's precision, named relative to it."""
+    """The tensors of a carved layer in the checkpoint's precision, named with `prefix`."""
     tensors = dict(dense)
     gate_FH, up_FH, down_HF = (tensors.pop(name) for name in (names.gate, names.up, names.down))
     down_HF = carved.down_HF.to(down_HF)
@@ -306,7 +307,7 @@ def stored_tensors(
         dtype = torch.float32 if name == "balance_bias" else gate_FH.dtype
         tensors[f"mlp.gate.{name}"] = weight.to(dtype)
     tensors["mlp.gate.scale"] = torch.zeros(len(experts_NM), dtype=gate_FH.dtype)
-    return tensors
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def _quantiles(rate_F: torch.Tensor) -> dict[str, float]:
