@@ -3,6 +3,7 @@
 
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -38,6 +39,12 @@ def find_device(device: str | None) -> torch.device:
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak resident memory of the process, plus that of the GPU if one was used."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak *= 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # getrusage would count the parent's memory too: Linux keeps its peak across exec.
+        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        peak = int(line.split()[1]) * 1024
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024
     return peak + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
