@@ -4,7 +4,7 @@
 import hashlib
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -23,7 +23,7 @@ from .decoder import Storage, Streams
 from .device import DTYPES, peak_memory_bytes
 from .errors import RequestError
 from .pipeline import carve_model
-from .plan import Prepared, check_disk, place_of_activations, prepare
+from .plan import Prepared, check_disk, prepare, settled
 from .settings import Job, Options
 from .work import WorkFolder
 
@@ -68,11 +68,7 @@ def convert(
     """
     job = Job.of(model, **options)
     prepared = prepare(job)
-    job = replace(
-        job,
-        revision=prepared.source.revision,
-        activations=place_of_activations(job, prepared),
-    )
+    job = settled(job, prepared)
     work = WorkFolder(output, overwrite=overwrite)
     work.check(prepared.source)
     check_disk(job, prepared, work)

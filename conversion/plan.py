@@ -7,7 +7,7 @@ Counts are of one layer: T calibration tokens, H hidden size, F dense FFN width.
 import hashlib
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -90,6 +90,7 @@ def plan(
     """
     job = Job.of(model, **options)
     prepared = prepare(job)
+    job = settled(job, prepared)
     work = WorkFolder(output, overwrite=overwrite)
     work.check(prepared.source)
     check_disk(job, prepared, work)
@@ -105,6 +106,15 @@ def prepare(job: Job) -> Prepared:
     tokenizer = load_tokenizer(source.folder)
     windows_WL, calibration = calibration_windows(job.settings, source, tokenizer)
     return Prepared(source, config, tokenizer, windows_WL, calibration, device)
+
+
+def settled(job: Job, prepared: Prepared) -> Job:
+    """The job with what it left open decided: the commit, and where activations are kept."""
+    return replace(
+        job,
+        revision=prepared.source.revision,
+        activations=place_of_activations(job, prepared),
+    )
 
 
 def carved_config(source: Source, settings: Settings) -> CMoELlamaConfig:
@@ -174,14 +184,19 @@ def calibration_windows(
 
 def check_disk(job: Job, prepared: Prepared, work: WorkFolder) -> None:
     """Raises `RequestError` if the finished and the working files would not fit."""
-    parent = next(path for path in work.output.parents if path.exists())
-    free = shutil.disk_usage(parent).free
+    parent, free = free_disk(work)
     needed = disk_bytes(job, prepared) + work_bytes(prepared, job.activations == "disk")
     if free < needed:
         raise RequestError(
             f"the conversion needs about {needed / 1e9:.1f} GB of disk, but {parent} has "
             f"{free / 1e9:.1f} GB free. Free some space or choose another disk."
         )
+
+
+def free_disk(work: WorkFolder) -> tuple[Path, int]:
+    """The nearest existing folder above the output, and the bytes free there."""
+    parent = next(path for path in work.output.parents if path.exists())
+    return parent, shutil.disk_usage(parent).free
 
 
 def disk_bytes(job: Job, prepared: Prepared) -> int:
@@ -236,15 +251,14 @@ def memory_bytes(job: Job, prepared: Prepared, on_disk: bool) -> int:
 
 
 def estimate(job: Job, prepared: Prepared, work: WorkFolder) -> Plan:
-    """The plan of a job that nothing speaks against."""
+    """The plan of a settled job that nothing speaks against."""
     source, config, settings = prepared.source, prepared.config, job.settings
     tokens, width = prepared.windows_WL.numel(), config.intermediate_size
-    activations = place_of_activations(job, prepared)
+    on_disk = job.activations == "disk"
     ffn = 3 * config.hidden_size * width * config.num_hidden_layers
     resident = psutil.Process().memory_info().rss
-    peak = resident + memory_bytes(job, prepared, activations == "disk")
+    peak = resident + memory_bytes(job, prepared, on_disk)
     available = resident + psutil.virtual_memory().available
-    parent = next(path for path in work.output.parents if path.exists())
     warnings = []
     if prepared.device.type == "cpu" and peak > available:
         warnings.append(
@@ -265,10 +279,10 @@ def estimate(job: Job, prepared: Prepared, work: WorkFolder) -> Plan:
         calibration_tokens=tokens,
         refit_order=min(tokens, width) if settings.choices.refit else None,
         device=str(prepared.device),
-        activations=activations,
+        activations=job.activations,
         disk_bytes=disk_bytes(job, prepared),
-        work_bytes=work_bytes(prepared, activations == "disk"),
-        disk_free_bytes=shutil.disk_usage(parent).free,
+        work_bytes=work_bytes(prepared, on_disk),
+        disk_free_bytes=free_disk(work)[1],
         peak_memory_bytes=peak,
         memory_available_bytes=available,
         seconds=seconds(job, prepared),

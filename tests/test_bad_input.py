@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusal import refused
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
@@ -28,16 +29,6 @@ def run(model, out, *options, shared=2, active=2, experts=8):
         arguments += ["--calibration", str(CALIBRATION)]
     arguments += ["--samples", "4", "--sequence-length", "64", *options]
     return CliRunner().invoke(app, arguments)
-
-
-def refused(result, status, *phrases):
-    """One line on standard error with every phrase; nothing on standard output."""
-    assert result.exit_code == status, result.stderr
-    assert result.stdout == ""
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    for phrase in phrases:
-        assert phrase in result.stderr, result.stderr
 
 
 def test_width_not_divisible_names_the_divisors(dense, no_leftovers):

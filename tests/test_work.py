@@ -7,6 +7,7 @@ import time
 
 import killable
 import pytest
+from refusal import refused
 from typer.testing import CliRunner
 
 import cmoe_hf
@@ -112,13 +113,6 @@ def unfinished(dense, tmp_path, monkeypatch):
 
 def cli_resume(*arguments):
     return CliRunner().invoke(app, ["convert", *map(str, arguments), "--resume"])
-
-
-def refused(result, status, *phrases):
-    assert result.exit_code == status, result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-    for phrase in phrases:
-        assert phrase in result.stderr, result.stderr
 
 
 def test_resume_takes_no_other_argument(unfinished, carved, dense):
