@@ -21,6 +21,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -131,6 +132,94 @@ class CMoEExperts(nn.Module):
         return out_TH
 
 
+def cmoe_experts_forward(
+    self: CMoEExperts,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """The default backend, `"cmoe"`: the fastest of its own loop and the stock ones."""
+    backend = fastest_backend(self, *top_k_index.shape)
+    arguments = (self, hidden_states, top_k_index, top_k_weights)
+    if backend == "direct":
+        return direct_experts_forward(*arguments)
+    if backend == "eager":
+        return CMoEExperts.forward.__wrapped__(*arguments)  # type: ignore[attr-defined]
+    return ALL_EXPERTS_FUNCTIONS[backend](*arguments)
+
+
+def fastest_backend(experts: CMoEExperts, tokens: int, top_k: int) -> str:
+    """Name of the fastest way to run `top_k` experts for each of `tokens` tokens.
+
+    The limits were measured on CPUs, see RESULTS.md of cmoe-hf. They depend on shapes and types
+    only, so that a compiler can decide while it traces.
+    """
+    weight_NHM, pairs = experts.down_proj, tokens * top_k
+    if torch.compiler.is_compiling() or experts._is_expert_parallel or not weight_NHM.is_cpu:
+        # On a GPU batched_mm launches less, but it reads the weights of every pair of token and
+        # expert, not of every expert. On a CPU it copies them first.
+        few = weight_NHM.is_cuda and pairs <= experts.num_experts
+        return "batched_mm" if few else "grouped_mm"
+    if weight_NHM.requires_grad and torch.is_grad_enabled():
+        return "grouped_mm"  # a view of one expert has a gradient of the size of all
+    if tokens == 1 and top_k <= 4:
+        return "direct"
+    expert_size = experts.hidden_dim * experts.intermediate_dim
+    if pairs * expert_size <= 50_000:
+        return "batched_mm"  # copying so little is cheaper than sorting
+    if expert_size >= LARGE_EXPERT and weight_NHM.dtype == torch.float32:
+        return "direct"
+    if pairs >= 64 * experts.num_experts and pairs * experts.hidden_dim >= 300_000:
+        return "eager"  # the others copy every token top_k times, here beyond the caches
+    return "grouped_mm"
+
+
+LARGE_EXPERT = 2**19
+"""Elements of a projection that no longer fits into the nearer caches: from here on it pays to
+read it well."""
+
+
+def direct_experts_forward(
+    self: CMoEExperts,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Loop over the experts that were chosen, on views of the packed weights, on a CPU."""
+    tokens, top_k = top_k_index.shape
+    if tokens == 1:
+        y_KH = [run_expert(self, expert, hidden_states) for expert in top_k_index[0].tolist()]
+        return top_k_weights @ (y_KH[0] if top_k == 1 else torch.cat(y_KH))
+    expert_P = top_k_index.flatten()
+    order_P = expert_P.argsort(stable=True)
+    rows = torch.bincount(expert_P, minlength=self.num_experts).tolist()
+    token_P, weight_P1 = order_P // top_k, top_k_weights.flatten()[order_P, None]
+    out_TH = torch.zeros_like(hidden_states)
+    parts = zip(token_P.split(rows), weight_P1.split(rows), strict=True)
+    for expert, (token_U, weight_U1) in enumerate(parts):
+        if len(token_U):
+            y_UH = run_expert(self, expert, hidden_states[token_U]) * weight_U1
+            out_TH.index_add_(0, token_U, y_UH.to(out_TH.dtype).contiguous())
+    return out_TH
+
+
+def run_expert(experts: CMoEExperts, expert: int, x_UH: torch.Tensor) -> torch.Tensor:
+    """One expert on the tokens that chose it, (U, H)."""
+    gate_up_QH, down_HM = experts.gate_up_proj[expert], experts.down_proj[expert]
+    rows = len(x_UH)
+    if rows == 1 or rows > 512:
+        gate_UM, up_UM = F.linear(x_UH, gate_up_QH).chunk(2, dim=-1)
+        return F.linear(experts.act_fn(gate_UM) * up_UM, down_HM)
+    # With few rows, float32 weights are read up to twice as fast by W xᵀ as by x Wᵀ, if the
+    # product has a multiple of eight columns. (In 16 bits this form is several times slower.)
+    padded_UH = F.pad(x_UH, (0, 0, 0, -rows % 8)) if rows > 4 else x_UH
+    gate_MU, up_MU = (gate_up_QH @ padded_UH.T).chunk(2)
+    return (down_HM @ (experts.act_fn(gate_MU) * up_MU)).T[:rows]
+
+
+ALL_EXPERTS_FUNCTIONS.register("cmoe", cmoe_experts_forward)
+
+
 class CMoESharedExpert(nn.Module):
     """The always-on expert: a gated FFN over the busiest neurons."""
 
@@ -201,6 +290,12 @@ class CMoELlamaPreTrainedModel(PreTrainedModel):
         "hidden_states": CMoELlamaDecoderLayer,
         "attentions": LlamaAttention,
     }
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        # Quantised experts know the stock backends only.
+        if requested_experts is None and not hasattr(self.config, "quantization_config"):
+            requested_experts = "cmoe"
+        return super().get_correct_experts_implementation(requested_experts)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
