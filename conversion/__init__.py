@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turn dense language models into CMoE models, and measure them."""
 
+from .benchmark import Benchmark, benchmark
 from .convert import Conversion, convert, resume
 from .demo import Demo, demo
 from .errors import CMoEError, RequestError
@@ -11,6 +12,7 @@ from .settings import Options, Settings
 
 __all__ = [
     "RECIPES",
+    "Benchmark",
     "CMoEError",
     "Conversion",
     "Demo",
@@ -20,6 +22,7 @@ __all__ = [
     "Recipe",
     "RequestError",
     "Settings",
+    "benchmark",
     "convert",
     "demo",
     "evaluate",

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from .benchmark import LABELS, SHAPES, Benchmark, benchmark, plot
 from .convert import convert, resume
 from .demo import demo
 from .device import DTYPES
@@ -365,6 +366,111 @@ def evaluate_command(
         result.router_oracle_agreement, result.router_chance_agreement
     )
     _print(result, as_json, lambda: _table(model, rows))
+
+
+@app.command("benchmark")
+def benchmark_command(
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub id of a carved model.")] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="The dense model; default one of the same shape with random weights."),
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help=f"Random weights instead of MODEL: {', '.join(SHAPES)}.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of that shape; default all.")] = None,
+    shared: Shared = 3,
+    active: Active = 3,
+    experts: Experts = 8,
+    tokens: Annotated[
+        str, typer.Option(help="Tokens for the FFN block, separated by commas.")
+    ] = "1,8,64,512",
+    prefill: Annotated[str, typer.Option(help="Tokens of a prompt.")] = "512",
+    batch: Annotated[str, typer.Option(help="Sequences to decode.")] = "1,8",
+    context: Annotated[int, typer.Option(help="Tokens in front of a decoding step.")] = 128,
+    rounds: Annotated[int, typer.Option(help="Runs of each point, dense and carved in turn.")] = 7,
+    text: Annotated[
+        str | None, typer.Option(help="Text to run on, as in evaluate; default random tokens.")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Experts backend, for example eager, grouped_mm.")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Decode compiled, with a static cache.")
+    ] = False,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw it into this PNG, SVG or PDF file.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"{', '.join(DTYPES)}; default the carved model's.")
+    ] = None,
+    device: Device = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time FFN, prefill and decoding, dense and carved in turn, beside what is possible."""
+    with _reporting(debug):
+        result = benchmark(
+            model,
+            baseline=baseline,
+            shape=shape,
+            layers=layers,
+            shared=shared,
+            active=active,
+            experts=experts,
+            tokens=_sizes("--tokens", tokens),
+            prefill=_sizes("--prefill", prefill),
+            batch=_sizes("--batch", batch),
+            context=context,
+            rounds=rounds,
+            text=text,
+            backend=backend,
+            compiled=compiled,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        if plot_file is not None:
+            plot(result, plot_file)
+    _print(result, as_json, lambda: _benchmark_table(result))
+    if not as_json:
+        for remark in result.remarks:
+            Console().print(remark, markup=False, highlight=False)
+
+
+def _sizes(option: str, text: str) -> list[int]:
+    """Numbers separated by commas; none for an empty text."""
+    try:
+        return [int(size) for size in text.split(",") if size.strip()]
+    except ValueError as error:
+        raise RequestError(f"{option} {text} is not a list of numbers such as 1,8,64.") from error
+
+
+def _benchmark_table(result: Benchmark) -> Table:
+    table = Table(
+        "",
+        *("dense ms", "carved ms", "speed", "runs", "roofline"),
+        title=f"{result.model} {result.notation}: speed of carved relative to dense",
+        title_justify="left",
+        caption=f"{result.device}, {result.threads} threads, {result.dtype}: "
+        f"{result.bandwidth_gb_per_s:.3g} GB/s, {result.arithmetic_gflop_per_s:.3g} GFLOP/s",
+    )
+    for name, label in LABELS.items():
+        for point in getattr(result, name):
+            size = f"batch {point.batch}" if name == "decode" else f"{point.tokens} tokens"
+            table.add_row(
+                f"{label}, {size}",
+                f"{point.dense_ms:.3g}",
+                f"{point.carved_ms:.3g}",
+                f"{point.speedup:.2f}",
+                f"{point.speedup_low:.2f}-{point.speedup_high:.2f}",
+                f"{point.roofline_speedup:.2f}",
+                style="red" if point.speedup < 1 else None,
+            )
+    return table
 
 
 def main() -> None:

@@ -13,11 +13,12 @@ from typing import Any, Unpack
 
 import psutil
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 import cmoe_hf
 from cmoe_hf import CMoELlamaConfig
 
+from .architectures import Architecture
 from .calibration import load_text, random_windows, tokenize
 from .checkpoint import Source, load_tokenizer, open_source
 from .decoder import BATCH_TOKENS
@@ -102,7 +103,7 @@ def prepare(job: Job) -> Prepared:
     """Find and check all that a job needs, cheapest first. Raises `RequestError`."""
     device = find_device(job.device)
     source = open_source(job.model, revision=job.revision)
-    config = carved_config(source, job.settings)
+    config = carved_config(source.config, source.architecture, job.settings)
     tokenizer = load_tokenizer(source.folder)
     windows_WL, calibration = calibration_windows(job.settings, source, tokenizer)
     return Prepared(source, config, tokenizer, windows_WL, calibration, device)
@@ -117,9 +118,10 @@ def settled(job: Job, prepared: Prepared) -> Job:
     )
 
 
-def carved_config(source: Source, settings: Settings) -> CMoELlamaConfig:
+def carved_config(
+    dense: PreTrainedConfig, names: Architecture, settings: Settings
+) -> CMoELlamaConfig:
     """Configuration of the carved model. Raises `RequestError` for a shape that does not fit."""
-    dense = source.config
     width = dense.intermediate_size
     neurons, remainder = divmod(width, settings.experts)
     if remainder:
@@ -140,9 +142,9 @@ def carved_config(source: Source, settings: Settings) -> CMoELlamaConfig:
     }
     if settings.dtype is not None:
         kept["dtype"] = settings.dtype
-    return source.architecture.cmoe_config(
+    return names.cmoe_config(
         **kept,
-        architectures=[source.architecture.cmoe_model.__name__],
+        architectures=[names.cmoe_model.__name__],
         num_experts=settings.experts - settings.shared,
         num_experts_per_tok=settings.active,
         moe_intermediate_size=neurons,

@@ -84,7 +84,7 @@ class CMoERouter(nn.Module):
         score_TN = self.score(x_TH)
         probability_TN = torch.softmax(score_TN, dim=-1, dtype=torch.float32)
         index_TK = torch.topk(probability_TN + self.balance_bias, self.top_k, dim=-1).indices
-        weight_TK = 1 + probability_TN.gather(1, index_TK) * self.scale[index_TK]
+        weight_TK = (1 + probability_TN * self.scale).gather(1, index_TK)
         return score_TN, weight_TK.to(x_TH.dtype), index_TK
 
 

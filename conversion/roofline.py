@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The least time that a machine could take: bytes over bandwidth, or operations over arithmetic.
+
+Shape suffixes: T tokens, H hidden size, N routed experts, K active experts.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from transformers import PreTrainedModel
+
+from cmoe_hf.modeling_cmoe import CMoESparseMoeBlock
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a computation cannot do without."""
+
+    bytes: float
+    """Read or written at least once: weights, inputs and outputs, and the cache."""
+    operations: float
+    """Multiplications and additions."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(self.bytes + other.bytes, self.operations + other.operations)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device can do in a second, at the precision of the models."""
+
+    bytes: float
+    operations: float
+
+    def seconds(self, work: Work) -> float:
+        """Lower bound for some work (Williams et al., 2009)."""
+        return max(work.bytes / self.bytes, work.operations / self.operations)
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """The best bandwidth and arithmetic that plain matrix products reach on this device."""
+    on_cpu = device.type == "cpu"
+    side = 2048 if on_cpu else 8192
+    # Several times larger than the caches.
+    long_QH = torch.randn(4 * side if on_cpu else side, 2 * side, device=device, dtype=dtype)
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    vector_H = torch.randn(2 * side, device=device, dtype=dtype)
+    read = min(
+        best_seconds(lambda: long_QH @ vector_H, device),
+        best_seconds(lambda: long_QH.view(torch.int32).sum(dtype=torch.int32), device),
+    )
+    product = best_seconds(lambda: left @ right, device)
+    return Rates(long_QH.numel() * long_QH.element_size() / read, 2 * side**3 / product)
+
+
+def best_seconds(call: Callable[[], object], device: torch.device, *, rounds: int = 5) -> float:
+    """The shortest of several runs after a first one."""
+    seconds = []
+    for _ in range(rounds + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def ffn_work(block: torch.nn.Module, tokens: int, experts_hit: float) -> Work:
+    """One FFN, dense or carved, over `tokens` tokens that run `experts_hit` different experts."""
+    parameters = list(block.parameters())
+    size = parameters[0].element_size()
+    total = sum(parameter.numel() for parameter in parameters)
+    read = run = float(total)
+    if isinstance(block, CMoESparseMoeBlock):
+        routed = sum(parameter.numel() for parameter in block.experts.parameters())
+        share = 1 / block.experts.num_experts
+        read = total - routed + routed * share * experts_hit
+        run = total - routed + routed * share * block.gate.top_k
+    hidden = parameters[0].shape[-1]
+    return Work(size * (read + 2 * tokens * hidden), 2 * tokens * run)
+
+
+def model_work(
+    model: PreTrainedModel,
+    blocks: list[torch.nn.Module],
+    experts_hit: list[float],
+    *,
+    batch: int,
+    tokens: int,
+    context: int,
+) -> Work:
+    """A whole model over `tokens` new tokens behind `context` of them, in `batch` sequences.
+
+    The head runs for the last token of each sequence only.
+    """
+    config, size = model.config, model.dtype.itemsize
+    head = model.get_output_embeddings().weight
+    embedding = model.get_input_embeddings().weight
+    counted = {id(p): p.numel() for p in model.parameters()}
+    for block in blocks:
+        for parameter in block.parameters():
+            counted.pop(id(parameter))
+    counted.pop(id(embedding), None)
+    counted.pop(id(head), None)
+    rows = batch * tokens
+    attention = sum(counted.values())
+    work = Work(size * attention, 2 * rows * attention)
+    work += Work(size * head.numel(), 2 * batch * head.numel())
+    for block, hit in zip(blocks, experts_hit, strict=True):
+        work += ffn_work(block, rows, hit)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    seen = context + (tokens + 1) / 2  # by a token, on average
+    keys = 2 * config.num_hidden_layers * config.num_key_value_heads * width
+    queries = 2 * config.num_hidden_layers * config.num_attention_heads * width
+    return work + Work(size * batch * (context + tokens) * keys, 2 * rows * seen * queries)
