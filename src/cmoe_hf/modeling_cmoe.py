@@ -88,6 +88,40 @@ class CMoERouter(nn.Module):
         return score_TN, weight_TK.to(x_TH.dtype), index_TK
 
 
+LARGE = 2**19
+"""Elements of a weight that no longer fits into the nearer caches: reading it well pays."""
+ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def is_thin(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> bool:
+    """Whether x Wᵀ is a few float32 rows on a CPU against a large weight, without gradients.
+
+    `torch.nn.functional.linear` reads the weight much slower there than memory allows, and with
+    two to eight rows once for each of them.
+    """
+    return (
+        len(x_TH) <= 512
+        and weight_QH.is_cpu
+        and weight_QH.numel() >= LARGE
+        and weight_QH.dtype == x_TH.dtype == torch.float32
+        and type(weight_QH) in (torch.Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and (x_TH.requires_grad or weight_QH.requires_grad))
+    )
+
+
+def thin_linear(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
+    """`torch.nn.functional.linear`, faster where `is_thin`."""
+    rows = len(x_TH)
+    if not is_thin(x_TH, weight_QH):
+        return F.linear(x_TH, weight_QH)
+    if rows <= 24 and ONEDNN_LINEAR is not None:
+        return ONEDNN_LINEAR(x_TH, weight_QH, None, "none", [], "")
+    # MKL is faster at W xᵀ than at x Wᵀ, if the product has a multiple of eight columns.
+    padded_TH = F.pad(x_TH, (0, 0, 0, -rows % 8)) if rows > 4 else x_TH
+    return (weight_QH @ padded_TH.T).T[:rows]
+
+
 @use_experts_implementation
 class CMoEExperts(nn.Module):
     """The routed experts as two packed tensors, the layout of every experts backend.
@@ -167,16 +201,11 @@ def fastest_backend(experts: CMoEExperts, tokens: int, top_k: int) -> str:
     expert_size = experts.hidden_dim * experts.intermediate_dim
     if pairs * expert_size <= 50_000:
         return "batched_mm"  # copying so little is cheaper than sorting
-    if expert_size >= LARGE_EXPERT and weight_NHM.dtype == torch.float32:
+    if expert_size >= LARGE and weight_NHM.dtype == torch.float32:
         return "direct"
     if pairs >= 64 * experts.num_experts and pairs * experts.hidden_dim >= 300_000:
         return "eager"  # the others copy every token top_k times, here beyond the caches
     return "grouped_mm"
-
-
-LARGE_EXPERT = 2**19
-"""Elements of a projection that no longer fits into the nearer caches: from here on it pays to
-read it well."""
 
 
 def direct_experts_forward(
@@ -205,16 +234,8 @@ def direct_experts_forward(
 
 def run_expert(experts: CMoEExperts, expert: int, x_UH: torch.Tensor) -> torch.Tensor:
     """One expert on the tokens that chose it, (U, H)."""
-    gate_up_QH, down_HM = experts.gate_up_proj[expert], experts.down_proj[expert]
-    rows = len(x_UH)
-    if rows == 1 or rows > 512:
-        gate_UM, up_UM = F.linear(x_UH, gate_up_QH).chunk(2, dim=-1)
-        return F.linear(experts.act_fn(gate_UM) * up_UM, down_HM)
-    # With few rows, float32 weights are read up to twice as fast by W xᵀ as by x Wᵀ, if the
-    # product has a multiple of eight columns. (In 16 bits this form is several times slower.)
-    padded_UH = F.pad(x_UH, (0, 0, 0, -rows % 8)) if rows > 4 else x_UH
-    gate_MU, up_MU = (gate_up_QH @ padded_UH.T).chunk(2)
-    return (down_HM @ (experts.act_fn(gate_MU) * up_MU)).T[:rows]
+    gate_UM, up_UM = thin_linear(x_UH, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+    return thin_linear(experts.act_fn(gate_UM) * up_UM, experts.down_proj[expert])
 
 
 ALL_EXPERTS_FUNCTIONS.register("cmoe", cmoe_experts_forward)
@@ -235,6 +256,23 @@ class CMoESharedExpert(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+def run_shared_expert(shared: CMoESharedExpert, x_TH: torch.Tensor) -> torch.Tensor:
+    """The shared expert, (T, H); by `thin_linear` if that is faster and nobody would notice.
+
+    Not part of the module: what replaces or watches its parts (adapters, quantisation, parallel
+    plans, offloading, vLLM, hooks) must find plain linear layers that are called as such.
+    """
+    parts = (shared.gate_proj, shared.up_proj, shared.down_proj)
+    if not (type(parts[0]) is nn.Linear and is_thin(x_TH, parts[0].weight)):
+        return shared(x_TH)
+    for module in (shared, *parts):
+        watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        if watched or type(module) not in (nn.Linear, CMoESharedExpert):
+            return shared(x_TH)
+    gate, up, down = (part.weight for part in parts)
+    return thin_linear(shared.act_fn(thin_linear(x_TH, gate)) * thin_linear(x_TH, up), down)
+
+
 class CMoESparseMoeBlock(nn.Module):
     """Shared expert plus the K routed experts that the router picks for each token."""
 
@@ -250,7 +288,11 @@ class CMoESparseMoeBlock(nn.Module):
         """(B, S, H) to (B, S, H)."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         # vLLM's kernel overwrites its input: everything else that needs it comes first.
-        shared_TH = x_TH.new_zeros(()) if self.shared_expert is None else self.shared_expert(x_TH)
+        shared_TH = (
+            x_TH.new_zeros(())
+            if self.shared_expert is None
+            else run_shared_expert(self.shared_expert, x_TH)
+        )
         if self.gate.top_k == 0:
             return shared_TH.reshape(hidden_states.shape)
         _, weight_TK, index_TK = self.gate(x_TH)
