@@ -2,6 +2,7 @@
 """The verb `convert`: a dense checkpoint in, a complete CMoE repository out."""
 
 import hashlib
+import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -23,9 +24,11 @@ from .decoder import Storage, Streams
 from .device import DTYPES, peak_memory_bytes
 from .errors import RequestError
 from .pipeline import carve_model
-from .plan import Prepared, check_disk, prepare, settled
+from .plan import Prepared, check_disk, prepare, settled, width_warning
 from .settings import Job, Options
 from .work import WorkFolder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,8 @@ def convert(
     work = WorkFolder(output, overwrite=overwrite)
     work.check(prepared.source)
     check_disk(job, prepared, work)
+    if warning := width_warning(prepared.config):
+        logger.warning("%s", warning)
     frozen = {"job": job.record(), "threads": torch.get_num_threads(), **fingerprint(prepared)}
     with WorkFolder.create(output, frozen, overwrite=overwrite) as work:
         return carve(job, prepared, work)

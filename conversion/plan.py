@@ -154,6 +154,24 @@ def carved_config(
     )
 
 
+def width_warning(config: CMoELlamaConfig) -> str | None:
+    """What speaks against the width of the experts, and how many experts would avoid it.
+
+    A grouped product on a GPU wants rows that start at multiples of 16 bytes: 8 neurons in 16 bits.
+    """
+    width, neurons = config.intermediate_size, config.moe_intermediate_size
+    if neurons % 8 == 0:
+        return None
+    experts = width // neurons
+    fitting = [count for count in range(2, min(width, 512) + 1) if width % (8 * count) == 0]
+    nearest = sorted(sorted(fitting, key=lambda count: abs(count - experts))[:3])
+    instead = f" --experts {', '.join(map(str, nearest))} avoids it." if nearest else ""
+    return (
+        f"{experts} experts of {neurons} neurons, not a multiple of 8: the fast grouped kernels of "
+        f"GPUs cannot run them, a slower loop will.{instead}"
+    )
+
+
 def calibration_windows(
     settings: Settings, source: Source, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -261,7 +279,7 @@ def estimate(job: Job, prepared: Prepared, work: WorkFolder) -> Plan:
     resident = psutil.Process().memory_info().rss
     peak = resident + memory_bytes(job, prepared, on_disk)
     available = resident + psutil.virtual_memory().available
-    warnings = []
+    warnings = [warning] if (warning := width_warning(config)) else []
     if prepared.device.type == "cpu" and peak > available:
         warnings.append(
             f"the conversion may need {peak / 1e9:.1f} GB of memory, but {available / 1e9:.1f} GB "

@@ -43,11 +43,11 @@ class Rates:
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """The best bandwidth and arithmetic that plain matrix products reach on this device."""
     on_cpu = device.type == "cpu"
-    side = 2048 if on_cpu else 8192
+    side = 1024 if on_cpu else 8192
     # Several times larger than the caches.
-    long_QH = torch.randn(4 * side if on_cpu else side, 2 * side, device=device, dtype=dtype)
+    long_QH = torch.randn(2**13, 2**13 if on_cpu else 2**15, device=device, dtype=dtype)
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    vector_H = torch.randn(2 * side, device=device, dtype=dtype)
+    vector_H = torch.randn(long_QH.shape[1], device=device, dtype=dtype)
     read = min(
         best_seconds(lambda: long_QH @ vector_H, device),
         best_seconds(lambda: long_QH.view(torch.int32).sum(dtype=torch.int32), device),
@@ -56,10 +56,10 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     return Rates(long_QH.numel() * long_QH.element_size() / read, 2 * side**3 / product)
 
 
-def best_seconds(call: Callable[[], object], device: torch.device, *, rounds: int = 5) -> float:
-    """The shortest of several runs after a first one."""
-    seconds = []
-    for _ in range(rounds + 1):
+def best_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The shortest of several runs after a first one; of fewer if they take long."""
+    seconds: list[float] = []
+    while len(seconds) < 2 or (len(seconds) < 12 and sum(seconds) < 1):
         synchronize(device)
         start = time.perf_counter()
         call()

@@ -25,31 +25,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig
 
+from cmoe_hf.conversion.benchmark import SHAPES
 from cmoe_hf.conversion.demo import CALIBRATION, MODEL
-
-SHAPES = {
-    "tiny": {  # to try this script
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "llama-2-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-    },
-    "llama-2-70b": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-}
 
 
 def write_checkpoint(folder: Path, config: LlamaConfig) -> None:

@@ -1,0 +1,185 @@
+"""The benchmark: its figures hang together, its bounds are those of a pencil, it says what lost."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from refusal import refused
+from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
+
+from cmoe_hf import CMoELlamaForCausalLM
+from cmoe_hf.conversion import RequestError, benchmark
+from cmoe_hf.conversion.benchmark import SHAPES, Point, dense_config, remarks, shape_config
+from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.roofline import Rates, Work, ffn_work, measure_rates, model_work
+from cmoe_hf.conversion.settings import Settings
+
+FEW = {"tokens": (1, 20), "prefill": (24,), "batch": (2,), "context": 8, "rounds": 3}
+FEW_OPTIONS = ["--tokens", "1,20", "--prefill", "24", "--batch", "2", "--context", "8"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["benchmark", *map(str, arguments)])
+
+
+def test_json_has_the_promised_keys(carved, dense):
+    result = invoke(carved, "--baseline", dense, *FEW_OPTIONS, "--rounds", 3, "--json")
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert [point["tokens"] for point in printed["ffn"]] == [1, 20]
+    assert [point["tokens"] for point in printed["prefill"]] == [24]
+    assert [point["batch"] for point in printed["decode"]] == [2]
+    assert printed["notation"] == "S2A2E8" and printed["backend"] == "cmoe"
+    for point in printed["ffn"] + printed["prefill"] + printed["decode"]:
+        assert point["dense_ms"] >= point["dense_roofline_ms"] > 0
+        assert point["carved_ms"] >= point["carved_roofline_ms"] > 0
+        bounds = point["dense_roofline_ms"] / point["carved_roofline_ms"]
+        assert point["roofline_speedup"] == pytest.approx(bounds)
+        assert point["speedup_low"] <= point["speedup"] <= point["speedup_high"]
+        assert 2 <= point["experts_hit"] <= 6
+    assert printed["bandwidth_gb_per_s"] > 0.1 and printed["arithmetic_gflop_per_s"] > 0.1
+
+
+def test_where_the_carved_model_is_slower_it_says_so_in_words(carved, dense):
+    """Routing 64 channels costs more than it can save: a slowdown that is real."""
+    result = invoke(carved, "--baseline", dense, *FEW_OPTIONS)
+    assert result.exit_code == 0, result.stderr
+    words = " ".join(result.stdout.split())
+    assert "SLOWER: FFN block of 1 token: the carved model takes" in words
+    assert "times as long as the dense one" in words
+
+
+def point(speedup, roofline, **changes):
+    fields = {
+        "tokens": 1,
+        "batch": 1,
+        "dense_ms": 10.0,
+        "carved_ms": 10 / speedup,
+        "speedup": speedup,
+        "speedup_low": speedup,
+        "speedup_high": speedup,
+        "roofline_speedup": roofline,
+        "dense_roofline_ms": 5.0,
+        "carved_roofline_ms": 5 / roofline,
+        "experts_hit": 1.0,
+    }
+    return Point(**fields | changes)
+
+
+def test_remarks():
+    assert remarks({"ffn": [point(1.2, 1.3)]}) == [
+        "The carved model is faster at every measured point."
+    ]
+    [slower] = remarks({"decode": [point(0.5, 1.3, batch=8)]})
+    assert slower.startswith("SLOWER: decoding of 8 sequences: the carved model takes 2.00 times")
+    [unclear] = remarks({"ffn": [point(0.9, 1.3, speedup_high=1.1)]})
+    assert "within the spread of the runs" in unclear
+    [undeserved] = remarks({"prefill": [point(3.0, 1.3, tokens=64)]})
+    assert undeserved.startswith("prefill of 64 tokens: more than the roofline's ratio")
+    assert "2.0 times slower than its own bound" in undeserved
+
+
+def test_a_shape_needs_no_checkpoint(tmp_path):
+    result = benchmark(shape="tiny", layers=1, shared=1, active=1, experts=8, **FEW)
+    assert (result.model, result.notation, result.layers) == ("tiny", "S1A1E8", 1)
+    assert result.activation_ratio == 0.25
+    assert result.ffn[0].roofline_speedup == pytest.approx(4, rel=0.05)  # one expert of seven
+    assert 1 < result.ffn[1].experts_hit <= 7
+
+
+def test_without_a_baseline_a_random_model_of_the_same_shape_is_timed(carved, tmp_path):
+    plot = tmp_path / "speed.png"
+    result = invoke(carved, *FEW_OPTIONS, "--rounds", 2, "--plot", plot)
+    assert result.exit_code == 0, result.stderr
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    table = [line for line in result.stdout.splitlines() if "decoding, batch 2" in line]
+    assert len(re.findall(r"\d+\.\d\d-\d+\.\d\d", table[0])) == 1
+
+
+def test_text_decides_which_tokens_run(carved, held_out):
+    result = benchmark(carved, text=held_out, tokens=(), prefill=(64,), batch=(), rounds=2)
+    assert result.ffn == [] and result.decode == []
+    assert result.prefill[0].experts_hit > 2
+
+
+@pytest.mark.slow
+def test_compiled_decoding_with_a_static_cache(carved, dense):
+    options = {"tokens": (), "prefill": (), "batch": (2,), "context": 8, "rounds": 3}
+    result = benchmark(carved, baseline=dense, compiled=True, **options)
+    assert result.compiled
+    # A recompilation within a round would take seconds.
+    assert result.decode[0].carved_ms < 1000 and result.decode[0].speedup_high < 50
+
+
+def test_bad_requests(carved, dense):
+    refused(invoke(), 2, "either a carved MODEL or --shape")
+    refused(invoke(carved, "--shape", "tiny"), 2, "either a carved MODEL or --shape")
+    refused(invoke("--shape", "llama-9"), 2, "no shape 'llama-9'", "llama-2-7b")
+    refused(invoke("--shape", "tiny", "--experts", 7), 2, "1024 is not divisible by 7")
+    refused(invoke("--shape", "tiny", "--baseline", dense), 2, "leave out --baseline")
+    refused(invoke(carved, "--layers", 1), 2, "--layers goes with --shape")
+    refused(invoke(carved, "--tokens", "one"), 2, "--tokens one is not a list of numbers")
+    refused(invoke(carved, "--batch", "0"), 2, "batch has 0")
+    refused(invoke("--shape", "tiny", "--device", "cuda:99"), 2, "cannot be used")
+
+
+def test_models_that_cannot_be_compared(carved, dense, embedded):
+    for model, options, message in [
+        (dense, {}, "is not a carved model"),
+        (carved, {"baseline": carved}, "is carved itself"),
+        (carved, {"baseline": embedded}, "hidden_size 128, but the carved model has 64"),
+        (carved, {"backend": "magic"}, "no experts backend 'magic'"),
+        (carved, {"text": __file__, "prefill": [100_000]}, "100000 are needed"),
+    ]:
+        with pytest.raises(RequestError, match=message):
+            benchmark(model, **{"tokens": (), "batch": (), **options})
+
+
+def test_the_lower_bound_is_the_larger_of_bytes_and_operations():
+    rates = Rates(bytes=10, operations=100)
+    assert rates.seconds(Work(bytes=50, operations=100)) == 5
+    assert rates.seconds(Work(bytes=50, operations=1000)) == 10
+
+
+def test_the_machine_is_measured():
+    rates = measure_rates(torch.device("cpu"), torch.float32)
+    assert 1e8 < rates.bytes < 1e13 and 1e8 < rates.operations < 1e15
+
+
+def small(shared, active):
+    torch.manual_seed(0)
+    config = shape_config("tiny", 2, Settings(shared=shared, active=active, experts=8))
+    config.vocab_size = 100
+    dense = LlamaForCausalLM(dense_config(config))
+    return dense, CMoELlamaForCausalLM(config)
+
+
+def test_the_work_of_an_ffn_is_that_of_its_weights():
+    dense, carved = small(1, 1)
+    hidden, width = SHAPES["tiny"]["hidden_size"], SHAPES["tiny"]["intermediate_size"]
+    vectors = 4 * 2 * 5 * hidden
+    work = ffn_work(dense.model.layers[0].mlp, 5, 0)
+    assert work == Work(4 * 3 * hidden * width + vectors, 2 * 5 * 3 * hidden * width)
+    routed = ffn_work(carved.model.layers[0].mlp, 5, 3)
+    router = 7 * hidden + 7  # and the gate scale
+    assert routed.bytes == pytest.approx(4 * (3 * hidden * width * 4 / 8 + router) + vectors)
+    assert routed.operations == pytest.approx(2 * 5 * (3 * hidden * width * 2 / 8 + router))
+
+
+def test_with_all_experts_the_whole_model_is_as_much_work_but_for_the_router():
+    dense, carved = small(3, 5)
+    sizes = {"batch": 2, "tokens": 7, "context": 11}
+    works = [
+        model_work(model, [layer.mlp for layer in model.model.layers], [5, 5], **sizes)
+        for model in (dense, carved)
+    ]
+    router = 2 * (5 * 256 + 5)
+    assert works[1].bytes == pytest.approx(works[0].bytes + 4 * router)
+    assert works[1].operations == pytest.approx(works[0].operations + 2 * 2 * 7 * router)
+    weights = sum(p.numel() for p in dense.parameters()) - dense.model.embed_tokens.weight.numel()
+    cache = 2 * 2 * (11 + 7) * 2 * 64  # layers, sequences, tokens, heads of 64, keys and values
+    assert works[0].bytes == pytest.approx(4 * (weights + 2 * cache), rel=0.05)
+    assert math.isfinite(works[0].operations)

@@ -1,0 +1,204 @@
+"""The default experts backend: equal to the loop over experts, and out of everybody's way."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from cmoe_hf import CMoELlamaConfig, CMoELlamaForCausalLM
+from cmoe_hf.modeling_cmoe import (
+    LARGE,
+    CMoEExperts,
+    CMoESparseMoeBlock,
+    fastest_backend,
+    fastest_backend_on_a_gpu,
+)
+
+SIZES = {
+    "small": {"hidden_size": 32, "moe_intermediate_size": 8},
+    "middle": {"hidden_size": 256, "moe_intermediate_size": 128},
+    "large": {"hidden_size": 1024, "moe_intermediate_size": 512},
+}
+
+
+def configuration(size, experts, top_k, shared=1, **changes):
+    fields = SIZES[size] | {"num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 64}
+    width = fields["moe_intermediate_size"]
+    config = CMoELlamaConfig(
+        **fields,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        shared_expert_intermediate_size=shared * width,
+        intermediate_size=(shared + experts) * width,
+        **changes,
+    )
+    config._experts_implementation = "cmoe"
+    return config
+
+
+def random_(module):
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return module
+
+
+def run(experts, backend, *arguments):
+    experts.config._experts_implementation = backend
+    try:
+        return experts(*arguments)
+    finally:
+        experts.config._experts_implementation = "cmoe"
+
+
+def routed(tokens, config, dtype=torch.float32, skewed=False):
+    torch.manual_seed(tokens)
+    x_TH = torch.randn(tokens, config.hidden_size, dtype=dtype)
+    score_TN = torch.rand(tokens, config.num_experts)
+    if skewed:  # most tokens to few experts, and some experts without any
+        score_TN *= 0.5 ** torch.arange(config.num_experts)
+    index_TK = score_TN.topk(config.num_experts_per_tok).indices
+    return x_TH, index_TK, torch.rand(index_TK.shape).to(dtype) + 0.5
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_the_default_computes_what_the_loop_over_experts_does(data):
+    size = data.draw(st.sampled_from(sorted(SIZES)))
+    experts = data.draw(st.integers(1, 7))
+    config = configuration(size, experts, data.draw(st.integers(1, experts)))
+    module = random_(CMoEExperts(config))
+    tokens = data.draw(st.sampled_from([1, 2, 3, 5, 9, 31, 70, 600, 1300]))
+    arguments = routed(tokens, config, skewed=data.draw(st.booleans()))
+    with torch.no_grad():
+        expected = run(module, "eager", *arguments)
+        torch.testing.assert_close(module(*arguments), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_half_precision(dtype, tokens):
+    config = configuration("large", 5, 2)
+    module = random_(CMoEExperts(config)).to(dtype)
+    arguments = routed(tokens, config, dtype)
+    with torch.no_grad():
+        got = module(*arguments)
+        expected = run(module, "eager", *arguments)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 40])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_are_those_of_the_loop_over_experts(tokens, frozen):
+    config = configuration("large", 4, 2)
+    block = random_(CMoESparseMoeBlock(config))
+    block.requires_grad_(not frozen)
+    gradients = []
+    for backend in ("eager", "cmoe"):
+        config._experts_implementation = backend
+        torch.manual_seed(1)
+        x = torch.randn(1, tokens, config.hidden_size, requires_grad=True)
+        block.zero_grad()
+        block(x).square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in block.parameters() if p.grad is not None)])
+    assert len(gradients[0]) == len(gradients[1]) == (1 if frozen else 1 + 8)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_it_steps_aside(size, monkeypatch):
+    module = CMoEExperts(configuration(size, 5, 2))
+    assert (module.down_proj[0].numel() >= LARGE) == (size == "large")
+    with torch.no_grad():
+        assert fastest_backend(module, 1, 2) == "direct"
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert fastest_backend(module, 1, 2) == "grouped_mm"
+        monkeypatch.undo()
+        module._is_expert_parallel = True
+        assert fastest_backend(module, 1, 2) == "grouped_mm"
+        module._is_expert_parallel = False
+        assert fastest_backend(module.to("meta"), 1, 2) == "grouped_mm"
+    assert fastest_backend(CMoEExperts(module.config), 1, 2) == "grouped_mm"  # would need gradients
+
+
+@pytest.mark.parametrize(
+    ("width", "pairs", "compiling", "expected"),
+    [
+        (64, 1, False, "batched_mm"),  # a token or two
+        (64, 7, True, "batched_mm"),
+        (64, 8, True, "grouped_mm"),  # reads every expert once
+        (64, 4096, False, "grouped_mm"),
+        (12, 4096, False, "eager"),  # 24 bytes: the grouped kernel would refuse them
+        (12, 4096, True, "batched_mm"),
+    ],
+)
+def test_on_a_gpu(width, pairs, compiling, expected, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    weight_NHM = torch.empty(7, 32, width, dtype=torch.bfloat16, device="meta")
+    assert fastest_backend_on_a_gpu(weight_NHM, 7, pairs) == expected
+
+
+def test_it_is_the_default_and_can_be_overruled(carved):
+    assert CMoELlamaForCausalLM(configuration("small", 4, 2)).config._experts_implementation
+    loaded = CMoELlamaForCausalLM.from_pretrained(carved)
+    assert loaded.config._experts_implementation == "cmoe"
+    other = CMoELlamaForCausalLM.from_pretrained(carved, experts_implementation="eager")
+    assert other.config._experts_implementation == "eager"
+    other.set_experts_implementation("cmoe")
+    assert other.config._experts_implementation == "cmoe"
+    with pytest.raises(ValueError, match="no_such_backend"):
+        CMoELlamaForCausalLM.from_pretrained(carved, experts_implementation="no_such_backend")
+
+
+def test_quantised_models_keep_a_stock_backend():
+    config = configuration("small", 4, 2)
+    config.quantization_config = {"quant_method": "fp8"}
+    model = CMoELlamaForCausalLM(config)
+    assert model.get_correct_experts_implementation(None) == "grouped_mm"
+    assert model.get_correct_experts_implementation("cmoe") == "cmoe"
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 30, 600])
+def test_the_shared_expert_is_what_its_module_computes(tokens):
+    block = random_(CMoESparseMoeBlock(configuration("large", 3, 0, shared=3)))
+    x_TH = torch.randn(tokens, 1024)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x_TH), block.shared_expert(x_TH), atol=1e-5, rtol=1e-5)
+
+
+def test_the_parts_of_the_shared_expert_can_be_watched_and_replaced():
+    block = random_(CMoESparseMoeBlock(configuration("large", 3, 1)))
+    x_TH = torch.randn(1, 1024)
+    called = []
+    parts = [block.shared_expert, block.shared_expert.gate_proj, block.shared_expert.down_proj]
+    with torch.no_grad():
+        expected = block(x_TH)
+        for part in parts:
+            handle = part.register_forward_hook(lambda module, *_: called.append(module))
+            torch.testing.assert_close(block(x_TH), expected)
+            handle.remove()
+        assert called == parts
+        plain = block.shared_expert.up_proj.forward
+        block.shared_expert.up_proj.forward = lambda x: called.append("patched") or plain(x)
+        block(x_TH)
+        assert called[-1] == "patched"  # as offloading does
+        del block.shared_expert.up_proj.forward
+        block.shared_expert.up_proj = nn.Sequential(block.shared_expert.up_proj, nn.Tanh())
+        assert not torch.equal(block(x_TH), expected)
+
+
+def test_adapters_on_the_shared_expert_act():
+    model = CMoELlamaForCausalLM(configuration("large", 3, 1)).eval()
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        plain = model(ids).logits
+        adapted = get_peft_model(model, LoraConfig(target_modules=["up_proj"])).eval()
+        torch.testing.assert_close(adapted(ids).logits, plain)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        assert (adapted(ids).logits - plain).abs().max() > 0.01
