@@ -261,13 +261,17 @@ def carve_model(
         carved = carve_layer(ffn, profile, wanted_TH, config, chosen, clock)
         hidden_WLH += carved.y_TH.view_as(hidden_WLH)
         figures = layer_figures(carved, ffn, profile, clock) | ({"split": split} if split else {})
-        figures["seconds"] = clock.report(windows * length)
         # Nothing of this layer may wait for the next one: weights are the largest thing in memory.
         attention.release()
         del ffn, rest, wanted_TH
-        prefix = names.layer_prefix.format(index)
-        yield index, stored_tensors(names, prefix, source.read_layer(index), carved), figures
-        del carved
+        with clock("read"):
+            dense = source.read_layer(index)
+        with clock("slicing"):
+            tensors = stored_tensors(names, names.layer_prefix.format(index), dense, carved)
+        figures["seconds"] = clock.report(windows * length)
+        del dense, carved
+        yield index, tensors, figures
+        del tensors
 
 
 def read_layer(

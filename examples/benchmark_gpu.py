@@ -4,7 +4,7 @@
     python examples/benchmark_gpu.py --shape tiny --layers 1 --quick     # to try it, also on a CPU
 
 The Llama-2-7B shape with random bfloat16 weights: FFN block, prefill of 8,192 tokens, decoding of
-1, 8 and 64 sequences, for S1A1E8, S2A2E8 and S3A3E8, with the default experts backend and each of the
+1, 8 and 64 sequences, for S1A1E8, S2A2E8 and S3A3E8, with the default experts backend and the
 stock ones, then decoding compiled with CUDA graphs. What fails or does not fit into the time is
 recorded as such. A table of the same figures goes to standard error.
 """
