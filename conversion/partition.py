@@ -109,18 +109,22 @@ def partition_by_contributions(
         return Partition(shared_S, experts_NM, None, inner.iterations, pinned)
     order_F, shared_S, routed_R = split_by_score(score_F, shared)
     sample_TF = h_TF[:: max(1, len(h_TF) // CLUSTERING_TOKENS)]
-    columns_TR = sample_TF[:, routed_R].abs().mul_(down_HF.norm(dim=0)[routed_R])
-    columns_TR -= columns_TR.mean(dim=0)
-    square_R1 = columns_TR.square().sum(dim=0).unsqueeze(1)
+    # One row a neuron: sums over rows, and products with a few columns, are fast in this layout.
+    columns_RT = sample_TF[:, routed_R].T.contiguous().abs_()
+    columns_RT *= down_HF.norm(dim=0)[routed_R].unsqueeze(1)
+    columns_RT -= columns_RT.mean(dim=1, keepdim=True)
+    square_R1 = columns_RT.square().sum(dim=1, keepdim=True)
     items = len(routed_R)
 
     rank_R = torch.empty(items, dtype=torch.int64)
     rank_R[torch.searchsorted(routed_R, order_F[shared:])] = torch.arange(items)
     label_R, iterations, settled = rank_R * experts // items, 0, False
     while iterations < max_iterations and not settled:
-        member_RN = torch.nn.functional.one_hot(label_R, experts).to(columns_TR)
-        centroids_TN = columns_TR @ member_RN * (experts / items)
-        cost_RN = square_R1 + centroids_TN.square().sum(dim=0) - 2 * columns_TR.T @ centroids_TN
+        centroids_NT = columns_RT.new_zeros(experts, columns_RT.shape[1])
+        centroids_NT.index_add_(0, label_R.to(columns_RT.device), columns_RT)
+        centroids_NT *= experts / items
+        inner_RN = columns_RT @ centroids_NT.T
+        cost_RN = square_R1 + centroids_NT.square().sum(dim=1) - 2 * inner_RN
         previous_R = label_R
         # Scaled: the solver's tolerance is absolute.
         scaled_RN = (cost_RN / cost_RN.mean()).cpu().double().numpy()
