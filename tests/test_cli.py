@@ -20,7 +20,7 @@ def invoke(*arguments):
 def test_help_names_every_command():
     result = invoke("--help")
     assert result.exit_code == 0
-    for command in ("demo", "convert", "evaluate"):
+    for command in ("demo", "convert", "evaluate", "benchmark"):
         assert command in result.stdout
 
 

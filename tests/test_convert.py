@@ -38,6 +38,7 @@ model, info = AutoModelForCausalLM.from_pretrained(
 )
 assert not any(info.values()), info
 assert type(model).__module__.startswith("transformers_modules"), type(model)
+assert model.config._experts_implementation == "cmoe"
 ids = torch.arange(2, 34).view(2, 16)
 with torch.no_grad():
     logits = model.eval()(ids).logits

@@ -191,15 +191,17 @@ def fastest_backend(experts: CMoEExperts, tokens: int, top_k: int) -> str:
     weight_NHM, pairs = experts.down_proj, tokens * top_k
     if weight_NHM.is_cuda:
         return fastest_backend_on_a_gpu(weight_NHM, experts.num_experts, pairs)
-    if torch.compiler.is_compiling() or experts._is_expert_parallel or not weight_NHM.is_cpu:
+    expert_size = experts.hidden_dim * experts.intermediate_dim
+    if experts._is_expert_parallel or not weight_NHM.is_cpu:
         return "grouped_mm"
+    if torch.compiler.is_compiling():  # to one loop that gathers and multiplies
+        return "batched_mm" if pairs * expert_size <= 500_000 else "grouped_mm"
+    if pairs * expert_size <= 50_000 and (tokens > 1 or top_k > 4):
+        return "batched_mm"  # copying so little is cheaper than sorting
     if weight_NHM.requires_grad and torch.is_grad_enabled():
         return "grouped_mm"  # a view of one expert has a gradient of the size of all
     if tokens == 1 and top_k <= 4:
         return "direct"
-    expert_size = experts.hidden_dim * experts.intermediate_dim
-    if pairs * expert_size <= 50_000:
-        return "batched_mm"  # copying so little is cheaper than sorting
     if expert_size >= LARGE and weight_NHM.dtype == torch.float32:
         return "direct"
     if pairs >= 64 * experts.num_experts and pairs * experts.hidden_dim >= 300_000:
