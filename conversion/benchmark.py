@@ -5,6 +5,7 @@ Dense and carved run in turn, in one process, on the same inputs. Shape suffixes
 L tokens of each, T tokens, H hidden size, K active experts.
 """
 
+import importlib.util
 import platform
 import statistics
 import time
@@ -12,63 +13,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    DynamicCache,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    StaticCache,
-)
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from cmoe_hf.modeling_cmoe import CMoESparseMoeBlock
 
-from .architectures import ARCHITECTURES
 from .calibration import load_text, tokenize
-from .device import DTYPES, check_dtype, find_device
+from .device import DTYPES, check_dtype, device_name, find_device
 from .errors import RequestError
 from .evaluate import load_model
-from .plan import carved_config
 from .roofline import Work, ffn_work, measure_rates, model_work, synchronize
 from .settings import Settings
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "llama-2-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-    },
-    "llama-3-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "llama-2-70b": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-}
-"""What is to be known of a model to time it with random weights. The vocabulary is 32,000."""
+from .shapes import check_memory, dense_config, random_model, shape_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +132,8 @@ def benchmark(
         CMoEError: A model or text cannot be reached.
     """
     check_sizes(tokens=tokens, prefill=prefill, batch=batch, context=[context], rounds=[rounds])
+    if not (tokens or prefill or batch):
+        raise RequestError("nothing to time: give tokens, prefill or batch.")
     check_dtype(dtype)
     where = find_device(device)
     if (model is None) == (shape is None):
@@ -179,10 +141,10 @@ def benchmark(
     if shape is not None:
         if baseline is not None or text is not None:
             raise RequestError("--shape has random weights: leave out --baseline and --text.")
-        config = shape_config(
-            shape, layers, Settings(shared=shared, active=active, experts=experts)
-        )
-        carved, tokenizer = random_model(config, where, DTYPES[dtype or "float32"]), None
+        settings = Settings(shared=shared, active=active, experts=experts)
+        config, weights = shape_config(shape, layers, settings), DTYPES[dtype or "float32"]
+        check_memory(config, where, weights)
+        carved, tokenizer = random_model(config, where, weights), None
     else:
         assert model is not None
         if layers is not None:
@@ -198,11 +160,9 @@ def benchmark(
         dense = random_model(dense_config(carved.config), where, carved.dtype)
     if backend is not None:
         choose_backend(carved, backend)
-    ids = (
-        None
-        if text is None or tokenizer is None
-        else tokenize(tokenizer, load_text(text, part="test"))
-    )
+    ids = None
+    if text is not None and tokenizer is not None:
+        ids = tokenize(tokenizer, load_text(text, part="test"))
     bench = Bench(dense, carved, ids, rounds=rounds)
     points: dict[str, list[Point]] = {}
     total = len(tokens) + len(prefill) + len(batch)
@@ -482,12 +442,20 @@ def remarks(points: dict[str, list[Point]]) -> list[str]:
 LABELS = {"ffn": "FFN block", "prefill": "prefill", "decode": "decoding"}
 
 
+def check_plot(path: str | Path) -> None:
+    """Raises `RequestError` if nothing could be drawn into this file."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RequestError("a plot needs matplotlib: pip install 'cmoe-hf[report]'.")
+    path = Path(path)
+    if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
+        raise RequestError(f"cannot draw into {path}: give a .png, .svg or .pdf in a folder.")
+
+
 def plot(result: Benchmark, path: str | Path) -> None:
     """Draw the speedups beside the rooflines. Needs the extra `[report]`."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RequestError("a plot needs matplotlib: pip install 'cmoe-hf[report]'.") from error
+    check_plot(path)
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -522,35 +490,6 @@ def sparse_blocks(model: PreTrainedModel) -> list[CMoESparseMoeBlock]:
     return [block for block in model.modules() if isinstance(block, CMoESparseMoeBlock)]
 
 
-def shape_config(shape: str, layers: int | None, settings: Settings) -> PreTrainedConfig:
-    """Configuration of a carved model of a known shape. Raises `RequestError`."""
-    if shape not in SHAPES:
-        raise RequestError(f"there is no shape {shape!r}; choose one of {', '.join(SHAPES)}.")
-    dense = LlamaConfig(**SHAPES[shape])
-    if layers is not None:
-        dense.num_hidden_layers = layers
-    return carved_config(dense, ARCHITECTURES["llama"], settings)
-
-
-def dense_config(carved: PreTrainedConfig) -> PreTrainedConfig:
-    """Configuration of the dense model of a carved one's shape."""
-    row = next(
-        row for row in ARCHITECTURES.values() if row.cmoe_config.model_type == carved.model_type
-    )
-    known = row.dense_config().to_dict().keys() - {"model_type", "architectures"}
-    return row.dense_config(
-        **{name: value for name, value in carved.to_dict().items() if name in known}
-    )
-
-
-def random_model(
-    config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
-) -> PreTrainedModel:
-    """A model with random weights, made where it will run."""
-    with device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
 def choose_backend(model: PreTrainedModel, backend: str) -> None:
     """Switch the experts backend. Raises `RequestError` if there is none of that name."""
     try:
@@ -578,15 +517,3 @@ def check_same_shape(dense: PreTrainedModel, carved: PreTrainedModel, baseline: 
                 f"{baseline} has {name} {theirs}, but the carved model has {ours}: it is not the "
                 "model that was carved."
             )
-
-
-def device_name(device: torch.device) -> str:
-    """What the hardware calls itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if device.type == "cpu" and cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return f"{device.type} {platform.processor()}".strip()

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from .benchmark import LABELS, SHAPES, Benchmark, benchmark, plot
+from .benchmark import LABELS, Benchmark, benchmark, check_plot, plot
 from .convert import convert, resume
 from .demo import demo
 from .device import DTYPES
@@ -30,6 +30,7 @@ from .evaluate import ROUTERS, evaluate
 from .plan import Plan, plan
 from .recipe import RECIPES
 from .settings import Options, absolute
+from .shapes import SHAPES
 
 app = typer.Typer(
     name="cmoe",
@@ -413,6 +414,8 @@ def benchmark_command(
 ) -> None:
     """Time FFN, prefill and decoding, dense and carved in turn, beside what is possible."""
     with _reporting(debug):
+        if plot_file is not None:
+            check_plot(plot_file)
         result = benchmark(
             model,
             baseline=baseline,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where and in which precision to compute, and how much memory that took."""
 
+import platform
 import resource
 import sys
 from pathlib import Path
@@ -35,6 +36,18 @@ def find_device(device: str | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise RequestError(f"device {device!r} cannot be used: {reason}") from error
     return chosen
+
+
+def device_name(device: torch.device) -> str:
+    """What the hardware calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    if device.type == "cpu" and cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return f"{device.type} {platform.processor()}".strip()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig
 
-from cmoe_hf.conversion.benchmark import SHAPES
 from cmoe_hf.conversion.demo import CALIBRATION, MODEL
+from cmoe_hf.conversion.shapes import SHAPES
 
 
 def write_checkpoint(folder: Path, config: LlamaConfig) -> None:

@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from cmoe_hf import CMoELlamaForCausalLM
 from cmoe_hf.conversion import RequestError, benchmark
-from cmoe_hf.conversion.benchmark import SHAPES, Point, dense_config, remarks, shape_config
+from cmoe_hf.conversion.benchmark import Point, remarks
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.roofline import Rates, Work, ffn_work, measure_rates, model_work
 from cmoe_hf.conversion.settings import Settings
+from cmoe_hf.conversion.shapes import SHAPES, dense_config, shape_config
 
 FEW = {"tokens": (1, 20), "prefill": (24,), "batch": (2,), "context": 8, "rounds": 3}
 FEW_OPTIONS = ["--tokens", "1,20", "--prefill", "24", "--batch", "2", "--context", "8"]
@@ -121,9 +122,16 @@ def test_bad_requests(carved, dense):
     refused(invoke("--shape", "tiny", "--experts", 7), 2, "1024 is not divisible by 7")
     refused(invoke("--shape", "tiny", "--baseline", dense), 2, "leave out --baseline")
     refused(invoke(carved, "--layers", 1), 2, "--layers goes with --shape")
+    nothing = [*("--tokens", ""), *("--prefill", ""), *("--batch", "")]
+    refused(invoke(carved, *nothing), 2, "nothing to time")
     refused(invoke(carved, "--tokens", "one"), 2, "--tokens one is not a list of numbers")
     refused(invoke(carved, "--batch", "0"), 2, "batch has 0")
     refused(invoke("--shape", "tiny", "--device", "cuda:99"), 2, "cannot be used")
+    refused(
+        invoke("--shape", "llama-2-70b", "--layers", 40, "--dtype", "float32"), 2, "lower --layers"
+    )
+    refused(invoke("--shape", "tiny", "--plot", "no/such/folder.png"), 2, "cannot draw into")
+    refused(invoke("--shape", "tiny", "--plot", "plot.docx"), 2, "cannot draw into")
 
 
 def test_models_that_cannot_be_compared(carved, dense, embedded):
