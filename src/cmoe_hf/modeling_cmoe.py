@@ -192,7 +192,8 @@ def fastest_backend(experts: CMoEExperts, tokens: int, top_k: int) -> str:
     if weight_NHM.is_cuda:
         return fastest_backend_on_a_gpu(weight_NHM, experts.num_experts, pairs)
     expert_size = experts.hidden_dim * experts.intermediate_dim
-    if experts._is_expert_parallel or not weight_NHM.is_cpu:
+    # Older releases do not have the attribute, nor the parallel plan.
+    if getattr(experts, "_is_expert_parallel", False) or not weight_NHM.is_cpu:
         return "grouped_mm"
     if torch.compiler.is_compiling():  # to one loop that gathers and multiplies
         return "batched_mm" if pairs * expert_size <= 500_000 else "grouped_mm"
