@@ -6,7 +6,6 @@ L tokens of each, T tokens, H hidden size, K active experts.
 """
 
 import importlib.util
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,17 +14,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
 from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from cmoe_hf.modeling_cmoe import CMoESparseMoeBlock
-
 from .calibration import load_text, tokenize
-from .device import DTYPES, check_dtype, device_name, find_device
+from .device import DTYPES, check_dtype, device_name, find_device, versions
 from .errors import RequestError
-from .evaluate import load_model
+from .evaluate import load_model, sparse_blocks
 from .roofline import Work, ffn_work, measure_rates, model_work, synchronize
 from .settings import Settings
 from .shapes import check_memory, dense_config, random_model, shape_config
@@ -132,50 +128,37 @@ def benchmark(
         CMoEError: A model or text cannot be reached.
     """
     check_sizes(tokens=tokens, prefill=prefill, batch=batch, context=[context], rounds=[rounds])
+    check_sizes(layers=[] if layers is None else [layers])
     if not (tokens or prefill or batch):
         raise RequestError("nothing to time: give tokens, prefill or batch.")
     check_dtype(dtype)
     where = find_device(device)
     if (model is None) == (shape is None):
         raise RequestError("give either a carved MODEL or --shape.")
+    tokenizer = None
     if shape is not None:
         if baseline is not None or text is not None:
             raise RequestError("--shape has random weights: leave out --baseline and --text.")
         settings = Settings(shared=shared, active=active, experts=experts)
         config, weights = shape_config(shape, layers, settings), DTYPES[dtype or "float32"]
         check_memory(config, where, weights)
-        carved, tokenizer = random_model(config, where, weights), None
+        carved = random_model(config, where, weights)
     else:
         assert model is not None
         if layers is not None:
             raise RequestError("--layers goes with --shape only.")
         carved, tokenizer = load_model(model, dtype, where, trust_remote_code)
-    if not sparse_blocks(carved):
-        raise RequestError(f"{model} is not a carved model: there is nothing to compare.")
-    precision = str(carved.dtype).removeprefix("torch.")
-    if baseline is not None:
-        dense, _ = load_model(baseline, precision, where, trust_remote_code)
-        check_same_shape(dense, carved, baseline)
-    else:
-        dense = random_model(dense_config(carved.config), where, carved.dtype)
+        if not sparse_blocks(carved):
+            raise RequestError(f"{model} is not a carved model: there is nothing to compare.")
+    dense = dense_beside(carved, baseline, trust_remote_code)
     if backend is not None:
         choose_backend(carved, backend)
     ids = None
     if text is not None and tokenizer is not None:
         ids = tokenize(tokenizer, load_text(text, part="test"))
     bench = Bench(dense, carved, ids, rounds=rounds)
-    points: dict[str, list[Point]] = {}
-    total = len(tokens) + len(prefill) + len(batch)
-    with torch.no_grad(), tqdm(total=total, desc="timing", unit="point", disable=None) as bar:
-        for name, measured in {
-            "ffn": bench.ffn(tokens),
-            "prefill": bench.prefill(prefill),
-            "decode": bench.decode(batch, context, compiled),
-        }.items():
-            points[name] = []
-            for point in measured:
-                points[name].append(point)
-                bar.update()
+    with torch.no_grad():
+        points = bench.run(tokens, prefill, batch, context, compiled)
     return Benchmark(
         model=shape if shape is not None else Path(str(model)).name,
         notation=carved.config.notation,
@@ -183,18 +166,14 @@ def benchmark(
         layers=carved.config.num_hidden_layers,
         device=device_name(where),
         threads=torch.get_num_threads(),
-        dtype=precision,
+        dtype=name_of(carved.dtype),
         backend=str(carved.config._experts_implementation),
         compiled=compiled,
         context=context,
         bandwidth_gb_per_s=bench.rates.bytes / 1e9,
         arithmetic_gflop_per_s=bench.rates.operations / 1e9,
         remarks=remarks(points),
-        versions={
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        versions=versions(),
         **points,
     )
 
@@ -215,6 +194,29 @@ class Bench:
         self.carved_blocks: list[nn.Module] = list(sparse_blocks(carved))
         self.device = carved.device
         self.rates = measure_rates(self.device, carved.dtype)
+
+    def run(
+        self,
+        tokens: Sequence[int],
+        prefill: Sequence[int],
+        batch: Sequence[int],
+        context: int,
+        compiled: bool,
+    ) -> dict[str, list[Point]]:
+        """All points by the names of `LABELS`, with a progress bar."""
+        kinds = {
+            "ffn": self.ffn(tokens),
+            "prefill": self.prefill(prefill),
+            "decode": self.decode(batch, context, compiled),
+        }
+        points: dict[str, list[Point]] = {name: [] for name in kinds}
+        total = len(tokens) + len(prefill) + len(batch)
+        with tqdm(total=total, desc="timing", unit="point", disable=None) as bar:
+            for name, measured in kinds.items():
+                for point in measured:
+                    points[name].append(point)
+                    bar.update()
+        return points
 
     def ffn(self, sizes: Sequence[int]) -> Iterator[Point]:
         """The FFN block alone, from layer to layer, on what it sees in the carved model."""
@@ -485,9 +487,20 @@ def plot(result: Benchmark, path: str | Path) -> None:
     pyplot.close(figure)
 
 
-def sparse_blocks(model: PreTrainedModel) -> list[CMoESparseMoeBlock]:
-    """The carved FFNs of a model in the order of its layers."""
-    return [block for block in model.modules() if isinstance(block, CMoESparseMoeBlock)]
+def dense_beside(
+    carved: PreTrainedModel, baseline: str | Path | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The dense model to compare with, in the same precision and place. Raises `RequestError`."""
+    if baseline is None:
+        return random_model(dense_config(carved.config), carved.device, carved.dtype)
+    dense, _ = load_model(baseline, name_of(carved.dtype), carved.device, trust_remote_code)
+    check_same_shape(dense, carved, baseline)
+    return dense
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """For example `float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def choose_backend(model: PreTrainedModel, backend: str) -> None:

@@ -53,6 +53,9 @@ Change = Annotated[
     list[str] | None,
     typer.Option(help="Change one choice of the recipe, KEY=VALUE; repeatable. For ablations."),
 ]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
 
 
@@ -340,9 +343,7 @@ def evaluate_command(
         str | None, typer.Option(help=f"{', '.join(DTYPES)}; default the checkpoint's precision.")
     ] = None,
     device: Device = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -406,9 +407,7 @@ def benchmark_command(
         str | None, typer.Option(help=f"{', '.join(DTYPES)}; default the carved model's.")
     ] = None,
     device: Device = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -3,7 +3,6 @@
 
 import hashlib
 import logging
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import cmoe_hf
 from .card import model_card
 from .checkpoint import LEGAL_FILES
 from .decoder import Storage, Streams
-from .device import DTYPES, peak_memory_bytes
+from .device import DTYPES, peak_memory_bytes, versions
 from .errors import RequestError
 from .pipeline import carve_model
 from .plan import Prepared, check_disk, prepare, settled, width_warning
@@ -242,12 +241,7 @@ def conversion_report(
         "settings": {**asdict(job.settings), "calibration": calibration["source"]},
         "recipe": asdict(job.settings.choices),
         "calibration": calibration,
-        "versions": {
-            "cmoe_hf": cmoe_hf.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "device": prepared.device.type,
         "result": figures,
         "layers": layers,

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
+
+import cmoe_hf
 
 from .errors import RequestError
 
@@ -48,6 +51,16 @@ def device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return f"{device.type} {platform.processor()}".strip()
+
+
+def versions() -> dict[str, str]:
+    """What a figure or a conversion was made with."""
+    return {
+        "cmoe_hf": cmoe_hf.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -124,8 +124,7 @@ def measure_routing(
 
     The agreement is None for a replaced router; both are None for a model that does not route.
     """
-    blocks = [block for block in model.modules() if isinstance(block, CMoESparseMoeBlock)]
-    routed = [block for block in blocks if block.gate.top_k > 0]
+    routed = [block for block in sparse_blocks(model) if block.gate.top_k > 0]
     if not routed:
         if router != "own":
             raise RequestError(f"the model does not route, so it cannot have a router {router!r}.")
@@ -140,6 +139,11 @@ def measure_routing(
         measured = perplexity(model, windows_WL, description="model")
     own = _mean([_mean(layer) for layer in agreements]) if agreements else None
     return measured, own, 1 / math.comb(routed[0].experts.num_experts, routed[0].gate.top_k)
+
+
+def sparse_blocks(model: PreTrainedModel) -> list[CMoESparseMoeBlock]:
+    """The carved FFNs of a model in the order of its layers; none for a dense model."""
+    return [block for block in model.modules() if isinstance(block, CMoESparseMoeBlock)]
 
 
 def load_model(
@@ -216,7 +220,7 @@ def replace_router(block: CMoESparseMoeBlock, router: str, seed: int) -> Iterato
         score_TN, weight_TK, _ = output
         index_TK = choose[router](inputs[0]).topk(gate.top_k, dim=1).indices
         probability_TN = score_TN.softmax(dim=1, dtype=torch.float32)
-        weight_TK = 1 + probability_TN.gather(1, index_TK) * gate.scale[index_TK]
+        weight_TK = gate.weigh(probability_TN, index_TK)
         return score_TN, weight_TK.to(inputs[0].dtype), index_TK
 
     handle = block.gate.register_forward_hook(override)

@@ -6,7 +6,6 @@ Counts are of one layer: T calibration tokens, H hidden size, F dense FFN width.
 
 import hashlib
 import shutil
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -25,6 +24,7 @@ from .decoder import BATCH_TOKENS
 from .device import DTYPES, find_device
 from .errors import RequestError
 from .partition import CLUSTERING_TOKENS
+from .roofline import best_seconds
 from .settings import CALIBRATION_TOKENS, Job, Options, Settings
 from .work import REMOTE_CODE, WorkFolder
 
@@ -341,9 +341,5 @@ def seconds(job: Job, prepared: Prepared) -> float:
     rows = min(tokens, 512)
     x_TH = torch.randn(rows, hidden, device=prepared.device)
     gate_HF = torch.randn(hidden, width, device=prepared.device)
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        (x_TH @ gate_HF)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
+    best = best_seconds(lambda: x_TH @ gate_HF, prepared.device)
     return config.num_hidden_layers * work / (rows * hidden * width) * best

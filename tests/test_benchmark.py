@@ -122,6 +122,7 @@ def test_bad_requests(carved, dense):
     refused(invoke("--shape", "tiny", "--experts", 7), 2, "1024 is not divisible by 7")
     refused(invoke("--shape", "tiny", "--baseline", dense), 2, "leave out --baseline")
     refused(invoke(carved, "--layers", 1), 2, "--layers goes with --shape")
+    refused(invoke("--shape", "tiny", "--layers", 0), 2, "layers has 0")
     nothing = [*("--tokens", ""), *("--prefill", ""), *("--batch", "")]
     refused(invoke(carved, *nothing), 2, "nothing to time")
     refused(invoke(carved, "--tokens", "one"), 2, "--tokens one is not a list of numbers")

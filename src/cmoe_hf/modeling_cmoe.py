@@ -79,12 +79,16 @@ class CMoERouter(nn.Module):
             score_TN = self.act_fn(gate_TN) * up_TN
         return score_TN.abs() if self.absolute_score else score_TN
 
+    def weigh(self, probability_TN: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
+        """Gate weights 1 + p * u of the chosen experts, (T, K) float32."""
+        return (1 + probability_TN * self.scale).gather(1, index_TK)
+
     def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the scores (T, N), the gate weights (T, K) and the chosen experts (T, K)."""
         score_TN = self.score(x_TH)
         probability_TN = torch.softmax(score_TN, dim=-1, dtype=torch.float32)
         index_TK = torch.topk(probability_TN + self.balance_bias, self.top_k, dim=-1).indices
-        weight_TK = (1 + probability_TN * self.scale).gather(1, index_TK)
+        weight_TK = self.weigh(probability_TN, index_TK)
         return score_TN, weight_TK.to(x_TH.dtype), index_TK
 
 
