@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: thin commands over the verbs.
+
+With `--json` a command prints exactly one JSON object on standard output. Everything else goes
+to standard error. Exit status: 0 done, 1 the work failed, 2 the request was wrong.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+
+import huggingface_hub.utils
+import typer
+from transformers.utils import logging as transformers_logging
+
+from .make import convert_command, demo_command
+from .measure import benchmark_command, evaluate_command
+
+app = typer.Typer(
+    name="cmoe",
+    help="Turn a dense language model into a sparse Mixture of Experts, without training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo_command,
+    "convert": convert_command,
+    "evaluate": evaluate_command,
+    "benchmark": benchmark_command,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+
+
+def main() -> None:
+    """Entry point of the console command `cmoe`."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+        huggingface_hub.utils.disable_progress_bars()
+    app()

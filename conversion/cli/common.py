@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands share: options, how failures end, how results are printed."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import CMoEError
+from ..recipe import RECIPES
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model at OUT.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default the fastest.")]
+Shared = Annotated[int, typer.Option(help="Shared experts, always on (S).")]
+Active = Annotated[int, typer.Option(help="Routed experts run per token (A).")]
+Experts = Annotated[int, typer.Option(help="Experts in all (E); must divide the FFN width.")]
+Recipe = Annotated[str, typer.Option(help=f"Method: {', '.join(RECIPES)}.")]
+Change = Annotated[
+    list[str] | None,
+    typer.Option(help="Change one choice of the recipe, KEY=VALUE; repeatable. For ablations."),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Take the file's entries as defaults of the options that the command line leaves open."""
+    if path is None:
+        return None
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"cannot read {path}: {error}") from error
+    if not isinstance(entries, dict):
+        raise typer.BadParameter(f"{path} must map option names to values.")
+    entries = {str(key).replace("-", "_"): value for key, value in entries.items()}
+    known = {parameter.name for parameter in context.command.params}
+    unknown = sorted(entries.keys() - known)
+    if unknown:
+        raise typer.BadParameter(f"{path} has unknown options: {', '.join(unknown)}.")
+    context.default_map = {**(context.default_map or {}), **entries}
+    return path
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        is_eager=True,
+        callback=_read_config,
+        help="YAML or JSON file with options; the command line wins.",
+    ),
+]
+
+
+@contextmanager
+def reporting(debug: bool) -> Iterator[None]:
+    """Turn any failure into one line on standard error and an exit status."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        status = 1
+        if isinstance(error, CMoEError):
+            message, status = f"error: {' '.join(str(error).split())}", error.exit_status
+        elif isinstance(error, KeyboardInterrupt):
+            message = "interrupted: the output folder was not made."
+        else:
+            reason = " ".join(str(error).split())
+            message = f"unexpected {type(error).__name__}: {reason} (--debug shows where)"
+        message = " ".join([message, *getattr(error, "__notes__", [])])
+        typer.echo(message, err=True)
+        raise typer.Exit(status) from None
+
+
+def print_result(result: Any, as_json: bool, table: Callable[[], Table]) -> None:
+    """A result, as one JSON object or as a table for people."""
+    if as_json:
+        print(json.dumps(asdict(result), allow_nan=False))
+    else:
+        Console().print(table())
+
+
+def table_of(title: str, rows: Mapping[str, str]) -> Table:
+    """Two columns: what, and how much."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def agreement(own: float | None, chance: float | None) -> str:
+    """How often a router agrees with the oracle, in words."""
+    return "does not route" if own is None else f"{own:.1%} of tokens (chance {chance:.1%})"

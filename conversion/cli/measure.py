@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands that measure models."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..benchmark import LABELS, Benchmark, benchmark, check_plot, plot
+from ..device import DTYPES
+from ..errors import RequestError
+from ..evaluate import ROUTERS, evaluate
+from ..shapes import SHAPES
+from .common import (
+    Active,
+    Debug,
+    Device,
+    Experts,
+    Json,
+    Shared,
+    TrustRemoteCode,
+    agreement,
+    print_result,
+    reporting,
+    table_of,
+)
+
+
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a carved or dense model.")],
+    baseline: Annotated[
+        str | None, typer.Option(help="The dense model, measured in the same run.")
+    ] = None,
+    text: Annotated[
+        str, typer.Option(help="Text file, wikitext2, c4 or a Hub data set.")
+    ] = "wikitext2",
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens per window; default 2,048 or the model's context.")
+    ] = None,
+    router: Annotated[
+        str, typer.Option(help=f"Who routes: {', '.join(ROUTERS)}; own is the model's router.")
+    ] = "own",
+    seed: Annotated[int, typer.Option(help="Seed of the random router.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"{', '.join(DTYPES)}; default the checkpoint's precision.")
+    ] = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure perplexity, dense beside carved, and the router beside an oracle and chance."""
+    with reporting(debug):
+        result = evaluate(
+            model,
+            baseline=baseline,
+            text=text,
+            sequence_length=sequence_length,
+            router=router,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+    rows = {"perplexity": f"{result.perplexity:.3f}"}
+    if result.baseline_perplexity is not None:
+        rows["perplexity of the baseline"] = f"{result.baseline_perplexity:.3f}"
+    rows["predicted tokens"] = f"{result.tokens:,} in windows of {result.sequence_length}"
+    rows["router picks the oracle's experts"] = agreement(
+        result.router_oracle_agreement, result.router_chance_agreement
+    )
+    print_result(result, as_json, lambda: table_of(model, rows))
+
+
+def benchmark_command(
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub id of a carved model.")] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="The dense model; default one of the same shape with random weights."),
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help=f"Random weights instead of MODEL: {', '.join(SHAPES)}.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of that shape; default all.")] = None,
+    shared: Shared = 3,
+    active: Active = 3,
+    experts: Experts = 8,
+    tokens: Annotated[
+        str, typer.Option(help="Tokens for the FFN block, separated by commas.")
+    ] = "1,8,64,512",
+    prefill: Annotated[str, typer.Option(help="Tokens of a prompt.")] = "512",
+    batch: Annotated[str, typer.Option(help="Sequences to decode.")] = "1,8",
+    context: Annotated[int, typer.Option(help="Tokens in front of a decoding step.")] = 128,
+    rounds: Annotated[int, typer.Option(help="Runs of each point, dense and carved in turn.")] = 7,
+    text: Annotated[
+        str | None, typer.Option(help="Text to run on, as in evaluate; default random tokens.")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Experts backend, for example eager, grouped_mm.")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Decode compiled, with a static cache.")
+    ] = False,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw it into this PNG, SVG or PDF file.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"{', '.join(DTYPES)}; default the carved model's.")
+    ] = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time FFN, prefill and decoding, dense and carved in turn, beside what is possible."""
+    with reporting(debug):
+        if plot_file is not None:
+            check_plot(plot_file)
+        result = benchmark(
+            model,
+            baseline=baseline,
+            shape=shape,
+            layers=layers,
+            shared=shared,
+            active=active,
+            experts=experts,
+            tokens=_sizes("--tokens", tokens),
+            prefill=_sizes("--prefill", prefill),
+            batch=_sizes("--batch", batch),
+            context=context,
+            rounds=rounds,
+            text=text,
+            backend=backend,
+            compiled=compiled,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        if plot_file is not None:
+            plot(result, plot_file)
+    print_result(result, as_json, lambda: _benchmark_table(result))
+    if not as_json:
+        for remark in result.remarks:
+            Console().print(remark, markup=False, highlight=False)
+
+
+def _sizes(option: str, text: str) -> list[int]:
+    """Numbers separated by commas; none for an empty text."""
+    try:
+        return [int(size) for size in text.split(",") if size.strip()]
+    except ValueError as error:
+        raise RequestError(f"{option} {text} is not a list of numbers such as 1,8,64.") from error
+
+
+def _benchmark_table(result: Benchmark) -> Table:
+    table = Table(
+        "",
+        *("dense ms", "carved ms", "speed", "runs", "roofline"),
+        title=f"{result.model} {result.notation}: speed of carved relative to dense",
+        title_justify="left",
+        caption=f"{result.device}, {result.threads} threads, {result.dtype}: "
+        f"{result.bandwidth_gb_per_s:.3g} GB/s, {result.arithmetic_gflop_per_s:.3g} GFLOP/s",
+    )
+    for name, label in LABELS.items():
+        for point in getattr(result, name):
+            size = f"batch {point.batch}" if name == "decode" else f"{point.tokens} tokens"
+            table.add_row(
+                f"{label}, {size}",
+                f"{point.dense_ms:.3g}",
+                f"{point.carved_ms:.3g}",
+                f"{point.speedup:.2f}",
+                f"{point.speedup_low:.2f}-{point.speedup_high:.2f}",
+                f"{point.roofline_speedup:.2f}",
+                style="red" if point.speedup < 1 else None,
+            )
+    return table
