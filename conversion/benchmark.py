@@ -21,8 +21,9 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from .calibration import load_text, tokenize
 from .device import DTYPES, check_dtype, device_name, find_device, versions
 from .errors import RequestError
-from .evaluate import load_model, sparse_blocks
+from .evaluate import load_model
 from .roofline import Work, ffn_work, measure_rates, model_work, synchronize
+from .routing import sparse_blocks
 from .settings import Settings
 from .shapes import check_memory, dense_config, random_model, shape_config
 

@@ -1,29 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verb `evaluate`: perplexity, dense beside carved, and how good the router is.
 
-Shape suffixes: W windows, L tokens of one window, T tokens, H hidden size, N routed experts,
-K active experts.
+Shape suffixes: B windows of a batch, W windows, L tokens of one window.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from cmoe_hf.modeling_cmoe import CMoERouter, CMoESparseMoeBlock
-
 from .calibration import consecutive_windows, load_text, tokenize
 from .checkpoint import fetch_model, find_model, load_tokenizer
 from .device import check_dtype, find_device
 from .errors import CMoEError, RequestError
-from .router import agreement, oracle_choice
+from .routing import replace_router, sparse_blocks, watch_router
 
 ROUTERS = ("own", "oracle", "random")
 BATCH_TOKENS = 4096
@@ -141,11 +136,6 @@ def measure_routing(
     return measured, own, 1 / math.comb(routed[0].experts.num_experts, routed[0].gate.top_k)
 
 
-def sparse_blocks(model: PreTrainedModel) -> list[CMoESparseMoeBlock]:
-    """The carved FFNs of a model in the order of its layers; none for a dense model."""
-    return [block for block in model.modules() if isinstance(block, CMoESparseMoeBlock)]
-
-
 def load_model(
     model: str | Path, dtype: str | None, device: torch.device, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -187,56 +177,6 @@ def perplexity(
             "overflows. Try --dtype float32."
         )
     return math.exp(total / (windows * (length - 1)))
-
-
-@contextmanager
-def watch_router(block: CMoESparseMoeBlock) -> Iterator[list[float]]:
-    """Collect, batch by batch, how often the block's own router picks the oracle's experts."""
-    collected: list[float] = []
-
-    def compare(gate: CMoERouter, inputs: tuple[torch.Tensor], output: Any) -> None:
-        oracle_TK = oracle_choice(routed_mass(block, inputs[0]), gate.top_k)
-        collected.append(agreement(output[2], oracle_TK))
-
-    handle = block.gate.register_forward_hook(compare)
-    try:
-        yield collected
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def replace_router(block: CMoESparseMoeBlock, router: str, seed: int) -> Iterator[None]:
-    """Let the oracle, or chance, choose the experts of a block; gate weights follow the choice."""
-    generator = torch.Generator().manual_seed(seed)
-    choose: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "oracle": lambda x_TH: routed_mass(block, x_TH),
-        "random": lambda x_TH: torch.rand(
-            len(x_TH), block.experts.num_experts, generator=generator
-        ).to(x_TH.device),
-    }
-
-    def override(gate: CMoERouter, inputs: tuple[torch.Tensor], output: Any) -> Any:
-        score_TN, weight_TK, _ = output
-        index_TK = choose[router](inputs[0]).topk(gate.top_k, dim=1).indices
-        probability_TN = score_TN.softmax(dim=1, dtype=torch.float32)
-        weight_TK = gate.weigh(probability_TN, index_TK)
-        return score_TN, weight_TK.to(inputs[0].dtype), index_TK
-
-    handle = block.gate.register_forward_hook(override)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def routed_mass(block: CMoESparseMoeBlock, x_TH: torch.Tensor) -> torch.Tensor:
-    """Sum of |h| of every routed expert for every token, (T, N): all of them are computed."""
-    masses = []
-    for gate_up_QH in block.experts.gate_up_proj:
-        gate_TM, up_TM = F.linear(x_TH, gate_up_QH).chunk(2, dim=1)
-        masses.append((block.experts.act_fn(gate_TM) * up_TM).abs().float().sum(dim=1))
-    return torch.stack(masses, dim=1)
 
 
 def _mean(values: list[float]) -> float:

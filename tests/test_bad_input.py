@@ -399,7 +399,7 @@ def test_interrupted_it_leaves_nothing_that_looks_finished(embedded, tmp_path):
     command += ["--calibration", str(CALIBRATION), "--samples", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr.strip() == "interrupted: the output folder was not made."
+    assert done.stderr.strip() == "interrupted: nothing is half-written."
     assert not list(tmp_path.iterdir())
 
 

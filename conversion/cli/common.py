@@ -76,7 +76,7 @@ def reporting(debug: bool) -> Iterator[None]:
         if isinstance(error, CMoEError):
             message, status = f"error: {' '.join(str(error).split())}", error.exit_status
         elif isinstance(error, KeyboardInterrupt):
-            message = "interrupted: the output folder was not made."
+            message = "interrupted: nothing is half-written."
         else:
             reason = " ".join(str(error).split())
             message = f"unexpected {type(error).__name__}: {reason} (--debug shows where)"
