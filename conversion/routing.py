@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Watch, or replace, the routers of a carved model while it runs.
 
-Shape suffixes: T tokens, H hidden size, N routed experts, K active experts, M neurons of one expert,
+Shape suffixes: T tokens, H hidden size, N routed experts, K active experts, M neurons of an expert,
 Q = 2M.
 """
 
@@ -36,7 +36,7 @@ def count_loads(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
     def counter(load_N: torch.Tensor) -> Callable[..., None]:
         def count(gate: CMoERouter, inputs: tuple[torch.Tensor], output: Any) -> None:
-            load_N += torch.bincount(output[2].flatten(), minlength=len(load_N))
+            load_N.add_(torch.bincount(output[2].flatten(), minlength=len(load_N)))
 
         return count
 
