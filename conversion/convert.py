@@ -72,7 +72,7 @@ def convert(
     prepared = prepare(job)
     job = settled(job, prepared)
     work = WorkFolder(output, overwrite=overwrite)
-    work.check(prepared.source)
+    work.check(prepared.source.folder)
     check_disk(job, prepared, work)
     if warning := width_warning(prepared.config):
         logger.warning("%s", warning)
@@ -205,10 +205,10 @@ def write_loading_files(work: WorkFolder, prepared: Prepared) -> None:
     work.copy_code()
     prepared.tokenizer.save_pretrained(work.folder)
     if (source.folder / GENERATION_CONFIG_NAME).is_file():
-        work.copy_from(source, GENERATION_CONFIG_NAME)
+        work.copy_from(source.folder, GENERATION_CONFIG_NAME)
     else:
         GenerationConfig.from_model_config(source.config).save_pretrained(work.folder)
-    work.copy_from(source, *LEGAL_FILES)
+    work.copy_from(source.folder, *LEGAL_FILES)
 
 
 def summary(layers: list[dict[str, Any]]) -> dict[str, float]:

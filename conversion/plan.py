@@ -23,10 +23,11 @@ from .checkpoint import Source, load_tokenizer, open_source
 from .decoder import BATCH_TOKENS
 from .device import DTYPES, find_device
 from .errors import RequestError
+from .partial import REMOTE_CODE
 from .partition import CLUSTERING_TOKENS
 from .roofline import best_seconds
 from .settings import CALIBRATION_TOKENS, Job, Options, Settings
-from .work import REMOTE_CODE, WorkFolder
+from .work import WorkFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ def plan(
     prepared = prepare(job)
     job = settled(job, prepared)
     work = WorkFolder(output, overwrite=overwrite)
-    work.check(prepared.source)
+    work.check(prepared.source.folder)
     check_disk(job, prepared, work)
     prepared.source.digest()
     return estimate(job, prepared, work)

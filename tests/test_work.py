@@ -189,9 +189,9 @@ def test_two_conversions_into_the_same_folder(processes, dense, tmp_path):
     process.start()
     assert begun.wait(60)
     for overwrite in (False, True):
-        with pytest.raises(RequestError, match="another process is converting into"):
+        with pytest.raises(RequestError, match="another conversion into"):
             convert(dense, tmp_path / "out", **SHAPE, **FEW, overwrite=overwrite)
-    with pytest.raises(RequestError, match="another process is converting into"):
+    with pytest.raises(RequestError, match="another conversion into"):
         resume(tmp_path / "out")
     process.kill()
     process.join()

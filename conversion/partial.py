@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A repository folder that grows: complete at OUT, or visibly unfinished and resumable.
+
+    OUT.partial/                    what is finished
+    OUT.partial/work/settings.json  what was asked for
+    OUT.partial/work/lock           held by the process that is at work
+
+Every file is written under another name and renamed. The work folder leaves before OUT.partial
+becomes OUT.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import filelock
+from safetensors import SafetensorError
+
+import cmoe_hf
+
+from .errors import CMoEError, RequestError
+
+REMOTE_CODE = ("configuration_cmoe.py", "modeling_cmoe.py")
+SETTINGS = "settings.json"
+
+
+class PartialFolder:
+    """The folder of one verb; use it in a `with` block, see `create` and `reopen`.
+
+    When the block fails, a folder with anything finished stays and can be resumed; another is
+    removed. When it ends well, the folder becomes OUT.
+    """
+
+    command: ClassVar[str]
+    """Which one resumes it, for example `convert`."""
+    noun: ClassVar[str]
+    """What happens in it, for example `conversion`; also the name of the log."""
+
+    def __init__(self, output: str | Path, *, overwrite: bool = False) -> None:
+        self.output = Path(output).expanduser().absolute()
+        self.folder = self.output.with_name(self.output.name + ".partial")
+        self.private = self.folder / "work"
+        self.overwrite = overwrite
+        self.settings: dict[str, Any] = {}
+        """What must not change between the sessions of the work."""
+        self._lock = filelock.FileLock(self.private / "lock", timeout=0)
+
+    @property
+    def finished(self) -> str:
+        """What a resumed run need not do again, in words; empty for nothing."""
+        raise NotImplementedError
+
+    def read_finished(self) -> None:
+        """Take up what an earlier session finished. Raises `CMoEError` if it is damaged."""
+        raise NotImplementedError
+
+    @property
+    def resume_hint(self) -> str:
+        """How to go on."""
+        return f"go on with: cmoe {self.command} {shlex.quote(str(self.output))} --resume"
+
+    def check(self, source: Path) -> None:
+        """Refuse an output folder that is the source, or that holds something already."""
+        if self.output == source.absolute():
+            raise RequestError("the output folder is the source checkpoint itself.")
+        self._refuse_contents()
+
+    def _refuse_contents(self) -> None:
+        if self.overwrite:
+            if self.output.exists() and not (self.output / "config.json").is_file():
+                raise RequestError(
+                    f"{self.output.name} exists and is not a model repository (no config.json): "
+                    "--overwrite will not delete it."
+                )
+            return
+        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
+            raise RequestError(
+                f"{self.output.name} exists already in {self.output.parent}. Choose another "
+                "output folder, or pass --overwrite to replace it."
+            )
+        begun = (self.private / SETTINGS).is_file()
+        if begun:
+            self._acquire(make=False)
+            self._lock.release()
+        if begun or (self.folder.exists() and set(_names(self.folder)) - {"work"}):
+            raise RequestError(
+                f"{self.folder.name} exists already in {self.folder.parent}: "
+                + (f"{self.resume_hint}, or" if begun else "choose another output folder, or")
+                + " pass --overwrite to start again."
+            )
+
+    @classmethod
+    def create(cls, output: str | Path, settings: dict[str, Any], *, overwrite: bool) -> Self:
+        """Lock and empty OUT.partial and freeze `settings` in it.
+
+        Raises `RequestError` if another process is at work there, or something is there already.
+        """
+        work = cls(output, overwrite=overwrite)
+        work._acquire(make=True)
+        try:
+            work._refuse_contents()
+            for path in [*work.folder.iterdir(), *work.private.iterdir()]:
+                if path.name not in ("work", "lock"):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            work.settings = {"work": cls.noun, **settings}
+            work.replace(work.private / SETTINGS, as_json(work.settings))
+        except BaseException:
+            work._lock.release()
+            raise
+        work.log(f"started {as_json(settings)}")
+        return work
+
+    @classmethod
+    def reopen(cls, output: str | Path) -> Self:
+        """Lock unfinished work and read what is done.
+
+        Raises `RequestError` if there is none or another process is at work there, and
+        `CMoEError` if a finished file is damaged.
+        """
+        work = cls(output)
+        leaving = work.output.with_name(work.output.name + ".work")
+        if work.folder.is_dir() and leaving.is_dir() and not work.private.exists():
+            leaving.rename(work.private)  # it was killed between the last two renames
+        if not (work.private / SETTINGS).is_file():
+            raise RequestError(
+                f"there is no unfinished {cls.noun} at {work.folder}: start it without --resume."
+            )
+        work._acquire(make=False)
+        try:
+            work.settings = json.loads((work.private / SETTINGS).read_text(encoding="utf-8"))
+            if work.settings["work"] != cls.noun:
+                raise RequestError(
+                    f"{work.folder.name} holds an unfinished {work.settings['work']}, not a "
+                    f"{cls.noun}: resume it with its own command."
+                )
+            work.read_finished()
+        except BaseException:
+            work._lock.release()
+            raise
+        work.log(f"resumed; {work.finished or 'nothing finished yet'}")
+        return work
+
+    def _acquire(self, *, make: bool) -> None:
+        try:
+            if make:
+                self.private.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise RequestError(
+                f"another {self.noun} into {self.folder} is running right now. Wait for it, or "
+                "choose another output folder."
+            ) from None
+        except OSError as error:
+            raise RequestError(f"cannot create {self.folder.name}: {error.strerror}.") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self._finish()
+            elif not self.finished:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            else:
+                self.log(f"stopped: {kind.__name__ if kind else ''} {error}")
+                error.add_note(f"{self.finished}; {self.resume_hint}")
+        finally:
+            self._lock.release()
+
+    def _finish(self) -> None:
+        leaving = self.output.with_name(self.output.name + ".work")
+        replaced = self.output.with_name(self.output.name + ".replaced")
+        shutil.rmtree(leaving, ignore_errors=True)
+        self.private.rename(leaving)
+        if self.output.exists():
+            self.output.rename(replaced)
+        self.folder.rename(self.output)
+        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(leaving, ignore_errors=True)
+
+    def log(self, message: str) -> None:
+        """Add a line to the log."""
+        with open(self.private / f"{self.noun}.log", "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+
+    def replace(self, path: Path, content: str | Callable[[Path], Any]) -> None:
+        """Write a file under another name, to the disk, then give it its own."""
+        new = path.with_name(path.name + ".new")
+        try:
+            new.write_text(content, encoding="utf-8") if isinstance(content, str) else content(new)
+            with open(new, "rb") as file:
+                os.fsync(file.fileno())
+            new.replace(path)
+        except (OSError, SafetensorError) as error:
+            new.unlink(missing_ok=True)
+            raise CMoEError(f"cannot write {path.name} in {self.folder}: {error}.") from error
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write one JSON file of the repository."""
+        self.write_text(name, as_json(content))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write one text file of the repository."""
+        self.replace(self.folder / name, text)
+
+    def copy_code(self) -> None:
+        """Copy the two Python files that make the repository loadable without this package."""
+        here = Path(cmoe_hf.__file__).parent
+        for name in REMOTE_CODE:
+            shutil.copyfile(here / name, self.folder / name)
+
+    def copy_from(self, source: Path, *patterns: str) -> None:
+        """Copy the source's files that match any pattern, contents unchanged."""
+        for pattern in patterns:
+            for path in sorted(source.glob(pattern)):
+                shutil.copyfile(path, self.folder / path.name)
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
+
+
+def as_json(content: dict[str, Any]) -> str:
+    """As it is written to files."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's contents."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
