@@ -90,6 +90,18 @@ def test_half_precision(dtype, tokens):
     torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_that_no_grouped_kernel_takes(dtype):
+    config = configuration("small", 5, 2)
+    config.moe_intermediate_size = 3 * 97  # 16 bytes divide neither 582 nor 1164
+    module = random_(CMoEExperts(config)).to(dtype)
+    for tokens in (1, 40, 700):
+        arguments = routed(tokens, config, dtype)
+        torch.testing.assert_close(
+            module(*arguments), run(module, "eager", *arguments), atol=2e-2, rtol=2e-2
+        )
+
+
 @pytest.mark.parametrize("tokens", [1, 6, 40])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradients_are_those_of_the_loop_over_experts(tokens, frozen):

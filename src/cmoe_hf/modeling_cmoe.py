@@ -32,7 +32,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_cmoe import CMoELlamaConfig
@@ -71,12 +71,13 @@ class CMoERouter(nn.Module):
     def score(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Score s of every expert, in float32: rounding to 16 bits would reorder close experts."""
         x_TH = x_TH.float()
-        if self.router_type == "linear":
-            score_TN = F.linear(x_TH, self.linear_weight.float())
-        else:
-            gate_TN = F.linear(x_TH, self.gate_weight.float())
-            up_TN = F.linear(x_TH, self.up_weight.float())
-            score_TN = self.act_fn(gate_TN) * up_TN
+        with maybe_autocast(device_type=x_TH.device.type, enabled=False):
+            if self.router_type == "linear":
+                score_TN = F.linear(x_TH, self.linear_weight.float())
+            else:
+                gate_TN = F.linear(x_TH, self.gate_weight.float())
+                up_TN = F.linear(x_TH, self.up_weight.float())
+                score_TN = self.act_fn(gate_TN) * up_TN
         return score_TN.abs() if self.absolute_score else score_TN
 
     def weigh(self, probability_TN: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
@@ -193,37 +194,43 @@ def fastest_backend(experts: CMoEExperts, tokens: int, top_k: int) -> str:
     only, so that a compiler can decide while it traces.
     """
     weight_NHM, pairs = experts.down_proj, tokens * top_k
+    grouped = grouped_backend(weight_NHM)
     if weight_NHM.is_cuda:
         return fastest_backend_on_a_gpu(weight_NHM, experts.num_experts, pairs)
     expert_size = experts.hidden_dim * experts.intermediate_dim
     # Older releases do not have the attribute, nor the parallel plan.
     if getattr(experts, "_is_expert_parallel", False) or not weight_NHM.is_cpu:
-        return "grouped_mm"
+        return grouped
     if torch.compiler.is_compiling():  # to one loop that gathers and multiplies
-        return "batched_mm" if pairs * expert_size <= 500_000 else "grouped_mm"
+        return "batched_mm" if pairs * expert_size <= 500_000 else grouped
     if pairs * expert_size <= 50_000 and (tokens > 1 or top_k > 4):
         return "batched_mm"  # copying so little is cheaper than sorting
     if weight_NHM.requires_grad and torch.is_grad_enabled():
-        return "grouped_mm"  # a view of one expert has a gradient of the size of all
+        return grouped  # a view of one expert has a gradient of the size of all
     if tokens == 1 and top_k <= 4:
         return "direct"
     if expert_size >= LARGE and weight_NHM.dtype == torch.float32:
         return "direct"
     if pairs >= 64 * experts.num_experts and pairs * experts.hidden_dim >= 300_000:
         return "eager"  # the others copy every token top_k times, here beyond the caches
-    return "grouped_mm"
+    return grouped
 
 
 def fastest_backend_on_a_gpu(weight_NHM: torch.Tensor, experts: int, pairs: int) -> str:
     """The same on a GPU, reasoned and not measured.
 
     `batched_mm` launches less than `grouped_mm`, but reads the weights of every pair of token and
-    expert, not of every expert. A grouped kernel wants rows at multiples of 16 bytes.
+    expert, not of every expert.
     """
-    aligned = weight_NHM.shape[2] * weight_NHM.element_size() % 16 == 0
-    if pairs <= experts or (not aligned and torch.compiler.is_compiling()):
-        return "batched_mm"
-    return "grouped_mm" if aligned else "eager"
+    return "batched_mm" if pairs <= experts else grouped_backend(weight_NHM)
+
+
+def grouped_backend(weight_NHM: torch.Tensor) -> str:
+    """What multiplies token groups: a grouped kernel wants rows at multiples of 16 bytes."""
+    if all(size * weight_NHM.element_size() % 16 == 0 for size in weight_NHM.shape[1:]):
+        return "grouped_mm"
+    # A compiler cannot follow a loop that depends on data.
+    return "batched_mm" if torch.compiler.is_compiling() else "eager"
 
 
 def direct_experts_forward(
