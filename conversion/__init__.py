@@ -8,7 +8,12 @@ from .errors import CMoEError, RequestError
 from .evaluate import Evaluation, evaluate
 from .plan import Plan, plan
 from .recipe import RECIPES, Recipe
+from .recover import Recovery, recover, resume_recovery
+from .report import Report, report
 from .settings import Options, Settings
+from .sweep import Sweep, sweep
+from .tasks import TaskEvaluation, TaskResult, evaluate_tasks
+from .tuning import Tuning
 
 __all__ = [
     "RECIPES",
@@ -20,12 +25,23 @@ __all__ = [
     "Options",
     "Plan",
     "Recipe",
+    "Recovery",
+    "Report",
     "RequestError",
     "Settings",
+    "Sweep",
+    "TaskEvaluation",
+    "TaskResult",
+    "Tuning",
     "benchmark",
     "convert",
     "demo",
     "evaluate",
+    "evaluate_tasks",
     "plan",
+    "recover",
+    "report",
     "resume",
+    "resume_recovery",
+    "sweep",
 ]

@@ -99,15 +99,18 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     return ids[0].to(torch.int64)
 
 
-def random_windows(ids: torch.Tensor, *, samples: int, length: int, seed: int) -> torch.Tensor:
+def random_windows(
+    ids: torch.Tensor, *, samples: int, length: int, seed: int, least: float = 1.0
+) -> torch.Tensor:
     """`samples` windows of `length` tokens at random offsets, (W, L) int64.
 
-    Raises `RequestError` if the text has fewer than `samples * length` tokens.
+    Raises `RequestError` if the text has fewer than `least` times `samples * length` tokens.
     """
-    if len(ids) < max(samples * length, length + 1):
+    needed = max(int(least * samples * length), length + 1)
+    if len(ids) < needed:
         raise RequestError(
-            f"the calibration text has {len(ids):,} tokens, but {samples} windows of {length} "
-            f"need {samples * length:,}. Give more text, or lower --samples or --sequence-length."
+            f"the text has {len(ids):,} tokens, but {samples} windows of {length} need "
+            f"{needed:,}. Give more text, or lower --samples or --sequence-length."
         )
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(ids) - length + 1, (samples,), generator=generator)

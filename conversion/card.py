@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from cmoe_hf import CMoELlamaConfig
 
@@ -15,8 +15,7 @@ _BODY = """\
 [{base}]({base_link}) carved into a sparse Mixture of Experts of shape **{notation}**: of
 {experts} experts, {shared} shared ones always run and a router picks {active} of the other
 {routed} for every token. {activation:.1%} of the FFN neurons run (FFN sparsity {sparsity:.1%}).
-Carving rearranges the neurons of the dense model and drops none.{refitted}{split} No gradient
-descent was used.
+Carving rearranges the neurons of the dense model and drops none.{refitted}{split} {untrained}
 
 ## How to load it
 
@@ -68,6 +67,78 @@ on held-out calibration tokens."""
 _REFITTED = " Their down projections were\nrefitted to the calibration text by least squares."
 
 
+FIGURES_BEGIN, FIGURES_END = "<!-- cmoe report: begin -->", "<!-- cmoe report: end -->"
+"""Around the section of figures: a later report replaces it."""
+
+_UNTRAINED = "No gradient\ndescent was used."
+_TRAINED = "Afterwards the\nmodel was [fine-tuned](#recovery)."
+
+_RECOVERY = """\
+## Recovery
+
+LoRA fine-tuning of attention, experts, gate scales and balance biases, merged: {steps} steps on
+{tokens:,} tokens of `{training}`, rank {rank}, learning rate {rate:g}{teacher}. Perplexity on
+`{text}`, in the same run:
+
+| | before | after |
+|---|---|---|
+{rows}
+
+All settings, loads and losses are in `recovery.json`.
+
+"""
+
+
+def recovered_card(card: str, report: dict[str, Any]) -> str:
+    """The card of a carved repository after a recovery. `report` is the content of recovery.json.
+
+    Expects a card by `model_card`; in another one, the section is added at the end. Results and
+    figures of the model before are left out.
+    """
+    tuning, result = report["tuning"], report["result"]
+    rows = [("carved", result["perplexity_before"], result["perplexity_after"])]
+    if result["perplexity_after_without_bias"] is not None:
+        rows.append(("carved, balance biases zero", None, result["perplexity_after_without_bias"]))
+    if report["control"] is not None:
+        dense = (result["control_before"], result["control_after"])
+        rows.append((f"dense `{report['control']}`, tuned by the same recipe", *dense))
+    section = _RECOVERY.format(
+        steps=result["steps"],
+        tokens=result["training_tokens"],
+        training=report["training"],
+        rank=tuning["rank"],
+        rate=tuning["learning_rate"],
+        teacher=f", distilled from `{report['teacher']}`" if report["teacher"] else "",
+        text=report["text"],
+        rows="\n".join(
+            f"| {name} | {'' if before is None else f'{before:.2f}'} | {after:.2f} |"
+            for name, before, after in rows
+        ),
+    )
+    parsed = ModelCard(card, ignore_metadata_errors=True)
+    parsed.data.eval_results = None  # type: ignore[attr-defined]
+    card = without_figures(str(parsed)).replace(_UNTRAINED, _TRAINED)
+    body, licence, rest = card.rpartition("## Licence")
+    return body + section + licence + rest if licence else f"{card.rstrip()}\n\n{section}"
+
+
+def with_figures(card: str, section: str) -> str:
+    """The card with this section of figures, in place of an older one or at the end."""
+    before, begin, rest = card.partition(FIGURES_BEGIN)
+    _, end, after = rest.partition(FIGURES_END)
+    section = f"{FIGURES_BEGIN}\n\n{section}\n\n{FIGURES_END}"
+    if begin and end:
+        return before + section + after
+    return card.rstrip("\n") + "\n\n" + section + "\n"
+
+
+def without_figures(card: str) -> str:
+    """The card without the section of figures."""
+    before, begin, rest = card.partition(FIGURES_BEGIN)
+    _, end, after = rest.partition(FIGURES_END)
+    return before.rstrip("\n") + "\n" + after if begin and end else card
+
+
 def model_card(source: Source, config: CMoELlamaConfig, report: dict[str, Any]) -> str:
     """Text of README.md: metadata block and body. `report` is the content of conversion.json."""
     licence = source.licence
@@ -107,6 +178,7 @@ def _provenance(source: Source, report: dict[str, Any]) -> dict[str, Any]:
         "base_link": f"https://huggingface.co/{source.name}" if on_hub else "#how-it-was-made",
         "recipe": report["settings"]["recipe"],
         "refitted": _REFITTED if report["recipe"]["refit"] else "",
+        "untrained": _UNTRAINED,
         "split": _SPLIT if report["recipe"]["adaptive_split"] else "",
         "revision": source.revision or "a local folder, no revision known",
         "tokens": calibration["tokens"],

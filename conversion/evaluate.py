@@ -8,6 +8,7 @@ import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from .checkpoint import fetch_model, find_model, load_tokenizer
 from .device import check_dtype, find_device
 from .errors import CMoEError, RequestError
 from .routing import replace_router, sparse_blocks, watch_router
+from .scores import check_card, write_card
 
 ROUTERS = ("own", "oracle", "random")
 BATCH_TOKENS = 4096
@@ -51,6 +53,7 @@ def evaluate(
     sequence_length: int | None = None,
     router: str = "own",
     seed: int = 0,
+    card: bool = False,
     dtype: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -69,6 +72,7 @@ def evaluate(
         router: `"own"`, or replace it in `model`: `"oracle"` runs the experts of largest
             sum |h| (a bound, not a usable router), `"random"` any.
         seed: Seed of the random router.
+        card: Write the result into `evaluation.json` and the card in the model's folder.
         dtype: Precision to compute in, default that of each checkpoint.
         device: Where to compute, default the accelerator if there is one.
         trust_remote_code: Run Python code that comes with the model. CMoE repositories need it
@@ -82,6 +86,9 @@ def evaluate(
         raise RequestError(f"there is no router {router!r}; choose one of {', '.join(ROUTERS)}.")
     check_dtype(dtype)
     where = find_device(device)
+    folder = check_card(model) if card else None
+    if card and router != "own":
+        raise RequestError(f"--card tells what the model itself does, not with router {router!r}.")
     carved, tokenizer = load_model(model, dtype, where, trust_remote_code)
     length = sequence_length or min(2048, carved.config.max_position_embeddings)
     if length < 2:
@@ -101,7 +108,7 @@ def evaluate(
                 "compared. Give the model that was carved as the baseline."
             )
         baseline_perplexity = perplexity(dense, windows_WL, description="baseline")
-    return Evaluation(
+    result = Evaluation(
         perplexity=carved_perplexity,
         tokens=windows_WL.shape[0] * (length - 1),
         sequence_length=length,
@@ -110,6 +117,25 @@ def evaluate(
         router_oracle_agreement=own,
         router_chance_agreement=chance,
     )
+    if folder is not None:
+        record = perplexity_record(result, text)
+        write_card(folder, [record], baseline=baseline, dtype=dtype, device=where)
+    return result
+
+
+def perplexity_record(result: Evaluation, text: str | Path) -> dict[str, Any]:
+    """A measured perplexity for `scores.write_card`: a text file by its bare name."""
+    is_file = Path(text).expanduser().is_file()
+    return {
+        "task": Path(text).name if is_file else str(text),
+        "metric": "perplexity",
+        "value": result.perplexity,
+        "baseline_value": result.baseline_perplexity,
+        "tokens": result.tokens,
+        "sequence_length": result.sequence_length,
+        "router_oracle_agreement": result.router_oracle_agreement,
+        "router_chance_agreement": result.router_chance_agreement,
+    }
 
 
 def measure_routing(

@@ -27,11 +27,36 @@ def sparse_blocks(model: PreTrainedModel) -> list[CMoESparseMoeBlock]:
     return [block for block in model.modules() if isinstance(block, CMoESparseMoeBlock)]
 
 
+def active_routers(model: nn.Module) -> list[CMoERouter]:
+    """The routers that choose something, in the order of the layers."""
+    routers = [module for module in model.modules() if isinstance(module, CMoERouter)]
+    return [router for router in routers if router.top_k > 0]
+
+
+def is_biased(router: CMoERouter) -> bool:
+    """Whether a balance bias other than that of a pinned expert has moved."""
+    bias_N = router.balance_bias
+    return bool(bias_N[bias_N <= PINNED].any())
+
+
+@contextmanager
+def without_bias(model: nn.Module) -> Iterator[None]:
+    """Set the balance biases to zero for a while, but for those of pinned experts."""
+    biases = [router.balance_bias for router in active_routers(model)]
+    kept = [bias_N.clone() for bias_N in biases]
+    for bias_N in biases:
+        bias_N[bias_N <= PINNED] = 0
+    try:
+        yield
+    finally:
+        for bias_N, before_N in zip(biases, kept, strict=True):
+            bias_N.copy_(before_N)
+
+
 @contextmanager
 def count_loads(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Count how many tokens choose each expert, (N,) int64 for each routing layer in order."""
-    gates = [module for module in model.modules() if isinstance(module, CMoERouter)]
-    gates = [gate for gate in gates if gate.top_k > 0]
+    gates = active_routers(model)
     loads = [torch.zeros_like(gate.balance_bias, dtype=torch.int64) for gate in gates]
 
     def counter(load_N: torch.Tensor) -> Callable[..., None]:

@@ -1,11 +1,13 @@
 """Pico models, an isolated cache and a loopback Hub: nothing here touches the network."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -184,3 +186,11 @@ def no_leftovers(tmp_path: Path) -> Iterator[Path]:
     output = tmp_path / "output" / "carved"
     yield output
     assert not list(tmp_path.glob("output/*"))
+
+
+@pytest.fixture(scope="session")
+def processes() -> BaseContext:
+    """Starts processes in which the package is imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killable"])
+    return context

@@ -2,7 +2,7 @@
 
 import resource
 
-from cmoe_hf.conversion import convert, resume
+from cmoe_hf.conversion import Tuning, convert, recover, resume, sweep
 from cmoe_hf.conversion.work import WorkFolder
 
 
@@ -42,3 +42,13 @@ def resume_it(begun, output):
     """Say that it begins, then go on."""
     begun.set()
     resume(output)
+
+
+def recover_it(arguments, tuning):
+    """Recover until killed."""
+    recover(**arguments, tuning=Tuning(**tuning))
+
+
+def sweep_it(arguments):
+    """Sweep until killed."""
+    sweep(**arguments)

@@ -20,7 +20,8 @@ def invoke(*arguments):
 def test_help_names_every_command():
     result = invoke("--help")
     assert result.exit_code == 0
-    for command in ("demo", "convert", "evaluate", "benchmark"):
+    commands = ("demo", "convert", "recover", "evaluate", "benchmark", "sweep", "report")
+    for command in commands:
         assert command in result.stdout
 
 

@@ -29,6 +29,8 @@ def test_the_wheel_carries_everything_and_runs_the_demo(tmp_path):
         "cmoe_hf/py.typed",
         "cmoe_hf/conversion/assets/llama-pydoc/model.safetensors",
         "cmoe_hf/conversion/assets/calibration.txt",
+        "cmoe_hf/conversion/assets/report.html",
+        "cmoe_hf/conversion/cli/__init__.py",
     } <= names
     assert not any(name.startswith(("conversion/", "tests/")) for name in names)
 

@@ -1,7 +1,6 @@
 """Conversions that are killed, crowded or cheated: nothing lost, nothing half-written."""
 
 import json
-import multiprocessing
 import random
 import time
 
@@ -18,14 +17,6 @@ from cmoe_hf.conversion.work import WorkFolder
 
 SHAPE = {"shared": 2, "active": 2, "experts": 8}
 FEW = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}
-
-
-@pytest.fixture(scope="session")
-def processes():
-    """Starts processes in which the package is imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killable"])
-    return context
 
 
 def contents(folder):

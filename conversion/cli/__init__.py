@@ -7,14 +7,16 @@ to standard error. Exit status: 0 done, 1 the work failed, 2 the request was wro
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 
 import huggingface_hub.utils
 import typer
 from transformers.utils import logging as transformers_logging
 
-from .make import convert_command, demo_command
+from .make import convert_command, demo_command, recover_command
 from .measure import benchmark_command, evaluate_command
+from .show import report_command, sweep_command
 
 app = typer.Typer(
     name="cmoe",
@@ -26,8 +28,11 @@ app = typer.Typer(
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo_command,
     "convert": convert_command,
+    "recover": recover_command,
     "evaluate": evaluate_command,
     "benchmark": benchmark_command,
+    "sweep": sweep_command,
+    "report": report_command,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
@@ -37,6 +42,8 @@ def main() -> None:
     """Entry point of the console command `cmoe`."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     transformers_logging.set_verbosity_error()
+    # Libraries warn each other of what they will remove; the user can do nothing about it.
+    warnings.simplefilter("ignore", FutureWarning)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
         huggingface_hub.utils.disable_progress_bars()

@@ -4,6 +4,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
+import accelerate
 import typer
 import yaml
 from rich.console import Console
@@ -14,7 +15,9 @@ from ..demo import demo
 from ..device import DTYPES
 from ..errors import RequestError
 from ..plan import Plan, plan
+from ..recover import Recovery, recover, resume_recovery
 from ..settings import Options, absolute
+from ..tuning import SCHEDULES, Tuning
 from .common import (
     Active,
     Change,
@@ -27,6 +30,7 @@ from .common import (
     Recipe,
     Revision,
     Shared,
+    TrustRemoteCode,
     agreement,
     print_result,
     reporting,
@@ -225,3 +229,154 @@ def _plan_table(model: str, planned: Plan) -> Table:
     if planned.warnings:
         rows["warning"] = " ".join(planned.warnings)
     return table_of(f"{model} to {planned.notation}: nothing was written", rows)
+
+
+_TUNING = Tuning()
+
+
+def recover_command(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a carved model.")],
+    out: Annotated[
+        Path | None, typer.Argument(help="Folder to create. With --resume, give only this one.")
+    ] = None,
+    training: Annotated[
+        str, typer.Option(help="Text to learn from: file, wikitext2, c4 or a Hub data set.")
+    ] = "wikitext2",
+    text: Annotated[str, typer.Option(help="Text to measure perplexity on.")] = "wikitext2",
+    teacher: Annotated[
+        str | None, typer.Option(help="Learn the next-token distribution of this dense model.")
+    ] = None,
+    control: Annotated[
+        str | None, typer.Option(help="The dense model: tune it by the same recipe and compare.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Training windows.")] = _TUNING.samples,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens per window; default 2,048 or the model's context.")
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the windows.")] = _TUNING.epochs,
+    batch_size: Annotated[
+        int, typer.Option(help="Windows of one optimiser step, over all processes.")
+    ] = _TUNING.batch_size,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(help="Windows at a time on each process; default all it gets.")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA factors.")] = _TUNING.rank,
+    alpha: Annotated[int, typer.Option(help="LoRA scaling: alpha / rank.")] = _TUNING.alpha,
+    learning_rate: Annotated[
+        float, typer.Option(help="Of the LoRA factors.")
+    ] = _TUNING.learning_rate,
+    router_learning_rate: Annotated[
+        float, typer.Option(help="Of the gate scales u, and of trained routers.")
+    ] = _TUNING.router_learning_rate,
+    adam_beta1: Annotated[float, typer.Option()] = _TUNING.adam_beta1,
+    adam_beta2: Annotated[float, typer.Option()] = _TUNING.adam_beta2,
+    schedule: Annotated[
+        str, typer.Option(help=f"Of the learning rates: {', '.join(SCHEDULES)}.")
+    ] = _TUNING.schedule,
+    warmup_steps: Annotated[
+        int, typer.Option(help="Steps to reach the learning rates.")
+    ] = _TUNING.warmup_steps,
+    bias_speed: Annotated[
+        float,
+        typer.Option(help="First step of the balance biases; falls to 0. 0: leave them alone."),
+    ] = _TUNING.bias_speed,
+    train_router: Annotated[
+        bool, typer.Option("--train-router", help="Train the routers, too.")
+    ] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of windows, order and LoRA factors.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; default the checkpoint's precision.")
+    ] = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    overwrite: Overwrite = False,
+    resume_it: Annotated[
+        bool, typer.Option("--resume", help="Go on with the unfinished recovery into OUT.")
+    ] = False,
+    config: ConfigFile = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a carved MODEL with LoRA into OUT, or go on: cmoe recover OUT --resume."""
+    with reporting(debug):
+        if resume_it:
+            if out is not None or overwrite:
+                raise RequestError("--resume takes the output folder only: cmoe recover OUT.")
+            result = resume_recovery(model)
+        elif out is None:
+            raise RequestError("say where to: cmoe recover MODEL OUT.")
+        else:
+            result = recover(
+                model,
+                out,
+                training=training,
+                text=text,
+                teacher=teacher,
+                control=control,
+                tuning=Tuning(
+                    samples=samples,
+                    sequence_length=sequence_length,
+                    epochs=epochs,
+                    batch_size=batch_size,
+                    micro_batch_size=micro_batch_size,
+                    rank=rank,
+                    alpha=alpha,
+                    learning_rate=learning_rate,
+                    router_learning_rate=router_learning_rate,
+                    adam_beta1=adam_beta1,
+                    adam_beta2=adam_beta2,
+                    schedule=schedule,
+                    warmup_steps=warmup_steps,
+                    bias_speed=bias_speed,
+                    train_router=train_router,
+                    gradient_checkpointing=gradient_checkpointing,
+                    seed=seed,
+                ),
+                dtype=dtype,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                overwrite=overwrite,
+            )
+    if accelerate.PartialState().is_main_process:
+        print_result(result, as_json, lambda: _recovery_table(result))
+
+
+def _recovery_table(result: Recovery) -> Table:
+    def figure(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
+
+    table = Table(
+        *("", "before", "after", "bias zero"),
+        title=f"{result.notation} after {result.steps} steps on {result.training_tokens:,} tokens",
+        title_justify="left",
+        caption=result.output,
+    )
+    for name, *values in (
+        (
+            "perplexity",
+            result.perplexity_before,
+            result.perplexity_after,
+            result.perplexity_after_without_bias,
+        ),
+        ("perplexity of the dense control", result.control_before, result.control_after, None),
+        ("log-perplexity gap to the dense model", result.gap_before, result.gap_after, None),
+        (
+            "imbalance of the experts' loads",
+            result.imbalance_before,
+            result.imbalance_after,
+            result.imbalance_after_without_bias,
+        ),
+        (
+            "the same on the training text",
+            result.training_imbalance_before,
+            result.training_imbalance_after,
+            None,
+        ),
+        ("mean |u|", None, result.scale, None),
+        ("distance to the tuned dense model closed", None, result.closed, None),
+    ):
+        table.add_row(name, *map(figure, values))
+    return table

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands that measure models."""
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,8 +13,9 @@ from rich.table import Table
 from ..benchmark import LABELS, Benchmark, benchmark, check_plot, plot
 from ..device import DTYPES
 from ..errors import RequestError
-from ..evaluate import ROUTERS, evaluate
+from ..evaluate import ROUTERS, Evaluation, evaluate
 from ..shapes import SHAPES
+from ..tasks import TaskEvaluation, evaluate_tasks
 from .common import (
     Active,
     Debug,
@@ -27,8 +30,12 @@ from .common import (
     table_of,
 )
 
+PERPLEXITY_OPTIONS = ("text", "sequence_length", "router", "seed")
+TASK_OPTIONS = ("few_shot", "limit", "include_path", "batch_size")
+
 
 def evaluate_command(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a carved or dense model.")],
     baseline: Annotated[
         str | None, typer.Option(help="The dense model, measured in the same run.")
@@ -43,6 +50,26 @@ def evaluate_command(
         str, typer.Option(help=f"Who routes: {', '.join(ROUTERS)}; own is the model's router.")
     ] = "own",
     seed: Annotated[int, typer.Option(help="Seed of the random router.")] = 0,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure tasks of the lm-evaluation-harness instead: names separated by commas, "
+            "or paper for those of the paper."
+        ),
+    ] = None,
+    few_shot: Annotated[
+        int | None, typer.Option(help="Examples in each prompt; default the paper's or the task's.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first documents of each task, for a quick look.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with tasks of your own (YAML).")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Requests of a task in a batch.")] = 1,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write the results into the model's folder and card.")
+    ] = False,
     dtype: Annotated[
         str | None, typer.Option(help=f"{', '.join(DTYPES)}; default the checkpoint's precision.")
     ] = None,
@@ -51,19 +78,51 @@ def evaluate_command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure perplexity, dense beside carved, and the router beside an oracle and chance."""
+    """Measure perplexity, or tasks, dense beside carved; the router beside oracle and chance."""
     with reporting(debug):
-        result = evaluate(
-            model,
-            baseline=baseline,
-            text=text,
-            sequence_length=sequence_length,
-            router=router,
-            seed=seed,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-        )
+        shared: dict[str, Any] = {
+            "baseline": baseline,
+            "card": card,
+            "dtype": dtype,
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+        }
+        result: Evaluation | TaskEvaluation
+        if tasks is None:
+            _refuse(context, TASK_OPTIONS, "is for tasks: name some with --tasks.")
+            result = evaluate(
+                model,
+                text=text,
+                sequence_length=sequence_length,
+                router=router,
+                seed=seed,
+                **shared,
+            )
+            table = partial(_perplexity_table, model, result)
+        else:
+            _refuse(context, PERPLEXITY_OPTIONS, "is for perplexity: leave it or --tasks out.")
+            result = evaluate_tasks(
+                model,
+                tasks=tasks.split(","),
+                few_shot=few_shot,
+                limit=limit,
+                include_path=include_path,
+                batch_size=batch_size,
+                **shared,
+            )
+            table = partial(_task_table, model, result)
+    print_result(result, as_json, table)
+
+
+def _refuse(context: typer.Context, names: Sequence[str], reason: str) -> None:
+    """Raises `RequestError` if one of these options was given."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise RequestError(f"--{name.replace('_', '-')} {reason}")
+
+
+def _perplexity_table(model: str, result: Evaluation) -> Table:
     rows = {"perplexity": f"{result.perplexity:.3f}"}
     if result.baseline_perplexity is not None:
         rows["perplexity of the baseline"] = f"{result.baseline_perplexity:.3f}"
@@ -71,7 +130,34 @@ def evaluate_command(
     rows["router picks the oracle's experts"] = agreement(
         result.router_oracle_agreement, result.router_chance_agreement
     )
-    print_result(result, as_json, lambda: table_of(model, rows))
+    return table_of(model, rows)
+
+
+def _task_table(model: str, result: TaskEvaluation) -> Table:
+    limited = f"only the first {result.limit} documents of each task" if result.limit else None
+    table = Table(
+        "task",
+        *("metric", "few-shot", "documents", "model", "baseline"),
+        title=model,
+        title_justify="left",
+        caption=limited,
+    )
+    for row in result.tasks:
+        table.add_row(
+            row.task,
+            row.metric,
+            "" if row.few_shot is None else str(row.few_shot),
+            f"{row.documents:,}",
+            _with_error(row.value, row.stderr),
+            _with_error(row.baseline_value, row.baseline_stderr),
+        )
+    return table
+
+
+def _with_error(value: float | None, stderr: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
 
 
 def benchmark_command(

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands that draw."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..device import DTYPES
+from ..report import report
+from ..sweep import GRID, SPEEDS, Sweep, sweep
+from .common import (
+    Debug,
+    Device,
+    Json,
+    Recipe,
+    TrustRemoteCode,
+    print_result,
+    reporting,
+    table_of,
+)
+
+
+def report_command(
+    model: Annotated[str, typer.Argument(help="Folder of a carved model.")],
+    text: Annotated[
+        str, typer.Option(help="Text file, wikitext2, c4 or a Hub data set to watch it on.")
+    ] = "wikitext2",
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens per window; default 2,048 or the model's context.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows of the text, from its beginning.")] = 16,
+    sample: Annotated[
+        str | None, typer.Option(help="A sentence to follow through the experts.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the page; default report in the model's.")
+    ] = None,
+    card: Annotated[
+        bool, typer.Option(help="Show two of the figures in the model's README.md.")
+    ] = True,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"{', '.join(DTYPES)}; default the checkpoint's precision.")
+    ] = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw what happens inside a carved model: one HTML page that works offline."""
+    with reporting(debug):
+        result = report(
+            model,
+            text=text,
+            sequence_length=sequence_length,
+            windows=windows,
+            sample=sample,
+            output=output,
+            card=card,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+    rows = {
+        "page": result.output,
+        "figures beside it": f"{len(result.figures)} PNG files",
+        "perplexity": f"{result.perplexity:.3f} on {result.tokens:,} tokens",
+    }
+    print_result(result, as_json, lambda: table_of(model, rows))
+
+
+def sweep_command(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a dense model.")],
+    out: Annotated[
+        Path | None, typer.Argument(help="Folder for the results; default MODEL's name + -sweep.")
+    ] = None,
+    grid: Annotated[
+        str, typer.Option(help="Shapes, separated by commas; static pruning is added.")
+    ] = ",".join(GRID),
+    recipe: Recipe = "refined",
+    calibration: Annotated[
+        str, typer.Option(help="Text to calibrate on: file, wikitext2, c4 or a Hub data set.")
+    ] = "wikitext2",
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration windows; default 16,384 tokens' worth.")
+    ] = None,
+    text: Annotated[str, typer.Option(help="Text to measure perplexity on.")] = "wikitext2",
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens per window; default 2,048 or the model's context.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration windows' offsets.")] = 0,
+    rounds: Annotated[
+        int, typer.Option(help="Timed runs of each point, dense and carved in turn; 0 for none.")
+    ] = 7,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"{', '.join(DTYPES)}; default the source's precision.")
+    ] = None,
+    device: Device = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the carved models in OUT.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Forget what an earlier sweep in OUT measured.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Quality and speed over a grid of shapes. Interrupted, the same command goes on."""
+    with reporting(debug):
+        result = sweep(
+            model,
+            out,
+            grid=[notation for notation in grid.split(",") if notation.strip()],
+            recipe=recipe,
+            calibration=calibration,
+            samples=samples,
+            text=text,
+            sequence_length=sequence_length,
+            seed=seed,
+            rounds=rounds,
+            dtype=dtype,
+            device=device,
+            keep=keep,
+            overwrite=overwrite,
+        )
+    print_result(result, as_json, lambda: _sweep_table(result))
+    if not as_json:
+        Console().print(f"table, JSON and plot: {result.output}", markup=False, highlight=False)
+
+
+def _sweep_table(result: Sweep) -> Table:
+    table = Table(
+        *("", "runs", "perplexity", *SPEEDS.values()),
+        title=f"{result.model}, dense: {result.dense_perplexity:.2f}; speed relative to dense",
+        title_justify="left",
+        caption=result.device,
+    )
+    for row in result.rows:
+        table.add_row(
+            f"{row.notation}, static" if row.static else row.notation,
+            f"{row.activation_ratio:.1%}",
+            f"{row.perplexity:.2f}",
+            *(f"{row.speedup[name]:.2f}" if row.speedup else "" for name in SPEEDS),
+        )
+    return table

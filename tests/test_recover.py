@@ -1,0 +1,376 @@
+"""Fine-tuning: what learns, what stays, what is counted, and what survives an interruption."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import killable
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from refusal import refused
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from cmoe_hf.conversion import RequestError, Tuning, convert, recover, resume_recovery
+from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
+from cmoe_hf.conversion.evaluate import perplexity
+from cmoe_hf.conversion.routing import active_routers, count_loads, imbalance, without_bias
+from cmoe_hf.conversion.tuning import divergence, move_bias
+
+TEXTS = {"training": CALIBRATION, "text": HELD_OUT}
+FEW = {"samples": 16, "sequence_length": 64}
+LOUD = {**FEW, "learning_rate": 3e-3, "router_learning_rate": 0.1, "bias_speed": 0.01}
+"""Few steps, but large ones: what learns must be seen to move."""
+
+
+@pytest.fixture(scope="module")
+def recovered(carved, dense, tmp_path_factory):
+    """A recovery with a control, and its result."""
+    output = tmp_path_factory.mktemp("recovered") / "out"
+    return output, recover(carved, output, **TEXTS, control=dense, tuning=Tuning(**LOUD))
+
+
+def report(output):
+    return json.loads((output / "recovery.json").read_text())
+
+
+def losses(output):
+    return [row["loss"] for row in report(output)["stages"]["carved"]["losses"]]
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_what_learns_moves_and_nothing_else(carved, recovered, tensors):
+    before, after = tensors(carved), tensors(recovered[0])
+    assert before.keys() == after.keys()
+    learns = ("_proj.weight", "experts.gate_up_proj", "experts.down_proj", "scale", "balance_bias")
+    for name, tensor in before.items():
+        moved = not torch.equal(tensor, after[name])
+        assert moved == name.endswith(learns), name
+        assert tensor.dtype == after[name].dtype
+
+
+def test_the_gate_scale_learns_although_peft_freezes_what_is_no_adapter(recovered):
+    assert recovered[1].scale > 0.01
+    for scales in report(recovered[0])["stages"]["carved"]["scales"]:
+        assert all(scale != 0 for scale in scales)
+
+
+def test_the_routers_learn_on_request(carved, tensors, tmp_path):
+    recover(carved, tmp_path / "out", **TEXTS, tuning=Tuning(**LOUD, train_router=True))
+    before, after = tensors(carved), tensors(tmp_path / "out")
+    routers = [name for name in before if name.endswith("linear_weight")]
+    assert routers
+    for name in routers:
+        assert not torch.equal(before[name], after[name])
+
+
+def test_the_figures_are_those_of_the_models(carved, dense, recovered, token_ids):
+    output, result = recovered
+    windows_WL = token_ids  # any windows will do to compare two computations
+    model, source = load(output), load(carved)
+    assert perplexity(model, windows_WL) != perplexity(source, windows_WL)
+    assert result.gap_before == pytest.approx(
+        math.log(result.perplexity_before / result.control_before)
+    )
+    assert result.gap_after == pytest.approx(
+        math.log(result.perplexity_after / result.control_after)
+    )
+    went = math.log(result.perplexity_before) - math.log(result.perplexity_after)
+    way = math.log(result.perplexity_before) - math.log(result.control_after)
+    assert result.closed == pytest.approx(went / way)
+    assert result.control_after != result.control_before
+    assert result.perplexity_after_without_bias != result.perplexity_after
+    assert result.steps == 8
+    assert result.training_tokens == 16 * 64
+
+
+def test_measured_again_it_is_the_same(recovered):
+    arguments = ["evaluate", recovered[0], "--text", HELD_OUT, "--sequence-length", 64, "--json"]
+    measured = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert json.loads(measured.stdout)["perplexity"] == pytest.approx(
+        recovered[1].perplexity_after, rel=1e-5
+    )
+
+
+def test_the_repository_is_complete_and_says_what_was_done(carved, recovered):
+    output = recovered[0]
+    missing = {path.name for path in carved.iterdir()} - {path.name for path in output.iterdir()}
+    assert all(name.startswith("model") for name in missing)  # one shard or several
+    card = (output / "README.md").read_text()
+    assert "No gradient" not in card and "[fine-tuned](#recovery)" in card
+    assert card.index("## Recovery") < card.index("## Licence")
+    assert f"{recovered[1].perplexity_after:.2f}" in card
+    assert not output.with_name("out.partial").exists()
+    for text in (card, (output / "recovery.json").read_text()):
+        assert str(output.parent) not in text and str(CALIBRATION.parent) not in text
+
+
+def test_micro_batches_and_checkpointed_activations_change_nothing(carved, recovered, tmp_path):
+    for name, change in {
+        "micro": {"micro_batch_size": 1},
+        "checkpointed": {"gradient_checkpointing": True},
+    }.items():
+        recover(carved, tmp_path / name, **TEXTS, tuning=Tuning(**LOUD, **change))
+        assert losses(tmp_path / name) == pytest.approx(losses(recovered[0]), rel=1e-4)
+        for key in ("biases", "scales"):
+            ours, theirs = (
+                torch.tensor(report(at)["stages"]["carved"][key])
+                for at in (tmp_path / name, recovered[0])
+            )
+            torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
+
+
+def test_the_bias_moves_once_in_each_optimiser_step(recovered):
+    """Eight steps of falling size, up or down: 8 to 1 eighths of the speed."""
+    biases = torch.tensor(report(recovered[0])["stages"]["carved"]["biases"])
+    eighths = biases / (LOUD["bias_speed"] / 8)
+    torch.testing.assert_close(eighths, eighths.round(), atol=1e-3, rtol=0)
+    # An expert that is always too busy, or never busy enough, went the whole way.
+    assert eighths.round().abs().max() == sum(range(1, 9))
+
+
+def test_the_biases_balance_the_loads(embedded, carve, tmp_path):
+    (tmp_path / "test.txt").write_text(HELD_OUT.read_text(encoding="utf-8")[:20_000])
+    texts = {"training": CALIBRATION, "text": tmp_path / "test.txt"}
+    tuning = Tuning(samples=64, sequence_length=128, batch_size=4, bias_speed=0.03)
+    carved = carve(embedded, (1, 1, 8), samples=8, sequence_length=128)
+    result = recover(carved, tmp_path / "out", **texts, tuning=tuning)
+    assert result.training_imbalance_after < result.training_imbalance_before / 2
+    assert result.imbalance_after < result.imbalance_before
+    assert result.imbalance_after < result.imbalance_after_without_bias
+
+
+def test_without_speed_the_bias_stays(carved, tmp_path, tensors):
+    result = recover(carved, tmp_path / "out", **TEXTS, tuning=Tuning(**{**LOUD, "bias_speed": 0}))
+    assert result.perplexity_after_without_bias is None
+    for name, tensor in tensors(tmp_path / "out").items():
+        assert not name.endswith("balance_bias") or not tensor.any()
+
+
+def test_pinned_experts_stay_pinned(dense, tmp_path, tensors):
+    options = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}
+    changes = {"adaptive_split": False, "pinned": 1}
+    convert(dense, tmp_path / "carved", shared=1, active=2, experts=8, changes=changes, **options)
+    recover(tmp_path / "carved", tmp_path / "out", **TEXTS, tuning=Tuning(**LOUD))
+    before, after = tensors(tmp_path / "carved"), tensors(tmp_path / "out")
+    for name in (name for name in before if name.endswith("balance_bias")):
+        pinned = before[name] == 2
+        assert pinned.sum() == 1
+        assert torch.equal(after[name] == 2, pinned)
+        assert after[name][~pinned].any()
+
+
+def test_a_model_that_does_not_route_recovers_too(dense, carve, tmp_path):
+    result = recover(carve(dense, (4, 0, 8)), tmp_path / "out", **TEXTS, tuning=Tuning(**LOUD))
+    assert result.scale is None and result.imbalance_after is None
+    assert result.perplexity_after != result.perplexity_before
+
+
+def test_bfloat16_with_float32_where_it_matters(make_dense, carve, tensors, tmp_path):
+    carved = carve(make_dense(), dtype="bfloat16")
+    recover(carved, tmp_path / "out", **TEXTS, tuning=Tuning(**LOUD))
+    for name, tensor in tensors(tmp_path / "out").items():
+        expected = torch.float32 if name.endswith("balance_bias") else torch.bfloat16
+        assert tensor.dtype == expected
+        if name.endswith("scale"):
+            assert tensor.any()
+
+
+def test_distilling_from_its_own_function_starts_at_zero(dense, carve, tmp_path):
+    everything = carve(dense, (2, 6, 8), recipe="paper")  # all experts active: the dense model
+    recover(everything, tmp_path / "out", **TEXTS, teacher=dense, tuning=Tuning(**FEW))
+    assert losses(tmp_path / "out")[0] == pytest.approx(0, abs=1e-4)
+
+
+def test_distilling_learns_the_teacher_and_a_teacher_is_no_control(carved, dense, tmp_path):
+    tuning = Tuning(**{**FEW, "epochs": 4, "learning_rate": 3e-3})
+    arguments = {"teacher": dense, "control": dense, "tuning": tuning}
+    result = recover(carved, tmp_path / "out", **TEXTS, **arguments)
+    curve = losses(tmp_path / "out")
+    assert sum(curve[-8:]) < sum(curve[:8])  # the last and the first time that it saw the windows
+    assert result.control_after == result.control_before
+
+
+def test_divergence_is_the_textbook_sum():
+    torch.manual_seed(0)
+    model_TV, teacher_TV = torch.randn(5, 7), torch.randn(5, 7)
+    total = 0.0
+    for model_V, teacher_V in zip(model_TV, teacher_TV, strict=True):
+        p, q = teacher_V.softmax(0), model_V.softmax(0)
+        total += sum(float(a * (a / b).log()) for a, b in zip(p, q, strict=True))
+    assert divergence(model_TV, teacher_TV).item() == pytest.approx(total / 5, rel=1e-5)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 1000), st.sampled_from([-1.0, -0.3, 0.0, 0.7, 1.0, 2.0])),
+        min_size=1,
+        max_size=12,
+    )
+)
+@settings(deadline=None)
+def test_move_bias_is_what_a_loop_does(experts):
+    loads, biases = zip(*experts, strict=True)
+    free = [load for load, bias in experts if bias <= 1]
+    mean = sum(free) / len(free) if free else 0
+    expected = []
+    for load, bias in experts:
+        if bias > 1:
+            expected.append(bias)
+            continue
+        step = 0.125 if load < mean else -0.125 if load > mean else 0.0
+        expected.append(min(1.0, max(-1.0, bias + step)))
+    bias_N = torch.tensor(biases)
+    move_bias(bias_N, torch.tensor(loads), 0.125)
+    torch.testing.assert_close(bias_N, torch.tensor(expected))
+
+
+def test_loads_and_imbalance_are_what_a_loop_counts(recovered, token_ids):
+    model = load(recovered[0])
+    gates = active_routers(model)
+    chosen = {gate: [] for gate in gates}
+    for gate in gates:
+        gate.register_forward_hook(lambda gate, _, output: chosen[gate].extend(output[2].tolist()))
+    with count_loads(model) as loads:
+        model(token_ids)
+    for gate, load_N in zip(gates, loads, strict=True):
+        counts = [0] * len(load_N)
+        for choice in chosen[gate]:
+            for expert in choice:
+                counts[expert] += 1
+        assert load_N.tolist() == counts
+        mean = sum(counts) / len(counts)
+        deviation = (sum((count - mean) ** 2 for count in counts) / len(counts)) ** 0.5
+        assert imbalance(load_N, gate.balance_bias) == pytest.approx(deviation / mean)
+
+
+def test_without_bias_puts_it_back(recovered):
+    model = load(recovered[0])
+    before = [gate.balance_bias.clone() for gate in active_routers(model)]
+    with without_bias(model):
+        assert not any(gate.balance_bias.any() for gate in active_routers(model))
+    for gate, bias_N in zip(active_routers(model), before, strict=True):
+        assert torch.equal(gate.balance_bias, bias_N) and bias_N.any()
+
+
+def test_killed_it_resumes_to_the_same_curve(carved, processes, tmp_path, tensors):
+    tuning = {**LOUD, "samples": 60}
+    recover(carved, tmp_path / "whole", **TEXTS, tuning=Tuning(**tuning))
+    arguments = {"model": carved, "output": tmp_path / "killed", **TEXTS}
+    process = processes.Process(target=killable.recover_it, args=(arguments, tuning))
+    process.start()
+    checkpoints = tmp_path / "killed.partial" / "work" / "carved"
+    while len(list(checkpoints.glob("checkpoint-*/trainer_state.json"))) < 2:
+        assert process.is_alive(), "it ended before it could be killed"
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    (checkpoints / "checkpoint-99").mkdir()  # cut off while it was written
+    (checkpoints / "checkpoint-99" / "trainer_state.json").write_text('{"half": ')
+    refused(
+        CliRunner().invoke(app, ["convert", str(tmp_path / "killed"), "--resume"]),
+        2,
+        "unfinished recovery, not a conversion",
+    )
+    again = [carved, tmp_path / "killed", "--training", CALIBRATION, "--text", HELD_OUT]
+    result = CliRunner().invoke(app, ["recover", *map(str, again), "--samples", "4"])
+    refused(result, 2, "cmoe recover", "--resume")
+    resume_recovery(tmp_path / "killed")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    whole, killed = tensors(tmp_path / "whole"), tensors(tmp_path / "killed")
+    assert all(torch.equal(tensor, killed[name]) for name, tensor in whole.items())
+
+
+def test_two_processes_learn_what_one_does(carved, recovered, dense, tmp_path):
+    options = {key.replace("_", "-"): value for key, value in {**LOUD, **TEXTS}.items()}
+    arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    launched = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+            *("--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+            *("-m", "cmoe_hf.conversion.cli", "recover", carved, tmp_path / "out"),
+            *("--control", dense, "--device", "cpu", "--json", *arguments),
+        ],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert launched.returncode == 0, launched.stderr
+    printed = json.loads(launched.stdout)  # of one process
+    assert losses(tmp_path / "out") == pytest.approx(losses(recovered[0]), rel=1e-3)
+    for key in ("perplexity_before", "perplexity_after", "control_after"):
+        assert printed[key] == pytest.approx(getattr(recovered[1], key), rel=1e-2)
+    ours, theirs = (
+        torch.tensor(report(at)["stages"]["carved"]["biases"])
+        for at in (tmp_path / "out", recovered[0])
+    )
+    assert ((ours - theirs).abs() < 1e-6).float().mean() > 0.8  # ties of loads may fall otherwise
+
+
+def test_json_is_one_object_with_the_promised_keys(carved, tmp_path):
+    options = {"samples": 4, "sequence-length": 64, "training": CALIBRATION, "text": HELD_OUT}
+    arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    result = CliRunner().invoke(
+        app, ["recover", str(carved), str(tmp_path / "out"), *arguments, "--json"]
+    )
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert {"perplexity_before", "perplexity_after", "steps", "output"} <= printed.keys()
+    assert printed["steps"] == 2
+
+
+def test_bad_requests(carved, dense, make_dense, tmp_path):
+    out = tmp_path / "out"
+
+    def invoke(*arguments, text=HELD_OUT, model=carved):
+        options = [
+            model,
+            out,
+            "--training",
+            CALIBRATION,
+            "--text",
+            text,
+            "--samples",
+            4,
+            *arguments,
+        ]
+        return CliRunner().invoke(app, ["recover", *map(str, options)])
+
+    refused(invoke(model=dense), 2, "not a carved one")
+    refused(invoke(text=CALIBRATION), 2, "the text to train on")
+    refused(invoke("--dtype", "float16"), 2, "bfloat16 or float32")
+    refused(invoke("--schedule", "zigzag"), 2, "constant, linear, cosine")
+    refused(invoke("--batch-size", 3, "--micro-batch-size", 2), 2, "multiple of 2")
+    refused(invoke("--rank", 0), 2, "rank is 0")
+    refused(invoke("--bias-speed", -1), 2, "bias_speed is -1")
+    refused(invoke("--samples", 10**6), 2, "Give more text")
+    refused(invoke("--control", tmp_path / "nowhere"), 2, "neither a folder")
+    refused(invoke("--resume"), 2, "cmoe recover OUT")
+    refused(CliRunner().invoke(app, ["recover", str(out), "--resume"]), 2, "no unfinished recovery")
+    refused(CliRunner().invoke(app, ["recover", str(carved)]), 2, "say where to")
+    out.mkdir()
+    (out / "mine").touch()
+    refused(invoke(), 2, "out exists already")
+    assert not out.with_name("out.partial").exists()
+
+
+def test_a_loss_that_is_not_a_number_is_named(carved, tmp_path):
+    tuning = Tuning(**{**FEW, "learning_rate": 1e30})
+    with pytest.raises(Exception, match="lower the learning rate"):
+        recover(carved, tmp_path / "out", **TEXTS, tuning=tuning)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_model_is_not_resumed(carved, tmp_path):
+    with pytest.raises(RequestError, match="no unfinished recovery"):
+        resume_recovery(tmp_path / "out")

@@ -1,0 +1,613 @@
+"""The page of figures: what it shows is what was observed, in a real browser and without one."""
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+
+import pytest
+import torch
+from browsing import Browser, contrasts, luminance, overlapping, start_chromium
+from PIL import Image
+from refusal import refused
+from selenium.webdriver import ActionChains
+from selenium.webdriver.common.keys import Keys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+from typer.testing import CliRunner
+
+from cmoe_hf.conversion import RequestError, report
+from cmoe_hf.conversion.calibration import consecutive_windows, tokenize
+from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.demo import HELD_OUT
+from cmoe_hf.conversion.evaluate import evaluate
+from cmoe_hf.conversion.observe import observe
+from cmoe_hf.conversion.routing import sparse_blocks
+
+REPORT = importlib.import_module("cmoe_hf.conversion.report")
+LENGTH, WINDOWS = 64, 4
+QUICK = ["--text", HELD_OUT, "--sequence-length", LENGTH, "--windows", WINDOWS]
+QUICK_ARGUMENTS = {"text": HELD_OUT, "sequence_length": LENGTH, "windows": WINDOWS}
+SAMPLE = "An expert said: </script><b>3 & 4</b> are\nnot “équal” $\\alpha$ <!-- 🎉."
+OVER_LAYERS = ("reconstruction-error", "router-agreement", "imbalance", "mass")
+IN_LAYER = ("routing", "activation-rate", "hidden-values", "layer-load")
+FIGURES = (*OVER_LAYERS, *IN_LAYER, "routing-overview", "expert-load")
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["report", *map(str, arguments)])
+
+
+def data_of(page):
+    text = page.read_text(encoding="utf-8")
+    [content] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text)
+    return json.loads(content, parse_constant=pytest.fail)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Without the PNG files, which take most of the time."""
+    monkeypatch.setattr(REPORT, "draw_figures", lambda data, folder: [])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    """As the console command is when nobody watches."""
+    transformers_logging.disable_progress_bar()
+    yield
+    transformers_logging.enable_progress_bar()
+
+
+def own_copy(folder, tmp_path_factory, name="Tom & $Jerry$ <!--<script>"):
+    return shutil.copytree(folder, tmp_path_factory.mktemp("own") / name)
+
+
+@pytest.fixture(scope="module")
+def plain(embedded, carve, tmp_path_factory):
+    """A carved model and its report, as the command makes it. Read only."""
+    folder = own_copy(carve(embedded, (2, 2, 8)), tmp_path_factory)
+    result = invoke(folder, *QUICK, "--sample", SAMPLE, "--json")
+    assert result.exit_code == 0, result.stderr
+    return folder, json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def balanced(carved, tmp_path_factory):
+    """One that somebody trained on and saved: biases, a pinned expert, gate weights, no figures."""
+    folder = tmp_path_factory.mktemp("balanced") / "again"
+    model = AutoModelForCausalLM.from_pretrained(carved, dtype=torch.float32)
+    chance = torch.Generator().manual_seed(2)
+    for block in sparse_blocks(model):
+        block.gate.balance_bias.copy_(torch.rand(6, generator=chance) - 0.5)
+        block.gate.balance_bias[1] = 2.0
+        block.gate.scale.data = torch.rand(6, generator=chance)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(carved).save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(REPORT, "draw_figures", lambda data, folder: [])
+        report(folder, **QUICK_ARGUMENTS)
+    return folder
+
+
+def observed(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = tokenize(AutoTokenizer.from_pretrained(folder), HELD_OUT.read_text())
+    return observe(model, consecutive_windows(ids, length=LENGTH)[:WINDOWS])
+
+
+# ---- without a browser
+
+
+def test_json_has_the_promised_keys_and_the_files_are_there(plain):
+    folder, printed = plain
+    assert printed["output"] == str(folder / "report" / "index.html")
+    assert printed["tokens"] == LENGTH * WINDOWS and printed["perplexity"] > 1
+    assert {path.name for path in (folder / "report").iterdir()} == {
+        "index.html",
+        *printed["figures"],
+    }
+    assert "expert-load.png" in printed["figures"] and len(printed["figures"]) == 8
+    for name in printed["figures"]:
+        with Image.open(folder / "report" / name) as image:
+            assert image.width > 500 and image.info["Software"] == "cmoe-hf"
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_the_page_holds_what_was_observed(plain, tmp_path):
+    folder, _ = plain
+    data, expected = data_of(folder / "report" / "index.html"), observed(folder)
+    assert data["perplexity"] == pytest.approx(expected.perplexity, rel=1e-2)  # bfloat16
+    assert data["model"]["name"] == folder.name and data["model"]["notation"] == "S2A2E8"
+    assert data["model"]["chance"] == pytest.approx(1 / 15, rel=1e-4)
+    assert data["measured"]["text"] == "heldout.txt"
+    assert data["source"]["name"] == "llama-pydoc"
+    conversion = json.loads((folder / "conversion.json").read_text())
+    for layer, made in zip(data["layers"], conversion["layers"], strict=True):
+        assert layer["relative_output_error"] == pytest.approx(
+            made["relative_output_error"], rel=1e-4
+        )
+    text = tmp_path / "same.txt"
+    text.write_text(HELD_OUT.read_text())
+    # Of the whole text in one window and another: the same tokens, the same figures.
+    measured = evaluate(folder, text=text, sequence_length=LENGTH, dtype="float32")
+    agreements = [layer.oracle_agreement for layer in expected.layers]
+    assert abs(sum(agreements) / len(agreements) - measured.router_oracle_agreement) < 0.1
+
+
+def test_float32_figures_are_those_of_observe(plain, tmp_path, undrawn):
+    folder, _ = plain
+    result = report(folder, output=tmp_path / "page", dtype="float32", **QUICK_ARGUMENTS)
+    data, expected = data_of(tmp_path / "page" / "index.html"), observed(folder)
+    assert data["perplexity"] == pytest.approx(expected.perplexity, rel=1e-4)
+    assert result.perplexity == expected.perplexity
+    for layer, theirs in zip(data["layers"], expected.layers, strict=True):
+        assert layer["loads"] == pytest.approx(theirs.loads, rel=1e-4)
+        assert layer["mass"]["ran"] == pytest.approx(theirs.mass.ran, rel=1e-4)
+        assert layer["activation_rates"]["routed"] == theirs.activation_rates.routed
+        assert layer["hidden_values"]["shared"] == theirs.hidden_values.shared
+        assert layer["oracle_agreement"] == pytest.approx(theirs.oracle_agreement, rel=1e-4)
+        assert layer["imbalance"] == pytest.approx(theirs.imbalance, rel=1e-4)
+
+
+def test_no_markup_of_the_data_reaches_the_page(plain):
+    folder, _ = plain
+    text = (folder / "report" / "index.html").read_text(encoding="utf-8")
+    assert text.count("</script>") == 2 and "<!--<script>" not in text
+    data = data_of(folder / "report" / "index.html")
+    assert data["model"]["name"] == folder.name and SAMPLE in "".join(data["sample"]["tokens"])
+    hostile = {"text": "</script><b>&\u2028<!--<script>", "whole": 3.0, "long": 1 / 3}
+    page = REPORT.page(hostile)
+    [content] = re.findall(r'id="data">(.*?)</script>', page)
+    assert json.loads(content) == {**hostile, "long": 0.33333}
+    assert "<" not in content and "\u2028" not in content
+    with pytest.raises(ValueError):
+        REPORT.page({"loss": float("nan")})
+
+
+def test_no_path_reaches_what_is_written(plain):
+    folder, _ = plain
+    written = [*(folder / "report").iterdir(), folder / "README.md"]
+    for path in written:
+        content = path.read_bytes()
+        for secret in (folder.parent, HELD_OUT.parent, "/root", "/home/"):
+            assert str(secret).encode() not in content, path.name
+
+
+def test_a_second_report_replaces_the_first(plain, tmp_path, undrawn):
+    folder = shutil.copytree(plain[0], tmp_path / "again")
+    first = (folder / "README.md").read_text()
+    assert first.count("## Figures") == 1 and "](report/expert-load.png)" in first
+    assert "](report/reconstruction-error.png)" in first
+    report(folder, **QUICK_ARGUMENTS)
+    second = (folder / "README.md").read_text()
+    assert second.count("## Figures") == 1 and "](report/index.html)" in second
+    assert ".png" not in second  # none were drawn this time
+    assert (folder / "report" / "index.html").is_file()
+    assert second.split("<!--")[0] == first.split("<!--")[0]
+    before = second.replace("\n", "\r\n") + "more\r\n"
+    (folder / "README.md").write_bytes(before.encode())
+    report(folder, **QUICK_ARGUMENTS)
+    after = (folder / "README.md").read_bytes().decode()
+    assert after.endswith("more\r\n") and after.count("## Figures") == 1
+
+
+def test_the_card_is_left_alone_where_the_page_is_elsewhere(plain, tmp_path, undrawn):
+    folder = shutil.copytree(plain[0], tmp_path / "again")
+    before = (folder / "README.md").read_bytes()
+    shutil.rmtree(folder / "report")
+    result = report(folder, output=tmp_path / "new" / "page", **QUICK_ARGUMENTS)
+    assert result.output == str(tmp_path / "new" / "page" / "index.html")
+    assert not (folder / "report").exists()
+    report(folder, card=False, **QUICK_ARGUMENTS)
+    assert (folder / "README.md").read_bytes() == before
+    (folder / "README.md").unlink()
+    report(folder, **QUICK_ARGUMENTS)
+    assert not (folder / "README.md").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_what_fails_leaves_the_earlier_report(plain, tmp_path, monkeypatch, error):
+    folder = shutil.copytree(plain[0], tmp_path / "again")
+    card, before = (folder / "README.md").read_bytes(), sorted(folder.rglob("*"))
+    page = (folder / "report" / "index.html").read_bytes()
+
+    def fail(data, folder):
+        assert (folder / "index.html").is_file()
+        raise error
+
+    monkeypatch.setattr(REPORT, "draw_figures", fail)
+    result = invoke(folder, *QUICK, "--sample", "Another.")
+    message = "interrupted" if error is KeyboardInterrupt else "No space left on device"
+    refused(result, 1, message)
+    assert sorted(folder.rglob("*")) == before
+    assert (folder / "report" / "index.html").read_bytes() == page
+    assert (folder / "README.md").read_bytes() == card
+
+
+def test_what_a_killed_run_left_is_cleared(plain, tmp_path, undrawn):
+    folder = shutil.copytree(plain[0], tmp_path / "again")
+    (folder / "report").rename(folder / ".report.cmoe-report-old")
+    (folder / ".report.cmoe-report-new").mkdir()
+    report(folder, **QUICK_ARGUMENTS)
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_nothing_but_a_report_is_replaced(plain, tmp_path, undrawn):
+    folder, _ = plain
+    for name in ("index.html", "notes.txt", "mine.png"):
+        target = tmp_path / name.partition(".")[0]
+        if name == "mine.png":
+            shutil.copytree(folder / "report", target)
+        target.mkdir(exist_ok=True)
+        (target / name).write_text("mine")
+        refused(invoke(folder, *QUICK, "--output", target), 2, "is not a report")
+        assert (target / name).read_text() == "mine"
+    refused(invoke(folder, *QUICK, "--output", folder), 2, "is not a report")
+    (tmp_path / "file").write_text("mine")
+    refused(invoke(folder, *QUICK, "--output", tmp_path / "file"), 2, "cannot create", "file")
+    refused(invoke(folder, *QUICK, "--output", tmp_path / "file/page"), 2, "cannot create")
+
+
+def test_bad_requests(plain, dense, tmp_path, monkeypatch, undrawn):
+    folder, _ = plain
+    long = "word " * 300
+    for arguments, phrases in [
+        ([tmp_path / "absent"], ["neither a folder nor"]),
+        ([tmp_path], ["no config.json"]),
+        ([dense, *QUICK], ["is not a carved model"]),
+        ([folder, *QUICK, "--windows", 0], ["--windows is 0"]),
+        ([folder, *QUICK, "--sequence-length", 1], ["at least 2 tokens"]),
+        ([folder, *QUICK, "--sequence-length", 10**6], ["fewer than one window"]),
+        ([folder, *QUICK, "--sample", long], ["--sample has", "at most 200"]),
+        ([folder, *QUICK, "--sample", " "], ["--sample is empty"]),
+        ([folder, *QUICK, "--dtype", "int3"], ["choose one of float32"]),
+        ([folder, *QUICK, "--device", "quantum"], ["cannot be used"]),
+        ([folder, "--text", tmp_path / "absent.txt"], ["there is no text file"]),
+    ]:
+        refused(invoke(*arguments), 2, *phrases)
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    (damaged / "conversion.json").write_text("{")
+    refused(invoke(damaged, *QUICK), 2, "conversion.json is damaged")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "matplotlib" else found(name)
+    )
+    refused(invoke(folder, *QUICK), 2, "pip install 'cmoe-hf[report]'")
+    assert not list(dense.glob("*report*"))
+
+
+def test_a_hub_model_needs_an_output(hub, plain, tmp_path, undrawn):
+    hub.publish("someone/drawn", plain[0])
+    with pytest.raises(RequestError, match="is on the Hub: give --output"):
+        report("someone/drawn", **QUICK_ARGUMENTS)
+    result = report("someone/drawn", output=tmp_path / "page", **QUICK_ARGUMENTS)
+    assert result.output == str(tmp_path / "page" / "index.html")
+    data = data_of(tmp_path / "page" / "index.html")
+    assert data["model"]["name"] == "someone/drawn" and data["source"]["recipe"] == "refined"
+
+
+@pytest.mark.parametrize("content", [{}, [], {"layers": [{"relative_output_error": None}] * 2}])
+def test_figures_of_another_version_are_not_known(carved, tmp_path, undrawn, content):
+    folder = shutil.copytree(carved, tmp_path / "again")
+    (folder / "conversion.json").write_text(json.dumps(content))
+    report(folder, **QUICK_ARGUMENTS)
+    data = data_of(folder / "report" / "index.html")
+    assert data["source"] is None
+    assert all(layer["relative_output_error"] is None for layer in data["layers"])
+
+
+# ---- in a browser
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        if os.environ.get("CMOE_REQUIRE_BROWSER") == "1":
+            pytest.fail("CMOE_REQUIRE_BROWSER is set, but there is no chromium with chromedriver")
+        pytest.skip("no chromium with chromedriver")
+    driver = start_chromium(tmp_path_factory.mktemp("profile"))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def browser(driver):
+    """Afterwards there must be no message on the console, and nothing fetched but the page."""
+    driver.get("about:blank")
+    for kind in ("browser", "performance"):
+        driver.get_log(kind)  # of what was open before
+    yield Browser(driver)
+    assert driver.get_log("browser") == []
+    sent = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    sent = [
+        it["params"]["request"]["url"] for it in sent if it["method"] == "Network.requestWillBeSent"
+    ]
+    assert sent and all(url.startswith(("file:///", "data:")) for url in sent)
+    assert {url.rpartition("/")[2] for url in sent if url.startswith("file:")} == {"index.html"}
+
+
+def series_of(data, figure, layer):
+    """Name and values of every series that a figure of columns draws."""
+    layers, here = data["layers"], data["layers"][layer]
+    rates = here["activation_rates"]
+    return {
+        "reconstruction-error": {"relative error": [it["relative_output_error"] for it in layers]},
+        "router-agreement": {"router": [it["oracle_agreement"] for it in layers]},
+        "imbalance": {"imbalance": [it["imbalance"] for it in layers]},
+        "mass": {
+            "shared expert": [it["mass"]["shared"] for it in layers],
+            "routed, ran": [it["mass"]["ran"] for it in layers],
+            "routed, idle": [it["mass"]["idle"] for it in layers],
+        },
+        "activation-rate": {"shared neurons": rates["shared"], "routed neurons": rates["routed"]},
+        "layer-load": {"load": here["loads"]},
+    }[figure]
+
+
+def check_columns(browser, data, figure, layer):
+    marks, expected = browser.marks(figure), series_of(data, figure, layer)
+    assert len(marks) == sum(map(len, expected.values()))
+    scale = max(mark[3] for mark in marks) / max(mark[2] for mark in marks)
+    for series, index, value, height in marks:
+        assert value == expected[series][index]
+        assert height == pytest.approx(value * scale, abs=0.01)
+
+
+def check_hidden_values(browser, data, layer):
+    """Two outlines with a step for every bin, higher where there is more."""
+    hidden = data["layers"][layer]["hidden_values"]
+    paths = browser.map("#hidden-values path.mark", "e.getAttribute('d')")
+    for path, who in zip(paths, ("shared", "routed"), strict=True):
+        steps = [float(y) for y in re.findall(r"V([\d.]+)H", path)]
+        assert len(steps) == len(hidden[who]) == 49
+        order = sorted(range(49), key=lambda i: hidden[who][i])
+        heights = [-steps[i] for i in order]
+        assert heights == sorted(heights)
+
+
+def check_routing(browser, data, layer):
+    experts = data["sample"]["layers"][layer]["experts"]
+    tokens = browser.map(".token", "[e.dataset.experts, e.querySelector('sub').textContent]")
+    assert tokens == [[" ".join(map(str, list_)), str(list_[0])] for list_ in experts]
+    counts = browser.map(".expert", "e.querySelector('span').textContent")
+    for expert, text in enumerate(counts):
+        assert text.startswith(f"{sum(expert in list_ for list_ in experts)} token")
+
+
+def check_layer(browser, data, layer):
+    assert browser.chosen_layer() == layer
+    check_routing(browser, data, layer)
+    check_columns(browser, data, "activation-rate", layer)
+    check_columns(browser, data, "layer-load", layer)
+    check_hidden_values(browser, data, layer)
+    assert set(browser.map("figure .badge", "e.textContent")) == {f"layer {layer}"}
+    assert set(browser.map("text.chosen", "e.textContent")) == {str(layer)}
+
+
+@pytest.fixture
+def page(plain):
+    return plain[0] / "report" / "index.html"
+
+
+@pytest.fixture
+def data(page):
+    return data_of(page)
+
+
+def test_every_figure_shows_all_of_its_data(browser, page, data):
+    browser.open(page)
+    assert sorted(browser.map("figure", "e.id")) == sorted(FIGURES)
+    for figure in OVER_LAYERS:
+        check_columns(browser, data, figure, 0)
+    check_layer(browser, data, 0)
+    cells = browser.map("#expert-load .cell", "[e.dataset.row, e.dataset.column, e.dataset.value]")
+    assert len(cells) == 4 * 6
+    for row, column, value in cells:
+        assert float(value) == data["layers"][int(column)]["loads"][int(row)]
+    cells = browser.map(
+        "#routing-overview .cell", "[e.dataset.row, e.dataset.column, e.dataset.value].map(Number)"
+    )
+    assert len(cells) == 4 * len(data["sample"]["tokens"])
+    for row, column, value in cells:
+        assert value == data["sample"]["layers"][row]["experts"][column][0]
+    chance = browser.map("#router-agreement path.rule", "Number(e.dataset.value)")
+    assert chance == [data["model"]["chance"]]
+
+
+def test_every_figure_is_explained(browser, page):
+    browser.open(page)
+    for figure in FIGURES:
+        assert browser.one(f"#{figure} h3").text
+        assert len(browser.one(f"#{figure} .caption").text) > 60
+        if figure != "routing":
+            axes = browser.map(f"#{figure} .axis", "e.textContent")
+            assert len(axes) == 2 and all("(" in label for label in axes), figure  # with a unit
+    assert "softmax(s) + b" in browser.one("#routing .caption").text
+    assert browser.one("h1").text.startswith("Tom & $Jerry$ <!--<script>")
+    text = browser.one("header").text
+    for told in ("S2A2E8", "50", "llama-pydoc", "heldout.txt", "256 tokens", "torch", "chance"):
+        assert told in text
+
+
+def test_the_tables_hold_the_data(browser, page, data):
+    browser.open(page)
+    browser.run("document.querySelectorAll('details').forEach((e) => { e.open = true; })")
+    ActionChains(browser.driver).pause(0.1).perform()
+    rows = {f: len(browser.all(f"#{f} tr")) - 1 for f in FIGURES}
+    bins = len(data["layers"][0]["activation_rates"]["shared"])
+    assert rows == {
+        **dict.fromkeys(OVER_LAYERS, 4),
+        "routing-overview": 4,
+        "routing": len(data["sample"]["tokens"]),
+        "expert-load": 6,
+        "layer-load": 6,
+        "activation-rate": bins + 1,
+        "hidden-values": 50,
+    }
+    first = browser.map("#activation-rate tr:last-child td", "e.textContent")
+    rates = data["layers"][0]["activation_rates"]
+    assert first == ["never", str(rates["outside_shared"]), str(rates["outside_routed"])]
+    browser.one("#next").click()
+    last = browser.map("#activation-rate tr:last-child td", "e.textContent")
+    rates = data["layers"][1]["activation_rates"]
+    assert last == ["never", str(rates["outside_shared"]), str(rates["outside_routed"])]
+
+
+def test_choosing_a_layer_changes_the_figures_of_the_layer(browser, page, data):
+    browser.open(page)
+    assert not browser.one("#previous").is_enabled()
+    browser.one("#next").click()
+    check_layer(browser, data, 1)
+    browser.one("body").send_keys(Keys.ARROW_RIGHT)
+    check_layer(browser, data, 2)
+    browser.one("#range").send_keys(Keys.ARROW_RIGHT)
+    check_layer(browser, data, 3)
+    assert not browser.one("#next").is_enabled()
+    browser.one("#previous").click()
+    check_layer(browser, data, 2)
+    browser.click("#mass .hit[data-layer='1']")
+    check_layer(browser, data, 1)
+    browser.click("#routing-overview .cell[data-row='0'][data-column='5']")
+    check_layer(browser, data, 0)
+    browser.click("#expert-load .cell[data-column='3']")
+    check_layer(browser, data, 3)
+
+
+def test_a_token_tells_all_of_its_experts(browser, page, data):
+    browser.open(page)
+    for token in (3, 0):
+        ActionChains(browser.driver).move_to_element(browser.all(".token")[token]).perform()
+        tip = browser.one("#tip")
+        assert tip.is_displayed()
+        for expert in data["sample"]["layers"][0]["experts"][token]:
+            assert f"expert {expert}: p = " in tip.text
+        assert tip.text.count("weight 1") == 2
+    first = browser.all(".token")[0]
+    browser.run("document.querySelector('.token').focus()")
+    first.send_keys(Keys.ARROW_RIGHT)
+    focused = browser.run("document.activeElement.dataset.token")
+    assert focused == "1" and browser.chosen_layer() == 0
+    assert "token 1" in browser.one("#tip").text
+    first.send_keys(Keys.ESCAPE)
+    assert not browser.one("#tip").is_displayed()
+
+
+def test_the_sample_is_text(browser, page, data):
+    browser.open(page)
+    assert browser.all(".tokens b, .tokens script") == []
+    shown = "".join(browser.map(".token", "e.firstChild.textContent"))
+    assert "</script><b>3 & 4</b> are↵" in shown and "🎉" in shown
+
+
+def test_an_expert_lights_up_its_tokens(browser, page, data):
+    experts = data["sample"]["layers"][0]["experts"]
+    expert = experts[0][1]  # a second choice counts too
+    browser.open(page)
+    button = browser.one(f".expert[data-expert='{expert}']")
+    button.click()
+    assert button.get_attribute("aria-pressed") == "true"
+    lit = browser.map(".token", "[e.matches('.lit'), e.matches('.off')]")
+    assert lit == [[expert in list_, expert not in list_] for list_ in experts]
+    dim = browser.map("#routing-overview .cell.off", "Number(e.dataset.row)")
+    assert len(dim) == sum(expert not in list_ for list_ in experts) and set(dim) == {0}
+    button.click()
+    assert browser.all(".token.lit, .token.off, .cell.off") == []
+    button.click()
+    browser.one("#next").click()  # an expert of another layer is another expert
+    assert browser.all(".token.lit, [aria-pressed='true']") == []
+
+
+def test_light_and_dark(browser, page):
+    def background():
+        return luminance(browser.run("getComputedStyle(document.body).backgroundColor"))
+
+    for dark in (False, True):
+        browser.open(page, dark=dark)
+        assert (background() < 0.1) == dark
+        assert min(contrasts(browser).values()) > 4.5, contrasts(browser)
+        button = browser.one("#theme")
+        assert button.text == ("Light" if dark else "Dark")
+        button.click()
+        assert (background() < 0.1) != dark
+        assert min(contrasts(browser).values()) > 4.5, contrasts(browser)
+        button.click()
+        assert (background() < 0.1) == dark
+
+
+@pytest.mark.parametrize("width", [320, 375, 768, 1280])
+def test_the_page_fits_every_screen(browser, page, width):
+    browser.open(page, width=width)
+    root = "document.documentElement"
+    assert browser.run(f"{root}.scrollWidth <= {root}.clientWidth")
+    assert browser.run("innerWidth") == width
+    assert overlapping(browser) == []
+    outside = browser.map(
+        "header *, figure > *, .tile, .token, .chooser *",
+        "e.getBoundingClientRect().right > innerWidth + 1",
+    )
+    assert not any(outside)
+
+
+def test_a_model_with_biases_and_a_pinned_expert(browser, balanced):
+    data = data_of(balanced / "report" / "index.html")
+    browser.open(balanced / "report" / "index.html")
+    assert "Not known" in browser.one("#reconstruction-error").text
+    for figure, keys in [
+        ("imbalance", ("imbalance", "imbalance_unbiased")),
+        ("layer-load", ("loads", "loads_unbiased")),
+    ]:
+        names = ("with the balance bias", "without it")
+        for name, key in zip(names, keys, strict=True):
+            drawn = [mark[2] for mark in browser.marks(figure) if mark[0] == name]
+            layers = data["layers"]
+            assert drawn == (
+                layers[0][key] if figure == "layer-load" else [it[key] for it in layers]
+            )
+    assert data["layers"][0]["pinned"] == [1]
+    assert browser.map(".expert", "e.textContent")[1] == "1always"
+    even = browser.map("#layer-load path.rule", "Number(e.dataset.value)")
+    assert even == pytest.approx([(2 - 1) / (6 - 1)])
+    ActionChains(browser.driver).move_to_element(browser.one(".token")).perform()
+    assert "expert 1: p = " in browser.one("#tip").text
+    assert "always runs" in browser.one("#tip").text
+    weights = data["sample"]["layers"][0]["weights"][0]
+    assert all(f"weight {weight:.4g}" in browser.one("#tip").text for weight in weights)
+
+
+@pytest.mark.parametrize("shape", [(4, 0, 8), (0, 3, 8), (3, 5, 8)])
+def test_unusual_shapes(browser, dense, carve, tmp_path, undrawn, shape):
+    folder = carve(dense, shape)
+    page = tmp_path / "index.html"
+    page.write_bytes((REPORT.Path(report(folder, **QUICK_ARGUMENTS).output)).read_bytes())
+    browser.open(page)
+    silent = [f for f in FIGURES if "does not route" in browser.one(f"#{f}").text]
+    if shape[1] == 0:
+        assert set(silent) == {
+            "routing",
+            "routing-overview",
+            "router-agreement",
+            "imbalance",
+            "expert-load",
+            "layer-load",
+        }
+        assert len(browser.marks("mass")) == 2 * 2
+    else:
+        assert silent == []
+        assert len(browser.all(".expert")) == shape[2] - shape[0]
+    series = {mark[0] for mark in browser.marks("activation-rate")}
+    assert ("shared neurons" in series) == (shape[0] > 0)
+    browser.one("#next").click()
+    assert browser.chosen_layer() == 1
+
+
+def test_one_layer_leaves_nothing_to_choose(browser, make_dense, carve, undrawn):
+    folder = carve(make_dense(num_hidden_layers=1))
+    page = REPORT.Path(report(folder, **QUICK_ARGUMENTS).output)
+    browser.open(page)
+    assert not browser.one(".chooser").is_displayed()
+    assert browser.all("figure .badge") == [] and browser.all(".hit.chosen") == []
+    check_columns(browser, data_of(page), "layer-load", 0)
+    browser.one("body").send_keys(Keys.ARROW_RIGHT)
+    assert browser.chosen_layer() == 0

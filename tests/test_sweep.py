@@ -1,0 +1,110 @@
+"""The trade-off curve: every figure is that of the verbs, and nothing is measured twice."""
+
+import json
+import time
+
+import killable
+import pytest
+from refusal import refused
+from typer.testing import CliRunner
+
+from cmoe_hf.conversion import RequestError, evaluate, sweep
+from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
+
+FEW = {"calibration": CALIBRATION, "text": HELD_OUT, "samples": 4, "sequence_length": 64}
+
+
+@pytest.fixture(scope="module")
+def swept(dense, tmp_path_factory):
+    """Two shapes of one activation ratio, with speed; the models are kept."""
+    output = tmp_path_factory.mktemp("sweep") / "out"
+    result = sweep(dense, output, grid=["S1A2E4", "S2A1E4"], rounds=2, keep=True, **FEW)
+    return output, result
+
+
+def test_the_rows_are_what_the_verbs_measure(swept, dense):
+    output, result = swept
+    assert [row.notation for row in result.rows] == ["S1A2E4", "S2A1E4", "S3A0E4"]
+    assert [row.static for row in result.rows] == [False, False, True]
+    windows = {"text": HELD_OUT, "sequence_length": 64}
+    assert result.dense_perplexity == pytest.approx(evaluate(dense, **windows).perplexity)
+    for row in result.rows:
+        measured = evaluate(output / row.notation, **windows)
+        assert row.perplexity == pytest.approx(measured.perplexity, rel=1e-6)
+        assert row.router_oracle_agreement == measured.router_oracle_agreement
+        assert row.activation_ratio == 0.75
+        for name in ("ffn", "prefill", "decode"):
+            assert row.speedup[name] > 0 and row.roofline_speedup[name] > 0.5
+
+
+def test_table_and_plot_lie_beside_the_json(swept):
+    output, result = swept
+    table = (output / "sweep.md").read_text()
+    assert table.count("\n| ") == 6  # head, rule, dense, three shapes
+    for row in result.rows:
+        assert f"{row.perplexity:.2f}" in table
+    assert (output / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert str(output.parent) not in table
+
+
+def test_what_is_measured_is_not_measured_again(swept, dense):
+    output, result = swept
+    before = json.loads((output / "sweep.json").read_text())["measured"]
+    grid = ["S1A2E4", "S2A1E4", "S1A1E4"]
+    larger = sweep(dense, output, grid=grid, rounds=2, keep=True, **FEW)
+    after = json.loads((output / "sweep.json").read_text())["measured"]
+    assert {key: after[key] for key in before} == before  # times, too
+    assert [row.notation for row in larger.rows] == [
+        "S1A1E4",
+        "S2A0E4",
+        "S1A2E4",
+        "S2A1E4",
+        "S3A0E4",
+    ]
+    assert larger.rows[2:] == result.rows
+
+
+def test_killed_it_goes_on(swept, processes, dense, tmp_path):
+    arguments = {"model": dense, "output": tmp_path / "out", "rounds": 0, **FEW}
+    arguments["grid"] = ["S1A2E4", "S2A1E4"]
+    process = processes.Process(target=killable.sweep_it, args=(arguments,))
+    process.start()
+    while not (tmp_path / "out" / "sweep.json").is_file():
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    result = sweep(**arguments)
+    assert [row.perplexity for row in result.rows] == [row.perplexity for row in swept[1].rows]
+    assert all(row.speedup == {} for row in result.rows)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "sweep.json",
+        "sweep.md",
+        "sweep.png",
+    ]
+
+
+def test_another_protocol_is_refused(swept, dense):
+    with pytest.raises(RequestError, match="seed was 0 in the sweep"):
+        sweep(dense, swept[0], grid=["S1A2E4"], rounds=2, seed=1, **FEW)
+
+
+def test_the_command(dense, tmp_path):
+    options = [text for key, value in FEW.items() for text in (f"--{key.replace('_', '-')}", value)]
+
+    def invoke(*arguments):
+        arguments = ["sweep", dense, tmp_path / "out", *options, "--rounds", 0, *arguments]
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    refused(invoke("--grid", "S1A1"), 2, "'S1A1' is not a shape")
+    refused(invoke("--grid", "S1A1E7"), 2, "not divisible by 7")
+    refused(invoke("--grid", "S9A1E8"), 2, "only 8")
+    refused(invoke("--rounds", -1), 2, "rounds is -1")
+    assert not (tmp_path / "out").exists()
+    result = invoke("--grid", "S2A1E4", "--json")
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert [row["notation"] for row in printed["rows"]] == ["S2A1E4", "S3A0E4"]
+    (tmp_path / "out" / "sweep.json").unlink()
+    refused(invoke(), 2, "holds no sweep")

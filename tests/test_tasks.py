@@ -1,0 +1,322 @@
+"""Tasks of the harness: figures that a slow oracle confirms, and what is written of them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from refusal import refused
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from cmoe_hf.conversion import CMoEError, evaluate, evaluate_tasks
+from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.tasks import PAPER_TASKS, chosen_metric, stock_tasks
+
+FOLDER = Path(__file__).parent / "task"
+OWN = ["--include-path", "."]
+TOPICS = ["--tasks", "pydoc_topics", *OWN]
+
+
+@pytest.fixture(autouse=True)
+def in_the_folder_of_the_task(monkeypatch):
+    """Its data files are found from there."""
+    monkeypatch.chdir(FOLDER)
+
+
+@pytest.fixture
+def copy(carved, tmp_path):
+    """A carved repository that a test may write into."""
+    return Path(shutil.copytree(carved, tmp_path / "carved"))
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+
+
+def read(name):
+    return [json.loads(line) for line in (FOLDER / name).read_text().splitlines()]
+
+
+def prompt(document):
+    return f"Question: {document['question']}\nAnswer:"
+
+
+def log_likelihood(model, tokenizer, before, after):
+    """Token by token; what is too long for the model loses its beginning."""
+    start, ids = len(tokenizer(before)["input_ids"]), tokenizer(before + after)["input_ids"]
+    window = ids[-model.config.max_position_embeddings - 1 :]
+    with torch.no_grad():
+        logits = model(torch.tensor([window[:-1]])).logits[0].double()
+    count = len(ids) - start
+    shares = logits[len(logits) - count :].log_softmax(dim=1)
+    return sum(share[token].item() for share, token in zip(shares, ids[start:], strict=True))
+
+
+def slow_accuracy(folder, *, few_shot=0, limit=None, by_length=True):
+    """Share of the questions whose right answer is the likeliest, by its length or not."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    examples = "".join(
+        f"{prompt(example)} {example['choices'][example['answer']]}\n\n"
+        for example in read("examples.jsonl")[:few_shot]
+    )
+    questions = read("questions.jsonl")[:limit]
+    right = 0
+    for question in questions:
+        scores = [
+            log_likelihood(model, tokenizer, examples + prompt(question), " " + choice)
+            / (len(choice) if by_length else 1)
+            for choice in question["choices"]
+        ]
+        right += scores.index(max(scores)) == question["answer"]
+    return right / len(questions)
+
+
+def test_carved_and_dense_score_what_the_oracle_says(carved, dense):
+    result = invoke(carved, "--baseline", dense, *TOPICS, "--batch-size", 5, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "loglikelihood" not in result.stderr  # no bars of the harness without a terminal
+    printed = json.loads(result.stdout)
+    [row] = printed["tasks"]
+    stderr, baseline_stderr = row.pop("stderr"), row.pop("baseline_stderr")
+    assert row == {
+        "task": "pydoc_topics",
+        "metric": "acc_norm",
+        "few_shot": 0,
+        "documents": 24,
+        "value": slow_accuracy(carved),
+        "baseline_value": slow_accuracy(dense),
+    }
+    for error, mean in ((stderr, row["value"]), (baseline_stderr, row["baseline_value"])):
+        assert error == pytest.approx((mean * (1 - mean) / 23) ** 0.5)
+    assert printed["limit"] is None
+
+
+def test_without_acc_norm_it_is_acc_and_the_task_has_its_own_few_shot_count(dense):
+    [row] = evaluate_tasks(dense, tasks=["pydoc_plain"], include_path=".").tasks
+    assert (row.metric, row.few_shot) == ("acc", 1)
+    assert row.value == slow_accuracy(dense, few_shot=1, by_length=False)
+    assert row.baseline_value is row.baseline_stderr is None
+
+
+@pytest.mark.parametrize(("few_shot", "truncated"), [(0, False), (8, True)])
+def test_few_shot_overrides_and_truncation_is_told(dense, caplog, few_shot, truncated):
+    [row] = evaluate_tasks(dense, tasks=["pydoc_plain"], include_path=".", few_shot=few_shot).tasks
+    assert row.few_shot == few_shot
+    assert row.value == slow_accuracy(dense, few_shot=few_shot, by_length=False)
+    said = [record.getMessage() for record in caplog.records if "cmoe_hf" in record.name]
+    assert len(said) == truncated
+    assert all("longer than the model's context of 128 tokens" in line for line in said)
+
+
+def test_a_limit_takes_the_first_documents_and_is_told(dense):
+    result = invoke(dense, *TOPICS, "--limit", 5, "--json")
+    printed = json.loads(result.stdout)
+    assert printed["limit"] == 5
+    [row] = printed["tasks"]
+    assert row["documents"] == 5
+    assert row["value"] == slow_accuracy(dense, limit=5)
+    table = " ".join(invoke(dense, *TOPICS, "--limit", 5).stdout.split())
+    assert "pydoc_topics" in table and "only the first 5 documents of each task" in table
+
+
+@pytest.mark.slow
+def test_groups_and_tags_of_ones_own_beside_the_harness_tasks(dense):
+    names = ["pydoc_group", "pydoc_list", "pydoc_tag"]
+    rows = evaluate_tasks(dense, tasks=names, include_path=".", limit=4).tasks
+    assert [row.task for row in rows] == [
+        "pydoc_group",
+        "pydoc_group",  # has an aggregate, the list around it has none
+        "pydoc_fixed",
+        "pydoc_fixed",
+        "pydoc_plain",
+    ]
+    topics, plain = (
+        slow_accuracy(dense, limit=4, few_shot=few_shot, by_length=False) for few_shot in (0, 1)
+    )
+    assert (rows[0].metric, rows[0].few_shot, rows[0].documents) == ("acc", None, 8)
+    assert rows[0].value == (topics + plain) / 2
+    assert rows[4].value == plain
+
+
+@pytest.mark.slow
+def test_the_paper_tasks_exist_and_an_unknown_one_is_refused(dense):
+    assert stock_tasks().keys() >= PAPER_TASKS.keys()
+    refused(invoke(dense, "--tasks", "bolq,piqa"), 2, "no task 'bolq'", "boolq", "lm-eval ls tasks")
+
+
+def test_the_metric_is_acc_norm_else_acc_else_the_first():
+    figures = {"alias": "x", "acc,none": 0.1, "acc_stderr,none": 0.2, "acc_norm,none": 0.3}
+    assert chosen_metric(figures) == "acc_norm,none"
+    assert chosen_metric({"f1,none": 0.1, "acc,none": 0.3}) == "acc,none"
+    exact = {"exact_match,strict": 0.1, "exact_match_stderr,strict": 0, "exact_match,loose": 0.2}
+    assert chosen_metric(exact) == "exact_match,strict"
+    assert chosen_metric({"alias": "a group"}) is None
+
+
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["cmoe_hf"] = None  # any import of it fails
+command, site, *models = sys.argv
+sys.path.insert(0, site)
+from lm_eval.__main__ import cli_evaluate
+for model in models:
+    arguments = f"--model hf --model_args pretrained={model},trust_remote_code=True"
+    arguments += f" --tasks pydoc_topics --num_fewshot 1 --include_path . --output_path {model}"
+    sys.argv = ["lm_eval", *arguments.split()]
+    cli_evaluate()
+"""
+
+
+@pytest.fixture
+def harness_without_its_tasks(tmp_path):
+    """The code of the harness; its 14,000 task files, which take 10 seconds to read, stay out."""
+    installed, linked = Path(find_spec("lm_eval").origin).parent, tmp_path / "site" / "lm_eval"
+    (linked / "tasks").mkdir(parents=True)
+    code = [path for path in installed.iterdir() if path.name != "tasks"]
+    for path in [*code, *installed.glob("tasks/*.py")]:
+        (linked / path.relative_to(installed)).symlink_to(path)
+    return linked.parent
+
+
+@pytest.mark.slow
+def test_the_harness_by_itself_says_the_same_without_the_package(
+    copy, dense_copy, harness_without_its_tasks, tmp_path
+):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PACKAGE, harness_without_its_tasks, copy, dense_copy],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "modules").glob("**/modeling_cmoe.py"))
+    [row] = evaluate_tasks(
+        copy, baseline=dense_copy, tasks=["pydoc_topics"], include_path=".", few_shot=1
+    ).tasks
+    ours = {copy: (row.value, row.stderr), dense_copy: (row.baseline_value, row.baseline_stderr)}
+    for model, figures in ours.items():
+        [file] = model.glob("**/results_*.json")
+        theirs = json.loads(file.read_text())["results"]["pydoc_topics"]
+        assert (theirs["acc_norm,none"], theirs["acc_norm_stderr,none"]) == figures
+
+
+def told(folder):
+    """Dataset, its name, metric and value of each result in the card."""
+    return [
+        (it.dataset_type, it.dataset_name, it.metric_type, it.metric_value)
+        for it in ModelCard.load(folder / "README.md").data.eval_results
+    ]
+
+
+def test_the_card_tells_each_result_once_and_keeps_its_body(copy, dense, held_out):
+    card = ModelCard.load(copy / "README.md")
+    options = {"baseline": dense, "card": True}
+    tasks = {"tasks": ["pydoc_topics", "pydoc_plain"], "include_path": ".", **options}
+    evaluate_tasks(copy, limit=3, **tasks)
+    assert [name for _, name, _, _ in told(copy)] == [
+        "pydoc_topics (0-shot, first 3 documents only)",
+        "pydoc_plain (1-shot, first 3 documents only)",
+    ]
+    perplexity = evaluate(copy, text=held_out, sequence_length=64, **options).perplexity
+    topics, plain = evaluate_tasks(copy, **tasks).tasks
+    text = "heldout.txt (windows of 64 tokens)"
+    assert told(copy) == [
+        ("heldout.txt", text, "perplexity", perplexity),
+        ("pydoc_topics", "pydoc_topics (0-shot)", "acc_norm", topics.value),
+        ("pydoc_plain", "pydoc_plain (1-shot)", "acc", plain.value),
+    ]
+    again = ModelCard.load(copy / "README.md")
+    assert again.text == card.text
+    before, after = card.data.to_dict(), again.data.to_dict()
+    del after["model-index"]
+    assert after == before
+
+    written = (copy / "evaluation.json").read_text()
+    records = json.loads(written)["results"]
+    assert [record["metric"] for record in records] == ["perplexity", "acc_norm", "acc"]
+    assert [record["limit"] for record in records[1:]] == [None, None]
+    assert records[1]["baseline"] == dense.name
+    assert records[1]["baseline_value"] == topics.baseline_value
+    assert {"cmoe_hf", "torch", "transformers", "lm_eval"} <= records[1]["versions"].keys()
+    for content in (written, (copy / "README.md").read_text()):
+        assert str(copy.parent) not in content and str(dense.parent) not in content
+    assert not list(copy.glob("*.partial"))
+    AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_results_of_others_stay_in_the_card(copy):
+    card = copy / "README.md"
+    index = """model-index:
+- name: theirs
+  results:
+  - task: {type: text-generation}
+    dataset: {name: Another, type: another}
+    metrics: [{type: acc, value: 0.5}]
+"""
+    card.write_text(card.read_text().replace("---\n", "---\n" + index, 1))
+    evaluate_tasks(copy, tasks=["pydoc_topics"], include_path=".", limit=1, card=True)
+    assert told(copy)[0] == ("another", "Another", "acc", 0.5)
+    assert ModelCard.load(card).data.model_name == "theirs"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrases"),
+    [
+        (["--tasks", ","], ["names no task"]),
+        (["--tasks", "pydoc_topics", "--include-path", "nowhere"], ["nowhere is not a folder"]),
+        ([*TOPICS, "--few-shot", "-1"], ["--few-shot is -1"]),
+        ([*TOPICS, "--few-shot", "9"], ["pydoc_topics", "9 examples", "lower --few-shot"]),
+        (["--tasks", "pydoc_fixed", *OWN, "--few-shot", "1"], ["pydoc_fixed", "takes no others"]),
+        ([*TOPICS, "--limit", "0"], ["--limit is 0"]),
+        ([*TOPICS, "--batch-size", "0"], ["--batch-size is 0"]),
+        ([*TOPICS, "--text", "wikitext2"], ["--text is for perplexity"]),
+        ([*TOPICS, "--router", "oracle"], ["--router is for perplexity"]),
+        (["--few-shot", "1"], ["--few-shot is for tasks", "--tasks"]),
+        (["--limit", "1"], ["--limit is for tasks"]),
+        (["--include-path", "."], ["--include-path is for tasks"]),
+        (["--batch-size", "1"], ["--batch-size is for tasks"]),
+        ([*TOPICS, "--baseline", "nowhere/at/all"], ["nowhere/at/all is neither"]),
+        ([*TOPICS, "--dtype", "float8"], ["no dtype 'float8'"]),
+        (["--card", "--router", "oracle"], ["not with router 'oracle'"]),
+    ],
+)
+def test_bad_requests_are_refused(carved, arguments, phrases):
+    refused(invoke(carved, *arguments, "--json"), 2, *phrases)
+
+
+@pytest.mark.parametrize("what", [TOPICS, []])
+def test_a_card_that_cannot_be_written_is_refused(copy, hub, what):
+    hub.publish("org/tasks", copy)
+    refused(invoke("org/tasks", *what, "--card"), 2, "local folder", "org/tasks")
+    (copy / "evaluation.json").write_text('{"results": [{}]}')
+    refused(invoke(copy, *what, "--card"), 2, "cannot be read", "leave --card out")
+    (copy / "evaluation.json").unlink()
+    (copy / "README.md").unlink()
+    refused(invoke(copy, *what, "--card"), 2, "has no README.md")
+
+
+def test_without_the_harness_the_extra_is_named(carved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    refused(invoke(carved, *TOPICS), 2, 'pip install "cmoe-hf[eval]"')
+
+
+def test_data_that_cannot_be_reached_is_a_failure(carved):
+    refused(invoke(carved, "--tasks", "pydoc_broken", *OWN), 1, "pydoc_broken cannot be loaded")
+
+
+def test_a_model_that_yields_nan_has_no_accuracy(dense_copy):
+    weights = load_file(dense_copy / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, dense_copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CMoEError, match="NaN on the task pydoc_topics"):
+        evaluate_tasks(dense_copy, tasks=["pydoc_topics"], include_path=".", limit=1)
