@@ -139,7 +139,7 @@ def test_the_bias_moves_once_in_each_optimiser_step(recovered):
 
 
 def test_the_biases_balance_the_loads(embedded, carve, tmp_path):
-    (tmp_path / "test.txt").write_text(HELD_OUT.read_text(encoding="utf-8")[:20_000])
+    (tmp_path / "test.txt").write_text(HELD_OUT.read_text(encoding="utf-8")[:8_000])
     texts = {"training": CALIBRATION, "text": tmp_path / "test.txt"}
     tuning = Tuning(samples=64, sequence_length=128, batch_size=4, bias_speed=0.03)
     carved = carve(embedded, (1, 1, 8), samples=8, sequence_length=128)
