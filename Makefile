@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 # Further requirements, for example PINS="transformers==5.16.0".
 PINS ?=
 JOBS ?= 2
+# Further arguments of pytest, for example TESTS="tests/test_cli.py".
+TESTS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -17,7 +19,7 @@ demo: $(VENV)/installed
 	$(BIN)/cmoe demo
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) $(TESTS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -381,6 +381,7 @@ def test_remote_code_is_not_run_unasked(dense_copy, tmp_path, edit_config):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_interrupted_it_leaves_nothing_that_looks_finished(embedded, tmp_path):
     """Ctrl-C in the middle, in a process of its own."""
     out = tmp_path / "out"

@@ -60,6 +60,7 @@ def sparse(embedded, carve):
     return carve(embedded, (1, 1, 8), recipe="paper", samples=16, sequence_length=256)
 
 
+@pytest.mark.once
 def test_the_oracle_router_is_better_than_the_own_one_and_chance(sparse, held_out):
     own, oracle, chance = (
         evaluate(sparse, text=held_out, router=router) for router in ("own", "oracle", "random")

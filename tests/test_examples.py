@@ -31,6 +31,7 @@ def test_convert_and_generate_then_load(run_example, tmp_path, capsys):
     assert "experts of the last token" in printed
 
 
+@pytest.mark.once
 def test_calibrate_on_your_text(run_example, embedded, calibration_text, held_out, capsys):
     run_example("calibrate_on_your_text.py", embedded, "out", calibration_text, held_out)
     assert "perplexity: dense 39.8" in capsys.readouterr().out
@@ -71,6 +72,7 @@ def test_the_reference_tables_can_be_reproduced(
         assert oracle < own < chance
 
 
+@pytest.mark.once
 def test_a_random_checkpoint_of_a_shape_is_planned_and_converted(run_example, tmp_path, capfd):
     run_example("convert_large.py", "--shape", "tiny", "--tokens", 256, "--folder", tmp_path)
     figures = json.loads(capfd.readouterr().out)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_the_wheel_carries_everything_and_runs_the_demo(tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check"]
     options = ["--no-deps", "--no-build-isolation", "--no-index"]

@@ -191,6 +191,7 @@ def test_refined_is_better_than_the_papers_recipes_and_than_static_pruning(
 
 
 @pytest.mark.parametrize("notation", [(1, 1, 8), (2, 2, 8), (3, 3, 8)])
+@pytest.mark.once
 def test_a_budget_is_as_good_as_the_better_of_routing_and_static_pruning(
     embedded, carve, held_out, tmp_path, notation
 ):

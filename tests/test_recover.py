@@ -138,6 +138,7 @@ def test_the_bias_moves_once_in_each_optimiser_step(recovered):
     assert eighths.round().abs().max() == sum(range(1, 9))
 
 
+@pytest.mark.once
 def test_the_biases_balance_the_loads(embedded, carve, tmp_path):
     (tmp_path / "test.txt").write_text(HELD_OUT.read_text(encoding="utf-8")[:8_000])
     texts = {"training": CALIBRATION, "text": tmp_path / "test.txt"}

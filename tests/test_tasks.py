@@ -129,6 +129,7 @@ def test_a_limit_takes_the_first_documents_and_is_told(dense):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_groups_and_tags_of_ones_own_beside_the_harness_tasks(dense):
     names = ["pydoc_group", "pydoc_list", "pydoc_tag"]
     rows = evaluate_tasks(dense, tasks=names, include_path=".", limit=4).tasks
