@@ -331,32 +331,13 @@ def plot_sweep(result: Sweep, path: Path) -> None:
     from matplotlib import pyplot
 
     timed = [row for row in result.rows if row.speedup]
+    panels = 2 if timed else 1
     with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(
-            1, 2 if timed else 1, figsize=(10 if timed else 5, 4), squeeze=False
-        )
-        quality = axes[0][0]
-        for static, style in {True: "s--", False: "o"}.items():
-            rows = [row for row in result.rows if row.static == static]
-            label = "static pruning" if static else "carved"
-            x = [row.activation_ratio for row in rows]
-            quality.plot(x, [row.perplexity for row in rows], style, label=label)
-            for row in rows if not static else []:
-                place = (row.activation_ratio, row.perplexity)
-                quality.annotate(
-                    row.notation, place, (4, 4), textcoords="offset points", fontsize=7
-                )
-        quality.axhline(result.dense_perplexity, color="grey", linewidth=0.8, label="dense")
-        quality.set_ylabel("perplexity")
-        for name, label in SPEEDS.items() if timed else ():
-            rows = [row for row in timed if not row.static]
-            x = [row.activation_ratio for row in rows]
-            axes[0][1].plot(x, [row.speedup[name] for row in rows], "o", label=label)
+        figure, [axes] = pyplot.subplots(1, panels, figsize=(5 * panels, 4), squeeze=False)
+        plot_quality(axes[0], result)
         if timed:
-            axes[0][1].axhline(1, color="grey", linewidth=0.8, label="dense")
-            axes[0][1].set_ylabel("speed relative to dense")
-            axes[0][1].set_ylim(bottom=0)
-        for axis in axes[0]:
+            plot_speed(axes[1], timed)
+        for axis in axes:
             axis.set_xlabel("activation ratio: share of the FFN neurons that run")
             axis.set_xlim(0, 1)
             axis.legend()
@@ -364,3 +345,33 @@ def plot_sweep(result: Sweep, path: Path) -> None:
         figure.tight_layout()
         figure.savefig(path, dpi=150, metadata={"Software": None})
         pyplot.close(figure)
+
+
+def plot_quality(axis: Any, result: Sweep) -> None:
+    """Perplexity: carved models as points, static pruning and dense as lines."""
+    carved = [row for row in result.rows if not row.static]
+    static = [row for row in result.rows if row.static]
+    x, y = [row.activation_ratio for row in static], [row.perplexity for row in static]
+    axis.plot(x, y, "s--", label="static pruning")
+    x, y = [row.activation_ratio for row in carved], [row.perplexity for row in carved]
+    axis.plot(x, y, "o", label="carved")
+    for row in carved:
+        place = (row.activation_ratio, row.perplexity)
+        axis.annotate(row.notation, place, (6, 4), textcoords="offset points", fontsize=7)
+    axis.axhline(result.dense_perplexity, color="black", linewidth=1, label="dense")
+    axis.margins(y=0.1)
+    axis.set_ylabel("perplexity")
+
+
+def plot_speed(axis: Any, rows: list[Row]) -> None:
+    """Speed relative to dense: carved models as points, static pruning and dense as lines."""
+    for index, (name, label) in enumerate(SPEEDS.items()):
+        for static, style in {False: "o", True: "s--"}.items():
+            drawn = [row for row in rows if row.static == static]
+            x = [row.activation_ratio for row in drawn]
+            y = [row.speedup[name] for row in drawn]
+            what = f"{label}, static" if static else label
+            axis.plot(x, y, style, color=f"C{index}", markersize=5, label=what)
+    axis.axhline(1, color="black", linewidth=1, label="dense")
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("speed relative to dense")
