@@ -6,6 +6,7 @@ from .convert import Conversion, convert, resume
 from .demo import Demo, demo
 from .errors import CMoEError, RequestError
 from .evaluate import Evaluation, evaluate
+from .export import Export, export
 from .plan import Plan, plan
 from .recipe import RECIPES, Recipe
 from .recover import Recovery, recover, resume_recovery
@@ -22,6 +23,7 @@ __all__ = [
     "Conversion",
     "Demo",
     "Evaluation",
+    "Export",
     "Options",
     "Plan",
     "Recipe",
@@ -38,6 +40,7 @@ __all__ = [
     "demo",
     "evaluate",
     "evaluate_tasks",
+    "export",
     "plan",
     "recover",
     "report",

@@ -89,6 +89,16 @@ All settings, loads and losses are in `recovery.json`.
 """
 
 
+_NATIVE = """\
+## Stock architecture
+
+This repository is the carved model as `{architecture}`: it needs no remote code, neither
+`trust_remote_code=True` nor the two Python files. Its logits differ from those of the carved model
+by at most {difference:.2g} on random tokens.
+
+"""
+
+
 def recovered_card(card: str, report: dict[str, Any]) -> str:
     """The card of a carved repository after a recovery. `report` is the content of recovery.json.
 
@@ -119,6 +129,17 @@ def recovered_card(card: str, report: dict[str, Any]) -> str:
     parsed.data.eval_results = None  # type: ignore[attr-defined]
     card = without_figures(str(parsed)).replace(_UNTRAINED, _TRAINED)
     body, licence, rest = card.rpartition("## Licence")
+    return body + section + licence + rest if licence else f"{card.rstrip()}\n\n{section}"
+
+
+def native_card(card: str, architecture: str, difference: float) -> str:
+    """The card of a model exported to a stock architecture."""
+    parsed = ModelCard(card, ignore_metadata_errors=True)
+    parsed.data.eval_results = None  # type: ignore[attr-defined]
+    tags = getattr(parsed.data, "tags", None) or []
+    parsed.data.tags = [tag for tag in tags if tag != "custom_code"]  # type: ignore[attr-defined]
+    body, licence, rest = without_figures(str(parsed)).rpartition("## Licence")
+    section = _NATIVE.format(architecture=architecture, difference=difference)
     return body + section + licence + rest if licence else f"{card.rstrip()}\n\n{section}"
 
 

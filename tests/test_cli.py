@@ -20,7 +20,7 @@ def invoke(*arguments):
 def test_help_names_every_command():
     result = invoke("--help")
     assert result.exit_code == 0
-    commands = ("demo", "convert", "recover", "evaluate", "benchmark", "sweep", "report")
+    commands = ("demo", "convert", "recover", "evaluate", "benchmark", "sweep", "report", "export")
     for command in commands:
         assert command in result.stdout
 

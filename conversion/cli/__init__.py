@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from .make import convert_command, demo_command, recover_command
 from .measure import benchmark_command, evaluate_command
+from .share import export_command
 from .show import report_command, sweep_command
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "benchmark": benchmark_command,
     "sweep": sweep_command,
     "report": report_command,
+    "export": export_command,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `export`: the same function as a stock architecture, without remote code.
+
+A carved Llama with a linear router is a Qwen2-MoE with other numbers in it. What differs:
+
+* attention: Qwen2 has biases on q, k and v; they are zero.
+* shared expert: its output passes a gate sigmoid(x w). With w = 0 that is 1/2, and the down
+  projection is doubled.
+* routing weights: ours are 1, those of Qwen2-MoE are the softmax over the experts, renormalised
+  over the A chosen ones. With A = 1 that is exactly 1. With more, the router is scaled by a tiny
+  power of two, which leaves the order of the scores alone and makes every weight 1/A but for `TINY`
+  times the spread of the scores; the down projections of the experts are multiplied by A.
+
+Shape suffixes: T tokens, H hidden size, N routed experts, M neurons of an expert, Q = 2M.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen2MoeConfig
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from cmoe_hf import CMoELlamaConfig
+from cmoe_hf.modeling_cmoe import CMoERouter
+
+from .card import native_card
+from .checkpoint import LEGAL_FILES, WEIGHTS_INDEX, fetch_model, find_model, load_tokenizer
+from .errors import RequestError
+from .partial import PartialFolder
+from .routing import PINNED
+
+ARCHITECTURES = ("qwen2_moe",)
+TINY = 2.0**-13
+"""Scale of the router where more than one expert runs. A smaller one would round close scores of a
+float32 softmax to ties, a larger one would make the weights uneven."""
+COMPARED_TOKENS = 64
+NO_SHARED = 8
+"""Neurons, all zero, of the shared expert that Qwen2-MoE insists on, where there is none."""
+
+
+SAME_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_dropout",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_experts_per_tok",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "dtype",
+)
+"""Of the configuration; they mean the same in both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What was written; the keys of `cmoe export --json`."""
+
+    output: str
+    architecture: str
+    dtype: str
+    max_abs_logit_difference: float
+    """Between the logits of both models, in the precision of the checkpoint, on random tokens."""
+    routing_agreement: float
+    """Share of these tokens, over all layers, for which both choose the same experts."""
+
+
+def export(
+    model: str | Path,
+    output: str | Path,
+    *,
+    architecture: str = "qwen2_moe",
+    overwrite: bool = False,
+) -> Export:
+    """Write a carved model as a stock architecture that loads without remote code.
+
+    Args:
+        model: Folder or Hub id of a carved model with a linear router and no fine-tuned gates.
+        output: Folder to create.
+        architecture: `"qwen2_moe"`.
+        overwrite: Replace an existing model repository at `output`.
+
+    Raises:
+        RequestError: The architecture cannot represent the model; the message says why.
+        CMoEError: The model cannot be reached or is damaged.
+    """
+    if architecture not in ARCHITECTURES:
+        raise RequestError(
+            f"there is no export to {architecture!r}; choose one of {', '.join(ARCHITECTURES)}."
+        )
+    folder, name, commit = find_model(model)
+    config = AutoConfig.from_pretrained(folder)
+    check_config(config, name)
+    if commit is not None:
+        folder = fetch_model(name, commit)
+    shards = sorted(folder.glob("*.safetensors"))
+    check_gates(shards)
+    tokenizer = load_tokenizer(folder)
+    work = ExportFolder(output, overwrite=overwrite)
+    work.check(folder)
+    with ExportFolder.create(output, {"model": name}, overwrite=overwrite) as work:
+        write_shards(shards, config, work)
+        native_config(config).save_pretrained(work.folder)
+        tokenizer.save_pretrained(work.folder)
+        work.copy_from(folder, GENERATION_CONFIG_NAME, *LEGAL_FILES)
+        difference, agreement = compare(folder, work.folder, config)
+        result = Export(
+            output=str(work.output),
+            architecture=architecture,
+            dtype=str(config.dtype).removeprefix("torch."),
+            max_abs_logit_difference=difference,
+            routing_agreement=agreement,
+        )
+        card = folder / "README.md"
+        if card.is_file():
+            text = card.read_text(encoding="utf-8")
+            work.write_text("README.md", native_card(text, architecture, difference))
+    return result
+
+
+class ExportFolder(PartialFolder):
+    """An export's folder. It takes a minute or two: interrupted, it starts again."""
+
+    command = "export"
+    noun = "export"
+    finished = ""
+
+    def read_finished(self) -> None:
+        """There is nothing to take up."""
+
+
+def check_config(config: PreTrainedConfig, name: str) -> None:
+    """Raises `RequestError` for what the configuration alone forbids."""
+    if not isinstance(config, CMoELlamaConfig):
+        raise RequestError(f"{name} is a {config.model_type} model, not a carved Llama.")
+    reasons = []
+    if config.router_type != "linear":
+        reasons.append(
+            f"its router is {config.router_type}, products of neurons, where Qwen2-MoE has a "
+            "matrix: carve it with --change router=linear, which is the default"
+        )
+    if config.router_absolute_score:
+        reasons.append("its router takes absolute values")
+    if config.num_experts_per_tok == 0:
+        reasons.append("it does not route")
+    if reasons:
+        raise RequestError(f"{name} cannot be a Qwen2-MoE: {'; '.join(reasons)}.")
+
+
+def check_gates(shards: list[Path]) -> None:
+    """Raises `RequestError` for gate scales, balance biases or attention biases of the output."""
+    found: dict[str, int] = {}
+    for name, tensor in read_tensors(shards, "mlp.gate.scale", "mlp.gate.balance_bias"):
+        kind = name.rpartition(".")[2]
+        if kind == "balance_bias" and (tensor > PINNED).any():
+            kind = "pinned experts (--budget)"
+        if tensor.any():
+            found[kind] = found.get(kind, 0) + 1
+    for _, tensor in read_tensors(shards, "o_proj.bias"):
+        if tensor.any():
+            found["attention output biases"] = found.get("attention output biases", 0) + 1
+    if found:
+        listed = ", ".join(f"{kind} in {layers} layers" for kind, layers in found.items())
+        raise RequestError(
+            f"the model has {listed}: Qwen2-MoE has no place for them. Export a model as carved "
+            "with --shared and --active, or recover it with --router-learning-rate 0 and "
+            "--bias-speed 0."
+        )
+
+
+def read_tensors(shards: list[Path], *suffixes: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors whose names end so."""
+    for path in shards:
+        with safe_open(path, framework="pt", backend="pread") as shard:
+            for name in shard.keys():  # noqa: SIM118 - not a dict, cannot be iterated
+                if name.endswith(suffixes):
+                    yield name, shard.get_tensor(name)
+
+
+def native_config(config: CMoELlamaConfig) -> Qwen2MoeConfig:
+    """The configuration of the same model as a Qwen2-MoE."""
+    same: dict[str, Any] = {name: getattr(config, name) for name in SAME_FIELDS}
+    return Qwen2MoeConfig(
+        **same,
+        shared_expert_intermediate_size=config.shared_expert_intermediate_size or NO_SHARED,
+        norm_topk_prob=True,
+        architectures=["Qwen2MoeForCausalLM"],
+    )
+
+
+def write_shards(shards: list[Path], config: CMoELlamaConfig, work: ExportFolder) -> None:
+    """Rename and scale all tensors, one shard in memory at a time."""
+    where: dict[str, str] = {}
+    size = 0
+    for path in tqdm(shards, desc="exporting", unit="shard", disable=None):
+        tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in read_tensors([path], ""):
+            tensors.update(native_tensors(name, tensor, config))
+        save = partial(save_file, tensors, metadata={"format": "pt"})
+        work.replace(work.folder / path.name, save)
+        where |= dict.fromkeys(tensors, path.name)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+        work.write_json(WEIGHTS_INDEX, index)
+
+
+def native_tensors(
+    name: str, tensor: torch.Tensor, config: CMoELlamaConfig
+) -> dict[str, torch.Tensor]:
+    """What a tensor of a carved Llama becomes, by the names that Qwen2-MoE has on the Hub."""
+    block, _, part = name.rpartition("mlp.")
+    block += "mlp."
+    active = config.num_experts_per_tok
+    if part in ("gate.scale", "gate.balance_bias") or name.endswith("o_proj.bias"):
+        return {}
+    if part == "gate.linear_weight":
+        found = {f"{block}gate.weight": tensor * (1 if active == 1 else TINY)}
+        hidden = config.hidden_size
+        found[f"{block}shared_expert_gate.weight"] = tensor.new_zeros(1, hidden)
+        if config.shared_expert_intermediate_size == 0:
+            for projection, shape in {
+                "gate_proj": (NO_SHARED, hidden),
+                "up_proj": (NO_SHARED, hidden),
+                "down_proj": (hidden, NO_SHARED),
+            }.items():
+                found[f"{block}shared_expert.{projection}.weight"] = tensor.new_zeros(shape)
+        return found
+    if part == "experts.gate_up_proj":
+        found = {}
+        for expert, gate_up_QH in enumerate(tensor):
+            gate_MH, up_MH = gate_up_QH.chunk(2)
+            found[f"{block}experts.{expert}.gate_proj.weight"] = gate_MH.contiguous()
+            found[f"{block}experts.{expert}.up_proj.weight"] = up_MH.contiguous()
+        return found
+    if part == "experts.down_proj":
+        return {
+            f"{block}experts.{expert}.down_proj.weight": down_HM * active
+            for expert, down_HM in enumerate(tensor)
+        }
+    if part == "shared_expert.down_proj.weight":
+        return {name: tensor * 2}
+    if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+        bias = {} if config.attention_bias else {"bias": tensor.new_zeros(len(tensor))}
+        return {name: tensor} | {name.removesuffix("weight") + key: bias[key] for key in bias}
+    return {name: tensor}
+
+
+@torch.no_grad()
+def compare(carved: Path, native: Path, config: CMoELlamaConfig) -> tuple[float, float]:
+    """Precision, largest difference of the logits, and agreement of the routers."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (1, COMPARED_TOKENS), generator=generator)
+    logits, choices = [], []
+    for folder in (carved, native):  # one model in memory at a time
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype).eval()
+        chosen: list[torch.Tensor] = []
+
+        def record(gate: nn.Module, inputs: Any, output: Any, kept: list = chosen) -> None:
+            kept.append(output[2].sort().values)
+
+        for module in loaded.modules():
+            if isinstance(module, CMoERouter | Qwen2MoeTopKRouter):
+                module.register_forward_hook(record)
+        logits.append(loaded(ids, use_cache=False).logits.float())
+        choices.append(torch.cat(chosen))
+        del loaded
+    same_T = (choices[0] == choices[1]).all(dim=1)
+    return (logits[0] - logits[1]).abs().max().item(), same_T.double().mean().item()

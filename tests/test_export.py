@@ -1,0 +1,135 @@
+"""Export to a stock architecture: the same function, loaded without a line of ours."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from refusal import refused
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen2MoeForCausalLM
+from typer.testing import CliRunner
+
+from cmoe_hf.conversion import RequestError, export
+from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.demo import CALIBRATION
+
+LOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+AutoTokenizer.from_pretrained(sys.argv[1])
+assert not any(name.startswith("cmoe_hf") for name in sys.modules)
+torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
+"""
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+
+
+@pytest.mark.parametrize("notation", [(1, 1, 8), (3, 3, 8), (0, 2, 8), (2, 6, 8)])
+@pytest.mark.parametrize("family", ["llama-2", "llama-3"])
+def test_the_logits_are_the_same(make_dense, carve, token_ids, tmp_path, notation, family):
+    carved = carve(make_dense(family), notation)
+    result = export(carved, tmp_path / "native")
+    native = load(tmp_path / "native")
+    assert type(native) is Qwen2MoeForCausalLM
+    with torch.no_grad():
+        expected, got = load(carved)(token_ids).logits, native(token_ids).logits
+    # With one active expert its weight is exactly 1; otherwise 1/A but for the scale of the router.
+    tolerance = 1e-5 if notation[1] == 1 else 2e-3
+    scale = expected.abs().max().item()
+    assert (got - expected).abs().max().item() <= tolerance * scale
+    assert result.max_abs_logit_difference <= tolerance * scale
+    assert result.routing_agreement == 1
+
+
+def test_it_generates_the_same_text(embedded, carve, tmp_path):
+    carved = carve(embedded, (1, 1, 8), samples=8, sequence_length=128, dtype="float32")
+    export(carved, tmp_path / "native")
+    prompt = torch.tensor([[5, 17, 300]])
+    texts = [
+        load(folder).generate(prompt, max_new_tokens=100, do_sample=False)
+        for folder in (carved, tmp_path / "native")
+    ]
+    assert torch.equal(*texts)
+
+
+def test_it_loads_in_a_process_without_this_package(carved, token_ids, tmp_path):
+    export(carved, tmp_path / "native")
+    assert not list((tmp_path / "native").glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "native" / "config.json").read_text())
+    torch.save(token_ids, tmp_path / "ids.pt")
+    arguments = [tmp_path / "native", tmp_path / "ids.pt", tmp_path / "logits.pt"]
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = load(tmp_path / "native")(token_ids).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
+
+
+def test_the_card_no_longer_speaks_of_remote_code(carved, tmp_path):
+    export(carved, tmp_path / "native")
+    card = (tmp_path / "native" / "README.md").read_text()
+    assert "custom_code" not in card.split("---")[1]
+    assert "## Stock architecture" in card and card.index("## Stock") < card.index("## Licence")
+
+
+def change(folder, suffix, value, tmp_path):
+    """A copy of a carved model with one tensor of each layer set."""
+    copy = tmp_path / "changed"
+    copy.mkdir()
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors":
+            (copy / path.name).write_bytes(path.read_bytes())
+            continue
+        tensors = load_file(path)
+        for name in tensors:
+            if name.endswith(suffix):
+                tensors[name][0] = value
+        save_file(tensors, copy / path.name, metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("suffix", "value", "phrase"),
+    [
+        ("mlp.gate.scale", 0.1, "scale in 2 layers"),
+        ("mlp.gate.balance_bias", 0.1, "balance_bias in 2 layers"),
+        ("mlp.gate.balance_bias", 2.0, "pinned experts (--budget) in 2 layers"),
+    ],
+)
+def test_gates_that_learned_are_refused(carved, tmp_path, suffix, value, phrase):
+    changed = change(carved, suffix, value, tmp_path)
+    with pytest.raises(RequestError) as refusal:
+        export(changed, tmp_path / "native")
+    assert phrase in str(refusal.value)
+    assert not (tmp_path / "native").exists()
+
+
+def test_bad_requests(carved, dense, carve, tmp_path):
+    def invoke(model, *arguments):
+        command = ["export", model, tmp_path / "out", *arguments]
+        return CliRunner().invoke(app, [str(argument) for argument in command])
+
+    few = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}
+    refused(invoke(carve(dense, recipe="paper", **few)), 2, "its router is representative")
+    refused(invoke(carve(dense, recipe="released", **few)), 2, "absolute values")
+    refused(invoke(carve(dense, (4, 0, 8))), 2, "does not route")
+    refused(invoke(dense), 2, "not a carved Llama")
+    refused(invoke(carved, "--architecture", "mixtral"), 2, "no export to 'mixtral'")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    refused(invoke(carved), 2, "out exists already")
+
+
+def test_json_has_the_promised_keys(carved, tmp_path):
+    arguments = ["export", str(carved), str(tmp_path / "out"), "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert {"output", "architecture", "max_abs_logit_difference"} <= printed.keys()
