@@ -5,7 +5,6 @@ Dense and carved run in turn, in one process, on the same inputs. Shape suffixes
 L tokens of each, T tokens, H hidden size, K active experts.
 """
 
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from .calibration import load_text, tokenize
 from .device import DTYPES, check_dtype, device_name, find_device, versions
 from .errors import RequestError
 from .evaluate import load_model
+from .figures import check_drawing
 from .roofline import Work, ffn_work, measure_rates, model_work, synchronize
 from .routing import sparse_blocks
 from .settings import Settings
@@ -447,8 +447,7 @@ LABELS = {"ffn": "FFN block", "prefill": "prefill", "decode": "decoding"}
 
 def check_plot(path: str | Path) -> None:
     """Raises `RequestError` if nothing could be drawn into this file."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError("a plot needs matplotlib: pip install 'cmoe-hf[report]'.")
+    check_drawing("a plot")
     path = Path(path)
     if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
         raise RequestError(f"cannot draw into {path}: give a .png, .svg or .pdf in a folder.")

@@ -104,13 +104,7 @@ def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Co
                     f"{value!r} now. Leave it out, or start again with --overwrite."
                 )
         prepared = prepare(job)
-        for name, value in fingerprint(prepared).items():
-            if value != work.settings[name]:
-                raise RequestError(
-                    f"{name.replace('_', ' ')} has changed since this conversion started (it was "
-                    f"{work.settings[name]}, it is {value}). Restore it, or start again with "
-                    "--overwrite."
-                )
+        work.check_unchanged(fingerprint(prepared))
         threads = torch.get_num_threads()
         torch.set_num_threads(work.settings["threads"])  # their number changes the last bits
         try:

@@ -35,10 +35,10 @@ SMALL_MULTIPLES = 6
 Data = dict[str, Any]
 
 
-def check_drawing() -> None:
-    """Raises `RequestError` if figures cannot be drawn."""
+def check_drawing(what: str) -> None:
+    """Raises `RequestError` if `what`, for example "a report", cannot be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError("a report needs matplotlib: pip install 'cmoe-hf[report]'.")
+        raise RequestError(f"{what} needs matplotlib: pip install 'cmoe-hf[report]'.")
 
 
 def draw_figures(data: Data, folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
@@ -146,6 +146,16 @@ class PartialFolder:
             raise
         work.log(f"resumed; {work.finished or 'nothing finished yet'}")
         return work
+
+    def check_unchanged(self, found: Mapping[str, Any]) -> None:
+        """Raises `RequestError` if one of these is not what the settings say."""
+        for name, value in found.items():
+            if value != self.settings[name]:
+                raise RequestError(
+                    f"{name.replace('_', ' ')} has changed since this {self.noun} started (it was "
+                    f"{self.settings[name]}, it is {value}). Restore it, or start again with "
+                    "--overwrite."
+                )
 
     def _acquire(self, *, make: bool) -> None:
         try:

@@ -173,13 +173,7 @@ def resume_recovery(output: str | Path) -> Recovery:
     with opened(output, None, overwrite=False) as work:
         request, tuning = Request(**work.settings["request"]), Tuning(**work.settings["tuning"])
         ready = prepare(request, tuning)
-        for name, value in fingerprint(ready).items():
-            if value != work.settings[name]:
-                raise RequestError(
-                    f"{name.replace('_', ' ')} has changed since this recovery started (it was "
-                    f"{work.settings[name]}, it is {value}). Restore it, or start again with "
-                    "--overwrite."
-                )
+        work.check_unchanged(fingerprint(ready))
         return run(request, tuning, ready, work)
 
 

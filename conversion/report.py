@@ -90,7 +90,7 @@ def report(
         RequestError: The request cannot be satisfied; nothing was written.
         CMoEError: A model or text cannot be reached, yields NaN, or the page cannot be written.
     """
-    check_drawing()
+    check_drawing("a report")
     check_dtype(dtype)
     where = find_device(device)
     if windows < 1:

@@ -128,7 +128,7 @@ def sweep(
         dtype=dtype,
         device=device,
     )
-    check_drawing()
+    check_drawing("a sweep")
     where = device_name(find_device(device))
     source = open_source(model)
     shapes = with_static([shape_of(notation, recipe) for notation in grid])

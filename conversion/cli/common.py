@@ -31,6 +31,9 @@ Change = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
 ]
+SequenceLength = Annotated[
+    int | None, typer.Option(help="Tokens per window; default 2,048 or the model's context.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
 
 

@@ -29,6 +29,7 @@ from .common import (
     Overwrite,
     Recipe,
     Revision,
+    SequenceLength,
     Shared,
     TrustRemoteCode,
     agreement,
@@ -117,9 +118,7 @@ def convert_command(
     samples: Annotated[
         int | None, typer.Option(help="Calibration windows; default 16,384 tokens' worth.")
     ] = None,
-    sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens per window; default 2,048 or the model's context.")
-    ] = None,
+    sequence_length: SequenceLength = None,
     k_act: Annotated[int, typer.Option(help="Neurons marked per token (K_a).")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of the windows' offsets.")] = 0,
     change: Change = None,
@@ -250,9 +249,7 @@ def recover_command(
         str | None, typer.Option(help="The dense model: tune it by the same recipe and compare.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Training windows.")] = _TUNING.samples,
-    sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens per window; default 2,048 or the model's context.")
-    ] = None,
+    sequence_length: SequenceLength = None,
     epochs: Annotated[float, typer.Option(help="Passes over the windows.")] = _TUNING.epochs,
     batch_size: Annotated[
         int, typer.Option(help="Windows of one optimiser step, over all processes.")

@@ -22,6 +22,7 @@ from .common import (
     Device,
     Experts,
     Json,
+    SequenceLength,
     Shared,
     TrustRemoteCode,
     agreement,
@@ -43,9 +44,7 @@ def evaluate_command(
     text: Annotated[
         str, typer.Option(help="Text file, wikitext2, c4 or a Hub data set.")
     ] = "wikitext2",
-    sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens per window; default 2,048 or the model's context.")
-    ] = None,
+    sequence_length: SequenceLength = None,
     router: Annotated[
         str, typer.Option(help=f"Who routes: {', '.join(ROUTERS)}; own is the model's router.")
     ] = "own",

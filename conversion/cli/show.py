@@ -16,6 +16,7 @@ from .common import (
     Device,
     Json,
     Recipe,
+    SequenceLength,
     TrustRemoteCode,
     print_result,
     reporting,
@@ -28,9 +29,7 @@ def report_command(
     text: Annotated[
         str, typer.Option(help="Text file, wikitext2, c4 or a Hub data set to watch it on.")
     ] = "wikitext2",
-    sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens per window; default 2,048 or the model's context.")
-    ] = None,
+    sequence_length: SequenceLength = None,
     windows: Annotated[int, typer.Option(help="Windows of the text, from its beginning.")] = 16,
     sample: Annotated[
         str | None, typer.Option(help="A sentence to follow through the experts.")
@@ -87,9 +86,7 @@ def sweep_command(
         int | None, typer.Option(help="Calibration windows; default 16,384 tokens' worth.")
     ] = None,
     text: Annotated[str, typer.Option(help="Text to measure perplexity on.")] = "wikitext2",
-    sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens per window; default 2,048 or the model's context.")
-    ] = None,
+    sequence_length: SequenceLength = None,
     seed: Annotated[int, typer.Option(help="Seed of the calibration windows' offsets.")] = 0,
     rounds: Annotated[
         int, typer.Option(help="Timed runs of each point, dense and carved in turn; 0 for none.")
