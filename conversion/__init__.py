@@ -8,6 +8,7 @@ from .errors import CMoEError, RequestError
 from .evaluate import Evaluation, evaluate
 from .export import Export, export
 from .plan import Plan, plan
+from .publish import Publication, publish
 from .recipe import RECIPES, Recipe
 from .recover import Recovery, recover, resume_recovery
 from .report import Report, report
@@ -26,6 +27,7 @@ __all__ = [
     "Export",
     "Options",
     "Plan",
+    "Publication",
     "Recipe",
     "Recovery",
     "Report",
@@ -42,6 +44,7 @@ __all__ = [
     "evaluate_tasks",
     "export",
     "plan",
+    "publish",
     "recover",
     "report",
     "resume",

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card of a carved repository."""
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -27,8 +29,7 @@ model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(repo)
 ```
 
-`trust_remote_code=True` runs the two Python files of this repository. With `pip install cmoe-hf`
-and `import cmoe_hf` it is not needed.
+{code}
 
 ## How it was made
 
@@ -67,9 +68,18 @@ on held-out calibration tokens."""
 _REFITTED = " Their down projections were\nrefitted to the calibration text by least squares."
 
 
-FIGURES_BEGIN, FIGURES_END = "<!-- cmoe report: begin -->", "<!-- cmoe report: end -->"
-"""Around the section of figures: a later report replaces it."""
+_CODE = """\
+`trust_remote_code=True` runs the two Python files of this repository. They use no network, no files
+and no other process. With `pip install cmoe-hf` and `import cmoe_hf` it is not needed.
 
+| file | SHA-256 |
+|---|---|
+{rows}"""
+
+FIGURES, CODE = "cmoe report", "remote code"
+"""Sections that can be replaced: comments around them bear these names."""
+
+_NO_LICENCE = "The source states no licence; its terms, whatever they are, apply to this model."
 _UNTRAINED = "No gradient\ndescent was used."
 _TRAINED = "Afterwards the\nmodel was [fine-tuned](#recovery)."
 
@@ -99,8 +109,9 @@ by at most {difference:.2g} on random tokens.
 """
 
 
-def recovered_card(card: str, report: dict[str, Any]) -> str:
-    """The card of a carved repository after a recovery. `report` is the content of recovery.json.
+def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -> str:
+    """The card of a carved repository after a recovery. `report` is the content of recovery.json
+    and `code` the hashes of the Python files.
 
     Expects a card by `model_card`; in another one, the section is added at the end. Results and
     figures of the model before are left out.
@@ -127,7 +138,9 @@ def recovered_card(card: str, report: dict[str, Any]) -> str:
     )
     parsed = ModelCard(card, ignore_metadata_errors=True)
     parsed.data.eval_results = None  # type: ignore[attr-defined]
-    card = without_figures(str(parsed)).replace(_UNTRAINED, _TRAINED)
+    card = without_section(str(parsed), FIGURES).replace(_UNTRAINED, _TRAINED)
+    if marked(CODE)[0] in card:
+        card = with_section(card, CODE, code_section(code))
     body, licence, rest = card.rpartition("## Licence")
     return body + section + licence + rest if licence else f"{card.rstrip()}\n\n{section}"
 
@@ -138,30 +151,64 @@ def native_card(card: str, architecture: str, difference: float) -> str:
     parsed.data.eval_results = None  # type: ignore[attr-defined]
     tags = getattr(parsed.data, "tags", None) or []
     parsed.data.tags = [tag for tag in tags if tag != "custom_code"]  # type: ignore[attr-defined]
-    body, licence, rest = without_figures(str(parsed)).rpartition("## Licence")
+    card = without_section(without_section(str(parsed), FIGURES), CODE)
+    card = card.replace(", trust_remote_code=True", "")
+    body, licence, rest = card.rpartition("## Licence")
     section = _NATIVE.format(architecture=architecture, difference=difference)
     return body + section + licence + rest if licence else f"{card.rstrip()}\n\n{section}"
 
 
-def with_figures(card: str, section: str) -> str:
-    """The card with this section of figures, in place of an older one or at the end."""
-    before, begin, rest = card.partition(FIGURES_BEGIN)
-    _, end, after = rest.partition(FIGURES_END)
-    section = f"{FIGURES_BEGIN}\n\n{section}\n\n{FIGURES_END}"
-    if begin and end:
+def marked(name: str) -> tuple[str, str]:
+    """The comments around a section that can be replaced."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def with_section(card: str, name: str, section: str) -> str:
+    """The card with this section, in place of an older one or at the end."""
+    begin, end = marked(name)
+    before, found, rest = card.partition(begin)
+    _, closed, after = rest.partition(end)
+    section = f"{begin}\n\n{section}\n\n{end}"
+    if found and closed:
         return before + section + after
     return card.rstrip("\n") + "\n\n" + section + "\n"
 
 
-def without_figures(card: str) -> str:
-    """The card without the section of figures."""
-    before, begin, rest = card.partition(FIGURES_BEGIN)
-    _, end, after = rest.partition(FIGURES_END)
-    return before.rstrip("\n") + "\n" + after if begin and end else card
+def without_section(card: str, name: str) -> str:
+    """The card without this section."""
+    begin, end = marked(name)
+    before, found, rest = card.partition(begin)
+    _, closed, after = rest.partition(end)
+    return before.rstrip("\n") + "\n" + after if found and closed else card
 
 
-def model_card(source: Source, config: CMoELlamaConfig, report: dict[str, Any]) -> str:
-    """Text of README.md: metadata block and body. `report` is the content of conversion.json."""
+def code_section(code: Mapping[str, str]) -> str:
+    """What the Python files are, and their hashes."""
+    return _CODE.format(rows="\n".join(f"| `{name}` | `{code[name]}` |" for name in code))
+
+
+def stated_hashes(card: str) -> dict[str, str]:
+    """File name to the SHA-256 that a card states for it."""
+    return dict(re.findall(r"^\| `([^`]+)` \| `([0-9a-f]{64})` \|$", card, flags=re.MULTILINE))
+
+
+def stated(card: str, *, licence: str | None, base_model: str | None) -> str:
+    """The card with what the publisher knows and the source's folder did not say."""
+    parsed = ModelCard(card, ignore_metadata_errors=True)
+    if base_model is not None:
+        parsed.data.base_model = base_model  # type: ignore[attr-defined]
+    text = str(parsed)
+    if licence is not None:
+        parsed.data.license = licence  # type: ignore[attr-defined]
+        text = str(parsed).replace(_NO_LICENCE, f"As stated by the publisher: `{licence}`.")
+    return text
+
+
+def model_card(
+    source: Source, config: CMoELlamaConfig, report: dict[str, Any], code: Mapping[str, str]
+) -> str:
+    """Text of README.md: metadata block and body. `report` is the content of conversion.json and
+    `code` the hashes of the Python files."""
     licence = source.licence
     data = ModelCardData(
         base_model=source.name,
@@ -171,6 +218,7 @@ def model_card(source: Source, config: CMoELlamaConfig, report: dict[str, Any]) 
         **licence,  # type: ignore[arg-type]
     )
     return f"---\n{data.to_yaml()}\n---\n\n" + _BODY.format(
+        code=with_section("", CODE, code_section(code)).strip(),
         **_shape(config),
         **_provenance(source, report),
         rows="\n".join(_row(index, layer) for index, layer in enumerate(report["layers"])),
@@ -225,6 +273,6 @@ def _row(index: int, layer: dict[str, Any]) -> str:
 
 def _licence_sentence(licence: dict[str, str]) -> str:
     if not licence:
-        return "The source states no licence; its terms, whatever they are, apply to this model."
+        return _NO_LICENCE
     name = licence.get("license_name") or licence["license"]
     return f"As the source: `{name}`."

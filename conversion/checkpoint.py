@@ -205,14 +205,14 @@ def open_source(model: str | Path, *, revision: str | None = None) -> Source:
     tensor has the shape that the configuration asks for, none is missing or unknown.
     """
     folder, name, commit = find_model(model, revision=revision)
-    architecture = find_architecture(_read_json(folder / "config.json"))
+    architecture = find_architecture(read_json(folder / "config.json"))
     if commit is not None:
         folder = fetch_model(name, revision)
     try:
         config = architecture.dense_config.from_pretrained(folder)
     except Exception as error:  # the library raises whatever its validators raise
         raise RequestError(f"config.json of {name} is not usable: {error}") from error
-    shapes = _stored_shapes(folder)
+    shapes = stored_shapes(folder)
     files = {tensor: path for tensor, (path, _) in shapes.items()}
     for tensor in _check_tensors(architecture, config, shapes):
         del files[tensor]
@@ -220,7 +220,7 @@ def open_source(model: str | Path, *, revision: str | None = None) -> Source:
     return Source(folder, name, commit, architecture, config, files, sizes)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of the source. Raises `RequestError` if it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -233,11 +233,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _stored_shapes(folder: Path) -> dict[str, tuple[Path, list[int]]]:
+def stored_shapes(folder: Path) -> dict[str, tuple[Path, list[int]]]:
     """Shard and shape of every tensor, from the shards' headers."""
     index = folder / WEIGHTS_INDEX
     if index.is_file():
-        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
     else:
         shards = ["model.safetensors"]
     shapes: dict[str, tuple[Path, list[int]]] = {}

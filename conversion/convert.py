@@ -175,7 +175,7 @@ def carve(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
 
 def complete(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
     """Write everything beside the weights."""
-    write_loading_files(work, prepared)
+    code = write_loading_files(work, prepared)
     result = Conversion(
         output=str(work.output),
         notation=job.settings.notation,
@@ -187,22 +187,27 @@ def complete(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
     )
     report = conversion_report(job, prepared, result, work.figures)
     work.write_json("conversion.json", report)
-    work.write_text("README.md", model_card(prepared.source, prepared.config, report))
+    card = model_card(prepared.source, prepared.config, report, code)
+    work.write_text("README.md", card)
     return result
 
 
-def write_loading_files(work: WorkFolder, prepared: Prepared) -> None:
-    """Everything beside the weights that a loader needs, and the source's legal files."""
+def write_loading_files(work: WorkFolder, prepared: Prepared) -> dict[str, str]:
+    """Everything beside the weights that a loader needs, and the source's legal files.
+
+    Returns the hashes of the Python files.
+    """
     source = prepared.source
     work.write_index()
     prepared.config.save_pretrained(work.folder)
-    work.copy_code()
+    code = work.copy_code()
     prepared.tokenizer.save_pretrained(work.folder)
     if (source.folder / GENERATION_CONFIG_NAME).is_file():
         work.copy_from(source.folder, GENERATION_CONFIG_NAME)
     else:
         GenerationConfig.from_model_config(source.config).save_pretrained(work.folder)
     work.copy_from(source.folder, *LEGAL_FILES)
+    return code
 
 
 def summary(layers: list[dict[str, Any]]) -> dict[str, float]:

@@ -223,8 +223,8 @@ def hidden_values(block: CMoESparseMoeBlock, x_TH: torch.Tensor) -> torch.Tensor
     parts = []
     if shared is not None:
         parts.append(shared.act_fn(shared.gate_proj(x_TH)) * shared.up_proj(x_TH))
-    for gate_up_QH in experts.gate_up_proj:
-        gate_TM, up_TM = F.linear(x_TH, gate_up_QH).chunk(2, dim=1)
+    for expert in range(experts.num_experts):  # quantised weights cannot be iterated
+        gate_TM, up_TM = F.linear(x_TH, experts.gate_up_proj[expert]).chunk(2, dim=1)
         parts.append(experts.act_fn(gate_TM) * up_TM)
     return torch.cat(parts, dim=1).float()
 

@@ -226,11 +226,15 @@ class PartialFolder:
         """Write one text file of the repository."""
         self.replace(self.folder / name, text)
 
-    def copy_code(self) -> None:
-        """Copy the two Python files that make the repository loadable without this package."""
+    def copy_code(self) -> dict[str, str]:
+        """Copy the two Python files that make the repository loadable without this package.
+
+        Returns their names and SHA-256 hashes.
+        """
         here = Path(cmoe_hf.__file__).parent
         for name in REMOTE_CODE:
             shutil.copyfile(here / name, self.folder / name)
+        return {name: sha256_of(self.folder / name) for name in REMOTE_CODE}
 
     def copy_from(self, source: Path, *patterns: str) -> None:
         """Copy the source's files that match any pattern, contents unchanged."""

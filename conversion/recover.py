@@ -34,7 +34,7 @@ from .evaluate import load_model, perplexity
 from .partial import SETTINGS, PartialFolder, as_json, sha256_of
 from .routing import active_routers, count_loads, imbalance, is_biased, without_bias
 from .settings import absolute
-from .tuning import Tuning, check_peft, last_checkpoint, tune
+from .tuning import Tuning, check_peft, check_sharding, last_checkpoint, tune
 
 STAGES = "stages.json"
 LEAST_TEXT = 0.25
@@ -180,6 +180,7 @@ def resume_recovery(output: str | Path) -> Recovery:
 def prepare(request: Request, tuning: Tuning) -> Ready:
     """Check all that can be checked without the weights. Raises `RequestError`."""
     check_peft()
+    check_sharding()
     check_dtype(request.dtype)
     if request.dtype == "float16":
         raise RequestError("float16 overflows in training: choose bfloat16 or float32.")
@@ -432,7 +433,7 @@ def complete(
     request: Request, tuning: Tuning, ready: Ready, work: RecoveryFolder, result: Recovery
 ) -> None:
     """Write everything beside the weights."""
-    work.copy_code()
+    code = work.copy_code()
     ready.tokenizer.save_pretrained(work.folder)
     work.copy_from(ready.folder, GENERATION_CONFIG_NAME, "conversion.json", *LEGAL_FILES)
     figures = asdict(result)
@@ -453,4 +454,5 @@ def complete(
     work.write_json("recovery.json", report)
     card = ready.folder / "README.md"
     if card.is_file():
-        work.write_text("README.md", recovered_card(card.read_text(encoding="utf-8"), report))
+        text = card.read_text(encoding="utf-8")
+        work.write_text("README.md", recovered_card(text, report, code))

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .benchmark import name_of
 from .calibration import consecutive_windows, load_text, tokenize
-from .card import with_figures
+from .card import FIGURES, with_section
 from .checkpoint import fetch_model, find_model
 from .device import check_dtype, find_device, versions
 from .errors import CMoEError, RequestError
@@ -300,7 +300,7 @@ def show_in_card(card: Path, figures: list[str], measured: dict[str, Any]) -> No
     told = f"On {measured['tokens']:,} tokens of `{measured['text']}`; all figures are in "
     told += "[report/index.html](report/index.html)."
     with open(card, encoding="utf-8", newline="") as file:  # line ends stay as they are
-        text = with_figures(file.read(), "\n\n".join(["## Figures", told, *images]))
+        text = with_section(file.read(), FIGURES, "\n\n".join(["## Figures", told, *images]))
     new = card.with_name(card.name + ".new")
     try:
         new.write_text(text, encoding="utf-8", newline="")

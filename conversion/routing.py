@@ -126,7 +126,7 @@ def replace_router(block: CMoESparseMoeBlock, router: str, seed: int) -> Iterato
 def routed_mass(block: CMoESparseMoeBlock, x_TH: torch.Tensor) -> torch.Tensor:
     """Sum of |h| of every routed expert for every token, (T, N): all of them are computed."""
     masses = []
-    for gate_up_QH in block.experts.gate_up_proj:
-        gate_TM, up_TM = F.linear(x_TH, gate_up_QH).chunk(2, dim=1)
+    for expert in range(block.experts.num_experts):  # quantised weights cannot be iterated
+        gate_TM, up_TM = F.linear(x_TH, block.experts.gate_up_proj[expert]).chunk(2, dim=1)
         masses.append((block.experts.act_fn(gate_TM) * up_TM).abs().float().sum(dim=1))
     return torch.stack(masses, dim=1)

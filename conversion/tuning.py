@@ -4,9 +4,11 @@
 Shape suffixes: W windows, L tokens of one window, T tokens, V vocabulary, N routed experts.
 """
 
+import copy
 import importlib.util
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from typing import Any
 import accelerate
 import torch
 import torch.nn.functional as F
+from accelerate.utils import parse_flag_from_env
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
@@ -114,6 +118,21 @@ def check_peft() -> None:
         )
 
 
+def check_sharding() -> None:
+    """Refuse a launch that shards the model in a way that cannot be trained.
+
+    Raises:
+        RequestError: FSDP1 flattens trained and frozen parameters into one. The loading that spares
+            memory leaves all processes but the first without weights, and knows no buffers.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise RequestError("this is FSDP version 1: LoRA needs `fsdp_version: 2`.")
+    if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise RequestError("FSDP needs `fsdp_cpu_ram_efficient_loading: false` here.")
+
+
 def tune(
     model: PreTrainedModel,
     windows_WL: torch.Tensor,
@@ -169,17 +188,41 @@ def tune(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # no nn.DataParallel: `accelerate launch` splits
     trainer = LoRATrainer(adapted, arguments, windows_WL, tuning, teacher)
+    empty = without_data(adapted) if trainer.is_fsdp_enabled else None
     trainer.add_callback(Progress(description))
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     except OSError as error:
         raise CMoEError(f"cannot write a checkpoint: {error}.") from error
     losses = [row for row in trainer.state.log_history if "loss" in row]
-    merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().to(dtype).eval()
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if empty is not None:
+        trained = gathered(trained, empty)
+    merged = trained.merge_and_unload().to(dtype).eval()
     for module in merged.modules():
         if isinstance(module, CMoERouter):
             module.balance_bias = module.balance_bias.float()
     return merged, [{"step": row["step"], "loss": row["loss"]} for row in losses]
+
+
+def without_data(model: nn.Module) -> nn.Module:
+    """A copy with the parameters on the meta device: they have shapes and types only."""
+    empty = {
+        id(parameter): nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, empty)
+
+
+def gathered(sharded: nn.Module, empty: nn.Module) -> nn.Module:
+    """The whole model on every process, from one of which each process holds a part (FSDP2).
+
+    The sharded one cannot become whole again in place: its layers go on splitting themselves.
+    """
+    options = StateDictOptions(full_state_dict=True)
+    empty.load_state_dict(get_model_state_dict(sharded, options=options), assign=True)
+    empty.tie_weights()  # type: ignore[operator]
+    return empty
 
 
 def with_adapters(model: PreTrainedModel, tuning: Tuning) -> nn.Module:

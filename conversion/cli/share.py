@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..export import ARCHITECTURES, export
+from ..publish import publish
 from .common import Debug, Json, Overwrite, print_result, reporting, table_of
 
 
@@ -30,3 +31,55 @@ def export_command(
         "tokens routed alike": f"{result.routing_agreement:.2%}",
     }
     print_result(result, as_json, lambda: table_of(f"exported to {result.architecture}", rows))
+
+
+def publish_command(
+    out: Annotated[Path, typer.Argument(help="Folder of a carved, recovered or exported model.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="Create the repository public, not private.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to upload to, or refs/pr/N; default main.")
+    ] = None,
+    pull_request: Annotated[
+        bool, typer.Option("--pr", help="Open a draft pull request instead.")
+    ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Delete files of another model in the repository.")
+    ] = False,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="Licence for the card, for example llama2.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the dense model, for the card.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, send nothing.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a model to the Hub, checked before and compared afterwards."""
+    with reporting(debug):
+        result = publish(
+            out,
+            repository,
+            public=public,
+            revision=revision,
+            pull_request=pull_request,
+            replace=replace,
+            licence=licence,
+            base_model=base_model,
+            dry_run=dry_run,
+        )
+    rows = {
+        "repository": f"{result.url} ({'private' if result.private else 'public'})",
+        "files": f"{result.files}, {result.bytes / 1e6:,.1f} MB",
+        "commit": result.commit or "none: a dry run",
+        "replaced": ", ".join(result.replaced) or "nothing",
+        "deleted": ", ".join(result.deleted) or "nothing",
+        "left alone": ", ".join(result.left) or "nothing",
+    }
+    title = "would be published" if result.dry_run else "published, sizes and hashes as here"
+    print_result(result, as_json, lambda: table_of(title, rows))

@@ -1,0 +1,349 @@
+"""Publishing: what arrives on the Hub is what was here, whatever happens on the way."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from hub import EXPIRED, TOKEN, Fault, git_oid
+from refusal import refused
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from cmoe_hf.conversion import CMoEError, RequestError, export, publish
+from cmoe_hf.conversion.cli import app
+
+STATED = {"licence": "apache-2.0", "base_model": "org/dense"}
+NAME = "org/carved"
+
+FROM_THE_HUB = """
+import sys
+sys.modules["cmoe_hf"] = None  # any import of it fails
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+name, again, logits_file = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).eval()
+ids = torch.arange(2, 34).view(2, 16)
+with torch.no_grad():
+    logits = model(ids).logits
+text = AutoTokenizer.from_pretrained(name).decode(model.generate(ids, max_new_tokens=4)[0])
+model.push_to_hub(again)
+with torch.no_grad():
+    pushed = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True).eval()
+    assert torch.equal(pushed(ids).logits, logits)
+    AutoModel.from_pretrained(again, trust_remote_code=True)
+torch.save((logits, text), logits_file)
+"""
+
+
+@pytest.fixture
+def online(hub, monkeypatch):
+    """The loopback Hub, empty, with a token that may write."""
+    hub.reset()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    yield hub
+    hub.reset()
+
+
+@pytest.fixture
+def folder(carved, tmp_path):
+    """A carved model that a test may damage."""
+    return shutil.copytree(carved, tmp_path / "mine")
+
+
+def contents(folder):
+    """Name and bytes of every file."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def on_the_hub(hub, revision="main", name=NAME):
+    """Name and bytes of every file of a repository."""
+    files = dict(hub.repositories[name].files(revision))
+    files.pop(".gitattributes", None)
+    return files
+
+
+def test_it_loads_by_id_where_this_package_is_not(online, folder, tmp_path):
+    result = publish(folder, NAME, **STATED)
+    assert on_the_hub(online) == contents(folder)
+    assert online.repositories[NAME].private and result.private
+    assert result.commit == online.repositories[NAME].branches["main"]
+    assert result.url.endswith(NAME) and result.files == len(contents(folder))
+    done = subprocess.run(
+        [sys.executable, "-c", FROM_THE_HUB, NAME, "org/again", str(tmp_path / "logits.pt")],
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    logits, text = torch.load(tmp_path / "logits.pt")
+    here = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(here(torch.arange(2, 34).view(2, 16)).logits, logits)
+    assert text
+
+
+def test_a_loaded_model_pushes_everything_it_needs(online, folder):
+    AutoModelForCausalLM.from_pretrained(folder).push_to_hub("org/pushed")
+    files = on_the_hub(online, name="org/pushed")
+    assert {"modeling_cmoe.py", "configuration_cmoe.py", "config.json"} <= files.keys()
+    auto_map = json.loads(files["config.json"])["auto_map"]
+    assert auto_map.keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert not any("--" in entry for entry in auto_map.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "times"),
+    [
+        ("PUT", "^lfs/", 0, 2),
+        ("PUT", "^lfs/", 500, 1),
+        ("POST", "api/repos/create", 500, 2),
+        ("POST", "api/repos/create", 0, 1),
+        ("POST", "preupload", 429, 1),
+        ("POST", "commit", 429, 2),
+        ("POST", "commit", 503, 1),
+        ("POST", "commit", 0, 1),
+        ("GET", "tree", 502, 1),
+        ("GET", "whoami", 429, 1),
+    ],
+)
+def test_what_goes_wrong_once_is_repeated(online, folder, method, path, status, times):
+    fault = Fault(method, path, status, times, headers={"Retry_After": "0"} if status else {})
+    online.faults.append(fault)
+    publish(folder, NAME, **STATED)
+    assert fault.broken == times
+    assert on_the_hub(online) == contents(folder)
+
+
+def test_an_answer_that_is_lost_makes_no_second_commit(online, folder):
+    publish(folder, NAME, **STATED)
+    before = dict(online.repositories[NAME].branches)
+    result = publish(folder, NAME)
+    assert online.repositories[NAME].branches == before and result.replaced == []
+    assert result.commit == before["main"]
+
+
+def test_the_servers_wait_is_kept(online, folder, monkeypatch):
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    online.faults.append(Fault("POST", "api/repos/create", 429, headers={"Retry_After": "17"}))
+    publish(folder, NAME, **STATED)
+    assert waited == [17.0]
+
+
+def test_the_same_command_goes_on_where_it_stopped(online, folder):
+    online.faults.append(Fault("POST", "commit", 503, 99, headers={"Retry_After": "0"}))
+    with pytest.raises(CMoEError, match=r"answered 503 .* Run the same command again"):
+        publish(folder, NAME, **STATED)
+    online.faults.clear()
+    assert on_the_hub(online) == {}  # nothing half-written
+    sent = len(online.large)
+    assert sent == len(list(folder.glob("*.safetensors")))
+    online.requests.clear()
+    publish(folder, NAME)
+    assert not any(path.startswith("/lfs/") for path in online.requests)
+    assert on_the_hub(online) == contents(folder)
+
+
+def test_what_the_hub_has_is_compared(online, folder):
+    for name in ("config.json", "model-00002-of-00003.safetensors"):
+        online.reset()
+        online.spoiled = name
+        with pytest.raises(CMoEError, match=f"does not have what was sent: {name}"):
+            publish(folder, NAME, **STATED)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["publish", *map(str, arguments), "--json"])
+
+
+@pytest.mark.parametrize(
+    ("token", "name", "phrase"),
+    [
+        (EXPIRED, NAME, "expired or is wrong"),
+        ("", NAME, "none was found"),
+        (TOKEN, "somebody/carved", "may not write to somebody/carved"),
+        (TOKEN, "org/..", "not a valid name"),
+        (TOKEN, "carved", "give OWNER/NAME"),
+    ],
+)
+def test_whom_the_hub_refuses(online, folder, monkeypatch, token, name, phrase):
+    monkeypatch.setenv("HF_TOKEN", token)
+    result = run(folder, name, "--license", "mit", "--base-model", "org/dense")
+    refused(result, 2, phrase)
+    assert online.repositories == {}
+
+
+def test_a_token_that_expires_on_the_way(online, folder):
+    online.faults.append(Fault("POST", "commit", 401, 9))
+    with pytest.raises(RequestError, match="expired or is wrong"):
+        publish(folder, NAME, **STATED)
+
+
+def test_files_of_another_model_are_not_mixed_with_this_one(online, folder, dense):
+    online.publish(NAME, dense)
+    files = online.repositories[NAME].files()
+    files["images/plot.png"] = b"picture"
+    files["NOTES.md"] = b"mine"
+    result = run(folder, NAME, "--license", "mit", "--base-model", "org/dense")
+    refused(result, 2, "model.safetensors", "--replace")
+    assert online.repositories[NAME].files() is files
+    published = publish(folder, NAME, replace=True, **STATED)
+    there = on_the_hub(online)
+    assert there.pop("images/plot.png") == b"picture" and there.pop("NOTES.md") == b"mine"
+    assert there == contents(folder)
+    assert published.deleted == ["model.safetensors"] and "config.json" in published.replaced
+    assert published.left == ["NOTES.md", "images/plot.png"]
+    assert not published.private  # it was public before
+
+
+def test_a_dry_run_sends_nothing(online, folder):
+    before = contents(folder)
+    result = publish(folder, NAME, dry_run=True, **STATED)
+    assert result.dry_run and result.commit is None and result.private
+    assert online.repositories == {} and contents(folder) == before
+
+
+def test_branches_and_pull_requests(online, folder):
+    publish(folder, NAME, **STATED)
+    main = online.repositories[NAME].branches["main"]
+    (folder / "NOTES.md").write_text("more")
+    result = publish(folder, NAME, revision="v2")
+    assert result.url.endswith("/tree/v2") and "NOTES.md" in on_the_hub(online, "v2")
+    result = publish(folder, NAME, pull_request=True)
+    assert result.revision == "refs/pr/1" and result.url.endswith("/discussions/1")
+    assert "NOTES.md" in on_the_hub(online, "refs/pr/1")
+    assert online.repositories[NAME].branches["main"] == main
+    with pytest.raises(RequestError, match="either --pr or --revision"):
+        publish(folder, NAME, revision="v2", pull_request=True)
+
+
+def test_an_exported_model_is_published_too(online, folder, tmp_path):
+    export(folder, tmp_path / "native")
+    publish(tmp_path / "native", NAME, **STATED)
+    assert on_the_hub(online) == contents(tmp_path / "native")
+    assert AutoModelForCausalLM.from_pretrained(NAME).config.model_type == "qwen2_moe"
+
+
+def test_the_card_gets_what_the_publisher_states(online, folder):
+    publish(folder, NAME, **STATED)
+    card = (folder / "README.md").read_text()
+    assert "license: apache-2.0" in card and "base_model: org/dense" in card
+    assert "As stated by the publisher: `apache-2.0`" in card and "states no licence" not in card
+    assert on_the_hub(online)["README.md"] == card.encode()
+
+
+def damage(folder, what):
+    """Make a folder unfit."""
+    if what == "no card":
+        (folder / "README.md").unlink()
+    elif what == "no code":
+        (folder / "modeling_cmoe.py").unlink()
+    elif what == "other code":
+        with open(folder / "modeling_cmoe.py", "a") as file:
+            file.write("\nimport os\n")
+    elif what == "no shard":
+        (folder / "model-00002-of-00003.safetensors").unlink()
+    elif what == "cut shard":
+        path = folder / "model-00002-of-00003.safetensors"
+        path.write_bytes(path.read_bytes()[:-10])
+    elif what == "stray shard":
+        save_file({"x": torch.ones(1)}, folder / "model.safetensors")
+    elif what == "no tensor":
+        path = folder / "model-00002-of-00003.safetensors"
+        tensors = load_file(path)
+        del tensors["model.layers.0.mlp.gate.linear_weight"]
+        save_file(tensors, path)
+    elif what == "other shape":
+        path = folder / "model-00002-of-00003.safetensors"
+        tensors = load_file(path)
+        tensors["model.layers.0.mlp.gate.scale"] = torch.zeros(3)
+        save_file(tensors, path)
+    elif what == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif what == "unfinished":
+        (folder / "work").mkdir()
+        (folder / "work" / "settings.json").write_text("{}")
+    elif what == "pickle":
+        (folder / "optimizer.pt").write_bytes(b"")
+    elif what == "no auto_map":
+        config = json.loads((folder / "config.json").read_text())
+        del config["auto_map"]["AutoModel"]
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("what", "phrase"),
+    [
+        ("no card", "needs a card"),
+        ("no code", "modeling_cmoe.py is missing"),
+        ("other code", "not the file whose SHA-256 the card"),
+        ("no shard", "shard model-00002-of-00003.safetensors is missing"),
+        ("cut shard", "corrupt or truncated"),
+        ("stray shard", "model.safetensors is not a shard of this model"),
+        ("no tensor", "names 1 tensors that no shard has"),
+        ("other shape", "mlp.gate.scale among them: [3] where [6] should be"),
+        ("no tokenizer", "has no tokenizer"),
+        ("unfinished", "unfinished work"),
+        ("pickle", "optimizer.pt: pickled files run code"),
+        ("no auto_map", "no entry for AutoModel"),
+    ],
+)
+def test_an_unfit_folder_is_refused_before_anything_is_sent(online, folder, what, phrase):
+    damage(folder, what)
+    result = run(folder, NAME, "--license", "mit", "--base-model", "org/dense")
+    refused(result, 2, phrase)
+    assert online.requests == []
+
+
+def test_licence_and_base_model_must_be_stated(online, folder):
+    refused(run(folder, NAME, "--base-model", "org/dense"), 2, "states no licence", "--license")
+    refused(run(folder, NAME, "--license", "mit"), 2, "no Hub id", "--base-model")
+    refused(run(folder / "absent", NAME), 2, "there is no folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "phrase"),
+    [
+        ("NOTES.md", "token: hf_" + "Ab1" * 11 + "x", "a Hugging Face token in line 2"),
+        ("run.log", TOKEN, "token in line 2"),
+        ("notes/a.json", '"cache": "/srv/models/llama"', "a local path in line 2"),
+        ("NOTES.md", "see /home/jane/llama", "a local path in line 2"),
+        ("NOTES.md", r"C:\Users\jane\llama", "a local path in line 2"),
+        ("NOTES.md", "made by janedoe, thanks", "your user name in line 2"),
+        ("key.txt", "-----BEGIN OPENSSH PRIVATE KEY-----", "a private key in line 2"),
+    ],
+)
+def test_nothing_private_is_published(online, folder, monkeypatch, name, text, phrase):
+    monkeypatch.setenv("LOGNAME", "janedoe")
+    (folder / "notes").mkdir()
+    (folder / name).write_text(f"first\n{text}\n")
+    refused(run(folder, NAME, "--license", "mit", "--base-model", "org/dense"), 2, name, phrase)
+    assert online.requests == []
+
+
+def test_a_path_in_the_metadata_of_weights_is_found(online, folder):
+    path = folder / "model-00003-of-00003.safetensors"
+    save_file(load_file(path), path, metadata={"format": "pt", "from": "/home/jane/llama"})
+    refused(run(folder, NAME, "--license", "mit", "--base-model", "org/dense"), 2, "local path")
+
+
+def test_hidden_files_stay_here(online, folder):
+    (folder / ".env").write_text(f"HF_TOKEN={TOKEN}")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "notes.md").write_text(TOKEN)
+    publish(folder, NAME, **STATED)
+    assert not any(name.startswith(".") for name in on_the_hub(online))
+
+
+def test_git_and_the_server_agree_on_names():
+    assert git_oid(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
