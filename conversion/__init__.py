@@ -12,6 +12,7 @@ from .publish import Publication, publish
 from .recipe import RECIPES, Recipe
 from .recover import Recovery, recover, resume_recovery
 from .report import Report, report
+from .serve import serve
 from .settings import Options, Settings
 from .sweep import Sweep, sweep
 from .tasks import TaskEvaluation, TaskResult, evaluate_tasks
@@ -49,5 +50,6 @@ __all__ = [
     "report",
     "resume",
     "resume_recovery",
+    "serve",
     "sweep",
 ]

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 repo = "{title}"  # the Hub id or the folder of this repository
 model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(repo)
+tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)
 ```
 
 {code}

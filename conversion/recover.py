@@ -20,6 +20,7 @@ from typing import Any
 
 import accelerate
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -184,7 +185,7 @@ def prepare(request: Request, tuning: Tuning) -> Ready:
     check_dtype(request.dtype)
     if request.dtype == "float16":
         raise RequestError("float16 overflows in training: choose bfloat16 or float32.")
-    state = accelerate.PartialState(cpu=request.device == "cpu")
+    state = accelerate.PartialState(cpu=request.device == "cpu" or on_cpus())
     tuning.split(state.num_processes)
     device = state.device if state.num_processes > 1 else find_device(request.device)
     if request.training == request.text and Path(request.text).is_file():
@@ -212,6 +213,11 @@ def prepare(request: Request, tuning: Tuning) -> Ready:
     test_ids = tokenize(tokenizer, load_text(request.text, part="test"))
     test_WL = consecutive_windows(test_ids, length=length)
     return Ready(folder, device, tokenizer, len(ids), training_WL, test_WL)
+
+
+def on_cpus() -> bool:
+    """Whether processes compute on CPUs; untold, accelerate would take each for the only one."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def model_folder(model: str) -> Path:
@@ -284,7 +290,7 @@ def opened(
     output: str | Path, settings: dict[str, Any] | None, *, overwrite: bool
 ) -> Iterator[RecoveryFolder]:
     """The folder, created with `settings` or reopened; only the main process owns it."""
-    state = accelerate.PartialState()
+    state = accelerate.PartialState(cpu=on_cpus())
     if state.is_main_process:
         owned = (
             RecoveryFolder.reopen(output)

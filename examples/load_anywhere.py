@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 repository = sys.argv[1]
 # trust_remote_code runs the two Python files of the repository: read them first.
 model = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(repository)
+tokenizer = AutoTokenizer.from_pretrained(repository, trust_remote_code=True)
 
 inputs = tokenizer("The value of", return_tensors="pt")
 outputs = model.generate(**inputs, max_new_tokens=30, do_sample=False)

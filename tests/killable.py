@@ -1,8 +1,17 @@
-"""What runs in processes of their own in the tests of resuming, some of which are killed."""
+"""What runs in processes of their own: some are killed, some are ranks that share a model."""
 
+import os
 import resource
+from datetime import timedelta
+from unittest.mock import patch
 
-from cmoe_hf.conversion import Tuning, convert, recover, resume, sweep
+import accelerate
+import torch
+from accelerate.utils import DistributedType
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+from cmoe_hf.conversion import Tuning, convert, recover, resume, resume_recovery, sweep
 from cmoe_hf.conversion.work import WorkFolder
 
 
@@ -52,3 +61,81 @@ def recover_it(arguments, tuning):
 def sweep_it(arguments):
     """Sweep until killed."""
     sweep(**arguments)
+
+
+def be_rank(rank, rendezvous, jobs, results):
+    """Be one of two ranks: load each model split by each layout, and run it by every backend.
+
+    `jobs` are rows of a name, a folder, the fields of a `DistributedConfig` and the backends. What
+    happened is saved in `results`, a folder: outputs, shapes of what this rank holds, an error.
+    """
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
+    for name, folder, layout, backends in jobs:
+        try:
+            found = run_split(folder, layout, backends, results / f"{name}-saved")
+        except ValueError as error:
+            found = {"error": str(error)}
+        torch.save(found, results / f"{name}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+def run_split(folder, layout, backends, saved):
+    """Logits, greedy tokens and local shapes of a model of which this rank holds a part."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, distributed_config=DistributedConfig(**layout)
+    ).eval()
+    found = {"shapes": {}, "default": model.config._experts_implementation}
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        found["shapes"][name] = tuple(local.shape)
+    for backend in backends:
+        model.set_experts_implementation(backend)
+        found[backend] = outputs(model)
+    with patch("cmoe_hf.modeling_cmoe.LARGE", 0):  # what the default does to large weights
+        model.set_experts_implementation("cmoe")
+        found["large"] = outputs(model)
+    model.save_pretrained(saved)
+    return found
+
+
+@torch.no_grad()
+def outputs(model):
+    """Logits of a prompt, and what is generated after it."""
+    ids = torch.randint(2, 1024, (2, 24), generator=torch.Generator().manual_seed(1))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+    return model(ids).logits, model.generate(ids, **options)
+
+
+def recover_as_rank(rank, rendezvous, environment, output, arguments, tuning):
+    """Be one of two ranks of a recovery, begun with `arguments` and `tuning` or resumed.
+
+    accelerate shards models on accelerators only, and does without on CPUs: call these by another
+    name.
+    """
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(ACCELERATE_USE_CPU="true", MASTER_ADDR="localhost")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2
+    )
+    begin = accelerate.PartialState.__init__
+
+    def begin_by_another_name(state, *rest, **options):
+        begin(state, *rest, **options)
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU
+
+    with patch.object(accelerate.PartialState, "__init__", begin_by_another_name):
+        if arguments is None:
+            resume_recovery(output)
+        else:
+            recover(output=output, **arguments, tuning=Tuning(**tuning))

@@ -398,7 +398,7 @@ def test_interrupted_it_leaves_nothing_that_looks_finished(embedded, tmp_path):
     command = [sys.executable, "-c", script, "convert", str(embedded), str(out)]
     command += ["--shared", "1", "--active", "1", "--experts", "8"]
     command += ["--calibration", str(CALIBRATION), "--samples", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert done.stderr.strip() == "interrupted: nothing is half-written."
     assert not list(tmp_path.iterdir())

@@ -58,7 +58,7 @@ def run_without_package(source: Path, target: Path, folder: Path) -> torch.Tenso
         [sys.executable, "-c", WITHOUT_PACKAGE, str(source), str(target), str(logits)],
         check=True,
         env=environment,
-        timeout=120,
+        timeout=300,
     )
     return torch.load(logits)
 

@@ -1,7 +1,10 @@
 """The scripts under examples/ run as printed."""
 
 import json
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,3 +102,54 @@ def test_the_gpu_benchmark_runs_where_there_is_none(run_example, capsys):
     assert [run["run"] for run in runs[:2]] == ["eager", "compiled"] and len(runs) == 12
     assert runs[0]["dtype"] == "bfloat16" and runs[0]["decode"][1]["batch"] == 2
     assert "skipped" in runs[-1] and not [run for run in runs if "failed" in run]
+
+
+def test_the_comparison_with_vllm_would_notice_ignored_gates(embedded, carve, tmp_path):
+    example = runpy.run_path(str(EXAMPLES / "compare_with_vllm.py"))
+    repository, drawn = carve(embedded, (1, 1, 8)), tmp_path / "drawn"
+    example["draw_gates"](repository, drawn)
+    prompts = [[40, 50, 60], [70, 80]]
+    plain, gated = (
+        example["run_transformers"](folder, prompts, "float32") for folder in (repository, drawn)
+    )
+    assert example["compare"](example["likeliest"](plain), plain) == (2, 0)
+    same, largest = example["compare"](example["likeliest"](plain), gated)
+    assert same == 0 and largest > 1
+
+
+def test_the_comparison_with_vllm_explains_itself(run_example, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run_example("compare_with_vllm.py", "--help")
+    assert "--vllm-python" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_machines_but_the_head_serve_headless(rank):
+    printed = subprocess.run(
+        ["sh", EXAMPLES / "serve_multinode.sh", "carved", "10.0.0.1", "2", str(rank)],
+        env={**os.environ, "VLLM": "echo", "GPUS": "4"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "serve carved --trust-remote-code --model-impl transformers" in printed
+    assert "--tensor-parallel-size 4 --pipeline-parallel-size 2" in printed
+    assert f"--node-rank {rank} " in printed and ("--headless" in printed) == (rank == 1)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("layout", [[], ["--expert-parallel"]])
+def test_two_processes_share_a_model(embedded, carve, layout):
+    script = [EXAMPLES / "tensor_parallel.py", carve(embedded, (2, 2, 8)), *layout]
+    printed = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+            *("--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+            *map(str, script),
+        ],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    ).stdout
+    assert printed.startswith("The value of") and printed.count("The value of") == 1

@@ -206,6 +206,27 @@ def test_the_parts_of_the_shared_expert_can_be_watched_and_replaced():
         assert not torch.equal(block(x_TH), expected)
 
 
+def test_the_shared_expert_may_be_merged():
+    class Merged(nn.Module):
+        """What vLLM makes of it: two projections in one, and only the third has its name."""
+
+        def __init__(self, shared):
+            super().__init__()
+            self.gate_up_proj = torch.cat((shared.gate_proj.weight, shared.up_proj.weight))
+            self.down_proj = shared.down_proj
+
+        def forward(self, x):
+            gate, up = nn.functional.linear(x, self.gate_up_proj).chunk(2, dim=-1)
+            return self.down_proj(nn.functional.silu(gate) * up)
+
+    block = random_(CMoESparseMoeBlock(configuration("large", 3, 1)))
+    x_TH = torch.randn(3, 1024)
+    with torch.no_grad():
+        expected = block(x_TH)
+        block.shared_expert = Merged(block.shared_expert)
+        torch.testing.assert_close(block(x_TH), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_adapters_on_the_shared_expert_act():
     model = CMoELlamaForCausalLM(configuration("large", 3, 1)).eval()
     ids = torch.tensor([[1, 2, 3]])

@@ -82,7 +82,7 @@ def test_it_loads_by_id_where_this_package_is_not(online, folder, tmp_path):
         env={**os.environ, "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     logits, text = torch.load(tmp_path / "logits.pt")

@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import killable
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusal import refused
@@ -316,6 +318,71 @@ def test_two_processes_learn_what_one_does(carved, recovered, dense, tmp_path):
         for at in (tmp_path / "out", recovered[0])
     )
     assert ((ours - theirs).abs() < 1e-6).float().mean() > 0.8  # ties of loads may fall otherwise
+
+
+FSDP2 = Path(__file__).parent.parent / "examples" / "accelerate_fsdp2.yaml"
+
+
+def launched_with(path):
+    """What `accelerate launch --config_file` tells the processes."""
+    fields = yaml.safe_load(path.read_text())["fsdp_config"]
+    return {name.upper(): str(value) for name, value in fields.items()} | {
+        "ACCELERATE_USE_FSDP": "true"
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_two_processes_that_share_the_weights_learn_what_one_does_even_if_killed(
+    carved, processes, tmp_path, tensors
+):
+    """FSDP2. That each process holds a part only is seen from what both wrote."""
+    (tmp_path / "test.txt").write_text(HELD_OUT.read_text(encoding="utf-8")[:4_000])
+    texts = {"training": CALIBRATION, "text": tmp_path / "test.txt"}
+    recover(carved, tmp_path / "whole", **texts, tuning=Tuning(**LOUD))
+    output, arguments = tmp_path / "sharded", {"model": carved, "device": "cpu", **texts}
+
+    def start(attempt, *begun_with):
+        shared = (tmp_path / attempt, launched_with(FSDP2), output, *begun_with)
+        pair = [
+            processes.Process(target=killable.recover_as_rank, args=(rank, *shared))
+            for rank in (0, 1)
+        ]
+        for process in pair:
+            process.start()
+        return pair
+
+    pair = start("first", arguments, LOUD)
+    checkpoints = tmp_path / "sharded.partial" / "work" / "carved"
+    while len(list(checkpoints.glob("checkpoint-*/trainer_state.json"))) < 2:
+        assert all(process.is_alive() for process in pair), "it ended before it could be killed"
+        time.sleep(0.01)
+    for process in pair:
+        process.kill()
+        process.join()
+    assert len(list(checkpoints.glob("checkpoint-*/pytorch_model_fsdp_0/*.distcp"))) >= 4
+    pair = start("second", None, None)
+    for process in pair:
+        process.join(timeout=120)
+        process.kill()  # of no effect if it has ended
+    assert [process.exitcode for process in pair] == [0, 0]
+    assert losses(output) == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
+    whole, sharded = tensors(tmp_path / "whole"), tensors(output)
+    assert whole.keys() == sharded.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(sharded[name], tensor, atol=1e-4, rtol=0)
+
+
+def test_other_ways_to_share_the_weights_are_refused(carved, monkeypatch, tmp_path):
+    for name, value in launched_with(FSDP2).items():
+        monkeypatch.setenv(name, value)
+    arguments = ["recover", carved, tmp_path / "out", "--training", CALIBRATION, "--text", HELD_OUT]
+    for name, value, expected in (
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "ram_efficient_loading: false"),
+        ("FSDP_VERSION", "1", "fsdp_version: 2"),
+    ):
+        monkeypatch.setenv(name, value)
+        refused(CliRunner().invoke(app, [str(argument) for argument in arguments]), 2, expected)
 
 
 def test_json_is_one_object_with_the_promised_keys(carved, tmp_path):

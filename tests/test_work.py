@@ -28,7 +28,7 @@ def kill_after(processes, seconds, **arguments):
     begun = processes.Event()
     process = processes.Process(target=killable.convert_it, args=(begun, arguments))
     process.start()
-    assert begun.wait(60)
+    assert begun.wait(300)
     time.sleep(seconds)
     process.kill()
     process.join()
@@ -74,7 +74,7 @@ def test_a_larger_model_killed_again_and_again(processes, embedded, tmp_path):
             begun = processes.Event()
             process = processes.Process(target=killable.resume_it, args=(begun, tmp_path / "out"))
             process.start()
-            assert begun.wait(60)
+            assert begun.wait(300)
             time.sleep(random.uniform(0, 1.5))
             process.kill()
             process.join()
@@ -180,7 +180,7 @@ def test_two_conversions_into_the_same_folder(processes, dense, tmp_path):
     begun = processes.Event()
     process = processes.Process(target=killable.hold, args=(begun, tmp_path / "out"))
     process.start()
-    assert begun.wait(60)
+    assert begun.wait(300)
     for overwrite in (False, True):
         with pytest.raises(RequestError, match="another conversion into"):
             convert(dense, tmp_path / "out", **SHAPE, **FEW, overwrite=overwrite)
@@ -197,7 +197,7 @@ def test_a_full_disk_leaves_a_folder_that_can_be_resumed(processes, dense, carve
     arguments = {"model": dense, "output": tmp_path / "out", **SHAPE, **FEW}
     process = processes.Process(target=killable.run_out_of_space, args=(queue, arguments, 1))
     process.start()
-    kind, message, notes = queue.get(timeout=60)
+    kind, message, notes = queue.get(timeout=300)
     process.join()
     assert kind == "CMoEError"
     assert "cannot write model-00003-of-00003.safetensors" in message

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from .make import convert_command, demo_command, recover_command
 from .measure import benchmark_command, evaluate_command
-from .share import export_command, publish_command
+from .share import export_command, publish_command, serve_command
 from .show import report_command, sweep_command
 
 app = typer.Typer(
@@ -36,9 +36,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report_command,
     "export": export_command,
     "publish": publish_command,
+    "serve": serve_command,
 }
+PASSES_OPTIONS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    settings = PASSES_OPTIONS_ON if command is serve_command else None
+    app.command(name, context_settings=settings)(command)
 
 
 def main() -> None:

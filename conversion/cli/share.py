@@ -8,6 +8,7 @@ import typer
 
 from ..export import ARCHITECTURES, export
 from ..publish import publish
+from ..serve import serve
 from .common import Debug, Json, Overwrite, print_result, reporting, table_of
 
 
@@ -83,3 +84,13 @@ def publish_command(
     }
     title = "would be published" if result.dry_run else "published, sizes and hashes as here"
     print_result(result, as_json, lambda: table_of(title, rows))
+
+
+def serve_command(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder or Hub id; clients name it like this.")],
+    debug: Debug = False,
+) -> None:
+    """Serve a model by the OpenAI protocol: `transformers serve`, with all its options."""
+    with reporting(debug):
+        serve(model, context.args)

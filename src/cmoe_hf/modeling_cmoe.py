@@ -31,11 +31,13 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_cmoe import CMoELlamaConfig
+
+logger = logging.get_logger(__name__)
 
 
 class CMoERouter(nn.Module):
@@ -194,6 +196,8 @@ def fastest_backend(experts: CMoEExperts, tokens: int, top_k: int) -> str:
     only, so that a compiler can decide while it traces.
     """
     weight_NHM, pairs = experts.down_proj, tokens * top_k
+    if type(weight_NHM).__module__.startswith("torchao"):
+        return "eager"  # the products of a quantised weight know one expert at a time
     grouped = grouped_backend(weight_NHM)
     if weight_NHM.is_cuda:
         return fastest_backend_on_a_gpu(weight_NHM, experts.num_experts, pairs)
@@ -287,6 +291,8 @@ def run_shared_expert(shared: CMoESharedExpert, x_TH: torch.Tensor) -> torch.Ten
     Not part of the module: what replaces or watches its parts (adapters, quantisation, parallel
     plans, offloading, vLLM, hooks) must find plain linear layers that are called as such.
     """
+    if not hasattr(shared, "gate_proj"):  # vLLM has merged it with up_proj
+        return shared(x_TH)
     parts = (shared.gate_proj, shared.up_proj, shared.down_proj)
     if not (type(parts[0]) is nn.Linear and is_thin(x_TH, parts[0].weight)):
         return shared(x_TH)
@@ -338,6 +344,35 @@ class CMoELlamaDecoderLayer(LlamaDecoderLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
+LINEAR_ONLY = ("bitsandbytes", "eetq", "hqq", "quanto", "torchao")
+"""Quantisation methods that know linear layers only; torchao can be told other names."""
+
+
+def quantisation_method(config: CMoELlamaConfig) -> str | None:
+    """Name of the method that the configuration asks for, if any."""
+    quantisation = getattr(config, "quantization_config", None)
+    if isinstance(quantisation, dict):
+        return quantisation.get("quant_method")
+    method = getattr(quantisation, "quant_method", None)
+    return getattr(method, "value", method)
+
+
+def warn_of_unquantised_experts(decoder: "CMoELlamaModel") -> None:
+    """Say so if the model is about to be quantised by a method that passes over the experts."""
+    quantisation = getattr(decoder.config, "quantization_config", None)
+    told_names = hasattr(getattr(quantisation, "quant_type", None), "fqn_to_config")
+    method = quantisation_method(decoder.config)
+    if method not in LINEAR_ONLY or told_names or isinstance(quantisation, dict):
+        return
+    experts = sum(p.numel() for name, p in decoder.named_parameters() if ".mlp.experts." in name)
+    share = experts / decoder.num_parameters()
+    logger.warning(
+        f"{method} quantises linear layers only: the routed experts, {share:.0%} of the decoder, "
+        "stay as they are. To quantise both: TorchAoConfig(FqnToConfig("
+        r"{r're:.*(_proj\.weight|experts\..*_proj)': Int8WeightOnlyConfig()}))"
+    )
+
+
 class CMoELlamaPreTrainedModel(PreTrainedModel):
     """What the library needs to know to load, save, split, compile and train these models."""
 
@@ -359,8 +394,8 @@ class CMoELlamaPreTrainedModel(PreTrainedModel):
     }
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        # Quantised experts know the stock backends only.
-        if requested_experts is None and not hasattr(self.config, "quantization_config"):
+        # The other methods, such as fp8, replace the experts by their own, with other backends.
+        if requested_experts is None and quantisation_method(self.config) in (None, *LINEAR_ONLY):
             requested_experts = "cmoe"
         return super().get_correct_experts_implementation(requested_experts)
 
@@ -394,6 +429,7 @@ class CMoELlamaModel(CMoELlamaPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
+        warn_of_unquantised_experts(self)
 
     @merge_with_config_defaults
     @capture_outputs
