@@ -104,9 +104,11 @@ _NATIVE = """\
 
 This repository is the carved model as `{architecture}`: it needs no remote code, neither
 `trust_remote_code=True` nor the two Python files. Its logits differ from those of the carved model
-by at most {difference:.2g} on random tokens.
+by at most {difference:.2g} on random tokens.{refitted}
 
 """
+_REFITTED_ROUTER = """ Its routers are not those described above: they
+were replaced by linear ones, fitted to a calibration text."""
 
 
 def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -> str:
@@ -145,7 +147,7 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
     return body + section + licence + rest if licence else f"{card.rstrip()}\n\n{section}"
 
 
-def native_card(card: str, architecture: str, difference: float) -> str:
+def native_card(card: str, architecture: str, difference: float, *, refitted: bool) -> str:
     """The card of a model exported to a stock architecture."""
     parsed = ModelCard(card, ignore_metadata_errors=True)
     parsed.data.eval_results = None  # type: ignore[attr-defined]
@@ -154,7 +156,11 @@ def native_card(card: str, architecture: str, difference: float) -> str:
     card = without_section(without_section(str(parsed), FIGURES), CODE)
     card = card.replace(", trust_remote_code=True", "")
     body, licence, rest = card.rpartition("## Licence")
-    section = _NATIVE.format(architecture=architecture, difference=difference)
+    section = _NATIVE.format(
+        architecture=architecture,
+        difference=difference,
+        refitted=_REFITTED_ROUTER if refitted else "",
+    )
     return body + section + licence + rest if licence else f"{card.rstrip()}\n\n{section}"
 
 

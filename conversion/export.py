@@ -32,10 +32,13 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from cmoe_hf import CMoELlamaConfig
 from cmoe_hf.modeling_cmoe import CMoERouter
 
+from .calibration import load_text, random_windows, tokenize
 from .card import native_card
 from .checkpoint import LEGAL_FILES, WEIGHTS_INDEX, fetch_model, find_model, load_tokenizer
 from .errors import RequestError
+from .linearise import linear_routers
 from .partial import PartialFolder
+from .recipe import Recipe
 from .routing import PINNED
 
 ARCHITECTURES = ("qwen2_moe",)
@@ -83,6 +86,9 @@ class Export:
     """Between the logits of both models, in the precision of the checkpoint, on random tokens."""
     routing_agreement: float
     """Share of these tokens, over all layers, for which both choose the same experts."""
+    refitted_router: bool
+    """Whether the router was replaced: then the function is another, and both figures tell how
+    far."""
 
 
 def export(
@@ -90,6 +96,9 @@ def export(
     output: str | Path,
     *,
     architecture: str = "qwen2_moe",
+    refit_router: str | Path | None = None,
+    samples: int = 8,
+    sequence_length: int | None = None,
     overwrite: bool = False,
 ) -> Export:
     """Write a carved model as a stock architecture that loads without remote code.
@@ -98,6 +107,10 @@ def export(
         model: Folder or Hub id of a carved model with a linear router and no fine-tuned gates.
         output: Folder to create.
         architecture: `"qwen2_moe"`.
+        refit_router: Calibration text (as for `convert`) to which linear routers are fitted, in
+            place of routers that the architecture does not have.
+        samples: Calibration windows.
+        sequence_length: Tokens of each, default 2,048 or the model's context.
         overwrite: Replace an existing model repository at `output`.
 
     Raises:
@@ -110,7 +123,7 @@ def export(
         )
     folder, name, commit = find_model(model)
     config = AutoConfig.from_pretrained(folder)
-    check_config(config, name)
+    check_config(config, name, refit=refit_router is not None)
     if commit is not None:
         folder = fetch_model(name, commit)
     shards = sorted(folder.glob("*.safetensors"))
@@ -118,8 +131,14 @@ def export(
     tokenizer = load_tokenizer(folder)
     work = ExportFolder(output, overwrite=overwrite)
     work.check(folder)
+    routers = None
+    if refit_router is not None:
+        ids = tokenize(tokenizer, load_text(refit_router))
+        length = sequence_length or min(2048, config.max_position_embeddings)
+        windows_WL = random_windows(ids, samples=samples, length=length, seed=0)
+        routers = fitted_routers(folder, windows_WL)
     with ExportFolder.create(output, {"model": name}, overwrite=overwrite) as work:
-        write_shards(shards, config, work)
+        write_shards(shards, config, work, routers)
         native_config(config).save_pretrained(work.folder)
         tokenizer.save_pretrained(work.folder)
         work.copy_from(folder, GENERATION_CONFIG_NAME, *LEGAL_FILES)
@@ -130,11 +149,13 @@ def export(
             dtype=str(config.dtype).removeprefix("torch."),
             max_abs_logit_difference=difference,
             routing_agreement=agreement,
+            refitted_router=routers is not None,
         )
         card = folder / "README.md"
         if card.is_file():
             text = card.read_text(encoding="utf-8")
-            work.write_text("README.md", native_card(text, architecture, difference))
+            text = native_card(text, architecture, difference, refitted=routers is not None)
+            work.write_text("README.md", text)
     return result
 
 
@@ -149,17 +170,17 @@ class ExportFolder(PartialFolder):
         """There is nothing to take up."""
 
 
-def check_config(config: PreTrainedConfig, name: str) -> None:
+def check_config(config: PreTrainedConfig, name: str, *, refit: bool) -> None:
     """Raises `RequestError` for what the configuration alone forbids."""
     if not isinstance(config, CMoELlamaConfig):
         raise RequestError(f"{name} is a {config.model_type} model, not a carved Llama.")
     reasons = []
-    if config.router_type != "linear":
+    if config.router_type != "linear" and not refit:
         reasons.append(
             f"its router is {config.router_type}, products of neurons, where Qwen2-MoE has a "
-            "matrix: carve it with --change router=linear, which is the default"
+            "matrix: pass --refit-router with a calibration text to fit one"
         )
-    if config.router_absolute_score:
+    if config.router_absolute_score and not refit:
         reasons.append("its router takes absolute values")
     if config.num_experts_per_tok == 0:
         reasons.append("it does not route")
@@ -197,6 +218,17 @@ def read_tensors(shards: list[Path], *suffixes: str) -> Iterator[tuple[str, torc
                     yield name, shard.get_tensor(name)
 
 
+def fitted_routers(folder: Path, windows_WL: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Linear routers for a carved model, by the names of their tensors."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    weights = linear_routers(model, windows_WL, ridge=Recipe.router_ridge)
+    names = [name for name, module in model.named_modules() if isinstance(module, CMoERouter)]
+    return {
+        f"{name}.linear_weight": weight_NH.to(model.dtype)
+        for name, weight_NH in zip(names, weights, strict=True)
+    }
+
+
 def native_config(config: CMoELlamaConfig) -> Qwen2MoeConfig:
     """The configuration of the same model as a Qwen2-MoE."""
     same: dict[str, Any] = {name: getattr(config, name) for name in SAME_FIELDS}
@@ -208,13 +240,24 @@ def native_config(config: CMoELlamaConfig) -> Qwen2MoeConfig:
     )
 
 
-def write_shards(shards: list[Path], config: CMoELlamaConfig, work: ExportFolder) -> None:
-    """Rename and scale all tensors, one shard in memory at a time."""
+def write_shards(
+    shards: list[Path],
+    config: CMoELlamaConfig,
+    work: ExportFolder,
+    routers: dict[str, torch.Tensor] | None,
+) -> None:
+    """Rename and scale all tensors, one shard in memory at a time; `routers` replace others."""
     where: dict[str, str] = {}
     size = 0
     for path in tqdm(shards, desc="exporting", unit="shard", disable=None):
         tensors: dict[str, torch.Tensor] = {}
         for name, tensor in read_tensors([path], ""):
+            router, _, part = name.rpartition(".")
+            if routers is not None and router.endswith("mlp.gate"):
+                if part != "scale":  # every router has one, whatever its kind
+                    continue
+                name = f"{router}.linear_weight"
+                tensor = routers[name]
             tensors.update(native_tensors(name, tensor, config))
         save = partial(save_file, tensors, metadata={"format": "pt"})
         work.replace(work.folder / path.name, save)

@@ -51,7 +51,9 @@ def serve(model: str | Path, options: Sequence[str] = ()) -> None:
         setattr(transformers, ours, getattr(cmoe_hf, ours))
     listed = {"id": str(model), "object": "model", "created": int(time.time()), "owned_by": ""}
     # Of its own it lists what is in the cache, which a local folder is not.
-    ModelManager.get_gen_models = staticmethod(lambda *_, **__: [listed])
+    ModelManager.get_gen_models = staticmethod(  # type: ignore[assignment, method-assign]
+        lambda *_, **__: [listed]
+    )
     server = typer.Typer()
     server.command("serve")(Serve)
     try:

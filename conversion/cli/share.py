@@ -9,7 +9,7 @@ import typer
 from ..export import ARCHITECTURES, export
 from ..publish import publish
 from ..serve import serve
-from .common import Debug, Json, Overwrite, print_result, reporting, table_of
+from .common import Debug, Json, Overwrite, SequenceLength, print_result, reporting, table_of
 
 
 def export_command(
@@ -18,18 +18,33 @@ def export_command(
     architecture: Annotated[
         str, typer.Option(help=f"Stock architecture: {', '.join(ARCHITECTURES)}.")
     ] = ARCHITECTURES[0],
+    refit_router: Annotated[
+        str | None,
+        typer.Option(help="Text to fit linear routers to, where the model has others."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of that text.")] = 8,
+    sequence_length: SequenceLength = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write the same function as a stock architecture, which needs no remote code."""
     with reporting(debug):
-        result = export(model, out, architecture=architecture, overwrite=overwrite)
+        result = export(
+            model,
+            out,
+            architecture=architecture,
+            refit_router=refit_router,
+            samples=samples,
+            sequence_length=sequence_length,
+            overwrite=overwrite,
+        )
     rows = {
         "output": result.output,
         "largest difference of the logits": f"{result.max_abs_logit_difference:.2g} "
         f"in {result.dtype}",
         "tokens routed alike": f"{result.routing_agreement:.2%}",
+        "routers": "refitted" if result.refitted_router else "the same",
     }
     print_result(result, as_json, lambda: table_of(f"exported to {result.architecture}", rows))
 
