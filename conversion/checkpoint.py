@@ -7,6 +7,7 @@ pages do not stay resident.
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Iterable
@@ -42,6 +43,7 @@ SOURCE_FILES = (
     "README.md",
     *LEGAL_FILES,
 )
+logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -145,11 +147,10 @@ def find_model(model: str | Path, *, revision: str | None = None) -> tuple[Path,
     return config.parent, str(model), config.parent.name
 
 
-def fetch_model(name: str, revision: str | None) -> Path:
+def fetch_model(name: str, revision: str | None, *, code: bool = False) -> Path:
     """Download the files of a Hub model that a conversion or an evaluation needs."""
-    return Path(
-        _from_hub(snapshot_download, name, revision, allow_patterns=list(SOURCE_FILES)),
-    )
+    patterns = [*SOURCE_FILES, *(["*.py"] if code else [])]
+    return Path(_from_hub(snapshot_download, name, revision, allow_patterns=patterns))
 
 
 def _from_hub(download: Any, name: str, revision: str | None, **arguments: Any) -> str:
@@ -198,16 +199,24 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         raise RequestError(f"the tokenizer of {folder.name} cannot be loaded: {error}") from error
 
 
-def open_source(model: str | Path, *, revision: str | None = None) -> Source:
+def open_source(
+    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Source:
     """Find a dense checkpoint and check its files against its configuration.
 
-    Checks, in order of cost: the family is supported, every shard is there and whole, every
-    tensor has the shape that the configuration asks for, none is missing or unknown.
+    Checks, in order of cost: the family is supported, no code comes with the checkpoint, every
+    shard is there and whole, every tensor has the shape that the configuration asks for, none is
+    missing or unknown.
+
+    With `trust_remote_code`, code may come with it. That of a tokenizer will run; that of a model
+    does not, the model is taken for one of the library's family.
     """
     folder, name, commit = find_model(model, revision=revision)
     architecture = find_architecture(read_json(folder / "config.json"))
+    check_code(folder, name, trust_remote_code)
     if commit is not None:
-        folder = fetch_model(name, revision)
+        folder = fetch_model(name, revision, code=trust_remote_code)
+        check_code(folder, name, trust_remote_code)
     try:
         config = architecture.dense_config.from_pretrained(folder)
     except Exception as error:  # the library raises whatever its validators raise
@@ -218,6 +227,22 @@ def open_source(model: str | Path, *, revision: str | None = None) -> Source:
         del files[tensor]
     sizes = {tensor: shapes[tensor][1] for tensor in files}
     return Source(folder, name, commit, architecture, config, files, sizes)
+
+
+def check_code(folder: Path, name: str, trusted: bool) -> None:
+    """Raises `RequestError` for a source that carries code, unless it is trusted."""
+    for file in ("config.json", "tokenizer_config.json"):
+        entries = read_json(folder / file).get("auto_map") if (folder / file).is_file() else None
+        if not entries:
+            continue
+        if not trusted:
+            raise RequestError(
+                f"{name} carries Python code of its own (auto_map in {file}). A conversion runs "
+                "that of a tokenizer, and ignores that of a model, which it takes for an ordinary "
+                "one of its family: pass --trust-remote-code if you have read it and agree."
+            )
+        if file == "config.json":
+            logger.warning("the Python code of %s is not run: it is taken as stock.", name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -103,9 +103,10 @@ def plan(
 def prepare(job: Job) -> Prepared:
     """Find and check all that a job needs, cheapest first. Raises `RequestError`."""
     device = find_device(job.device)
-    source = open_source(job.model, revision=job.revision)
+    trusted = job.trust_remote_code
+    source = open_source(job.model, revision=job.revision, trust_remote_code=trusted)
     config = carved_config(source.config, source.architecture, job.settings)
-    tokenizer = load_tokenizer(source.folder)
+    tokenizer = load_tokenizer(source.folder, trust_remote_code=trusted)
     windows_WL, calibration = calibration_windows(job.settings, source, tokenizer)
     return Prepared(source, config, tokenizer, windows_WL, calibration, device)
 

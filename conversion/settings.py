@@ -158,6 +158,8 @@ class Options(TypedDict, total=False):
     if they would not fit into memory."""
     revision: str | None
     """Branch, tag or commit of a Hub model."""
+    trust_remote_code: bool
+    """Accept a source that carries Python code; see `checkpoint.open_source`."""
 
 
 ACTIVATIONS = ("auto", "memory", "disk")
@@ -173,6 +175,7 @@ class Job:
     settings: Settings
     device: str | None
     activations: str
+    trust_remote_code: bool = False
 
     @classmethod
     def of(
@@ -188,6 +191,7 @@ class Job:
         device: str | None = None,
         activations: str = "auto",
         revision: str | None = None,
+        trust_remote_code: bool = False,
         **others: Any,
     ) -> Self:
         """From the options of `convert`. Raises `RequestError`."""
@@ -211,6 +215,7 @@ class Job:
             settings=settings,
             device=device,
             activations=activations,
+            trust_remote_code=trust_remote_code,
         )
 
     @classmethod

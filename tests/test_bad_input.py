@@ -380,6 +380,41 @@ def test_remote_code_is_not_run_unasked(dense_copy, tmp_path, edit_config):
     assert not canary.exists()
 
 
+TOKENIZER = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast
+class Own(PreTrainedTokenizerFast):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        Path({!r}).touch()
+"""
+
+
+def test_a_source_that_carries_code_must_be_trusted(
+    dense_copy, tmp_path, edit_config, tensors, caplog
+):
+    canary = tmp_path / "canary"
+    assert run(dense_copy, tmp_path / "plain").exit_code == 0
+    (dense_copy / "tokenization_own.py").write_text(TOKENIZER.format(str(canary)))
+    path = dense_copy / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": [None, "tokenization_own.Own"]}, "tokenizer_class": "Own"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    refused(run(dense_copy, tmp_path / "out"), 2, "auto_map in tokenizer_config.json", "--trust-")
+    edit_config(dense_copy, auto_map={"AutoModelForCausalLM": "modeling_own.Model"})
+    refused(run(dense_copy, tmp_path / "out"), 2, "auto_map in config.json", "--trust-remote-code")
+    assert not canary.exists() and not (tmp_path / "out").exists()
+    result = run(dense_copy, tmp_path / "out", "--trust-remote-code")
+    assert result.exit_code == 0, result.stderr
+    assert canary.exists()
+    assert "it is taken as stock" in caplog.text
+    # Its code calibrates on other tokens, perhaps; what is outside the FFNs stays as it was.
+    plain, carved = tensors(tmp_path / "plain"), tensors(tmp_path / "out")
+    assert plain.keys() == carved.keys()
+    assert all(torch.equal(plain[name], carved[name]) for name in plain if ".mlp." not in name)
+    auto_map = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForCausalLM"] == "modeling_cmoe.CMoELlamaForCausalLM"
+
+
 @pytest.mark.slow
 @pytest.mark.once
 def test_interrupted_it_leaves_nothing_that_looks_finished(embedded, tmp_path):

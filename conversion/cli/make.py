@@ -134,6 +134,7 @@ def convert_command(
         ),
     ] = "auto",
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     resume_it: Annotated[
         bool,
@@ -164,6 +165,7 @@ def convert_command(
             dtype=dtype,
             activations=activations,
             revision=revision,
+            trust_remote_code=trust_remote_code,
         )
         if resume_it:
             if dry_run or overwrite:
