@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from cmoe_hf import CMoELlamaConfig, CMoELlamaForCausalLM
+from cmoe_hf import CMoEConfig, CMoELlamaConfig, CMoELlamaForCausalLM
 
 from .errors import RequestError
 
@@ -25,7 +25,7 @@ class Architecture:
     decoder_layer: type[nn.Module]
     """Its `mlp` is the FFN; called with hidden states, positions and position embeddings."""
     rotary_embedding: type[nn.Module]
-    cmoe_config: type[CMoELlamaConfig]
+    cmoe_config: type[CMoEConfig]
     cmoe_model: type[PreTrainedModel]
     layer_prefix: str = "model.layers.{}."
     embedding: str = "model.embed_tokens.weight"

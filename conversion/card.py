@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from cmoe_hf import CMoELlamaConfig
+from cmoe_hf import CMoEConfig
 
 from .checkpoint import Source
 
@@ -211,7 +211,7 @@ def stated(card: str, *, licence: str | None, base_model: str | None) -> str:
 
 
 def model_card(
-    source: Source, config: CMoELlamaConfig, report: dict[str, Any], code: Mapping[str, str]
+    source: Source, config: CMoEConfig, report: dict[str, Any], code: Mapping[str, str]
 ) -> str:
     """Text of README.md: metadata block and body. `report` is the content of conversion.json and
     `code` the hashes of the Python files."""
@@ -232,7 +232,7 @@ def model_card(
     )
 
 
-def _shape(config: CMoELlamaConfig) -> dict[str, Any]:
+def _shape(config: CMoEConfig) -> dict[str, Any]:
     return {
         "notation": config.notation,
         "shared": config.num_shared,

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwe
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from cmoe_hf import CMoELlamaConfig
+from cmoe_hf import CMoEConfig
 from cmoe_hf.modeling_cmoe import CMoERouter
 
 from .calibration import load_text, random_windows, tokenize
@@ -172,7 +172,7 @@ class ExportFolder(PartialFolder):
 
 def check_config(config: PreTrainedConfig, name: str, *, refit: bool) -> None:
     """Raises `RequestError` for what the configuration alone forbids."""
-    if not isinstance(config, CMoELlamaConfig):
+    if not isinstance(config, CMoEConfig):
         raise RequestError(f"{name} is a {config.model_type} model, not a carved Llama.")
     reasons = []
     if config.router_type != "linear" and not refit:
@@ -229,7 +229,7 @@ def fitted_routers(folder: Path, windows_WL: torch.Tensor) -> dict[str, torch.Te
     }
 
 
-def native_config(config: CMoELlamaConfig) -> Qwen2MoeConfig:
+def native_config(config: CMoEConfig) -> Qwen2MoeConfig:
     """The configuration of the same model as a Qwen2-MoE."""
     same: dict[str, Any] = {name: getattr(config, name) for name in SAME_FIELDS}
     return Qwen2MoeConfig(
@@ -242,7 +242,7 @@ def native_config(config: CMoELlamaConfig) -> Qwen2MoeConfig:
 
 def write_shards(
     shards: list[Path],
-    config: CMoELlamaConfig,
+    config: CMoEConfig,
     work: ExportFolder,
     routers: dict[str, torch.Tensor] | None,
 ) -> None:
@@ -268,9 +268,7 @@ def write_shards(
         work.write_json(WEIGHTS_INDEX, index)
 
 
-def native_tensors(
-    name: str, tensor: torch.Tensor, config: CMoELlamaConfig
-) -> dict[str, torch.Tensor]:
+def native_tensors(name: str, tensor: torch.Tensor, config: CMoEConfig) -> dict[str, torch.Tensor]:
     """What a tensor of a carved Llama becomes, by the names that Qwen2-MoE has on the Hub."""
     block, _, part = name.rpartition("mlp.")
     block += "mlp."
@@ -310,7 +308,7 @@ def native_tensors(
 
 
 @torch.no_grad()
-def compare(carved: Path, native: Path, config: CMoELlamaConfig) -> tuple[float, float]:
+def compare(carved: Path, native: Path, config: CMoEConfig) -> tuple[float, float]:
     """Precision, largest difference of the logits, and agreement of the routers."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (1, COMPARED_TOKENS), generator=generator)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
-from cmoe_hf import CMoELlamaConfig
+from cmoe_hf import CMoEConfig
 from cmoe_hf.modeling_cmoe import CMoERouter
 
 from .architectures import Architecture
@@ -58,7 +58,7 @@ def carve_layer(
     ffn: FFN,
     profile: Profile,
     wanted_TH: torch.Tensor | None,
-    config: CMoELlamaConfig,
+    config: CMoEConfig,
     recipe: Recipe,
     clock: Stopwatch,
 ) -> CarvedLayer:
@@ -86,7 +86,7 @@ def best_split(
     ffn: FFN,
     profile: Profile,
     wanted_TH: torch.Tensor,
-    config: CMoELlamaConfig,
+    config: CMoEConfig,
     recipe: Recipe,
 ) -> dict[int, float]:
     """Relative error on held-out tokens for each number of active experts that could be pinned.
@@ -135,7 +135,7 @@ def layer_figures(
     }
 
 
-def divide(ffn: FFN, profile: Profile, config: CMoELlamaConfig, recipe: Recipe) -> Partition:
+def divide(ffn: FFN, profile: Profile, config: CMoEConfig, recipe: Recipe) -> Partition:
     """Shared neurons and routed experts, by the recipe's importance and clusters."""
     if recipe.importance == "energy":
         score_F = energies(profile.h_TF, ffn.down_HF)
@@ -177,7 +177,7 @@ def running_experts(
     router: dict[str, torch.Tensor],
     profile: Profile,
     parts: Partition,
-    config: CMoELlamaConfig,
+    config: CMoEConfig,
     recipe: Recipe,
 ) -> torch.Tensor:
     """Which routed experts run for which token, (T, N) bool."""
@@ -196,7 +196,7 @@ def running_experts(
 
 
 def chosen_experts(
-    router: dict[str, torch.Tensor], x_TH: torch.Tensor, config: CMoELlamaConfig
+    router: dict[str, torch.Tensor], x_TH: torch.Tensor, config: CMoEConfig
 ) -> torch.Tensor:
     """The experts that run for every token, (T, K) int64.
 
@@ -212,7 +212,7 @@ def chosen_experts(
 def carve_model(
     source: Source,
     streams: Streams,
-    config: CMoELlamaConfig,
+    config: CMoEConfig,
     recipe: Recipe,
     *,
     first: int = 0,
@@ -275,7 +275,7 @@ def carve_model(
 
 
 def read_layer(
-    source: Source, index: int, config: CMoELlamaConfig, device: torch.device
+    source: Source, index: int, config: CMoEConfig, device: torch.device
 ) -> tuple[FFN, dict[str, torch.Tensor]]:
     """The FFN of a layer, and the other tensors, in float32 on the device."""
     names, stored = source.architecture, source.read_layer(index)

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 import cmoe_hf
-from cmoe_hf import CMoELlamaConfig
+from cmoe_hf import CMoEConfig
 
 from .architectures import Architecture
 from .calibration import load_text, random_windows, tokenize
@@ -70,7 +70,7 @@ class Prepared:
     """What a job needs, found and checked."""
 
     source: Source
-    config: CMoELlamaConfig
+    config: CMoEConfig
     """Of the carved model."""
     tokenizer: PreTrainedTokenizerBase
     windows_WL: torch.Tensor
@@ -120,9 +120,7 @@ def settled(job: Job, prepared: Prepared) -> Job:
     )
 
 
-def carved_config(
-    dense: PreTrainedConfig, names: Architecture, settings: Settings
-) -> CMoELlamaConfig:
+def carved_config(dense: PreTrainedConfig, names: Architecture, settings: Settings) -> CMoEConfig:
     """Configuration of the carved model. Raises `RequestError` for a shape that does not fit."""
     width = dense.intermediate_size
     neurons, remainder = divmod(width, settings.experts)
@@ -156,7 +154,7 @@ def carved_config(
     )
 
 
-def width_warning(config: CMoELlamaConfig) -> str | None:
+def width_warning(config: CMoEConfig) -> str | None:
     """What speaks against the width of the experts, and how many experts would avoid it.
 
     A grouped product on a GPU wants rows that start at multiples of 16 bytes: 8 neurons in 16 bits.

@@ -24,7 +24,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from cmoe_hf import CMoELlamaConfig
+from cmoe_hf import CMoEConfig
 
 from .calibration import consecutive_windows, load_text, random_windows, tokenize
 from .card import recovered_card
@@ -195,7 +195,7 @@ def prepare(request: Request, tuning: Tuning) -> Ready:
         )
     folder = model_folder(request.model)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=request.trust_remote_code)
-    if not isinstance(config, CMoELlamaConfig):
+    if not isinstance(config, CMoEConfig):
         raise RequestError(
             f"{folder.name} is a {config.model_type} model, not a carved one: `cmoe convert` it "
             "first."
@@ -401,7 +401,7 @@ def summary(tuning: Tuning, ready: Ready, work: RecoveryFolder) -> Recovery:
     carved, control = work.stages["carved"], work.stages.get("control")
     before, after = carved["before"]["own"], carved["after"]["own"]
     unbiased = carved["after"].get("without_bias", {})
-    config = CMoELlamaConfig.from_pretrained(ready.folder)
+    config = AutoConfig.from_pretrained(ready.folder)
     scales = [abs(u) for layer in carved["scales"] for u in layer]
     gaps: dict[str, float | None] = dict.fromkeys(
         ("control_before", "control_after", "gap_before", "gap_after", "closed")

@@ -47,8 +47,8 @@ def serve(model: str | Path, options: Sequence[str] = ()) -> None:
     from transformers.cli.serve import Serve  # they need the extra
     from transformers.cli.serving.model_manager import ModelManager
 
-    for ours in cmoe_hf.__all__:
-        setattr(transformers, ours, getattr(cmoe_hf, ours))
+    for *_, causal in cmoe_hf.FAMILIES:
+        setattr(transformers, causal.__name__, causal)
     listed = {"id": str(model), "object": "model", "created": int(time.time()), "owned_by": ""}
     # Of its own it lists what is in the cache, which a local folder is not.
     ModelManager.get_gen_models = staticmethod(  # type: ignore[assignment, method-assign]

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import ModelCard, get_token
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cmoe_hf import CMoELlamaConfig
+from cmoe_hf import FAMILIES
 
 from .card import stated_hashes
 from .checkpoint import LEGAL_FILES, WEIGHTS_INDEX, load_tokenizer, read_json, stored_shapes
@@ -68,7 +68,7 @@ def check_complete(folder: Path) -> None:
     check_code(folder, config.get("auto_map"))
     shapes = {name: shape for name, (_, shape) in stored_shapes(folder).items()}
     check_weights(folder, shapes)
-    if config.get("model_type") == CMoELlamaConfig.model_type:
+    if config.get("model_type") in {family.model_type for family, *_ in FAMILIES}:
         check_carved(folder, shapes)
     load_tokenizer(folder)
 

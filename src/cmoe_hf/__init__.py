@@ -3,24 +3,27 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .configuration_cmoe import CMoELlamaConfig
-from .modeling_cmoe import CMoELlamaForCausalLM, CMoELlamaModel, CMoELlamaPreTrainedModel
+from .configuration_cmoe import CMoEConfig, CMoELlamaConfig
+from .modeling_cmoe import CMoELlamaForCausalLM, CMoELlamaModel
 
-AutoConfig.register(CMoELlamaConfig.model_type, CMoELlamaConfig, exist_ok=True)
-AutoModel.register(CMoELlamaConfig, CMoELlamaModel, exist_ok=True)
-AutoModelForCausalLM.register(CMoELlamaConfig, CMoELlamaForCausalLM, exist_ok=True)
+FAMILIES = ((CMoELlamaConfig, CMoELlamaModel, CMoELlamaForCausalLM),)
 
-# Without these, a model that is loaded and saved again would leave the Python files behind.
-CMoELlamaConfig.register_for_auto_class("AutoConfig")
-CMoELlamaModel.register_for_auto_class("AutoModel")
-CMoELlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+for config, decoder, causal in FAMILIES:
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, decoder, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal, exist_ok=True)
+    # Without these, a model that is loaded and saved again would leave the Python files behind.
+    config.register_for_auto_class("AutoConfig")
+    decoder.register_for_auto_class("AutoModel")
+    causal.register_for_auto_class("AutoModelForCausalLM")
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FAMILIES",
+    "CMoEConfig",
     "CMoELlamaConfig",
     "CMoELlamaForCausalLM",
     "CMoELlamaModel",
-    "CMoELlamaPreTrainedModel",
     "__version__",
 ]

@@ -9,37 +9,41 @@ import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 ROUTER_TYPES = ("representative", "linear")
 
 
-@strict
-class CMoELlamaConfig(LlamaConfig):
-    """A Llama whose feed-forward networks are carved into a shared and several routed experts.
+FFN_PLAN = {
+    "layers.*.mlp.shared_expert.gate_proj": "colwise",
+    "layers.*.mlp.shared_expert.up_proj": "colwise",
+    "layers.*.mlp.shared_expert.down_proj": "rowwise",
+    "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+    "layers.*.mlp.experts.down_proj": "rowwise",
+    "layers.*.mlp.experts": "moe_tp_experts",
+}
 
-    All fields of `LlamaConfig` keep their meaning; `intermediate_size` stays the width of the
+
+def tensor_parallel_plan(dense: type[PreTrainedConfig]) -> dict[str, str]:
+    """The dense family's plan with a carved FFN in place of the dense one."""
+    plan = dense.base_model_tp_plan or {}
+    return {name: how for name, how in plan.items() if ".mlp." not in name} | FFN_PLAN
+
+
+@strict
+class CMoEConfig(PreTrainedConfig):
+    """What carving adds to the configuration of a dense family.
+
+    All fields of that configuration keep their meaning; `intermediate_size` stays the width of the
     dense FFN, so that `shared_expert_intermediate_size + num_experts * moe_intermediate_size`
     equals it. In the paper's notation SxAyEz, x is `num_shared`, y is `num_experts_per_tok` and
     z is `num_shared + num_experts`.
     """
 
-    model_type = "cmoe_llama"
     attribute_map = {"num_local_experts": "num_experts"}
 
     # Expert parallelism needs transformers 5.20 or newer: the plan's names changed there.
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.shared_expert.gate_proj": "colwise",
-        "layers.*.mlp.shared_expert.up_proj": "colwise",
-        "layers.*.mlp.shared_expert.down_proj": "rowwise",
-        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-        "layers.*.mlp.experts.down_proj": "rowwise",
-        "layers.*.mlp.experts": "moe_tp_experts",
-    }
     base_model_ep_plan = {
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",  # type: ignore[dict-item]
         "layers.*.mlp.experts.down_proj": "grouped_gemm",  # type: ignore[dict-item]
@@ -86,13 +90,14 @@ class CMoELlamaConfig(LlamaConfig):
         active = self.num_experts_per_tok * self.moe_intermediate_size
         return (self.shared_expert_intermediate_size + active) / self.intermediate_size
 
-    @staticmethod
-    def local_auto_map() -> dict[str, str]:
+    @classmethod
+    def local_auto_map(cls) -> dict[str, str]:
         """Where the Auto classes find the code beside the weights. vLLM needs `AutoModel` too."""
+        family = cls.__name__.removesuffix("Config")
         return {
-            "AutoConfig": "configuration_cmoe.CMoELlamaConfig",
-            "AutoModel": "modeling_cmoe.CMoELlamaModel",
-            "AutoModelForCausalLM": "modeling_cmoe.CMoELlamaForCausalLM",
+            "AutoConfig": f"configuration_cmoe.{family}Config",
+            "AutoModel": f"modeling_cmoe.{family}Model",
+            "AutoModelForCausalLM": f"modeling_cmoe.{family}ForCausalLM",
         }
 
     def save_pretrained(
@@ -130,4 +135,12 @@ class CMoELlamaConfig(LlamaConfig):
             )
 
 
-__all__ = ["CMoELlamaConfig"]
+@strict
+class CMoELlamaConfig(CMoEConfig, LlamaConfig):
+    """A Llama whose FFNs are carved."""
+
+    model_type = "cmoe_llama"
+    base_model_tp_plan = tensor_parallel_plan(LlamaConfig)
+
+
+__all__ = ["CMoEConfig", "CMoELlamaConfig"]

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import (
@@ -35,7 +35,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_cmoe import CMoELlamaConfig
+from .configuration_cmoe import CMoEConfig, CMoELlamaConfig
 
 logger = logging.get_logger(__name__)
 
@@ -53,7 +53,7 @@ class CMoERouter(nn.Module):
 
     balance_bias: torch.Tensor
 
-    def __init__(self, config: CMoELlamaConfig) -> None:
+    def __init__(self, config: CMoEConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.absolute_score = config.router_absolute_score
@@ -136,7 +136,7 @@ class CMoEExperts(nn.Module):
     `gate_up_proj` is (N, 2M, H), gate rows first; `down_proj` is (N, H, M).
     """
 
-    def __init__(self, config: CMoELlamaConfig) -> None:
+    def __init__(self, config: CMoEConfig) -> None:
         super().__init__()
         self.num_experts = config.num_experts
         self.hidden_dim = config.hidden_size
@@ -273,7 +273,7 @@ ALL_EXPERTS_FUNCTIONS.register("cmoe", cmoe_experts_forward)
 class CMoESharedExpert(nn.Module):
     """The always-on expert: a gated FFN over the busiest neurons."""
 
-    def __init__(self, config: CMoELlamaConfig) -> None:
+    def __init__(self, config: CMoEConfig) -> None:
         super().__init__()
         width = config.shared_expert_intermediate_size
         self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
@@ -307,7 +307,7 @@ def run_shared_expert(shared: CMoESharedExpert, x_TH: torch.Tensor) -> torch.Ten
 class CMoESparseMoeBlock(nn.Module):
     """Shared expert plus the K routed experts that the router picks for each token."""
 
-    def __init__(self, config: CMoELlamaConfig) -> None:
+    def __init__(self, config: CMoEConfig) -> None:
         super().__init__()
         self.gate = CMoERouter(config)
         self.experts = CMoEExperts(config)
@@ -331,24 +331,46 @@ class CMoESparseMoeBlock(nn.Module):
         return out_TH.reshape(hidden_states.shape)
 
 
-class CMoELlamaDecoderLayer(LlamaDecoderLayer):
-    """Llama's decoder layer with the sparse block in place of the FFN."""
+class CMoEDecoderLayer(nn.Module):
+    """A decoder layer with the sparse block in place of the FFN.
 
-    def __init__(self, config: CMoELlamaConfig, layer_idx: int) -> None:
+    To be mixed into a family's decoder layer, of which the forward pass stays as it is.
+    """
+
+    attention_class: type[nn.Module]
+    norm_class: type[nn.Module]
+
+    def __init__(self, config: CMoEConfig, layer_idx: int) -> None:
         # Not super().__init__(): it would allocate the dense FFN first.
         nn.Module.__init__(self)
         self.hidden_size = config.hidden_size
-        self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
-        self.mlp = CMoESparseMoeBlock(config)  # type: ignore[assignment]
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = self.attention_class(config=config, layer_idx=layer_idx)
+        self.mlp = CMoESparseMoeBlock(config)
+        self.input_layernorm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
+
+
+MASKS = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+}
+
+
+def attention_types(config: CMoEConfig) -> list[str]:
+    """How far each layer looks back, one of `MASKS`."""
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        window = getattr(config, "sliding_window", None)
+        types = ["full_attention" if window is None else "sliding_attention"]
+        types *= config.num_hidden_layers
+    return types
 
 
 LINEAR_ONLY = ("bitsandbytes", "eetq", "hqq", "quanto", "torchao")
 """Quantisation methods that know linear layers only; torchao can be told other names."""
 
 
-def quantisation_method(config: CMoELlamaConfig) -> str | None:
+def quantisation_method(config: CMoEConfig) -> str | None:
     """Name of the method that the configuration asks for, if any."""
     quantisation = getattr(config, "quantization_config", None)
     if isinstance(quantisation, dict):
@@ -357,7 +379,7 @@ def quantisation_method(config: CMoELlamaConfig) -> str | None:
     return getattr(method, "value", method)
 
 
-def warn_of_unquantised_experts(decoder: "CMoELlamaModel") -> None:
+def warn_of_unquantised_experts(decoder: "CMoEModel") -> None:
     """Say so if the model is about to be quantised by a method that passes over the experts."""
     quantisation = getattr(decoder.config, "quantization_config", None)
     told_names = hasattr(getattr(quantisation, "quant_type", None), "fqn_to_config")
@@ -373,13 +395,12 @@ def warn_of_unquantised_experts(decoder: "CMoELlamaModel") -> None:
     )
 
 
-class CMoELlamaPreTrainedModel(PreTrainedModel):
+class CMoEPreTrainedModel(PreTrainedModel):
     """What the library needs to know to load, save, split, compile and train these models."""
 
-    config: CMoELlamaConfig
+    config: CMoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CMoELlamaDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -387,11 +408,6 @@ class CMoELlamaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = ["balance_bias"]
-    _can_record_outputs = {
-        "router_logits": OutputRecorder(CMoERouter, index=0),
-        "hidden_states": CMoELlamaDecoderLayer,
-        "attentions": LlamaAttention,
-    }
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         # The other methods, such as fp8, replace the experts by their own, with other backends.
@@ -414,19 +430,31 @@ class CMoELlamaPreTrainedModel(PreTrainedModel):
             init.zeros_(module.balance_bias)
 
 
-class CMoELlamaModel(CMoELlamaPreTrainedModel):
+def recorded(layer: type[CMoEDecoderLayer]) -> dict[str, Any]:
+    """What a model can return beside its output, and which modules know it."""
+    return {
+        "router_logits": OutputRecorder(CMoERouter, index=0),
+        "hidden_states": layer,
+        "attentions": layer.attention_class,
+    }
+
+
+class CMoEModel(CMoEPreTrainedModel):
     """The decoder without a head."""
 
-    def __init__(self, config: CMoELlamaConfig) -> None:
+    layer_class: type[CMoEDecoderLayer]
+    rotary_class: type[nn.Module]
+
+    def __init__(self, config: CMoEConfig) -> None:
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(
-            [CMoELlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers)]
+            [self.layer_class(config, index) for index in range(config.num_hidden_layers)]
         )
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.norm = self.layer_class.norm_class(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = self.rotary_class(config=config)
         self.gradient_checkpointing = False
         self.post_init()
         warn_of_unquantised_experts(self)
@@ -455,19 +483,25 @@ class CMoELlamaModel(CMoELlamaPreTrainedModel):
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
             position_ids = (positions + seen).unsqueeze(0)
 
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        types = attention_types(self.config)
+        masks: Any = attention_mask  # `generate` may have made them
+        if not isinstance(masks, dict):
+            masks = {
+                name: MASKS[name](
+                    config=self.config,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=position_ids,
+                )
+                for name in dict.fromkeys(types)
+            }
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for layer in self.layers:
+        for layer, name in zip(self.layers, types, strict=True):
             hidden_states = layer(
                 hidden_states,
-                attention_mask=causal_mask,
+                attention_mask=masks[name],
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
@@ -479,17 +513,22 @@ class CMoELlamaModel(CMoELlamaPreTrainedModel):
         )
 
 
-class CMoELlamaForCausalLM(CMoELlamaPreTrainedModel, GenerationMixin):
-    """The decoder with a language-model head."""
+class CMoEForCausalLM(CMoEPreTrainedModel):
+    """The decoder with a language-model head.
+
+    Families add `GenerationMixin`, which must be a direct base.
+    """
+
+    model_class: type[CMoEModel]
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
-    def __init__(self, config: CMoELlamaConfig) -> None:
+    def __init__(self, config: CMoEConfig) -> None:
         super().__init__(config)
-        self.model = CMoELlamaModel(config)
+        self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -534,6 +573,32 @@ class CMoELlamaForCausalLM(CMoELlamaPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+
+class CMoELlamaDecoderLayer(CMoEDecoderLayer, LlamaDecoderLayer):  # type: ignore[misc]
+    """A carved decoder layer."""
+
+    attention_class, norm_class = LlamaAttention, LlamaRMSNorm
+
+
+class CMoELlamaPreTrainedModel(CMoEPreTrainedModel):
+    """A carved Llama."""
+
+    config: CMoELlamaConfig
+    _no_split_modules = ["CMoELlamaDecoderLayer"]
+    _can_record_outputs = recorded(CMoELlamaDecoderLayer)
+
+
+class CMoELlamaModel(CMoELlamaPreTrainedModel, CMoEModel):
+    """Its decoder."""
+
+    layer_class, rotary_class = CMoELlamaDecoderLayer, LlamaRotaryEmbedding
+
+
+class CMoELlamaForCausalLM(CMoELlamaPreTrainedModel, CMoEForCausalLM, GenerationMixin):
+    """Its decoder with the head."""
+
+    model_class = CMoELlamaModel
 
 
 __all__ = ["CMoELlamaForCausalLM", "CMoELlamaModel", "CMoELlamaPreTrainedModel"]
