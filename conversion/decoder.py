@@ -17,6 +17,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from cmoe_hf.modeling_cmoe import attention_types
+
 from .architectures import Architecture
 from .errors import CMoEError
 from .profile import activation_marks, activations, cosines
@@ -160,21 +162,33 @@ class AttentionHalf(nn.Module):
         self.ffn_input = self.layer.mlp = self.Recorder()
         self.layer.eval()
         self.position_ids = torch.arange(length, device=device).unsqueeze(0)
+        windows = {
+            "full_attention": None,
+            "sliding_attention": getattr(config, "sliding_window", None),
+        }
+        self.windows = [windows[kind] for kind in attention_types(config)]
+        self.mask: torch.Tensor | None = None
         rotary = names.rotary_embedding(config).to(device)
         self.position_embeddings = rotary(torch.empty(0, device=device), self.position_ids)
 
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take the attention and norm weights of a layer."""
+    def load(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Take the attention and norm weights of a layer, and look back as far as it does."""
         self.layer.load_state_dict(tensors, assign=True)
+        window, position_L = self.windows[index], self.position_ids[0]
+        # Without a mask sdpa is causal, and as fast as it can be.
+        self.mask = None
+        if window is not None and window < len(position_L):
+            distance_LL = position_L[:, None] - position_L
+            self.mask = ((distance_LL >= 0) & (distance_LL < window))[None, None]
 
     def release(self) -> None:
         """Let go of the weights."""
         self.layer.to("meta")
 
     def forward(self, hidden_WLH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # No mask: full windows, and sdpa is causal without one.
         residual_WLH = self.layer(
             hidden_WLH,
+            attention_mask=self.mask,
             position_ids=self.position_ids,
             position_embeddings=self.position_embeddings,
         )

@@ -236,7 +236,7 @@ def carve_model(
         clock = Stopwatch()
         with clock("read"):
             ffn, rest = read_layer(source, index, config, storage.device)
-            attention.load(rest)
+            attention.load(index, rest)
         profile_layer(
             ffn, attention, hidden_WLH, profile, cosine=recipe.cosine_profile, clock=clock
         )

@@ -30,50 +30,16 @@ os.environ.pop("HF_TOKEN", None)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from families import pico_config  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from cmoe_hf.conversion import convert  # noqa: E402
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT, MODEL  # noqa: E402
 
-ROPE_LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-FAMILIES = {
-    "llama-2": {"num_key_value_heads": 4, "tie_word_embeddings": False},
-    "llama-3": {
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-        "rope_parameters": ROPE_LLAMA3,
-    },
-    "tinyllama": {"num_key_value_heads": 1, "tie_word_embeddings": False},
-}
-"""What distinguishes the checkpoints that people bring."""
-
 
 def pytest_sessionfinish() -> None:
     shutil.rmtree(_CACHE, ignore_errors=True)
-
-
-def pico_config(family: str = "llama-2", **changes: object) -> LlamaConfig:
-    """Two layers, hidden 64, FFN 96: divisible by 4, 6, 8, 12."""
-    fields = {
-        "vocab_size": 1024,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-    }
-    return LlamaConfig(**{**fields, **FAMILIES[family], **changes})
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +55,7 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(family: str = "llama-2", **changes: object) -> Path:
         torch.manual_seed(0)
         folder = tmp_path_factory.mktemp("dense") / family
-        model = LlamaForCausalLM(pico_config(family, **changes))
+        model = AutoModelForCausalLM.from_config(pico_config(family, **changes))
         for parameter in model.parameters():
             if parameter.dim() > 1:  # larger weights than the default: the FFN must matter
                 torch.nn.init.normal_(parameter, std=0.2)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -130,7 +131,7 @@ def test_another_seed_gives_other_windows(embedded, carve, tensors):
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("family", ["llama-2", "llama-3", "tinyllama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_keeps_its_configuration(make_dense, carve, family):
     source = make_dense(family)
     dense, carved = (AutoConfig.from_pretrained(folder) for folder in (source, carve(source)))

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from families import FAMILIES
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cmoe_hf.conversion import convert, evaluate
 from cmoe_hf.conversion.calibration import random_windows, tokenize
@@ -32,12 +33,12 @@ def test_with_all_experts_active_the_embedded_model_is_the_dense_one(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("family", ["llama-2", "llama-3", "tinyllama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_all_active_equals_dense_in_every_family_and_precision(
     make_dense, carve, family, dtype, token_ids
 ):
     source = make_dense(family, dtype=dtype)
-    source_model = LlamaForCausalLM.from_pretrained(source).to(getattr(torch, dtype))
+    source_model = AutoModelForCausalLM.from_pretrained(source).to(getattr(torch, dtype))
     source_model.save_pretrained(source)
     carved_folder = carve(source, (2, 6, 8))
     stored = json.loads((carved_folder / "config.json").read_text())

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -356,7 +357,7 @@ MASKS = {
 }
 
 
-def attention_types(config: CMoEConfig) -> list[str]:
+def attention_types(config: PreTrainedConfig) -> list[str]:
     """How far each layer looks back, one of `MASKS`."""
     types = getattr(config, "layer_types", None)
     if types is None:

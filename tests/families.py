@@ -1,0 +1,38 @@
+"""Pico configurations of every family that can be carved."""
+
+from transformers import LlamaConfig, PreTrainedConfig
+
+ROPE_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES = {
+    "llama-2": (LlamaConfig, {"num_key_value_heads": 4, "tie_word_embeddings": False}),
+    "llama-3": (
+        LlamaConfig,
+        {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": ROPE_LLAMA3},
+    ),
+    "tinyllama": (LlamaConfig, {"num_key_value_heads": 1, "tie_word_embeddings": False}),
+}
+"""What distinguishes the checkpoints that people bring."""
+
+
+def pico_config(family: str = "llama-2", **changes: object) -> PreTrainedConfig:
+    """Two layers, hidden 64, FFN 96: divisible by 4, 6, 8, 12."""
+    fields = {
+        "vocab_size": 1024,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    kind, own = FAMILIES[family]
+    return kind(**{**fields, **own, **changes})
