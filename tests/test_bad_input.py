@@ -435,7 +435,8 @@ def test_interrupted_it_leaves_nothing_that_looks_finished(embedded, tmp_path):
     command += ["--calibration", str(CALIBRATION), "--samples", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
-    assert done.stderr.strip() == "interrupted: nothing is half-written."
+    assert "Traceback" not in done.stderr  # torchao, where it is installed, says something, too
+    assert done.stderr.strip().splitlines()[-1] == "interrupted: nothing is half-written."
     assert not list(tmp_path.iterdir())
 
 

@@ -197,7 +197,7 @@ def fastest_backend(experts: CMoEExperts, tokens: int, top_k: int) -> str:
     only, so that a compiler can decide while it traces.
     """
     weight_NHM, pairs = experts.down_proj, tokens * top_k
-    if type(weight_NHM).__module__.startswith("torchao"):
+    if not torch.compiler.is_compiling() and type(weight_NHM).__module__.startswith("torchao"):
         return "eager"  # the products of a quantised weight know one expert at a time
     grouped = grouped_backend(weight_NHM)
     if weight_NHM.is_cuda:
