@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.llama import modeling_llama as llama
 
-from cmoe_hf import CMoEConfig, CMoELlamaConfig, CMoELlamaForCausalLM
+import cmoe_hf
 
 from .errors import RequestError
 
@@ -25,7 +25,7 @@ class Architecture:
     decoder_layer: type[nn.Module]
     """Its `mlp` is the FFN; called with hidden states, positions and position embeddings."""
     rotary_embedding: type[nn.Module]
-    cmoe_config: type[CMoEConfig]
+    cmoe_config: type[cmoe_hf.CMoEConfig]
     cmoe_model: type[PreTrainedModel]
     layer_prefix: str = "model.layers.{}."
     embedding: str = "model.embed_tokens.weight"
@@ -40,12 +40,12 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(
-        dense_config=LlamaConfig,
-        dense_model=LlamaForCausalLM,
-        decoder_layer=LlamaDecoderLayer,
-        rotary_embedding=LlamaRotaryEmbedding,
-        cmoe_config=CMoELlamaConfig,
-        cmoe_model=CMoELlamaForCausalLM,
+        dense_config=llama.LlamaConfig,
+        dense_model=llama.LlamaForCausalLM,
+        decoder_layer=llama.LlamaDecoderLayer,
+        rotary_embedding=llama.LlamaRotaryEmbedding,
+        cmoe_config=cmoe_hf.CMoELlamaConfig,
+        cmoe_model=cmoe_hf.CMoELlamaForCausalLM,
     ),
 }
 

@@ -26,12 +26,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
+from transformers.models.llama import modeling_llama as llama
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -410,6 +405,18 @@ class CMoEPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = ["balance_bias"]
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """What follows from the family's layer."""
+        decoder = getattr(cls, "model_class", cls)
+        if layer := getattr(decoder, "layer_class", None):
+            cls._no_split_modules = [layer.__name__]
+            cls._can_record_outputs = {
+                "router_logits": OutputRecorder(CMoERouter, index=0),
+                "hidden_states": layer,
+                "attentions": layer.attention_class,
+            }
+        super().__init_subclass__(**options)
+
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         # The other methods, such as fp8, replace the experts by their own, with other backends.
         if requested_experts is None and quantisation_method(self.config) in (None, *LINEAR_ONLY):
@@ -429,15 +436,6 @@ class CMoEPreTrainedModel(PreTrainedModel):
                     init.normal_(getattr(module, name), mean=0.0, std=std)
             init.zeros_(module.scale)
             init.zeros_(module.balance_bias)
-
-
-def recorded(layer: type[CMoEDecoderLayer]) -> dict[str, Any]:
-    """What a model can return beside its output, and which modules know it."""
-    return {
-        "router_logits": OutputRecorder(CMoERouter, index=0),
-        "hidden_states": layer,
-        "attentions": layer.attention_class,
-    }
 
 
 class CMoEModel(CMoEPreTrainedModel):
@@ -576,30 +574,24 @@ class CMoEForCausalLM(CMoEPreTrainedModel):
         )
 
 
-class CMoELlamaDecoderLayer(CMoEDecoderLayer, LlamaDecoderLayer):  # type: ignore[misc]
+class CMoELlamaDecoderLayer(CMoEDecoderLayer, llama.LlamaDecoderLayer):  # type: ignore[misc]
     """A carved decoder layer."""
 
-    attention_class, norm_class = LlamaAttention, LlamaRMSNorm
+    attention_class, norm_class = llama.LlamaAttention, llama.LlamaRMSNorm
 
 
-class CMoELlamaPreTrainedModel(CMoEPreTrainedModel):
+class CMoELlamaModel(CMoEModel):
+    """A carved Llama without a head."""
+
+    config: CMoELlamaConfig
+    layer_class, rotary_class = CMoELlamaDecoderLayer, llama.LlamaRotaryEmbedding
+
+
+class CMoELlamaForCausalLM(CMoEForCausalLM, GenerationMixin):
     """A carved Llama."""
 
     config: CMoELlamaConfig
-    _no_split_modules = ["CMoELlamaDecoderLayer"]
-    _can_record_outputs = recorded(CMoELlamaDecoderLayer)
-
-
-class CMoELlamaModel(CMoELlamaPreTrainedModel, CMoEModel):
-    """Its decoder."""
-
-    layer_class, rotary_class = CMoELlamaDecoderLayer, LlamaRotaryEmbedding
-
-
-class CMoELlamaForCausalLM(CMoELlamaPreTrainedModel, CMoEForCausalLM, GenerationMixin):
-    """Its decoder with the head."""
-
     model_class = CMoELlamaModel
 
 
-__all__ = ["CMoELlamaForCausalLM", "CMoELlamaModel", "CMoELlamaPreTrainedModel"]
+__all__ = ["CMoELlamaForCausalLM", "CMoELlamaModel"]
