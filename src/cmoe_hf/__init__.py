@@ -3,8 +3,14 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .configuration_cmoe import CMoEConfig, CMoELlamaConfig
-from .modeling_cmoe import CMoELlamaForCausalLM, CMoELlamaModel
+from .configuration_cmoe import (
+    CMoEConfig,
+    CMoELlamaConfig,
+)
+from .modeling_cmoe import (
+    CMoELlamaForCausalLM,
+    CMoELlamaModel,
+)
 
 FAMILIES = ((CMoELlamaConfig, CMoELlamaModel, CMoELlamaForCausalLM),)
 

@@ -54,10 +54,10 @@ class CMoEConfig(PreTrainedConfig):
     """Routed experts, Nr."""
     num_experts_per_tok: int = 1
     """Routed experts run for each token, A; 0 runs the shared expert alone (static pruning)."""
-    moe_intermediate_size: int = 1376
-    """Neurons of each routed expert, m."""
-    shared_expert_intermediate_size: int = 1376
-    """Neurons of the shared expert, S * m; 0 for none."""
+    moe_intermediate_size: int = 0
+    """Neurons of each routed expert, m; 0 stands for an eighth of `intermediate_size`."""
+    shared_expert_intermediate_size: int = -1
+    """Neurons of the shared expert, S * m; 0 for none, -1 for all that the routed ones leave."""
     router_type: str = "representative"
     """`"representative"`: the score is the activation of one chosen neuron per expert (paper,
     eq. 8). `"linear"`: the score is a linear function of the FFN input."""
@@ -70,6 +70,10 @@ class CMoEConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size // 8
+        if self.shared_expert_intermediate_size < 0:
+            routed = self.num_experts * self.moe_intermediate_size
+            self.shared_expert_intermediate_size = self.intermediate_size - routed
         if not getattr(self, "auto_map", None):
             self.auto_map = self.local_auto_map()
 
@@ -143,4 +147,7 @@ class CMoELlamaConfig(CMoEConfig, LlamaConfig):
     base_model_tp_plan = tensor_parallel_plan(LlamaConfig)
 
 
-__all__ = ["CMoEConfig", "CMoELlamaConfig"]
+__all__ = [
+    "CMoEConfig",
+    "CMoELlamaConfig",
+]

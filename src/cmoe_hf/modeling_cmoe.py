@@ -31,7 +31,10 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_cmoe import CMoEConfig, CMoELlamaConfig
+from .configuration_cmoe import (
+    CMoEConfig,
+    CMoELlamaConfig,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -594,4 +597,7 @@ class CMoELlamaForCausalLM(CMoEForCausalLM, GenerationMixin):
     model_class = CMoELlamaModel
 
 
-__all__ = ["CMoELlamaForCausalLM", "CMoELlamaModel"]
+__all__ = [
+    "CMoELlamaForCausalLM",
+    "CMoELlamaModel",
+]
