@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
 
 import cmoe_hf
 
@@ -46,6 +47,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         rotary_embedding=llama.LlamaRotaryEmbedding,
         cmoe_config=cmoe_hf.CMoELlamaConfig,
         cmoe_model=cmoe_hf.CMoELlamaForCausalLM,
+    ),
+    "mistral": Architecture(
+        dense_config=mistral.MistralConfig,
+        dense_model=mistral.MistralForCausalLM,
+        decoder_layer=mistral.MistralDecoderLayer,
+        rotary_embedding=mistral.MistralRotaryEmbedding,
+        cmoe_config=cmoe_hf.CMoEMistralConfig,
+        cmoe_model=cmoe_hf.CMoEMistralForCausalLM,
     ),
 }
 

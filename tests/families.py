@@ -1,6 +1,6 @@
 """Pico configurations of every family that can be carved."""
 
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
 
 ROPE_LLAMA3 = {
     "rope_type": "llama3",
@@ -17,6 +17,8 @@ FAMILIES = {
         {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": ROPE_LLAMA3},
     ),
     "tinyllama": (LlamaConfig, {"num_key_value_heads": 1, "tie_word_embeddings": False}),
+    "mistral": (MistralConfig, {"num_key_value_heads": 2, "sliding_window": None}),
+    "mistral-sliding": (MistralConfig, {"num_key_value_heads": 2, "sliding_window": 16}),
 }
 """What distinguishes the checkpoints that people bring."""
 

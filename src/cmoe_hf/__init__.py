@@ -6,13 +6,19 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from .configuration_cmoe import (
     CMoEConfig,
     CMoELlamaConfig,
+    CMoEMistralConfig,
 )
 from .modeling_cmoe import (
     CMoELlamaForCausalLM,
     CMoELlamaModel,
+    CMoEMistralForCausalLM,
+    CMoEMistralModel,
 )
 
-FAMILIES = ((CMoELlamaConfig, CMoELlamaModel, CMoELlamaForCausalLM),)
+FAMILIES = (
+    (CMoELlamaConfig, CMoELlamaModel, CMoELlamaForCausalLM),
+    (CMoEMistralConfig, CMoEMistralModel, CMoEMistralForCausalLM),
+)
 
 for config, decoder, causal in FAMILIES:
     AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -31,5 +37,8 @@ __all__ = [
     "CMoELlamaConfig",
     "CMoELlamaForCausalLM",
     "CMoELlamaModel",
+    "CMoEMistralConfig",
+    "CMoEMistralForCausalLM",
+    "CMoEMistralModel",
     "__version__",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.mistral.configuration_mistral import MistralConfig
 
 ROUTER_TYPES = ("representative", "linear")
 
@@ -147,7 +148,16 @@ class CMoELlamaConfig(CMoEConfig, LlamaConfig):
     base_model_tp_plan = tensor_parallel_plan(LlamaConfig)
 
 
+@strict
+class CMoEMistralConfig(CMoEConfig, MistralConfig):
+    """A Mistral whose FFNs are carved."""
+
+    model_type = "cmoe_mistral"
+    base_model_tp_plan = tensor_parallel_plan(MistralConfig)
+
+
 __all__ = [
     "CMoEConfig",
     "CMoELlamaConfig",
+    "CMoEMistralConfig",
 ]

@@ -27,6 +27,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -34,6 +35,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_cmoe import (
     CMoEConfig,
     CMoELlamaConfig,
+    CMoEMistralConfig,
 )
 
 logger = logging.get_logger(__name__)
@@ -597,7 +599,29 @@ class CMoELlamaForCausalLM(CMoEForCausalLM, GenerationMixin):
     model_class = CMoELlamaModel
 
 
+class CMoEMistralDecoderLayer(CMoEDecoderLayer, mistral.MistralDecoderLayer):  # type: ignore[misc]
+    """A carved decoder layer."""
+
+    attention_class, norm_class = mistral.MistralAttention, mistral.MistralRMSNorm
+
+
+class CMoEMistralModel(CMoEModel):
+    """A carved Mistral without a head."""
+
+    config: CMoEMistralConfig
+    layer_class, rotary_class = CMoEMistralDecoderLayer, mistral.MistralRotaryEmbedding
+
+
+class CMoEMistralForCausalLM(CMoEForCausalLM, GenerationMixin):
+    """A carved Mistral."""
+
+    config: CMoEMistralConfig
+    model_class = CMoEMistralModel
+
+
 __all__ = [
     "CMoELlamaForCausalLM",
     "CMoELlamaModel",
+    "CMoEMistralForCausalLM",
+    "CMoEMistralModel",
 ]
