@@ -11,6 +11,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 import cmoe_hf
 
@@ -55,6 +57,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         rotary_embedding=mistral.MistralRotaryEmbedding,
         cmoe_config=cmoe_hf.CMoEMistralConfig,
         cmoe_model=cmoe_hf.CMoEMistralForCausalLM,
+    ),
+    "qwen2": Architecture(
+        dense_config=qwen2.Qwen2Config,
+        dense_model=qwen2.Qwen2ForCausalLM,
+        decoder_layer=qwen2.Qwen2DecoderLayer,
+        rotary_embedding=qwen2.Qwen2RotaryEmbedding,
+        cmoe_config=cmoe_hf.CMoEQwen2Config,
+        cmoe_model=cmoe_hf.CMoEQwen2ForCausalLM,
+    ),
+    "qwen3": Architecture(
+        dense_config=qwen3.Qwen3Config,
+        dense_model=qwen3.Qwen3ForCausalLM,
+        decoder_layer=qwen3.Qwen3DecoderLayer,
+        rotary_embedding=qwen3.Qwen3RotaryEmbedding,
+        cmoe_config=cmoe_hf.CMoEQwen3Config,
+        cmoe_model=cmoe_hf.CMoEQwen3ForCausalLM,
     ),
 }
 

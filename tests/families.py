@@ -1,6 +1,6 @@
 """Pico configurations of every family that can be carved."""
 
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 ROPE_LLAMA3 = {
     "rope_type": "llama3",
@@ -19,6 +19,17 @@ FAMILIES = {
     "tinyllama": (LlamaConfig, {"num_key_value_heads": 1, "tie_word_embeddings": False}),
     "mistral": (MistralConfig, {"num_key_value_heads": 2, "sliding_window": None}),
     "mistral-sliding": (MistralConfig, {"num_key_value_heads": 2, "sliding_window": 16}),
+    "qwen2": (Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2-sliding": (
+        Qwen2Config,
+        {
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen3": (Qwen3Config, {"num_key_value_heads": 2, "head_dim": 32}),
 }
 """What distinguishes the checkpoints that people bring."""
 

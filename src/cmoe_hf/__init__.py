@@ -7,17 +7,25 @@ from .configuration_cmoe import (
     CMoEConfig,
     CMoELlamaConfig,
     CMoEMistralConfig,
+    CMoEQwen2Config,
+    CMoEQwen3Config,
 )
 from .modeling_cmoe import (
     CMoELlamaForCausalLM,
     CMoELlamaModel,
     CMoEMistralForCausalLM,
     CMoEMistralModel,
+    CMoEQwen2ForCausalLM,
+    CMoEQwen2Model,
+    CMoEQwen3ForCausalLM,
+    CMoEQwen3Model,
 )
 
 FAMILIES = (
     (CMoELlamaConfig, CMoELlamaModel, CMoELlamaForCausalLM),
     (CMoEMistralConfig, CMoEMistralModel, CMoEMistralForCausalLM),
+    (CMoEQwen2Config, CMoEQwen2Model, CMoEQwen2ForCausalLM),
+    (CMoEQwen3Config, CMoEQwen3Model, CMoEQwen3ForCausalLM),
 )
 
 for config, decoder, causal in FAMILIES:
@@ -40,5 +48,11 @@ __all__ = [
     "CMoEMistralConfig",
     "CMoEMistralForCausalLM",
     "CMoEMistralModel",
+    "CMoEQwen2Config",
+    "CMoEQwen2ForCausalLM",
+    "CMoEQwen2Model",
+    "CMoEQwen3Config",
+    "CMoEQwen3ForCausalLM",
+    "CMoEQwen3Model",
     "__version__",
 ]

@@ -12,6 +12,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.mistral.configuration_mistral import MistralConfig
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 ROUTER_TYPES = ("representative", "linear")
 
@@ -156,8 +158,26 @@ class CMoEMistralConfig(CMoEConfig, MistralConfig):
     base_model_tp_plan = tensor_parallel_plan(MistralConfig)
 
 
+@strict
+class CMoEQwen2Config(CMoEConfig, Qwen2Config):
+    """A Qwen2 whose FFNs are carved."""
+
+    model_type = "cmoe_qwen2"
+    base_model_tp_plan = tensor_parallel_plan(Qwen2Config)
+
+
+@strict
+class CMoEQwen3Config(CMoEConfig, Qwen3Config):
+    """A Qwen3 whose FFNs are carved."""
+
+    model_type = "cmoe_qwen3"
+    base_model_tp_plan = tensor_parallel_plan(Qwen3Config)
+
+
 __all__ = [
     "CMoEConfig",
     "CMoELlamaConfig",
     "CMoEMistralConfig",
+    "CMoEQwen2Config",
+    "CMoEQwen3Config",
 ]

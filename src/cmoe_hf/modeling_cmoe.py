@@ -28,6 +28,8 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -36,6 +38,8 @@ from .configuration_cmoe import (
     CMoEConfig,
     CMoELlamaConfig,
     CMoEMistralConfig,
+    CMoEQwen2Config,
+    CMoEQwen3Config,
 )
 
 logger = logging.get_logger(__name__)
@@ -619,9 +623,53 @@ class CMoEMistralForCausalLM(CMoEForCausalLM, GenerationMixin):
     model_class = CMoEMistralModel
 
 
+class CMoEQwen2DecoderLayer(CMoEDecoderLayer, qwen2.Qwen2DecoderLayer):  # type: ignore[misc]
+    """A carved decoder layer."""
+
+    attention_class, norm_class = qwen2.Qwen2Attention, qwen2.Qwen2RMSNorm
+
+
+class CMoEQwen2Model(CMoEModel):
+    """A carved Qwen2 without a head."""
+
+    config: CMoEQwen2Config
+    layer_class, rotary_class = CMoEQwen2DecoderLayer, qwen2.Qwen2RotaryEmbedding
+
+
+class CMoEQwen2ForCausalLM(CMoEForCausalLM, GenerationMixin):
+    """A carved Qwen2."""
+
+    config: CMoEQwen2Config
+    model_class = CMoEQwen2Model
+
+
+class CMoEQwen3DecoderLayer(CMoEDecoderLayer, qwen3.Qwen3DecoderLayer):  # type: ignore[misc]
+    """A carved decoder layer."""
+
+    attention_class, norm_class = qwen3.Qwen3Attention, qwen3.Qwen3RMSNorm
+
+
+class CMoEQwen3Model(CMoEModel):
+    """A carved Qwen3 without a head."""
+
+    config: CMoEQwen3Config
+    layer_class, rotary_class = CMoEQwen3DecoderLayer, qwen3.Qwen3RotaryEmbedding
+
+
+class CMoEQwen3ForCausalLM(CMoEForCausalLM, GenerationMixin):
+    """A carved Qwen3."""
+
+    config: CMoEQwen3Config
+    model_class = CMoEQwen3Model
+
+
 __all__ = [
     "CMoELlamaForCausalLM",
     "CMoELlamaModel",
     "CMoEMistralForCausalLM",
     "CMoEMistralModel",
+    "CMoEQwen2ForCausalLM",
+    "CMoEQwen2Model",
+    "CMoEQwen3ForCausalLM",
+    "CMoEQwen3Model",
 ]
