@@ -4,9 +4,12 @@
 CONTRIBUTING.md says how to add a row.
 """
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.llama import modeling_llama as llama
@@ -77,18 +80,17 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def find_architecture(config: dict[str, Any]) -> Architecture:
+def find_architecture(config: dict[str, Any], folder: Path) -> Architecture:
     """The row of a model, from its raw `config.json`.
 
     Raises `RequestError` naming what was found if the family, or a variant of it, cannot be
-    carved.
+    carved. `folder` is where its weights may lie.
     """
     model_type = config.get("model_type")
-    named = ", ".join(config.get("architectures") or []) or "no architecture named"
     if model_type not in ARCHITECTURES:
-        carved = " It is carved already." if str(model_type).startswith("cmoe_") else ""
+        named = ", ".join(config.get("architectures") or []) or "no architecture named"
         raise RequestError(
-            f"cannot carve a model of type {model_type!r} ({named}).{carved} "
+            f"cannot carve a model of type {model_type!r} ({named}).{reason(config, folder)} "
             f"Supported model types: {', '.join(sorted(ARCHITECTURES))}."
         )
     if config.get("mlp_bias"):
@@ -103,3 +105,35 @@ def find_architecture(config: dict[str, Any]) -> Architecture:
             "weights. Carve the unquantised checkpoint and quantise the result."
         )
     return ARCHITECTURES[model_type]
+
+
+def reason(config: dict[str, Any], folder: Path) -> str:
+    """What is known of a model that cannot be carved."""
+    if str(config.get("model_type")).startswith("cmoe_"):
+        return " It is carved already."
+    for part, inner in config.items():
+        if isinstance(inner, dict) and inner.get("model_type") in ARCHITECTURES:
+            return (
+                f" It has a {inner['model_type']} inside ({part}) beside other parts: save the "
+                "language model by itself, and carve that."
+            )
+    parts = ffn_parts(folder)
+    if not parts:
+        return ""
+    return (
+        f" The FFN of its first layer has {', '.join(parts)}: if that is a gate, an up and a down "
+        "projection, a row in conversion/architectures.py would do; see CONTRIBUTING.md."
+    )
+
+
+def ffn_parts(folder: Path) -> list[str]:
+    """Names and shapes of the matrices of the first layer that are neither attention nor norm."""
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt", backend="pread") as shard:
+            for name in shard.keys():  # noqa: SIM118 - not a dict, cannot be iterated
+                layer, _, part = name.partition(".0.")
+                shape = tuple(shard.get_slice(name).get_shape())
+                if part and layer and len(shape) > 1 and not re.search("att|norm", part):
+                    found.append(f"{part.removesuffix('.weight')} {shape}")
+    return found[:8]

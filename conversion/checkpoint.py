@@ -212,7 +212,7 @@ def open_source(
     does not, the model is taken for one of the library's family.
     """
     folder, name, commit = find_model(model, revision=revision)
-    architecture = find_architecture(read_json(folder / "config.json"))
+    architecture = find_architecture(read_json(folder / "config.json"), folder)
     check_code(folder, name, trust_remote_code)
     if commit is not None:
         folder = fetch_model(name, revision, code=trust_remote_code)

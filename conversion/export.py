@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verb `export`: the same function as a stock architecture, without remote code.
 
-A carved Llama with a linear router is a Qwen2-MoE with other numbers in it. What differs:
+A carved Llama, Mistral or Qwen2 with a linear router is a Qwen2-MoE with other numbers in it. What
+differs:
 
-* attention: Qwen2 has biases on q, k and v; they are zero.
+* attention: Qwen2-MoE has biases on q, k and v, as Qwen2; for the others they are zero.
 * shared expert: its output passes a gate sigmoid(x w). With w = 0 that is 1/2, and the down
   projection is doubled.
 * routing weights: ours are 1, those of Qwen2-MoE are the softmax over the experts, renormalised
   over the A chosen ones. With A = 1 that is exactly 1. With more, the router is scaled by a tiny
   power of two, which leaves the order of the scores alone and makes every weight 1/A but for `TINY`
   times the spread of the scores; the down projections of the experts are multiplied by A.
+
+Qwen2-MoE has no norms on q and k: a carved Qwen3 becomes a Qwen3-MoE, by the same routing. That one
+has no shared expert, nor anything that always runs, so that only shapes S0 can be represented.
 
 Shape suffixes: T tokens, H hidden size, N routed experts, M neurons of an expert, Q = 2M.
 """
@@ -25,12 +29,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen2MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from cmoe_hf import CMoEConfig
-from cmoe_hf.modeling_cmoe import CMoERouter
+from cmoe_hf.modeling_cmoe import CMoERouter, attention_types
 
 from .calibration import load_text, random_windows, tokenize
 from .card import native_card
@@ -41,7 +52,13 @@ from .partial import PartialFolder
 from .recipe import Recipe
 from .routing import PINNED
 
-ARCHITECTURES = ("qwen2_moe",)
+ARCHITECTURES = {
+    "cmoe_llama": "qwen2_moe",
+    "cmoe_mistral": "qwen2_moe",
+    "cmoe_qwen2": "qwen2_moe",
+    "cmoe_qwen3": "qwen3_moe",
+}
+"""Which stock architecture each family can become."""
 TINY = 2.0**-13
 """Scale of the router where more than one expert runs. A smaller one would round close scores of a
 float32 softmax to ties, a larger one would make the weights uneven."""
@@ -95,7 +112,7 @@ def export(
     model: str | Path,
     output: str | Path,
     *,
-    architecture: str = "qwen2_moe",
+    architecture: str | None = None,
     refit_router: str | Path | None = None,
     samples: int = 8,
     sequence_length: int | None = None,
@@ -106,7 +123,7 @@ def export(
     Args:
         model: Folder or Hub id of a carved model with a linear router and no fine-tuned gates.
         output: Folder to create.
-        architecture: `"qwen2_moe"`.
+        architecture: `"qwen2_moe"` or `"qwen3_moe"`, default the one of the family.
         refit_router: Calibration text (as for `convert`) to which linear routers are fitted, in
             place of routers that the architecture does not have.
         samples: Calibration windows.
@@ -117,13 +134,15 @@ def export(
         RequestError: The architecture cannot represent the model; the message says why.
         CMoEError: The model cannot be reached or is damaged.
     """
-    if architecture not in ARCHITECTURES:
+    known = sorted(set(ARCHITECTURES.values()))
+    if architecture is not None and architecture not in known:
         raise RequestError(
-            f"there is no export to {architecture!r}; choose one of {', '.join(ARCHITECTURES)}."
+            f"there is no export to {architecture!r}; choose one of {', '.join(known)}."
         )
     folder, name, commit = find_model(model)
     config = AutoConfig.from_pretrained(folder)
-    check_config(config, name, refit=refit_router is not None)
+    architecture = architecture or ARCHITECTURES.get(config.model_type, known[0])
+    check_config(config, name, architecture, refit=refit_router is not None)
     if commit is not None:
         folder = fetch_model(name, commit)
     shards = sorted(folder.glob("*.safetensors"))
@@ -139,7 +158,7 @@ def export(
         routers = fitted_routers(folder, windows_WL)
     with ExportFolder.create(output, {"model": name}, overwrite=overwrite) as work:
         write_shards(shards, config, work, routers)
-        native_config(config).save_pretrained(work.folder)
+        native_config(config, architecture).save_pretrained(work.folder)
         tokenizer.save_pretrained(work.folder)
         work.copy_from(folder, GENERATION_CONFIG_NAME, *LEGAL_FILES)
         difference, agreement = compare(folder, work.folder, config)
@@ -170,22 +189,29 @@ class ExportFolder(PartialFolder):
         """There is nothing to take up."""
 
 
-def check_config(config: PreTrainedConfig, name: str, *, refit: bool) -> None:
+def check_config(config: PreTrainedConfig, name: str, architecture: str, *, refit: bool) -> None:
     """Raises `RequestError` for what the configuration alone forbids."""
     if not isinstance(config, CMoEConfig):
-        raise RequestError(f"{name} is a {config.model_type} model, not a carved Llama.")
+        raise RequestError(f"{name} is a {config.model_type} model, not a carved one.")
     reasons = []
+    possible = ARCHITECTURES.get(config.model_type, "no stock architecture")
+    if architecture != possible:
+        reasons.append(f"a {config.model_type} can only become {possible}")
+    if architecture == "qwen3_moe" and config.shared_expert_intermediate_size:
+        reasons.append("it has a shared expert, and Qwen3-MoE has none: carve with --shared 0")
+    if architecture == "qwen3_moe" and "sliding_attention" in attention_types(config):
+        reasons.append("some of its layers attend in a sliding window")
     if config.router_type != "linear" and not refit:
         reasons.append(
-            f"its router is {config.router_type}, products of neurons, where Qwen2-MoE has a "
-            "matrix: pass --refit-router with a calibration text to fit one"
+            f"its router is {config.router_type}, products of neurons, where {architecture} has "
+            "a matrix: pass --refit-router with a calibration text to fit one"
         )
     if config.router_absolute_score and not refit:
         reasons.append("its router takes absolute values")
     if config.num_experts_per_tok == 0:
         reasons.append("it does not route")
     if reasons:
-        raise RequestError(f"{name} cannot be a Qwen2-MoE: {'; '.join(reasons)}.")
+        raise RequestError(f"{name} cannot be a {architecture}: {'; '.join(reasons)}.")
 
 
 def check_gates(shards: list[Path]) -> None:
@@ -203,9 +229,9 @@ def check_gates(shards: list[Path]) -> None:
     if found:
         listed = ", ".join(f"{kind} in {layers} layers" for kind, layers in found.items())
         raise RequestError(
-            f"the model has {listed}: Qwen2-MoE has no place for them. Export a model as carved "
-            "with --shared and --active, or recover it with --router-learning-rate 0 and "
-            "--bias-speed 0."
+            f"the model has {listed}: stock architectures have no place for them. Export a model "
+            "as carved with --shared and --active, or recover it with --router-learning-rate 0 "
+            "and --bias-speed 0."
         )
 
 
@@ -229,13 +255,23 @@ def fitted_routers(folder: Path, windows_WL: torch.Tensor) -> dict[str, torch.Te
     }
 
 
-def native_config(config: CMoEConfig) -> Qwen2MoeConfig:
-    """The configuration of the same model as a Qwen2-MoE."""
-    same: dict[str, Any] = {name: getattr(config, name) for name in SAME_FIELDS}
+def native_config(config: CMoEConfig, architecture: str) -> PreTrainedConfig:
+    """The configuration of the same model as a stock one."""
+    same: dict[str, Any] = {
+        name: getattr(config, name) for name in SAME_FIELDS if hasattr(config, name)
+    }
+    same["norm_topk_prob"] = True
+    if architecture == "qwen3_moe":
+        return Qwen3MoeConfig(
+            **same, attention_bias=config.attention_bias, architectures=["Qwen3MoeForCausalLM"]
+        )
+    types = attention_types(config)
     return Qwen2MoeConfig(
         **same,
         shared_expert_intermediate_size=config.shared_expert_intermediate_size or NO_SHARED,
-        norm_topk_prob=True,
+        layer_types=types,
+        use_sliding_window="sliding_attention" in types,
+        sliding_window=getattr(config, "sliding_window", None),
         architectures=["Qwen2MoeForCausalLM"],
     )
 
@@ -269,7 +305,7 @@ def write_shards(
 
 
 def native_tensors(name: str, tensor: torch.Tensor, config: CMoEConfig) -> dict[str, torch.Tensor]:
-    """What a tensor of a carved Llama becomes, by the names that Qwen2-MoE has on the Hub."""
+    """What a tensor becomes, by the names that Qwen2-MoE and Qwen3-MoE have on the Hub."""
     block, _, part = name.rpartition("mlp.")
     block += "mlp."
     active = config.num_experts_per_tok
@@ -277,6 +313,8 @@ def native_tensors(name: str, tensor: torch.Tensor, config: CMoEConfig) -> dict[
         return {}
     if part == "gate.linear_weight":
         found = {f"{block}gate.weight": tensor * (1 if active == 1 else TINY)}
+        if config.model_type == "cmoe_qwen3":
+            return found
         hidden = config.hidden_size
         found[f"{block}shared_expert_gate.weight"] = tensor.new_zeros(1, hidden)
         if config.shared_expert_intermediate_size == 0:
@@ -301,10 +339,16 @@ def native_tensors(name: str, tensor: torch.Tensor, config: CMoEConfig) -> dict[
         }
     if part == "shared_expert.down_proj.weight":
         return {name: tensor * 2}
-    if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-        bias = {} if config.attention_bias else {"bias": tensor.new_zeros(len(tensor))}
-        return {name: tensor} | {name.removesuffix("weight") + key: bias[key] for key in bias}
+    if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) and lacks_bias(config):
+        return {name: tensor, name.removesuffix("weight") + "bias": tensor.new_zeros(len(tensor))}
     return {name: tensor}
+
+
+def lacks_bias(config: CMoEConfig) -> bool:
+    """Whether q, k and v have no biases, and Qwen2-MoE wants some."""
+    if ARCHITECTURES[config.model_type] != "qwen2_moe" or config.model_type == "cmoe_qwen2":
+        return False
+    return not getattr(config, "attention_bias", False)
 
 
 @torch.no_grad()
@@ -321,7 +365,7 @@ def compare(carved: Path, native: Path, config: CMoEConfig) -> tuple[float, floa
             kept.append(output[2].sort().values)
 
         for module in loaded.modules():
-            if isinstance(module, CMoERouter | Qwen2MoeTopKRouter):
+            if isinstance(module, CMoERouter | Qwen2MoeTopKRouter | Qwen3MoeTopKRouter):
                 module.register_forward_hook(record)
         logits.append(loaded(ids, use_cache=False).logits.float())
         choices.append(torch.cat(chosen))

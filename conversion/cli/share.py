@@ -16,8 +16,11 @@ def export_command(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a carved model.")],
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
     architecture: Annotated[
-        str, typer.Option(help=f"Stock architecture: {', '.join(ARCHITECTURES)}.")
-    ] = ARCHITECTURES[0],
+        str | None,
+        typer.Option(
+            help=f"{' or '.join(sorted(set(ARCHITECTURES.values())))}; default by family."
+        ),
+    ] = None,
     refit_router: Annotated[
         str | None,
         typer.Option(help="Text to fit linear routers to, where the model has others."),

@@ -1,0 +1,164 @@
+"""Families besides Llama: what is theirs alone is in the right place."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from families import FAMILIES
+from refusal import refused
+from test_bad_input import run
+from transformers import AutoModelForCausalLM
+
+import cmoe_hf
+from cmoe_hf.conversion import evaluate
+from cmoe_hf.conversion.architectures import ARCHITECTURES
+from cmoe_hf.conversion.checkpoint import open_source
+from cmoe_hf.conversion.decoder import AttentionHalf
+
+OTHERS = [family for family, (kind, _) in FAMILIES.items() if kind.model_type != "llama"]
+SLIDING = [family for family in OTHERS if "sliding" in family]
+
+WITHOUT_PACKAGE = """
+import sys
+sys.modules["cmoe_hf"] = None  # any import of it fails
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+folder, again, logits_file = sys.argv[1:]
+ids = torch.arange(2, 66).view(2, 32)
+found = []
+for _ in range(2):
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    with torch.no_grad():
+        found.append(model.eval()(ids).logits)
+        base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+        assert torch.equal(model.lm_head(base(ids).last_hidden_state), found[-1])
+    model.save_pretrained(again)
+    folder = again
+torch.save(found, logits_file)
+"""
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **options).eval()
+
+
+def test_every_family_has_a_row_and_three_classes():
+    rows = {row.cmoe_config: row.cmoe_model for row in ARCHITECTURES.values()}
+    assert rows == {config: causal for config, _, causal in cmoe_hf.FAMILIES}
+    assert ARCHITECTURES.keys() == {kind.model_type for kind, _ in FAMILIES.values()}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_it_loads_and_is_saved_where_this_package_is_not(make_dense, carve, tmp_path, family):
+    folder = carve(make_dense(family), (1, 2, 8))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", WITHOUT_PACKAGE),
+            *map(str, (folder, tmp_path / "again", tmp_path / "logits.pt")),
+        ],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = torch.load(tmp_path / "logits.pt")
+    with torch.no_grad():
+        here = AutoModelForCausalLM.from_pretrained(folder).eval()(torch.arange(2, 66).view(2, 32))
+    torch.testing.assert_close(second, first)
+    torch.testing.assert_close(here.logits, first)
+    auto_map = json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"]
+    assert auto_map.keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", OTHERS)
+def test_generation_with_a_cache_equals_decoding_without_one(make_dense, carve, family, cache):
+    model = load(carve(make_dense(family), (1, 2, 8)))
+    ids = torch.arange(2, 42).view(2, 20)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=12,
+        min_new_tokens=12,
+        eos_token_id=None,
+        cache_implementation=cache,
+    )
+    with torch.no_grad():
+        for _ in range(12):
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(out, ids)
+
+
+@pytest.mark.parametrize("family", SLIDING)
+def test_a_sliding_window_is_felt(make_dense, carve, token_ids, family):
+    """Or the next tests could not fail."""
+    narrow, wide = (
+        load(make_dense(family, sliding_window=window))(token_ids).logits for window in (16, 64)
+    )
+    assert torch.allclose(narrow[:, :16], wide[:, :16], atol=1e-5)
+    assert not torch.allclose(narrow[:, 17:], wide[:, 17:], atol=1e-2)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_calibration_sees_what_the_dense_model_computes(make_dense, token_ids, family):
+    folder = make_dense(family)
+    model, source = load(folder), open_source(folder)
+    seen, entering = [], []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda layer, inputs: entering.append(inputs[0]))
+        layer.mlp.register_forward_pre_hook(lambda mlp, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(token_ids, use_cache=False)
+        length, device = token_ids.shape[1], torch.device("cpu")
+        attention = AttentionHalf(source.architecture, source.config, length, device)
+        for index in range(2):
+            tensors = source.read_layer(index)
+            rest = {name: it for name, it in tensors.items() if not name.startswith("mlp.")}
+            attention.load(index, rest)
+            _, x_WLH = attention(entering[index])
+            torch.testing.assert_close(x_WLH, seen[index], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "released", "refined"])
+@pytest.mark.parametrize("family", OTHERS)
+def test_every_recipe_runs(make_dense, carve, held_out, tmp_path, family, recipe):
+    (tmp_path / "text.txt").write_text(held_out.read_text(encoding="utf-8")[:4000])
+    folder = carve(make_dense(family), (3, 3, 8), recipe=recipe)
+    result = evaluate(folder, text=tmp_path / "text.txt", sequence_length=64)
+    assert result.perplexity > 1 and result.router_oracle_agreement is not None
+
+
+def test_models_with_other_parts_inside_are_named(dense_copy, no_leftovers, edit_config):
+    edit_config(
+        dense_copy,
+        model_type="llava",
+        architectures=["LlavaForConditionalGeneration"],
+        text_config={"model_type": "llama"},
+    )
+    refused(
+        run(dense_copy, no_leftovers),
+        2,
+        "'llava'",
+        "a llama inside (text_config)",
+        "save the language model by itself",
+    )
+
+
+def test_an_unknown_family_is_told_what_a_row_would_need(dense_copy, no_leftovers, edit_config):
+    edit_config(dense_copy, model_type="gemma", architectures=["GemmaForCausalLM"])
+    refused(
+        run(dense_copy, no_leftovers),
+        2,
+        "'gemma'",
+        "Supported model types: llama, mistral, qwen2, qwen3",
+        "mlp.down_proj (64, 96)",
+        "CONTRIBUTING.md",
+    )
