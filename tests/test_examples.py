@@ -153,3 +153,12 @@ def test_two_processes_share_a_model(embedded, carve, layout):
         timeout=300,
     ).stdout
     assert printed.startswith("The value of") and printed.count("The value of") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_in_another_family_too_ours_is_the_better_recipe(run_example, capsys):
+    run_example("compare_families.py", "--family", "mistral", "--steps", "200")
+    row = json.loads(capsys.readouterr().out)
+    assert row["shape"] == "S1A1E8"
+    assert row["dense"] < row["refined"] < min(row["static"], row["released"], row["paper"])
