@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -149,7 +150,7 @@ def start_vllm(
 
 def carve_all(arguments: argparse.Namespace) -> list[Case]:
     """Carve the grid; draw u and b; export what a Qwen2-MoE can represent."""
-    from cmoe_hf.conversion import convert, export
+    from cmoe_hf.conversion import RequestError, convert, export
 
     cases = []
     for shape, (shared, active, experts) in SHAPES.items():
@@ -170,9 +171,11 @@ def carve_all(arguments: argparse.Namespace) -> list[Case]:
                 cases.append(Case(shape, router, "drawn"))
                 draw_gates(arguments.folder / carved.folder, arguments.folder / cases[-1].folder)
             if active and router == "linear":
-                cases.append(Case(shape, router, "exported"))
-                source, target = (arguments.folder / case.folder for case in (carved, cases[-1]))
-                export(source, target, overwrite=True)
+                exported = Case(shape, router, "exported")
+                source, target = (arguments.folder / case.folder for case in (carved, exported))
+                with suppress(RequestError):  # no stock architecture has a place for it
+                    export(source, target, overwrite=True)
+                    cases.append(exported)
     return cases
 
 
