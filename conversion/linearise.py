@@ -8,12 +8,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from cmoe_hf.modeling_cmoe import CMoEExperts
+from cmoe_hf.modeling_cmoe import CMoEExperts, run_expert
 
 from .refit import solve_shifted
 from .routing import sparse_blocks
@@ -81,9 +80,8 @@ class Sums:
 
 def expert_energies(experts: CMoEExperts, x_TH: torch.Tensor) -> torch.Tensor:
     """Squared length of what every expert would add for every token, (T, N) float32."""
-    energies = []
-    for gate_up_QH, down_HM in zip(experts.gate_up_proj, experts.down_proj, strict=True):
-        gate_TM, up_TM = F.linear(x_TH, gate_up_QH).chunk(2, dim=1)
-        y_TH = F.linear(experts.act_fn(gate_TM) * up_TM, down_HM)
-        energies.append(y_TH.float().square().sum(dim=1))
+    energies = [
+        run_expert(experts, expert, x_TH).float().square().sum(dim=1)
+        for expert in range(experts.num_experts)
+    ]
     return torch.stack(energies, dim=1)

@@ -30,7 +30,8 @@ from tqdm import tqdm
 from .card import stated
 from .errors import CMoEError, RequestError
 from .partial import sha256_of
-from .vetting import CARD_FILE, check_card, check_complete, check_private, files_to_publish
+from .scores import CARD_FILE, replace_text
+from .vetting import check_card, check_complete, check_private, files_to_publish
 
 Answer = TypeVar("Answer")
 LOADABLE = (
@@ -129,7 +130,8 @@ def publish(
         same = set(names) & set(target.files)
         replaced = sorted(name for name in same if differs(here, target.files[name]))
         if not dry_run:
-            write_card(here, card)
+            if licence or base_model:  # nobody asked for another card otherwise
+                replace_text(here / CARD_FILE, card)
             if not target.exists:
                 patiently(partial(api.create_repo, repository, private=not public, exist_ok=True))
             branch = prepare(api, repository, branch, pull_request)
@@ -162,15 +164,6 @@ def vetted_card(
     check_card(folder, card)
     check_private(folder, names, card, known={repository.partition("/")[0]})
     return card
-
-
-def write_card(folder: Path, card: str) -> None:
-    """Write the card, if it says anything new."""
-    path = folder / CARD_FILE
-    if path.read_text(encoding="utf-8") != card:
-        new = path.with_name(CARD_FILE + ".new")
-        new.write_text(card, encoding="utf-8")
-        new.replace(path)
 
 
 def look(api: HfApi, repository: str, branch: str) -> Target:

@@ -76,14 +76,14 @@ def write_card(
     new = {(record["task"], record["metric"]): {**record, **circumstances} for record in records}
     kept = [it for it in _recorded(folder) if (it["task"], it["metric"]) not in new]
     content = {"results": [*kept, *new.values()]}
-    _replace(folder / RESULTS_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    replace_text(folder / RESULTS_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     card = ModelCard.load(folder / CARD_FILE)
     told = card.data.eval_results or []
     told = [it for it in told if (it.dataset_type, it.metric_type) not in new]
     card.data.eval_results = [*told, *map(eval_result, new.values())]
     card.data.model_name = card.data.model_name or folder.resolve().name
-    _replace(folder / CARD_FILE, str(card))
+    replace_text(folder / CARD_FILE, str(card))
 
 
 def eval_result(record: dict[str, Any]) -> EvalResult:
@@ -112,7 +112,7 @@ def _recorded(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Write a file that is either the old or the new one, never half of it."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8", newline="")  # line ends as the card has them

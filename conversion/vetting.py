@@ -19,8 +19,8 @@ from .card import stated_hashes
 from .checkpoint import LEGAL_FILES, WEIGHTS_INDEX, load_tokenizer, read_json, stored_shapes
 from .errors import RequestError
 from .partial import SETTINGS, sha256_of
+from .scores import CARD_FILE
 
-CARD_FILE = "README.md"
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -65,7 +65,7 @@ def check_complete(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise RequestError(f"{folder} has no config.json: it is not a model.")
     config = read_json(folder / "config.json")
-    check_code(folder, config.get("auto_map"))
+    check_auto_map(folder, config.get("auto_map"))
     shapes = {name: shape for name, (_, shape) in stored_shapes(folder).items()}
     check_weights(folder, shapes)
     if config.get("model_type") in {family.model_type for family, *_ in FAMILIES}:
@@ -73,7 +73,7 @@ def check_complete(folder: Path) -> None:
     load_tokenizer(folder)
 
 
-def check_code(folder: Path, auto_map: dict[str, str] | None) -> None:
+def check_auto_map(folder: Path, auto_map: dict[str, str] | None) -> None:
     """The Python files that `auto_map` names are there, as plain files of this folder."""
     if auto_map is None:
         return
