@@ -5,13 +5,15 @@ CONTRIBUTING.md says how to add a row.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.gpt_neox import modeling_gpt_neox as gpt_neox
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
@@ -37,11 +39,23 @@ class Architecture:
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     """Not stored when the configuration ties it to the embedding."""
-    gate: str = "mlp.gate_proj.weight"
+    gate: str | None = "mlp.gate_proj.weight"
+    """None for an FFN without a gate."""
     up: str = "mlp.up_proj.weight"
+    up_bias: str | None = None
     down: str = "mlp.down_proj.weight"
+    down_bias: str | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Beginnings of tensor names in checkpoints, and those of the CMoE classes."""
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Tensors of old checkpoints that are recomputed and not stored again."""
+
+    def carved_name(self, name: str) -> str:
+        """What a tensor of the checkpoint is called in the carved one."""
+        for dense, carved in self.renamed.items():
+            if name.startswith(dense):
+                return carved + name.removeprefix(dense)
+        return name
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -76,6 +90,33 @@ ARCHITECTURES: dict[str, Architecture] = {
         rotary_embedding=qwen3.Qwen3RotaryEmbedding,
         cmoe_config=cmoe_hf.CMoEQwen3Config,
         cmoe_model=cmoe_hf.CMoEQwen3ForCausalLM,
+    ),
+    "gpt_neox": Architecture(
+        dense_config=gpt_neox.GPTNeoXConfig,
+        dense_model=gpt_neox.GPTNeoXForCausalLM,
+        decoder_layer=gpt_neox.GPTNeoXLayer,
+        rotary_embedding=gpt_neox.GPTNeoXRotaryEmbedding,
+        cmoe_config=cmoe_hf.CMoEGPTNeoXConfig,
+        cmoe_model=cmoe_hf.CMoEGPTNeoXForCausalLM,
+        layer_prefix="gpt_neox.layers.{}.",
+        embedding="gpt_neox.embed_in.weight",
+        head="embed_out.weight",
+        gate=None,
+        up="mlp.dense_h_to_4h.weight",
+        up_bias="mlp.dense_h_to_4h.bias",
+        down="mlp.dense_4h_to_h.weight",
+        down_bias="mlp.dense_4h_to_h.bias",
+        renamed={
+            "gpt_neox.embed_in.": "model.embed_tokens.",
+            "gpt_neox.final_layer_norm.": "model.norm.",
+            "gpt_neox.": "model.",
+            "embed_out.": "lm_head.",
+        },
+        ignored_suffixes=(
+            "rotary_emb.inv_freq",
+            "attention.bias",
+            "attention.masked_bias",
+        ),
     ),
 }
 

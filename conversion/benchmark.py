@@ -191,7 +191,10 @@ class Bench:
         rounds: int,
     ) -> None:
         self.dense, self.carved, self.ids, self.rounds = dense.eval(), carved.eval(), ids, rounds
-        self.dense_blocks: list[nn.Module] = [layer.mlp for layer in dense.model.layers]
+        self.dense_blocks: list[nn.Module] = [
+            layer.mlp
+            for layer in dense.base_model.layers  # type: ignore[union-attr]
+        ]
         self.carved_blocks: list[nn.Module] = list(sparse_blocks(carved))
         self.device = carved.device
         self.rates = measure_rates(self.device, carved.dtype)

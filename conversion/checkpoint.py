@@ -298,10 +298,13 @@ def _check_tensors(
     with torch.device("meta"):
         model = architecture.dense_model(config)
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    # What the library calls it; older checkpoints may have another name for it.
+    head = architecture.head if architecture.head in shapes else "lm_head.weight"
+    expected[head] = expected.pop("lm_head.weight")
     ignored = [name for name in shapes if name.endswith(architecture.ignored_suffixes)]
     if config.tie_word_embeddings:
-        expected.pop(architecture.head, None)
-        ignored += [architecture.head] if architecture.head in shapes else []
+        expected.pop(head)
+        ignored += [head] if head in shapes else []
     missing = sorted(expected.keys() - shapes.keys())
     unknown = sorted(shapes.keys() - expected.keys() - set(ignored))
     if missing:

@@ -133,7 +133,8 @@ def carve(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
     shards = config.num_hidden_layers + 1
     storage = Storage(prepared.device, work.private if job.activations == "disk" else None)
     rest = source.read_rest()
-    work.write_rest(in_dtype(rest, settings.dtype), shards)
+    named = {source.architecture.carved_name(name): tensor for name, tensor in rest.items()}
+    work.write_rest(in_dtype(named, settings.dtype), shards)
     states = work.read_states()
     if states:
         streams = Streams.restored(states, storage)
@@ -145,7 +146,7 @@ def carve(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
             storage,
             dense=settings.choices.needs_dense_stream,
         )
-    del rest, states
+    del rest, named, states
     carved = carve_model(
         source,
         streams,

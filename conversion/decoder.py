@@ -2,7 +2,7 @@
 """Runs one dense decoder layer on the calibration windows and watches its FFN.
 
 Shape suffixes: W windows, L tokens of one window, T = W * L tokens, H hidden size, F dense FFN
-width, K marked neurons per token.
+width, G = F, or F + 1 with an output bias, K marked neurons per token.
 """
 
 import math
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -91,15 +92,60 @@ class Streams:
 
 @dataclass
 class FFN:
-    """A dense gated FFN in float32: y = (act(x gateᵀ) * (x upᵀ)) downᵀ."""
+    """A dense FFN in float32: y = h downᵀ + down_bias with h = act(x gateᵀ) * (x upᵀ), or
+    h = act(x upᵀ + up_bias) where there is no gate."""
 
-    gate_FH: torch.Tensor
+    gate_FH: torch.Tensor | None
     up_FH: torch.Tensor
     down_HF: torch.Tensor
     act: Callable[[torch.Tensor], torch.Tensor]
     stored_dtype: torch.dtype
     """Precision of the checkpoint: what is derived is rounded to it before it is used, so that
     calibration sees what inference will see."""
+    up_bias_F: torch.Tensor | None = None
+    down_bias_H: torch.Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """Neurons, F."""
+        return len(self.up_FH)
+
+    @property
+    def is_biased(self) -> bool:
+        """Whether the output has a bias."""
+        return self.down_bias_H is not None
+
+    @cached_property
+    def down_with_bias(self) -> torch.Tensor:
+        """The down projection, (H, G): its bias is the column of a neuron that is always 1."""
+        if self.down_bias_H is None:
+            return self.down_HF
+        return torch.cat([self.down_HF, self.down_bias_H.unsqueeze(1)], dim=1)
+
+    def products(self, x_TH: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """x gateᵀ and x upᵀ + up_bias, (T, F) each."""
+        up_TF = x_TH @ self.up_FH.T
+        if self.up_bias_F is not None:
+            up_TF += self.up_bias_F
+        return (None if self.gate_FH is None else x_TH @ self.gate_FH.T), up_TF
+
+    def hidden(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """Hidden activations, (T, F)."""
+        return activations(*self.products(x_TH), self.act)
+
+    def cosine_hidden(
+        self, x_TH: torch.Tensor, gate_TF: torch.Tensor | None, up_TF: torch.Tensor
+    ) -> torch.Tensor:
+        """The same with products of lengths 1, (T, F), see `profile.cosines`."""
+        if self.gate_FH is not None and gate_TF is not None:
+            gate_TF = cosines(gate_TF, x_TH, self.gate_FH)
+        up_TF = cosines(up_TF, x_TH, self.up_FH, self.up_bias_F)
+        return activations(gate_TF, up_TF, self.act)
+
+    def output(self, h_TF: torch.Tensor) -> torch.Tensor:
+        """y of some hidden activations, (T, H)."""
+        y_TH = h_TF @ self.down_HF.T
+        return y_TH if self.down_bias_H is None else y_TH + self.down_bias_H
 
     def rounded(self, tensor: torch.Tensor) -> torch.Tensor:
         """A derived weight as it will be loaded, in float32."""
@@ -246,14 +292,10 @@ def profile_layer(
             residual_WLH, x_WLH = attention(batch_WLH)
             batch_WLH.copy_(residual_WLH)
             x_TH.copy_(x_WLH.flatten(0, 1))
-            gate_TF, up_TF = x_TH @ ffn.gate_FH.T, x_TH @ ffn.up_FH.T
-            h_TF.copy_(activations(gate_TF, up_TF, ffn.act))
+            products = ffn.products(x_TH)
+            h_TF.copy_(activations(*products, ffn.act))
         with clock("marks"):
-            signal_TF = h_TF
-            if cosine:
-                gate_TF = cosines(gate_TF, x_TH, ffn.gate_FH)
-                up_TF = cosines(up_TF, x_TH, ffn.up_FH)
-                signal_TF = activations(gate_TF, up_TF, ffn.act)
+            signal_TF = ffn.cosine_hidden(x_TH, *products) if cosine else h_TF
             marks_TK.copy_(activation_marks(signal_TF, k))
 
 
@@ -261,5 +303,4 @@ def run_dense_layer(ffn: FFN, attention: AttentionHalf, hidden_WLH: torch.Tensor
     """Run the dense layer on all windows, in place."""
     for batch_WLH in hidden_WLH.split(max(1, BATCH_TOKENS // hidden_WLH.shape[1])):
         residual_WLH, x_WLH = attention(batch_WLH)
-        h_WLF = activations(x_WLH @ ffn.gate_FH.T, x_WLH @ ffn.up_FH.T, ffn.act)
-        batch_WLH.copy_(residual_WLH + h_WLF @ ffn.down_HF.T)
+        batch_WLH.copy_(residual_WLH + ffn.output(ffn.hidden(x_WLH)))

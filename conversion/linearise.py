@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from cmoe_hf.modeling_cmoe import CMoEExperts, run_expert
+from cmoe_hf.modeling_cmoe import ExpertsLoop, run_expert
 
 from .refit import solve_shifted
 from .routing import sparse_blocks
@@ -44,7 +44,7 @@ def linear_routers(
 class Sums:
     """What the regression of one layer needs to know of the tokens."""
 
-    def __init__(self, experts: CMoEExperts) -> None:
+    def __init__(self, experts: ExpertsLoop) -> None:
         self.experts = experts
         hidden, device = experts.hidden_dim, experts.down_proj.device
         self.gram_HH = torch.zeros(hidden, hidden, device=device)
@@ -78,7 +78,7 @@ class Sums:
         return (weight_HN / deviation).T.contiguous()
 
 
-def expert_energies(experts: CMoEExperts, x_TH: torch.Tensor) -> torch.Tensor:
+def expert_energies(experts: ExpertsLoop, x_TH: torch.Tensor) -> torch.Tensor:
     """Squared length of what every expert would add for every token, (T, N) float32."""
     energies = [
         run_expert(experts, expert, x_TH).float().square().sum(dim=1)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cmoe_hf.modeling_cmoe import CMoERouter, CMoESparseMoeBlock
@@ -134,7 +133,7 @@ class LayerWatch:
     def __init__(self, block: CMoESparseMoeBlock) -> None:
         self.block = block
         shared, experts, bias_N = block.shared_expert, block.experts, block.gate.balance_bias
-        self.shared = 0 if shared is None else shared.gate_proj.weight.shape[0]
+        self.shared = 0 if shared is None else shared.up_proj.weight.shape[0]
         self.width = self.shared + experts.num_experts * experts.intermediate_dim
         self.marked = min(MARKED, self.width)
         self.pins_N = torch.where(bias_N > PINNED, bias_N, 0)
@@ -218,14 +217,13 @@ class LayerWatch:
 
 
 def hidden_values(block: CMoESparseMoeBlock, x_TH: torch.Tensor) -> torch.Tensor:
-    """h = act(x Wg) * (x Wu) of all neurons, (T, F) float32, whether they run or not."""
+    """Hidden activations of all neurons, (T, F) float32, whether they run or not."""
     shared, experts = block.shared_expert, block.experts
     parts = []
     if shared is not None:
-        parts.append(shared.act_fn(shared.gate_proj(x_TH)) * shared.up_proj(x_TH))
-    for expert in range(experts.num_experts):  # quantised weights cannot be iterated
-        gate_TM, up_TM = F.linear(x_TH, experts.gate_up_proj[expert]).chunk(2, dim=1)
-        parts.append(experts.act_fn(gate_TM) * up_TM)
+        parts.append(shared.hidden(x_TH))
+    # Quantised weights cannot be iterated.
+    parts += [experts.hidden(expert, x_TH) for expert in range(experts.num_experts)]
     return torch.cat(parts, dim=1).float()
 
 

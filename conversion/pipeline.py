@@ -5,7 +5,8 @@
 profiled on what the carved layers before it really produce.
 
 Shape suffixes: W windows, L tokens of one window, T = W * L tokens, H hidden size, F dense FFN
-width, N routed experts, K active experts, M neurons of one expert.
+width, G = F, or F + 1 with an output bias, N routed experts, K active experts, M neurons of one
+expert.
 """
 
 from collections.abc import Iterator
@@ -46,8 +47,9 @@ class CarvedLayer:
     partition: Partition
     router: dict[str, torch.Tensor]
     """Parameters of the router as they will be loaded."""
-    down_HF: torch.Tensor
-    """The down projection, refitted or not, float32, in the dense order of neurons."""
+    down_HG: torch.Tensor
+    """The down projection, refitted or not, float32, in the dense order of neurons; with an output
+    bias as its last column."""
     run_TN: torch.Tensor
     """Which routed experts ran for the calibration tokens."""
     y_TH: torch.Tensor
@@ -66,20 +68,20 @@ def carve_layer(
 
     `wanted_TH` is the output that a refit aims at, None for a recipe without one.
     """
-    down_HF = ffn.down_HF
+    down_HG = ffn.down_with_bias
     with clock("partition"):
         parts = divide(ffn, profile, config, recipe)
     with clock("router"):
         router = build_router(ffn, profile, parts, recipe)
         run_TN = running_experts(router, profile, parts, config, recipe)
     with clock("refit"):
-        blocks = active_blocks(profile.h_TF, parts, run_TN)
+        blocks = active_blocks(profile.h_TF, parts, run_TN, biased=ffn.is_biased)
         if wanted_TH is not None:
-            down_HF = refit_down(blocks, wanted_TH, down_HF, ridge=recipe.refit_ridge)
-            down_HF = ffn.rounded(down_HF)
+            down_HG = refit_down(blocks, wanted_TH, down_HG, ridge=recipe.refit_ridge)
+            down_HG = ffn.rounded(down_HG)
     with clock("carved_down"):
-        y_TH = down_projected(blocks, down_HF, len(profile.x_TH))
-    return CarvedLayer(parts, router, down_HF, run_TN, y_TH)
+        y_TH = down_projected(blocks, down_HG, len(profile.x_TH))
+    return CarvedLayer(parts, router, down_HG, run_TN, y_TH)
 
 
 def best_split(
@@ -102,8 +104,8 @@ def best_split(
         trial = replace(recipe, pinned=pinned)
         layer = carve_layer(ffn, seen, wanted_TH[:cut], config, trial, Stopwatch())
         run_TN = running_experts(layer.router, held, layer.partition, config, trial)
-        blocks = active_blocks(held.h_TF, layer.partition, run_TN)
-        y_TH = down_projected(blocks, layer.down_HF, len(run_TN))
+        blocks = active_blocks(held.h_TF, layer.partition, run_TN, biased=ffn.is_biased)
+        y_TH = down_projected(blocks, layer.down_HG, len(run_TN))
         errors[pinned] = relative_error(y_TH, wanted_TH[cut:])
     return errors
 
@@ -118,9 +120,9 @@ def layer_figures(
 ) -> dict[str, Any]:
     """What `conversion.json` says about a layer."""
     parts = carved.partition
-    rate_F = activation_rates(profile.marks_TK, len(ffn.gate_FH))
+    rate_F = activation_rates(profile.marks_TK, ffn.width)
     with clock("dense_down_sample"):
-        dense_TH = profile.h_TF[:BATCH_TOKENS] @ ffn.down_HF.T
+        dense_TH = ffn.output(profile.h_TF[:BATCH_TOKENS])
     return {
         "activation_rate": _quantiles(rate_F),
         "marks_on_shared": rate_F[parts.shared_S].sum().item() / rate_F.sum().item(),
@@ -140,7 +142,7 @@ def divide(ffn: FFN, profile: Profile, config: CMoEConfig, recipe: Recipe) -> Pa
     if recipe.importance == "energy":
         score_F = energies(profile.h_TF, ffn.down_HF)
     else:
-        score_F = activation_rates(profile.marks_TK, len(ffn.gate_FH))
+        score_F = activation_rates(profile.marks_TK, ffn.width)
     shape = {
         "shared": config.shared_expert_intermediate_size,
         "experts": config.num_experts,
@@ -163,12 +165,18 @@ def build_router(
     else:
         assert parts.representatives_N is not None  # the recipe has been checked
         router = representative_router(
-            ffn.gate_FH, ffn.up_FH, parts.representatives_N, normalise=recipe.normalised_rows
+            ffn.gate_FH,
+            ffn.up_FH,
+            parts.representatives_N,
+            up_bias_F=ffn.up_bias_F,
+            normalise=recipe.normalised_rows,
         )
     # A pinned expert needs no score: its bias lies above every probability.
-    first = torch.zeros(parts.pinned, ffn.gate_FH.shape[1], device=ffn.gate_FH.device)
-    router = {name: torch.cat([first, ffn.rounded(w_NH)]) for name, w_NH in router.items()}
-    bias_N = torch.zeros(len(parts.experts_NM), device=ffn.gate_FH.device)
+    router = {
+        name: torch.cat([w.new_zeros(parts.pinned, *w.shape[1:]), ffn.rounded(w)])
+        for name, w in router.items()
+    }
+    bias_N = torch.zeros(len(parts.experts_NM), device=ffn.up_FH.device)
     bias_N[: parts.pinned] = 2.0
     return {**router, "balance_bias": bias_N}
 
@@ -252,7 +260,7 @@ def carve_model(
                 wanted_TH = (dense_WLH - hidden_WLH).flatten(0, 1)
         elif recipe.refit:
             with clock("dense_output"):
-                wanted_TH = profile.h_TF @ ffn.down_HF.T
+                wanted_TH = ffn.output(profile.h_TF)
         split, chosen = {}, recipe
         if recipe.adaptive_split and wanted_TH is not None:
             with clock("split"):
@@ -267,7 +275,8 @@ def carve_model(
         with clock("read"):
             dense = source.read_layer(index)
         with clock("slicing"):
-            tensors = stored_tensors(names, names.layer_prefix.format(index), dense, carved)
+            prefix = names.carved_name(names.layer_prefix.format(index))
+            tensors = stored_tensors(names, prefix, dense, carved)
         figures["seconds"] = clock.report(windows * length)
         del dense, carved
         yield index, tensors, figures
@@ -279,16 +288,18 @@ def read_layer(
 ) -> tuple[FFN, dict[str, torch.Tensor]]:
     """The FFN of a layer, and the other tensors, in float32 on the device."""
     names, stored = source.architecture, source.read_layer(index)
-    stored_dtype = stored[names.gate].dtype
+    stored_dtype = stored[names.up].dtype
     layer = {}
     for name in list(stored):  # one at a time: no second copy of the whole layer
         layer[name] = stored.pop(name).to(device, torch.float32)
     ffn = FFN(
-        gate_FH=layer.pop(names.gate),
+        gate_FH=layer.pop(names.gate) if names.gate else None,
         up_FH=layer.pop(names.up),
         down_HF=layer.pop(names.down),
         act=ACT2FN[config.hidden_act],
         stored_dtype=stored_dtype,
+        up_bias_F=layer.pop(names.up_bias) if names.up_bias else None,
+        down_bias_H=layer.pop(names.down_bias) if names.down_bias else None,
     )
     return ffn, layer
 
@@ -298,19 +309,33 @@ def stored_tensors(
 ) -> dict[str, torch.Tensor]:
     """The tensors of a carved layer in the checkpoint's precision, named with `prefix`."""
     tensors = dict(dense)
-    gate_FH, up_FH, down_HF = (tensors.pop(name) for name in (names.gate, names.up, names.down))
-    down_HF = carved.down_HF.to(down_HF)
+    parts = (names.gate, names.up, names.down, names.up_bias, names.down_bias)
+    gate_FH, up_FH, down_HF, up_bias_F, down_bias_H = (
+        None if part is None else tensors.pop(part) for part in parts
+    )
+    assert up_FH is not None and down_HF is not None  # every row names them
+    down_HG = carved.down_HG.to(down_HF)
     shared_S, experts_NM = carved.partition.shared_S, carved.partition.experts_NM
+    inputs = {"gate_proj.weight": gate_FH, "up_proj.weight": up_FH, "up_proj.bias": up_bias_F}
     if len(shared_S):
-        tensors["mlp.shared_expert.gate_proj.weight"] = gate_FH[shared_S]
-        tensors["mlp.shared_expert.up_proj.weight"] = up_FH[shared_S]
-        tensors["mlp.shared_expert.down_proj.weight"] = down_HF[:, shared_S]
-    tensors["mlp.experts.gate_up_proj"] = torch.cat([gate_FH[experts_NM], up_FH[experts_NM]], dim=1)
-    tensors["mlp.experts.down_proj"] = down_HF.T[experts_NM].transpose(1, 2)
+        for name, rows_F in inputs.items():
+            if rows_F is not None:
+                tensors[f"mlp.shared_expert.{name}"] = rows_F[shared_S]
+        tensors["mlp.shared_expert.down_proj.weight"] = down_HG[:, shared_S]
+    if gate_FH is not None:
+        packed = [gate_FH[experts_NM], up_FH[experts_NM]]
+        tensors["mlp.experts.gate_up_proj"] = torch.cat(packed, dim=1)
+    else:
+        tensors["mlp.experts.up_proj"] = up_FH[experts_NM]
+    if up_bias_F is not None:
+        tensors["mlp.experts.up_proj_bias"] = up_bias_F[experts_NM]
+    tensors["mlp.experts.down_proj"] = down_HG.T[experts_NM].transpose(1, 2)
+    if down_bias_H is not None:
+        tensors["mlp.down_bias"] = down_HG[:, -1]
     for name, weight in carved.router.items():
-        dtype = torch.float32 if name == "balance_bias" else gate_FH.dtype
+        dtype = torch.float32 if name == "balance_bias" else up_FH.dtype
         tensors[f"mlp.gate.{name}"] = weight.to(dtype)
-    tensors["mlp.gate.scale"] = torch.zeros(len(experts_NM), dtype=gate_FH.dtype)
+    tensors["mlp.gate.scale"] = torch.zeros(len(experts_NM), dtype=up_FH.dtype)
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 

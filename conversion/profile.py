@@ -11,21 +11,32 @@ import torch
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
-def activations(gate_TF: torch.Tensor, up_TF: torch.Tensor, act: Activation) -> torch.Tensor:
-    """Hidden activations h = act(x Wg) * (x Wu) from the two products, (T, F)."""
-    return act(gate_TF) * up_TF
+def activations(gate_TF: torch.Tensor | None, up_TF: torch.Tensor, act: Activation) -> torch.Tensor:
+    """Hidden activations h = act(x Wg) * (x Wu) from the two products, (T, F).
+
+    Without a gate h = act(x W + b), from the one.
+    """
+    return act(up_TF) if gate_TF is None else act(gate_TF) * up_TF
 
 
-def cosines(z_TF: torch.Tensor, x_TH: torch.Tensor, w_FH: torch.Tensor) -> torch.Tensor:
+def cosines(
+    z_TF: torch.Tensor,
+    x_TH: torch.Tensor,
+    w_FH: torch.Tensor,
+    bias_F: torch.Tensor | None = None,
+) -> torch.Tensor:
     """z = x Wᵀ with every token and every neuron scaled to length 1, (T, F).
 
     The released code profiles these instead of the true products: every argument of the
-    activation function then lies in [-1, 1], and the lengths of neurons no longer count.
+    activation function then lies in [-1, 1], and the lengths of neurons no longer count. A bias,
+    which z has in it, is the weight of one more input that is always 1.
     """
     tiny = torch.finfo(z_TF.dtype).tiny
-    scale_T1 = x_TH.norm(dim=1, keepdim=True).clamp_min(tiny).reciprocal()
-    scale_F = w_FH.norm(dim=1).clamp_min(tiny).reciprocal()
-    return (z_TF * scale_T1).mul_(scale_F)
+    length_T1, length_F = x_TH.norm(dim=1, keepdim=True), w_FH.norm(dim=1)
+    if bias_F is not None:
+        length_T1, length_F = length_T1.square().add(1).sqrt(), length_F.hypot(bias_F)
+    scale_T1 = length_T1.clamp_min(tiny).reciprocal()
+    return (z_TF * scale_T1).mul_(length_F.clamp_min(tiny).reciprocal())
 
 
 def activation_marks(h_TF: torch.Tensor, k: int) -> torch.Tensor:

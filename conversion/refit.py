@@ -39,23 +39,31 @@ class Block(NamedTuple):
     """Their hidden activations."""
 
 
-def active_blocks(h_TF: torch.Tensor, parts: Partition, run_TN: torch.Tensor) -> list[Block]:
+def active_blocks(
+    h_TF: torch.Tensor, parts: Partition, run_TN: torch.Tensor, *, biased: bool = False
+) -> list[Block]:
     """The block of the shared expert and those of the routed experts, where they run at all.
 
     Args:
         h_TF: Hidden activations of the dense FFN.
         parts: Whose neurons are whose.
         run_TN: True where a routed expert runs.
+        biased: With one more block, neuron F, that is always 1: the output bias. It is refitted
+            with the others, and can make up for what idle experts write on average.
     """
     everywhere_T = torch.arange(len(h_TF), device=h_TF.device)
     rows = [everywhere_T, *(run_T.nonzero().squeeze(1) for run_T in run_TN.T)]
     members = [ids_M.to(h_TF.device) for ids_M in (parts.shared_S, *parts.experts_NM)]
-    return [
+    blocks = [
         # Columns first where all rows are wanted: much faster than picking single elements.
         Block(t, m, h_TF[:, m] if len(t) == len(h_TF) else h_TF[t.unsqueeze(1), m])
         for t, m in zip(rows, members, strict=True)
         if len(t) and len(m)
     ]
+    if biased:
+        neuron = torch.tensor([h_TF.shape[1]], device=h_TF.device)
+        blocks.append(Block(everywhere_T, neuron, h_TF.new_ones(len(h_TF), 1)))
+    return blocks
 
 
 def down_projected(blocks: Sequence[Block], down_HF: torch.Tensor, tokens: int) -> torch.Tensor:

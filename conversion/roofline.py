@@ -119,6 +119,7 @@ def model_work(
         work += ffn_work(block, rows, hit)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     seen = context + (tokens + 1) / 2  # by a token, on average
-    keys = 2 * config.num_hidden_layers * config.num_key_value_heads * width
+    key_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    keys = 2 * config.num_hidden_layers * key_heads * width
     queries = 2 * config.num_hidden_layers * config.num_attention_heads * width
     return work + Work(size * batch * (context + tokens) * keys, 2 * rows * seen * queries)

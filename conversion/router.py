@@ -10,19 +10,31 @@ from .refit import solve_shifted
 
 
 def representative_router(
-    gate_FH: torch.Tensor, up_FH: torch.Tensor, representatives_N: torch.Tensor, *, normalise: bool
+    gate_FH: torch.Tensor | None,
+    up_FH: torch.Tensor,
+    representatives_N: torch.Tensor,
+    *,
+    up_bias_F: torch.Tensor | None = None,
+    normalise: bool,
 ) -> dict[str, torch.Tensor]:
-    """Router weights: the gate and up rows of the representative neurons, (N, H) each (eq. 8).
+    """Router weights: the gate and up rows of the representative neurons, (N, H) each (eq. 8), or
+    for an FFN without a gate their rows and biases (N,).
 
-    With `normalise`, every row is scaled to length 1, as the released code does.
+    With `normalise`, every row is scaled to length 1, with its bias, as the released code does.
     """
-    rows = {"gate_weight": gate_FH[representatives_N], "up_weight": up_FH[representatives_N]}
-    if normalise:
-        rows = {
-            name: torch.nn.functional.normalize(row_NH.float(), dim=1).to(row_NH.dtype)
-            for name, row_NH in rows.items()
-        }
-    return rows
+    up_NH = up_FH[representatives_N]
+    if gate_FH is None:
+        assert up_bias_F is not None  # such an FFN has one
+        row_NJ = torch.cat([up_NH, up_bias_F[representatives_N, None]], dim=1)
+        row_NJ = unit_rows(row_NJ) if normalise else row_NJ
+        return {"up_weight": row_NJ[:, :-1], "up_bias": row_NJ[:, -1]}
+    rows = {"gate_weight": gate_FH[representatives_N], "up_weight": up_NH}
+    return {name: unit_rows(row) for name, row in rows.items()} if normalise else rows
+
+
+def unit_rows(row_NH: torch.Tensor) -> torch.Tensor:
+    """Every row scaled to length 1."""
+    return torch.nn.functional.normalize(row_NH.float(), dim=1).to(row_NH.dtype)
 
 
 def linear_router(

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -127,6 +126,5 @@ def routed_mass(block: CMoESparseMoeBlock, x_TH: torch.Tensor) -> torch.Tensor:
     """Sum of |h| of every routed expert for every token, (T, N): all of them are computed."""
     masses = []
     for expert in range(block.experts.num_experts):  # quantised weights cannot be iterated
-        gate_TM, up_TM = F.linear(x_TH, block.experts.gate_up_proj[expert]).chunk(2, dim=1)
-        masses.append((block.experts.act_fn(gate_TM) * up_TM).abs().float().sum(dim=1))
+        masses.append(block.experts.hidden(expert, x_TH).abs().float().sum(dim=1))
     return torch.stack(masses, dim=1)

@@ -31,13 +31,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from cmoe_hf.modeling_cmoe import CMoERouter
+from cmoe_hf.modeling_cmoe import CMoERouter, ExpertsLoop
 
 from .errors import CMoEError, RequestError
 from .routing import PINNED, active_routers, count_loads
 
-LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PACKED_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+LINEAR_LAYERS = [
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX
+]
 SCHEDULES = ("constant", "linear", "cosine")
 CHECKPOINTS = 10
 """Checkpoints of one training run; the last two are kept."""
@@ -235,11 +237,18 @@ def with_adapters(model: PreTrainedModel, tuning: Tuning) -> nn.Module:
 
     torch.manual_seed(tuning.seed)
     routed = any(isinstance(module, CMoERouter) for module in model.modules())
+    packed = {
+        f"mlp.experts.{name}"
+        for module in model.modules()
+        if isinstance(module, ExpertsLoop)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    }
     config = LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha,
         target_modules=LINEAR_LAYERS,
-        target_parameters=PACKED_EXPERTS if routed else None,
+        target_parameters=sorted(packed) or None,
         modules_to_save=["gate"] if routed else None,
         task_type="CAUSAL_LM",
     )

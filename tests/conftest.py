@@ -56,9 +56,11 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         torch.manual_seed(0)
         folder = tmp_path_factory.mktemp("dense") / family
         model = AutoModelForCausalLM.from_config(pico_config(family, **changes))
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:  # larger weights than the default: the FFN must matter
                 torch.nn.init.normal_(parameter, std=0.2)
+            elif name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
         return folder

@@ -1,6 +1,13 @@
 """Pico configurations of every family that can be carved."""
 
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 ROPE_LLAMA3 = {
     "rope_type": "llama3",
@@ -30,6 +37,8 @@ FAMILIES = {
         },
     ),
     "qwen3": (Qwen3Config, {"num_key_value_heads": 2, "head_dim": 32}),
+    "pythia": (GPTNeoXConfig, {"tie_word_embeddings": False}),
+    "gpt-neox-sequential": (GPTNeoXConfig, {"use_parallel_residual": False}),
 }
 """What distinguishes the checkpoints that people bring."""
 

@@ -112,7 +112,7 @@ def test_calibration_sees_what_the_dense_model_computes(make_dense, token_ids, f
     folder = make_dense(family)
     model, source = load(folder), open_source(folder)
     seen, entering = [], []
-    for layer in model.model.layers:
+    for layer in model.base_model.layers:
         layer.register_forward_pre_hook(lambda layer, inputs: entering.append(inputs[0]))
         layer.mlp.register_forward_pre_hook(lambda mlp, inputs: seen.append(inputs[0]))
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_an_unknown_family_is_told_what_a_row_would_need(dense_copy, no_leftover
         run(dense_copy, no_leftovers),
         2,
         "'gemma'",
-        "Supported model types: llama, mistral, qwen2, qwen3",
+        "Supported model types: gpt_neox, llama, mistral, qwen2, qwen3",
         "mlp.down_proj (64, 96)",
         "CONTRIBUTING.md",
     )

@@ -15,6 +15,7 @@ SHAPES = {  # width 128 instead of 96: grouped kernels want 16 bytes of every ex
     "S1A1E8": ((1, 1, 8), "llama-2", "refined"),
     "S2A2E8": ((2, 2, 8), "llama-3", "refined"),
     "qwen3": ((2, 2, 8), "qwen3", "refined"),  # has norms on queries and keys
+    "pythia": ((2, 2, 8), "pythia", "refined"),  # has biases and no gate
 }
 TENSOR = {"tp_size": 2}
 EXPERT = {"tp_size": 2, "ep_size": 2}
@@ -107,7 +108,7 @@ def test_tensor_parallel_halves_every_expert(ranks, rank):
 
 
 @needs_expert
-@pytest.mark.parametrize("shape", ["S0A2E8", "S2A2E8", "qwen3"])
+@pytest.mark.parametrize("shape", ["S0A2E8", "S2A2E8", "qwen3", "pythia"])
 def test_expert_parallel_is_the_same_function(ranks, models, tensors, shape):
     check_same(ranks, models, shape, "expert")
     check_saved(ranks, models, tensors, shape, "expert")

@@ -5,12 +5,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_cmoe import (
     CMoEConfig,
+    CMoEGPTNeoXConfig,
     CMoELlamaConfig,
     CMoEMistralConfig,
     CMoEQwen2Config,
     CMoEQwen3Config,
 )
 from .modeling_cmoe import (
+    CMoEGPTNeoXForCausalLM,
+    CMoEGPTNeoXModel,
     CMoELlamaForCausalLM,
     CMoELlamaModel,
     CMoEMistralForCausalLM,
@@ -26,6 +29,7 @@ FAMILIES = (
     (CMoEMistralConfig, CMoEMistralModel, CMoEMistralForCausalLM),
     (CMoEQwen2Config, CMoEQwen2Model, CMoEQwen2ForCausalLM),
     (CMoEQwen3Config, CMoEQwen3Model, CMoEQwen3ForCausalLM),
+    (CMoEGPTNeoXConfig, CMoEGPTNeoXModel, CMoEGPTNeoXForCausalLM),
 )
 
 for config, decoder, causal in FAMILIES:
@@ -42,6 +46,9 @@ __version__ = "0.1.0"
 __all__ = [
     "FAMILIES",
     "CMoEConfig",
+    "CMoEGPTNeoXConfig",
+    "CMoEGPTNeoXForCausalLM",
+    "CMoEGPTNeoXModel",
     "CMoELlamaConfig",
     "CMoELlamaForCausalLM",
     "CMoELlamaModel",

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
@@ -28,10 +29,22 @@ FFN_PLAN = {
 }
 
 
-def tensor_parallel_plan(dense: type[PreTrainedConfig]) -> dict[str, str]:
+PLAIN_FFN_PLAN = {
+    "layers.*.mlp.shared_expert.up_proj": "colwise",
+    "layers.*.mlp.shared_expert.down_proj": "rowwise",
+    "layers.*.mlp.experts.up_proj": "colwise",
+    "layers.*.mlp.experts.up_proj_bias": "rowwise",  # the last axis, where colwise takes the first
+    "layers.*.mlp.experts.down_proj": "rowwise",
+    "layers.*.mlp.experts": "moe_tp_experts",
+}
+
+
+def tensor_parallel_plan(
+    dense: type[PreTrainedConfig], ffn: dict[str, str] = FFN_PLAN
+) -> dict[str, str]:
     """The dense family's plan with a carved FFN in place of the dense one."""
     plan = dense.base_model_tp_plan or {}
-    return {name: how for name, how in plan.items() if ".mlp." not in name} | FFN_PLAN
+    return {name: how for name, how in plan.items() if ".mlp." not in name} | ffn
 
 
 @strict
@@ -45,6 +58,9 @@ class CMoEConfig(PreTrainedConfig):
     """
 
     attribute_map = {"num_local_experts": "num_experts"}
+
+    has_gate = True
+    """Whether h = act(x Wg) * (x Wu); without a gate, h = act(x W + b)."""
 
     # Expert parallelism needs transformers 5.20 or newer: the plan's names changed there.
     base_model_ep_plan = {
@@ -174,8 +190,25 @@ class CMoEQwen3Config(CMoEConfig, Qwen3Config):
     base_model_tp_plan = tensor_parallel_plan(Qwen3Config)
 
 
+@strict
+class CMoEGPTNeoXConfig(CMoEConfig, GPTNeoXConfig):
+    """A GPT-NeoX or Pythia whose FFNs are carved: they have biases and no gate."""
+
+    model_type = "cmoe_gpt_neox"
+    has_gate = False
+    base_model_tp_plan = tensor_parallel_plan(GPTNeoXConfig, PLAIN_FFN_PLAN)
+    base_model_pp_plan = LlamaConfig.base_model_pp_plan  # the decoder's parts are named as there
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.up_proj": "grouped_gemm",  # type: ignore[dict-item]
+        "layers.*.mlp.experts.up_proj_bias": "grouped_gemm",  # type: ignore[dict-item]
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",  # type: ignore[dict-item]
+        "layers.*.mlp.experts": "ep_dispatch_experts",  # type: ignore[dict-item]
+    }
+
+
 __all__ = [
     "CMoEConfig",
+    "CMoEGPTNeoXConfig",
     "CMoELlamaConfig",
     "CMoEMistralConfig",
     "CMoEQwen2Config",

@@ -11,6 +11,7 @@ K active experts, M neurons of one routed expert.
 # No `from __future__ import annotations` here, and the decorator below stays literal: transformers,
 # vLLM and llm-compressor read this source and these annotations.
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.gpt_neox import modeling_gpt_neox as gpt_neox
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
@@ -36,6 +38,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_cmoe import (
     CMoEConfig,
+    CMoEGPTNeoXConfig,
     CMoELlamaConfig,
     CMoEMistralConfig,
     CMoEQwen2Config,
@@ -48,7 +51,8 @@ logger = logging.get_logger(__name__)
 class CMoERouter(nn.Module):
     """Scores the routed experts, selects K of them and weighs them (paper, eq. 8 and 9).
 
-    `"representative"`: s = act(x Wg) * (x Wu) with the gate and up rows of one neuron per expert.
+    `"representative"`: s is the activation of one neuron per expert, act(x Wg) * (x Wu), or
+    act(x W + b) where the FFN has no gate.
     `"linear"`: s = x W. The K experts of largest softmax(s) + b run, each with weight
     1 + softmax(s) * u; b balances the load and u is learned, both are zero after carving.
 
@@ -64,8 +68,12 @@ class CMoERouter(nn.Module):
         self.absolute_score = config.router_absolute_score
         self.router_type = config.router_type
         shape = (config.num_experts, config.hidden_size)
+        self.has_gate = config.has_gate
         if self.router_type == "representative":
-            self.gate_weight = nn.Parameter(torch.empty(shape))
+            if self.has_gate:
+                self.gate_weight = nn.Parameter(torch.empty(shape))
+            else:
+                self.up_bias = nn.Parameter(torch.empty(config.num_experts))
             self.up_weight = nn.Parameter(torch.empty(shape))
             self.act_fn = ACT2FN[config.hidden_act]
         else:
@@ -81,10 +89,13 @@ class CMoERouter(nn.Module):
         with maybe_autocast(device_type=x_TH.device.type, enabled=False):
             if self.router_type == "linear":
                 score_TN = F.linear(x_TH, self.linear_weight.float())
-            else:
+            elif self.has_gate:
                 gate_TN = F.linear(x_TH, self.gate_weight.float())
                 up_TN = F.linear(x_TH, self.up_weight.float())
                 score_TN = self.act_fn(gate_TN) * up_TN
+            else:
+                up_TN = F.linear(x_TH, self.up_weight.float(), self.up_bias.float())
+                score_TN = self.act_fn(up_TN)
         return score_TN.abs() if self.absolute_score else score_TN
 
     def weigh(self, probability_TN: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
@@ -134,8 +145,42 @@ def thin_linear(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
     return (weight_QH @ padded_TH.T).T[:rows]
 
 
+class ExpertsLoop(nn.Module):
+    """The readable reference, backend `"eager"`: loop over the experts that were chosen.
+
+    Index `num_experts` means "not on this rank" under expert parallelism: the loop never reaches
+    it.
+    """
+
+    num_experts: int
+    hidden_dim: int
+    intermediate_dim: int
+    down_proj: nn.Parameter
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Tokens (T, H), chosen experts (T, K) and their weights (T, K) to (T, H)."""
+        out_TH = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(top_k_index == expert)
+            if token.numel() == 0:
+                continue
+            y_UH = F.linear(self.hidden(expert, hidden_states[token]), self.down_proj[expert])
+            y_UH = y_UH * top_k_weights[token, slot, None]
+            out_TH.index_add_(0, token, y_UH.to(out_TH.dtype))
+        return out_TH
+
+    def hidden(self, expert: int, x_UH: torch.Tensor, linear: Any = F.linear) -> torch.Tensor:
+        """Hidden activations of one expert, (U, M)."""
+        raise NotImplementedError
+
+
 @use_experts_implementation
-class CMoEExperts(nn.Module):
+class CMoEExperts(ExpertsLoop):
     """The routed experts as two packed tensors, the layout of every experts backend.
 
     `gate_up_proj` is (N, 2M, H), gate rows first; `down_proj` is (N, H, M).
@@ -154,32 +199,38 @@ class CMoEExperts(nn.Module):
         )
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """The readable reference, backend `"eager"`: loop over the experts that were chosen.
+    def hidden(self, expert: int, x_UH: torch.Tensor, linear: Any = F.linear) -> torch.Tensor:
+        gate_UM, up_UM = linear(x_UH, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        return self.act_fn(gate_UM) * up_UM
 
-        Index `num_experts` means "not on this rank" under expert parallelism: the loop never
-        reaches it.
-        """
-        out_TH = torch.zeros_like(hidden_states)
-        for expert in range(self.num_experts):
-            token, slot = torch.where(top_k_index == expert)
-            if token.numel() == 0:
-                continue
-            x_UH = hidden_states[token]
-            gate_UM, up_UM = F.linear(x_UH, self.gate_up_proj[expert]).chunk(2, dim=-1)
-            y_UH = F.linear(self.act_fn(gate_UM) * up_UM, self.down_proj[expert])
-            y_UH = y_UH * top_k_weights[token, slot, None]
-            out_TH.index_add_(0, token, y_UH.to(out_TH.dtype))
-        return out_TH
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class CMoEPlainExperts(ExpertsLoop):
+    """Routed experts without a gate: `up_proj` (N, M, H), `up_proj_bias` (N, M) and `down_proj`."""
+
+    def __init__(self, config: CMoEConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.up_proj = nn.Parameter(
+            torch.empty(self.num_experts, self.intermediate_dim, self.hidden_dim)
+        )
+        self.up_proj_bias = nn.Parameter(torch.empty(self.num_experts, self.intermediate_dim))
+        self.down_proj = nn.Parameter(
+            torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim)
+        )
+        # The backends add one for every expert that runs, weighted. The FFN's is the block's.
+        nothing = torch.zeros(self.num_experts, self.hidden_dim)
+        self.register_buffer("down_proj_bias", nothing, persistent=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def hidden(self, expert: int, x_UH: torch.Tensor, linear: Any = F.linear) -> torch.Tensor:
+        return self.act_fn(linear(x_UH, self.up_proj[expert]) + self.up_proj_bias[expert])
 
 
 def cmoe_experts_forward(
-    self: CMoEExperts,
+    self: ExpertsLoop,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
@@ -190,11 +241,11 @@ def cmoe_experts_forward(
     if backend == "direct":
         return direct_experts_forward(*arguments)
     if backend == "eager":
-        return CMoEExperts.forward.__wrapped__(*arguments)  # type: ignore[attr-defined]
+        return ExpertsLoop.forward(*arguments)
     return ALL_EXPERTS_FUNCTIONS[backend](*arguments)
 
 
-def fastest_backend(experts: CMoEExperts, tokens: int, top_k: int) -> str:
+def fastest_backend(experts: ExpertsLoop, tokens: int, top_k: int) -> str:
     """Name of the fastest way to run `top_k` experts for each of `tokens` tokens.
 
     The limits were measured on CPUs, see RESULTS.md of cmoe-hf. They depend on shapes and types
@@ -243,7 +294,7 @@ def grouped_backend(weight_NHM: torch.Tensor) -> str:
 
 
 def direct_experts_forward(
-    self: CMoEExperts,
+    self: ExpertsLoop,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
@@ -266,10 +317,9 @@ def direct_experts_forward(
     return out_TH
 
 
-def run_expert(experts: CMoEExperts, expert: int, x_UH: torch.Tensor) -> torch.Tensor:
+def run_expert(experts: ExpertsLoop, expert: int, x_UH: torch.Tensor) -> torch.Tensor:
     """One expert on the tokens that chose it, (U, H)."""
-    gate_UM, up_UM = thin_linear(x_UH, experts.gate_up_proj[expert]).chunk(2, dim=-1)
-    return thin_linear(experts.act_fn(gate_UM) * up_UM, experts.down_proj[expert])
+    return thin_linear(experts.hidden(expert, x_UH, thin_linear), experts.down_proj[expert])
 
 
 ALL_EXPERTS_FUNCTIONS.register("cmoe", cmoe_experts_forward)
@@ -286,17 +336,39 @@ class CMoESharedExpert(nn.Module):
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden activations."""
+        return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-def run_shared_expert(shared: CMoESharedExpert, x_TH: torch.Tensor) -> torch.Tensor:
+class CMoEPlainSharedExpert(nn.Module):
+    """The always-on expert of an FFN without a gate."""
+
+    def __init__(self, config: CMoEConfig) -> None:
+        super().__init__()
+        width = config.shared_expert_intermediate_size
+        self.up_proj = nn.Linear(config.hidden_size, width)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden activations."""
+        return self.act_fn(self.up_proj(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.hidden(x))
+
+
+def run_shared_expert(shared: Any, x_TH: torch.Tensor) -> torch.Tensor:
     """The shared expert, (T, H); by `thin_linear` if that is faster and nobody would notice.
 
     Not part of the module: what replaces or watches its parts (adapters, quantisation, parallel
     plans, offloading, vLLM, hooks) must find plain linear layers that are called as such.
     """
-    if not hasattr(shared, "gate_proj"):  # vLLM has merged it with up_proj
+    if not hasattr(shared, "gate_proj"):  # there is none, or vLLM has merged it with up_proj
         return shared(x_TH)
     parts = (shared.gate_proj, shared.up_proj, shared.down_proj)
     if not (type(parts[0]) is nn.Linear and is_thin(x_TH, parts[0].weight)):
@@ -314,45 +386,45 @@ class CMoESparseMoeBlock(nn.Module):
 
     def __init__(self, config: CMoEConfig) -> None:
         super().__init__()
+        experts, shared = (
+            (CMoEExperts, CMoESharedExpert)
+            if config.has_gate
+            else (CMoEPlainExperts, CMoEPlainSharedExpert)
+        )
         self.gate = CMoERouter(config)
-        self.experts = CMoEExperts(config)
+        self.experts = experts(config)
         # Absent rather than empty: vLLM concludes from the name that there is a shared expert.
         has_shared = config.shared_expert_intermediate_size > 0
-        self.shared_expert = CMoESharedExpert(config) if has_shared else None
+        self.shared_expert = shared(config) if has_shared else None
+        self.down_bias = None if config.has_gate else nn.Parameter(torch.empty(config.hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, S, H) to (B, S, H)."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         # vLLM's kernel overwrites its input: everything else that needs it comes first.
-        shared_TH = (
-            x_TH.new_zeros(())
-            if self.shared_expert is None
-            else run_shared_expert(self.shared_expert, x_TH)
-        )
+        always_TH = x_TH.new_zeros(()) if self.down_bias is None else self.down_bias
+        if self.shared_expert is not None:
+            always_TH = always_TH + run_shared_expert(self.shared_expert, x_TH)
         if self.gate.top_k == 0:
-            return shared_TH.reshape(hidden_states.shape)
+            return always_TH.reshape(hidden_states.shape)
         _, weight_TK, index_TK = self.gate(x_TH)
-        out_TH = self.experts(x_TH, index_TK, weight_TK) + shared_TH
+        out_TH = self.experts(x_TH, index_TK, weight_TK) + always_TH
         return out_TH.reshape(hidden_states.shape)
 
 
 class CMoEDecoderLayer(nn.Module):
     """A decoder layer with the sparse block in place of the FFN.
 
-    To be mixed into a family's decoder layer, of which the forward pass stays as it is.
+    To be mixed into a family's decoder layer, of which the rest stays as it is.
     """
 
     attention_class: type[nn.Module]
     norm_class: type[nn.Module]
+    norm_eps = "rms_norm_eps"
 
     def __init__(self, config: CMoEConfig, layer_idx: int) -> None:
-        # Not super().__init__(): it would allocate the dense FFN first.
-        nn.Module.__init__(self)
-        self.hidden_size = config.hidden_size
-        self.self_attn = self.attention_class(config=config, layer_idx=layer_idx)
+        super().__init__(config, layer_idx)
         self.mlp = CMoESparseMoeBlock(config)
-        self.input_layernorm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
 
 
 MASKS = {
@@ -436,15 +508,15 @@ class CMoEPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, CMoEExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, CMoERouter):
-            for name in ("gate_weight", "up_weight", "linear_weight"):
-                if hasattr(module, name):
-                    init.normal_(getattr(module, name), mean=0.0, std=std)
-            init.zeros_(module.scale)
-            init.zeros_(module.balance_bias)
+        if not isinstance(module, CMoERouter | CMoESparseMoeBlock | ExpertsLoop):
+            return
+        for name, value in chain(module._parameters.items(), module._buffers.items()):
+            if value is None:
+                continue
+            if name.endswith(("bias", "scale")):
+                init.zeros_(value)
+            else:
+                init.normal_(value, mean=0.0, std=std)
 
 
 class CMoEModel(CMoEPreTrainedModel):
@@ -461,7 +533,8 @@ class CMoEModel(CMoEPreTrainedModel):
         self.layers = nn.ModuleList(
             [self.layer_class(config, index) for index in range(config.num_hidden_layers)]
         )
-        self.norm = self.layer_class.norm_class(config.hidden_size, eps=config.rms_norm_eps)
+        eps = getattr(config, self.layer_class.norm_eps)
+        self.norm = self.layer_class.norm_class(config.hidden_size, eps=eps)
         self.rotary_emb = self.rotary_class(config=config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -663,7 +736,36 @@ class CMoEQwen3ForCausalLM(CMoEForCausalLM, GenerationMixin):
     model_class = CMoEQwen3Model
 
 
+class CMoEGPTNeoXDecoderLayer(CMoEDecoderLayer, gpt_neox.GPTNeoXLayer):
+    """A carved decoder layer, where attention and FFN may both start from the same residual."""
+
+    attention_class, norm_class = gpt_neox.GPTNeoXAttention, nn.LayerNorm
+    norm_eps = "layer_norm_eps"
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: torch.Tensor, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """As in the dense layer, where the cache goes by another name."""
+        return super().forward(hidden_states, layer_past=past_key_values, **kwargs)
+
+
+class CMoEGPTNeoXModel(CMoEModel):
+    """A carved GPT-NeoX without a head."""
+
+    config: CMoEGPTNeoXConfig
+    layer_class, rotary_class = CMoEGPTNeoXDecoderLayer, gpt_neox.GPTNeoXRotaryEmbedding
+
+
+class CMoEGPTNeoXForCausalLM(CMoEForCausalLM, GenerationMixin):
+    """A carved GPT-NeoX."""
+
+    config: CMoEGPTNeoXConfig
+    model_class = CMoEGPTNeoXModel
+
+
 __all__ = [
+    "CMoEGPTNeoXForCausalLM",
+    "CMoEGPTNeoXModel",
     "CMoELlamaForCausalLM",
     "CMoELlamaModel",
     "CMoEMistralForCausalLM",

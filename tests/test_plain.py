@@ -1,0 +1,181 @@
+"""FFNs without a gate, h = act(x W + b), as in GPT-NeoX and Pythia: what they add to the others."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_model import ids
+from torch.nn.functional import gelu, normalize
+from transformers import AutoModelForCausalLM
+
+from cmoe_hf import CMoEGPTNeoXConfig, CMoEGPTNeoXForCausalLM
+from cmoe_hf.conversion import benchmark, evaluate
+from cmoe_hf.conversion.partition import Partition
+from cmoe_hf.conversion.profile import cosines
+from cmoe_hf.conversion.refit import active_blocks, down_projected, refit_down
+from cmoe_hf.conversion.router import representative_router
+from cmoe_hf.modeling_cmoe import CMoERouter
+
+BACKENDS = ("cmoe", "eager", "batched_mm", "grouped_mm")
+
+
+def config(**changes):
+    fields = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 16,
+    }
+    return CMoEGPTNeoXConfig(**{**fields, **changes})
+
+
+def random_model(**changes):
+    """Random weights and biases everywhere."""
+    torch.manual_seed(0)
+    model = CMoEGPTNeoXForCausalLM(config(**changes)).eval()
+    for name, tensor in model.state_dict().items():
+        if ".mlp." in name:
+            tensor.normal_(std=0.3)
+    return model
+
+
+def slow_block(block, x_TH):
+    """A loop over tokens and experts."""
+    _, weight_TK, index_TK = block.gate(x_TH)
+    rows = []
+    for x_H, weight_K, index_K in zip(x_TH, weight_TK, index_TK, strict=True):
+        y_H = block.down_bias.clone()
+        if block.shared_expert is not None:
+            up, down = block.shared_expert.up_proj, block.shared_expert.down_proj
+            y_H += down.weight @ gelu(up.weight @ x_H + up.bias)
+        for weight, expert in zip(weight_K, index_K.tolist(), strict=True):
+            experts = block.experts
+            h_M = gelu(experts.up_proj[expert] @ x_H + experts.up_proj_bias[expert])
+            y_H += weight * (experts.down_proj[expert] @ h_M)
+        rows.append(y_H)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("active", "shared", "routed"), [(2, 16, 6), (1, 0, 8), (3, 0, 8)])
+@torch.no_grad()
+def test_every_backend_adds_the_output_bias_once(active, shared, routed):
+    model = random_model(
+        num_experts_per_tok=active, shared_expert_intermediate_size=shared, num_experts=routed
+    )
+    block = model.model.layers[0].mlp
+    for tokens in (1, 40):
+        x_TH = torch.randn(tokens, 32)
+        expected = slow_block(block, x_TH)
+        for backend in BACKENDS:
+            model.set_experts_implementation(backend)
+            got = block(x_TH[None])[0]
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4, msg=backend)
+
+
+@torch.no_grad()
+def test_without_active_experts_the_shared_one_and_the_bias_are_left():
+    block = random_model(num_experts_per_tok=0).model.layers[0].mlp
+    x_TH = torch.randn(5, 32)
+    torch.testing.assert_close(block(x_TH[None])[0], block.shared_expert(x_TH) + block.down_bias)
+
+
+def test_gradients_agree_between_backends():
+    reference = None
+    for backend in BACKENDS:
+        model = random_model()
+        model.set_experts_implementation(backend)
+        model(ids, labels=ids).loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        reference = reference or gradients
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, reference[name], atol=1e-5, rtol=1e-3, msg=name)
+        assert model.model.layers[0].mlp.experts.up_proj_bias.grad.any()
+
+
+@pytest.mark.once
+def test_it_compiles_as_one_graph():
+    model = random_model()
+    with torch.no_grad():
+        expected = model(ids).logits
+        got = torch.compile(model, fullgraph=True)(ids).logits
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@torch.no_grad()
+def test_the_router_scores_by_the_activation_of_one_neuron(absolute):
+    router = CMoERouter(config(router_absolute_score=absolute))
+    for tensor in router.state_dict().values():
+        tensor.normal_(std=0.2)
+    x_TH = torch.randn(20, 32)
+    score_TN = gelu(x_TH @ router.up_weight.T + router.up_bias)
+    score_TN = score_TN.abs() if absolute else score_TN
+    torch.testing.assert_close(router(x_TH)[0], score_TN)
+
+
+def test_a_bias_is_one_more_input_that_is_always_one():
+    x_TH, up_FH, bias_F = torch.randn(7, 5), torch.randn(9, 5), torch.randn(9)
+    x_TJ = torch.cat([x_TH, torch.ones(7, 1)], dim=1)
+    row_FJ = torch.cat([up_FH, bias_F[:, None]], dim=1)
+    torch.testing.assert_close(
+        cosines(x_TH @ up_FH.T + bias_F, x_TH, up_FH, bias_F),
+        normalize(x_TJ, dim=1) @ normalize(row_FJ, dim=1).T,
+    )
+    chosen_N = torch.tensor([3, 0, 7])
+    for rows, normalised in ((row_FJ, False), (normalize(row_FJ, dim=1), True)):
+        router = representative_router(
+            None, up_FH, chosen_N, up_bias_F=bias_F, normalise=normalised
+        )
+        torch.testing.assert_close(router["up_weight"], rows[chosen_N, :5])
+        torch.testing.assert_close(router["up_bias"], rows[chosen_N, 5])
+
+
+def test_the_output_bias_is_refitted_with_the_weights():
+    """Least squares with a column of ones, the ridge as further rows."""
+    torch.manual_seed(0)
+    h_TF, down_HG, wanted_TH = torch.randn(60, 12), torch.randn(5, 13), torch.randn(60, 5) + 3
+    parts = Partition(torch.arange(4), torch.arange(4, 12).view(2, 4), None, 0)
+    run_TN = torch.rand(60, 2) < 0.5
+    blocks = active_blocks(h_TF, parts, run_TN, biased=True)
+    z_TG = torch.cat(
+        [h_TF[:, :4], h_TF[:, 4:] * run_TN.repeat_interleave(4, dim=1), torch.ones(60, 1)], dim=1
+    )
+    torch.testing.assert_close(down_projected(blocks, down_HG, 60), z_TG @ down_HG.T)
+    ridge = 0.1 * z_TG.square().sum(dim=0).mean()
+    rows = torch.cat([z_TG, ridge.sqrt() * torch.eye(13)]).double()
+    wanted = torch.cat([wanted_TH, ridge.sqrt() * down_HG.T]).double()
+    expected = torch.linalg.lstsq(rows, wanted, driver="gelsd").solution.T.float()
+    got = refit_down(blocks, wanted_TH, down_HG, ridge=0.1)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["embed_out.weight", "lm_head.weight"])
+def test_names_of_old_and_new_checkpoints(make_dense, carve, tensors, token_ids, head):
+    folder = make_dense("pythia")
+    expected = AutoModelForCausalLM.from_pretrained(folder)(token_ids).logits
+    stored = tensors(folder)
+    [former] = stored.keys() & {"embed_out.weight", "lm_head.weight"}
+    stored[head] = stored.pop(former)
+    stored["gpt_neox.layers.0.attention.bias"] = torch.ones(1, 1, 8, 8)
+    stored["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e9)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(carve(folder, (2, 6, 8), recipe="paper"))
+    torch.testing.assert_close(model(token_ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert not any("masked" in name for name in model.state_dict())
+
+
+def test_it_is_measured_like_the_others(make_dense, carve, held_out, tmp_path):
+    dense = make_dense("pythia")
+    folder = carve(dense, (3, 3, 8))
+    (tmp_path / "text.txt").write_text(held_out.read_text(encoding="utf-8")[:4000])
+    result = evaluate(folder, baseline=dense, text=tmp_path / "text.txt", sequence_length=64)
+    assert result.baseline_perplexity > 1 and 0 <= result.router_oracle_agreement <= 1
+    timed = benchmark(
+        folder, baseline=dense, tokens=[8], prefill=[16], batch=[1], context=8, rounds=1
+    )
+    assert timed.prefill[0].speedup > 0
+    assert 0.5 < timed.prefill[0].roofline_speedup < 2
