@@ -16,8 +16,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.gpt_neox import modeling_gpt_neox as gpt_neox
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.olmoe import modeling_olmoe as olmoe
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
 import cmoe_hf
 
@@ -45,6 +47,11 @@ class Architecture:
     up_bias: str | None = None
     down: str = "mlp.down_proj.weight"
     down_bias: str | None = None
+    router: str | None = None
+    """Of a MoE. `gate`, `up` and `down` are then those of an expert, behind `expert_prefix`."""
+    expert_prefix: str = "mlp.experts.{}."
+    expert_width: str = "intermediate_size"
+    """Field of the configuration."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Beginnings of tensor names in checkpoints, and those of the CMoE classes."""
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
@@ -90,6 +97,31 @@ ARCHITECTURES: dict[str, Architecture] = {
         rotary_embedding=qwen3.Qwen3RotaryEmbedding,
         cmoe_config=cmoe_hf.CMoEQwen3Config,
         cmoe_model=cmoe_hf.CMoEQwen3ForCausalLM,
+    ),
+    "qwen3_moe": Architecture(
+        dense_config=qwen3_moe.Qwen3MoeConfig,
+        dense_model=qwen3_moe.Qwen3MoeForCausalLM,
+        decoder_layer=qwen3_moe.Qwen3MoeDecoderLayer,
+        rotary_embedding=qwen3_moe.Qwen3MoeRotaryEmbedding,
+        cmoe_config=cmoe_hf.CMoEQwen3MoeConfig,
+        cmoe_model=cmoe_hf.CMoEQwen3MoeForCausalLM,
+        router="mlp.gate.weight",
+        gate="gate_proj.weight",
+        up="up_proj.weight",
+        down="down_proj.weight",
+        expert_width="moe_intermediate_size",
+    ),
+    "olmoe": Architecture(
+        dense_config=olmoe.OlmoeConfig,
+        dense_model=olmoe.OlmoeForCausalLM,
+        decoder_layer=olmoe.OlmoeDecoderLayer,
+        rotary_embedding=olmoe.OlmoeRotaryEmbedding,
+        cmoe_config=cmoe_hf.CMoEOlmoeConfig,
+        cmoe_model=cmoe_hf.CMoEOlmoeForCausalLM,
+        router="mlp.gate.weight",
+        gate="gate_proj.weight",
+        up="up_proj.weight",
+        down="down_proj.weight",
     ),
     "gpt_neox": Architecture(
         dense_config=gpt_neox.GPTNeoXConfig,
@@ -138,6 +170,11 @@ def find_architecture(config: dict[str, Any], folder: Path) -> Architecture:
         raise RequestError(
             "cannot carve an FFN with biases (mlp_bias is true): the experts have none. "
             "Use a checkpoint without FFN biases."
+        )
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise RequestError(
+            "cannot carve a MoE of which some layers are dense (mlp_only_layers or "
+            "decoder_sparse_step): every layer must have experts."
         )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown method")

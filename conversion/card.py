@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from cmoe_hf import CMoEConfig
+from cmoe_hf import CMoEConfig, CMoEHierarchicalConfig
 
 from .checkpoint import Source
 
@@ -18,6 +18,7 @@ _BODY = """\
 {experts} experts, {shared} shared ones always run and a router picks {active} of the other
 {routed} for every token. {activation:.1%} of the FFN neurons run (FFN sparsity {sparsity:.1%}).
 Carving rearranges the neurons of the dense model and drops none.{refitted}{split} {untrained}
+{parents}
 
 ## How to load it
 
@@ -44,14 +45,7 @@ tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)
 
 ## What was measured
 
-On the calibration tokens, with all earlier layers carved: error of the carved FFN's output
-relative to the dense FFN's (norm of the difference over norm), share of the marks that the shared
-expert holds, routed experts that always run, and the busiest and idlest routed expert's share of
-tokens.
-
-| layer | relative error | marks on shared | always run | busiest expert | idlest expert |
-|---|---|---|---|---|---|
-{rows}
+{measured}
 
 Perplexity is not measured by the conversion: run `cmoe evaluate` on this repository with
 `--baseline` and the dense model. Per-layer figures are in `conversion.json`.
@@ -59,6 +53,30 @@ Perplexity is not measured by the conversion: run `cmoe evaluate` on this reposi
 ## Licence
 
 {licence}
+"""
+
+_MEASURED = """\
+On the calibration tokens, with all earlier layers carved: error of the carved FFN's output
+relative to the dense FFN's (norm of the difference over norm), share of the marks that the shared
+expert holds, routed experts that always run, and the busiest and idlest routed expert's share of
+tokens.
+
+| layer | relative error | marks on shared | always run | busiest expert | idlest expert |
+|---|---|---|---|---|---|
+{rows}"""
+
+_MEASURED_PARENTS = """\
+On the calibration tokens, with all earlier layers carved: error of the layer's output relative to
+the source's (norm of the difference over norm), how many calibration tokens its rarest and its
+busiest expert saw, and which experts saw too few and are kept whole.
+
+| layer | relative error | fewest tokens | most tokens | kept whole |
+|---|---|---|---|---|
+{rows}"""
+
+_PARENTS = """
+The source is a mixture of {parents} experts itself, of which {picked} run for a token. Its router
+is kept, each of its experts is carved, and the figures above are those within one of them.
 """
 
 _SPLIT = """ In each layer
@@ -227,18 +245,23 @@ def model_card(
         code=with_section("", CODE, code_section(code)).strip(),
         **_shape(config),
         **_provenance(source, report),
-        rows="\n".join(_row(index, layer) for index, layer in enumerate(report["layers"])),
+        measured=_measured(config, report["layers"]),
         licence=_licence_sentence(licence),
     )
 
 
 def _shape(config: CMoEConfig) -> dict[str, Any]:
+    routed = config.num_experts // config.num_parents
+    hierarchical = isinstance(config, CMoEHierarchicalConfig)
     return {
+        "parents": _PARENTS.format(parents=config.num_parents, picked=config.num_parents_per_tok)
+        if hierarchical
+        else "",
         "notation": config.notation,
         "shared": config.num_shared,
-        "active": config.num_experts_per_tok,
-        "routed": config.num_experts,
-        "experts": config.num_shared + config.num_experts,
+        "active": config.num_experts_per_tok // config.num_parents_per_tok,
+        "routed": routed,
+        "experts": config.num_shared + routed,
         "activation": config.activation_ratio,
         "sparsity": 1 - config.activation_ratio,
     }
@@ -269,12 +292,22 @@ def _provenance(source: Source, report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _row(index: int, layer: dict[str, Any]) -> str:
-    loads = layer["expert_loads"]
-    return (
-        f"| {index} | {layer['relative_output_error']:.3f} | {layer['marks_on_shared']:.1%} "
-        f"| {layer['pinned_experts']} | {max(loads):.1%} | {min(loads):.1%} |"
-    )
+def _measured(config: CMoEConfig, layers: list[dict[str, Any]]) -> str:
+    rows = []
+    for index, layer in enumerate(layers):
+        row = f"| {index} | {layer['relative_output_error']:.3f} "
+        if isinstance(config, CMoEHierarchicalConfig):
+            counts = layer["tokens_of_parents"]
+            kept = ", ".join(map(str, layer["kept_parents"])) or "none"
+            rows.append(f"{row}| {min(counts):,} | {max(counts):,} | {kept} |")
+        else:
+            loads = layer["expert_loads"]
+            rows.append(
+                f"{row}| {layer['marks_on_shared']:.1%} | {layer['pinned_experts']} "
+                f"| {max(loads):.1%} | {min(loads):.1%} |"
+            )
+    table = _MEASURED_PARENTS if isinstance(config, CMoEHierarchicalConfig) else _MEASURED
+    return table.format(rows="\n".join(rows))
 
 
 def _licence_sentence(licence: dict[str, str]) -> str:

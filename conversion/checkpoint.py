@@ -80,10 +80,23 @@ class Source:
                         )
         return tensors
 
-    def read_layer(self, index: int) -> dict[str, torch.Tensor]:
+    def read_layer(self, index: int, *, without_experts: bool = False) -> dict[str, torch.Tensor]:
         """The tensors of one decoder layer, named relative to the layer."""
         prefix = self.architecture.layer_prefix.format(index)
-        tensors = self.read(name for name in self.files if name.startswith(prefix))
+        experts = prefix + self.architecture.expert_prefix.partition("{")[0]
+        tensors = self.read(
+            name
+            for name in self.files
+            if name.startswith(prefix) and not (without_experts and name.startswith(experts))
+        )
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def read_expert(self, index: int, number: int) -> dict[str, torch.Tensor]:
+        """The tensors of one expert of a MoE's layer, named relative to the expert."""
+        row = self.architecture
+        prefix = row.layer_prefix.format(index) + row.expert_prefix.format(number)
+        names = [name for name in (row.gate, row.up, row.down) if name is not None]
+        tensors = self.read(prefix + name for name in names)
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     def read_rest(self) -> dict[str, torch.Tensor]:
@@ -229,6 +242,19 @@ def open_source(
     return Source(folder, name, commit, architecture, config, files, sizes)
 
 
+def one_by_one(row: Architecture, shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The experts' tensors as checkpoints have them, where the library packs those of a layer."""
+    inside = row.expert_prefix.partition("{")[0]
+    found = {name: shape for name, shape in shapes.items() if inside not in name}
+    for name, (experts, rows, columns) in (item for item in shapes.items() if inside in item[0]):
+        layer, _, packed = name.partition(inside)
+        parts = [row.down] if packed == "down_proj" else [row.gate, row.up]
+        for number in range(experts):
+            prefix = layer + row.expert_prefix.format(number)
+            found |= {f"{prefix}{part}": [rows // len(parts), columns] for part in parts}
+    return found
+
+
 def check_code(folder: Path, name: str, trusted: bool) -> None:
     """Raises `RequestError` for a source that carries code, unless it is trusted."""
     for file in ("config.json", "tokenizer_config.json"):
@@ -298,6 +324,8 @@ def _check_tensors(
     with torch.device("meta"):
         model = architecture.dense_model(config)
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    if architecture.router is not None:
+        expected = one_by_one(architecture, expected)
     # What the library calls it; older checkpoints may have another name for it.
     head = architecture.head if architecture.head in shapes else "lm_head.weight"
     expected[head] = expected.pop("lm_head.weight")

@@ -16,14 +16,16 @@ from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 import cmoe_hf
+from cmoe_hf import CMoEHierarchicalConfig
 
 from .card import model_card
 from .checkpoint import LEGAL_FILES
 from .decoder import Storage, Streams
 from .device import DTYPES, peak_memory_bytes, versions
 from .errors import RequestError
+from .hierarchy import carve_model as carve_moe
 from .pipeline import carve_model
-from .plan import Prepared, check_disk, prepare, settled, width_warning
+from .plan import Prepared, check_disk, parent_config, prepare, settled, width_warning
 from .settings import Job, Options
 from .work import WorkFolder
 
@@ -144,18 +146,15 @@ def carve(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
             embedding,
             prepared.windows_WL,
             storage,
-            dense=settings.choices.needs_dense_stream,
+            dense=settings.choices.needs_dense_stream and source.architecture.router is None,
         )
     del rest, named, states
-    carved = carve_model(
-        source,
-        streams,
-        config,
-        settings.choices,
-        first=work.layers_done,
-        k_act=settings.k_act,
-        storage=storage,
-    )
+    how = {"first": work.layers_done, "k_act": settings.k_act, "storage": storage}
+    if isinstance(config, CMoEHierarchicalConfig):
+        inner = parent_config(config, settings)
+        carved = carve_moe(source, streams, config, inner, settings.choices, **how)
+    else:
+        carved = carve_model(source, streams, config, settings.choices, **how)
     total, done = config.num_hidden_layers, work.layers_done
     with tqdm(total=total, initial=done, desc="carving", unit="layer", disable=None) as bar:
         for index, tensors, figures in carved:
@@ -176,6 +175,9 @@ def carve(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
 
 def complete(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
     """Write everything beside the weights."""
+    if isinstance(prepared.config, CMoEHierarchicalConfig):
+        kept = [layer["kept_parents"] for layer in work.figures]
+        prepared.config.kept_parents = kept if any(kept) else None
     code = write_loading_files(work, prepared)
     result = Conversion(
         output=str(work.output),

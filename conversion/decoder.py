@@ -262,7 +262,8 @@ class Stopwatch:
         timed on a sample and scaled to all tokens.
         """
         sample = min(tokens, BATCH_TOKENS)
-        bare = self.seconds["forward"] + self.seconds["dense_down_sample"] * tokens / sample
+        down = self.seconds.get("dense_down_sample", 0.0)
+        bare = self.seconds["forward"] + down * tokens / sample
         carving = sum(value for name, value in self.seconds.items() if name != "read")
         return {**self.seconds, "bare_forward": bare, "carving_pass": carving}
 
@@ -297,6 +298,17 @@ def profile_layer(
         with clock("marks"):
             signal_TF = ffn.cosine_hidden(x_TH, *products) if cosine else h_TF
             marks_TK.copy_(activation_marks(signal_TF, k))
+
+
+def attend(attention: AttentionHalf, hidden_WLH: torch.Tensor, x_TH: torch.Tensor) -> None:
+    """Run attention on all windows, in place, and keep what the FFN sees."""
+    length = hidden_WLH.shape[1]
+    step = max(1, BATCH_TOKENS // length)
+    rows = zip(hidden_WLH.split(step), x_TH.split(step * length), strict=True)
+    for batch_WLH, batch_TH in rows:
+        residual_WLH, x_WLH = attention(batch_WLH)
+        batch_WLH.copy_(residual_WLH)
+        batch_TH.copy_(x_WLH.flatten(0, 1))
 
 
 def run_dense_layer(ffn: FFN, attention: AttentionHalf, hidden_WLH: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ from .calibration import consecutive_windows, load_text, tokenize
 from .checkpoint import fetch_model, find_model, load_tokenizer
 from .device import check_dtype, find_device
 from .errors import CMoEError, RequestError
-from .routing import replace_router, sparse_blocks, watch_router
+from .routing import replace_router, routing_blocks, watch_router
 from .scores import check_card, write_card
 
 ROUTERS = ("own", "oracle", "random")
@@ -145,7 +145,7 @@ def measure_routing(
 
     The agreement is None for a replaced router; both are None for a model that does not route.
     """
-    routed = [block for block in sparse_blocks(model) if block.gate.top_k > 0]
+    routed = routing_blocks(model)
     if not routed:
         if router != "own":
             raise RequestError(f"the model does not route, so it cannot have a router {router!r}.")
@@ -159,7 +159,7 @@ def measure_routing(
                 stack.enter_context(replace_router(block, router, seed + index))
         measured = perplexity(model, windows_WL, description="model")
     own = _mean([_mean(layer) for layer in agreements]) if agreements else None
-    return measured, own, 1 / math.comb(routed[0].experts.num_experts, routed[0].gate.top_k)
+    return measured, own, 1 / math.comb(*routed[0].gate.choice)
 
 
 def load_model(

@@ -12,12 +12,12 @@ from typing import Any, Unpack
 
 import psutil
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 import cmoe_hf
 from cmoe_hf import CMoEConfig
 
-from .architectures import Architecture
+from .architectures import ARCHITECTURES, Architecture
 from .calibration import load_text, random_windows, tokenize
 from .checkpoint import Source, load_tokenizer, open_source
 from .decoder import BATCH_TOKENS
@@ -122,7 +122,7 @@ def settled(job: Job, prepared: Prepared) -> Job:
 
 def carved_config(dense: PreTrainedConfig, names: Architecture, settings: Settings) -> CMoEConfig:
     """Configuration of the carved model. Raises `RequestError` for a shape that does not fit."""
-    width = dense.intermediate_size
+    width = getattr(dense, names.expert_width)
     neurons, remainder = divmod(width, settings.experts)
     if remainder:
         fitting = [str(count) for count in range(2, min(width, 256) + 1) if width % count == 0]
@@ -142,16 +142,52 @@ def carved_config(dense: PreTrainedConfig, names: Architecture, settings: Settin
     }
     if settings.dtype is not None:
         kept["dtype"] = settings.dtype
+    parents = picked = 1
+    if names.router is not None:
+        parents, picked = dense.num_experts, dense.num_experts_per_tok
+        check_hierarchical(settings)
+        kept |= {
+            "num_parents": parents,
+            "num_parents_per_tok": picked,
+            "norm_parent_prob": kept.pop("norm_topk_prob", False),
+            "flat_routing": settings.choices.competition == "token",
+            "intermediate_size": width,
+        }
+        kept.pop("num_local_experts", None)  # the library's other name of the same
     return names.cmoe_config(
-        **kept,
-        architectures=[names.cmoe_model.__name__],
-        num_experts=settings.experts - settings.shared,
-        num_experts_per_tok=settings.active,
-        moe_intermediate_size=neurons,
-        shared_expert_intermediate_size=settings.shared * neurons,
-        router_type=settings.choices.router,
-        router_absolute_score=settings.choices.absolute_score,
+        **kept
+        | {
+            "architectures": [names.cmoe_model.__name__],
+            "num_experts": (settings.experts - settings.shared) * parents,
+            "num_experts_per_tok": settings.active * picked,
+            "moe_intermediate_size": neurons,
+            "shared_expert_intermediate_size": settings.shared * neurons,
+            "router_type": settings.choices.router,
+            "router_absolute_score": settings.choices.absolute_score,
+        }
     )
+
+
+def check_hierarchical(settings: Settings) -> None:
+    """Raises `RequestError` for choices that a MoE as the source does not have."""
+    recipe = settings.choices
+    if recipe.pinned or recipe.adaptive_split:
+        raise RequestError(
+            "a budget chooses among the experts of a dense FFN; the source is a MoE. Say --shared "
+            "and --active."
+        )
+    if recipe.routed_by != "router":
+        raise RequestError(f"a MoE cannot be calibrated with routed_by {recipe.routed_by!r}.")
+
+
+def parent_config(config: CMoEConfig, settings: Settings) -> CMoEConfig:
+    """Configuration of one carved parent of a hierarchical model, as if it were a dense FFN."""
+    dense = LlamaConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        hidden_act=config.hidden_act,
+    )
+    return carved_config(dense, ARCHITECTURES["llama"], settings)
 
 
 def width_warning(config: CMoEConfig) -> str | None:
@@ -294,7 +330,8 @@ def estimate(job: Job, prepared: Prepared, work: WorkFolder) -> Plan:
         expert_width=config.moe_intermediate_size,
         routed_experts=config.num_experts,
         parameters=source.parameters,
-        active_parameters=source.parameters - round(ffn * (1 - config.activation_ratio)),
+        active_parameters=source.parameters
+        - round(ffn * (config.num_parents - config.num_parents_per_tok * config.activation_ratio)),
         activation_ratio=config.activation_ratio,
         calibration_tokens=tokens,
         refit_order=min(tokens, width) if settings.choices.refit else None,
@@ -326,9 +363,9 @@ def seconds(job: Job, prepared: Prepared) -> float:
     hidden, width = config.hidden_size, config.intermediate_size
     tokens = prepared.windows_WL.numel()
     ratio = config.activation_ratio
-    attention = prepared.source.layer_parameters - 3 * hidden * width
+    attention = prepared.source.layer_parameters - 3 * hidden * width * config.num_parents
     forward = tokens * (attention + prepared.windows_WL.shape[1] * hidden)
-    ffn = tokens * hidden * width
+    ffn = tokens * config.num_parents_per_tok * hidden * width
     work = forward + 2 * ffn + ratio * ffn
     if recipe.refit:
         order = min(tokens, width)

@@ -38,6 +38,10 @@ class Recipe:
     """Let the refit aim at the dense model's hidden states, which also undoes what earlier layers
     got wrong, instead of at the dense FFN's output."""
 
+    competition: str = "parent"
+    """In a MoE that is carved again: whether the experts of one `"parent"` compete, or those of all
+    parents of a `"token"`."""
+
     pinned: int = 0
     """Active experts that run for every token: those of the most important neurons."""
     adaptive_split: bool = False
@@ -69,6 +73,11 @@ class Recipe:
             raise RequestError(
                 "a representative router needs clusters of marks: change both, or neither."
             )
+        if self.competition == "token" and self.router != "linear":
+            raise RequestError(
+                "experts of all parents of a token can only be compared by a linear router: change "
+                "competition and router both, or neither."
+            )
         if self.pinned < 0:
             raise RequestError("the recipe's pinned cannot be negative.")
         if (self.pinned or self.adaptive_split) and self.clusters != "contributions":
@@ -87,6 +96,7 @@ _KNOWN_CHOICES = {
     "clusters": ("marks", "contributions"),
     "metric": ("l1", "l2"),
     "router": ROUTER_TYPES,
+    "competition": ("parent", "token"),
     "routed_by": ("router", "oracle", "random"),
 }
 
@@ -107,6 +117,7 @@ RECIPES: dict[str, Recipe] = {
         clusters="contributions",
         max_iterations=8,
         router="linear",
+        competition="token",
         refit=True,
         error_correction=True,
     ),

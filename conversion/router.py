@@ -55,6 +55,23 @@ def linear_router(
     return {"linear_weight": (weight_HN / deviation).T.contiguous()}
 
 
+def log_energy_router(
+    x_TH: torch.Tensor, energy_TN: torch.Tensor, *, ridge: float
+) -> dict[str, torch.Tensor]:
+    """Router weights (N, H) and biases (N,) whose scores x W + b predict log energies.
+
+    Logarithms of several such routers can be compared, and so can those of their products with a
+    known weight. Ridge regression of what differs from the mean, as in `linear_router`.
+    """
+    floor = (1e-6 * energy_TN.mean()).clamp_min(1e-30)
+    log_TN = (energy_TN + floor).log()
+    bias_N = log_TN.mean(dim=0)
+    gram_HH = lower_gram(x_TH)
+    shift = max(ridge * gram_HH.diagonal().mean().item(), 1e-30)
+    weight_HN = solve_shifted(gram_HH, x_TH.T @ (log_TN - bias_N), shift)
+    return {"linear_weight": weight_HN.T.contiguous(), "linear_bias": bias_N}
+
+
 def output_energies(
     h_TF: torch.Tensor, down_HF: torch.Tensor, experts_NM: torch.Tensor
 ) -> torch.Tensor:

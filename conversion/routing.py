@@ -13,17 +13,35 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from cmoe_hf.modeling_cmoe import CMoERouter, CMoESparseMoeBlock
+from cmoe_hf.modeling_cmoe import CMoEHierarchicalBlock, CMoERouter, CMoESparseMoeBlock
 
-from .router import agreement, oracle_choice
+from .errors import RequestError
+from .router import agreement
 
 PINNED = 1.0
 """A balance bias above this always wins: probabilities are below 1. Pinned experts have 2."""
 
 
+Block = CMoESparseMoeBlock | CMoEHierarchicalBlock
+
+
 def sparse_blocks(model: PreTrainedModel) -> list[CMoESparseMoeBlock]:
-    """The carved FFNs of a model in the order of its layers; none for a dense model."""
+    """The carved FFNs of a model in the order of its layers; none for a dense model.
+
+    Raises `RequestError` for a hierarchical model.
+    """
+    if any(isinstance(block, CMoEHierarchicalBlock) for block in model.modules()):
+        raise RequestError(
+            "the model is a carved MoE, of which only perplexity and routing can be measured yet: "
+            "use `cmoe evaluate`."
+        )
     return [block for block in model.modules() if isinstance(block, CMoESparseMoeBlock)]
+
+
+def routing_blocks(model: PreTrainedModel) -> list[Block]:
+    """The carved FFNs and MoEs that choose something, in the order of the layers."""
+    blocks = [block for block in model.modules() if isinstance(block, Block)]
+    return [block for block in blocks if block.gate.top_k > 0]
 
 
 def active_routers(model: nn.Module) -> list[CMoERouter]:
@@ -82,13 +100,14 @@ def imbalance(load_N: torch.Tensor, bias_N: torch.Tensor) -> float:
 
 
 @contextmanager
-def watch_router(block: CMoESparseMoeBlock) -> Iterator[list[float]]:
+def watch_router(block: Block) -> Iterator[list[float]]:
     """Collect, batch by batch, how often the block's own router picks the oracle's experts."""
     collected: list[float] = []
 
     def compare(gate: CMoERouter, inputs: tuple[torch.Tensor], output: Any) -> None:
-        oracle_TK = oracle_choice(routed_mass(block, inputs[0]), gate.top_k)
-        collected.append(agreement(output[2], oracle_TK))
+        oracle_TK = gate.pick(routed_mass(block, inputs[0]), inputs[0])
+        _, running = gate.choice
+        collected.append(agreement(output[2].view(-1, running), oracle_TK.view(-1, running)))
 
     handle = block.gate.register_forward_hook(compare)
     try:
@@ -98,33 +117,40 @@ def watch_router(block: CMoESparseMoeBlock) -> Iterator[list[float]]:
 
 
 @contextmanager
-def replace_router(block: CMoESparseMoeBlock, router: str, seed: int) -> Iterator[None]:
+def replace_router(block: Block, router: str, seed: int) -> Iterator[None]:
     """Let the oracle, or chance, choose the experts of a block; gate weights follow the choice."""
     generator = torch.Generator().manual_seed(seed)
-    choose: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    value_of: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "oracle": lambda x_TH: routed_mass(block, x_TH),
         "random": lambda x_TH: torch.rand(
             len(x_TH), block.experts.num_experts, generator=generator
         ).to(x_TH.device),
     }
 
-    def override(gate: CMoERouter, inputs: tuple[torch.Tensor], output: Any) -> Any:
-        score_TN, weight_TK, _ = output
-        index_TK = choose[router](inputs[0]).topk(gate.top_k, dim=1).indices
-        probability_TN = score_TN.softmax(dim=1, dtype=torch.float32)
-        weight_TK = gate.weigh(probability_TN, index_TK)
-        return score_TN, weight_TK.to(inputs[0].dtype), index_TK
+    def merit(probability: torch.Tensor, index: torch.Tensor, x_TH: torch.Tensor) -> torch.Tensor:
+        value_TN = value_of[router](x_TH)
+        index = index.expand(probability.shape)
+        return value_TN.gather(1, index.flatten(1)).view(index.shape)
 
-    handle = block.gate.register_forward_hook(override)
+    block.gate.merit = merit  # type: ignore[method-assign]
     try:
         yield
     finally:
-        handle.remove()
+        del block.gate.merit
 
 
-def routed_mass(block: CMoESparseMoeBlock, x_TH: torch.Tensor) -> torch.Tensor:
-    """Sum of |h| of every routed expert for every token, (T, N): all of them are computed."""
+def routed_mass(block: Block, x_TH: torch.Tensor) -> torch.Tensor:
+    """Sum of |h| of every routed expert for every token, (T, N): all of them are computed.
+
+    In a carved MoE multiplied by the weight of its parent.
+    """
     masses = []
     for expert in range(block.experts.num_experts):  # quantised weights cannot be iterated
         masses.append(block.experts.hidden(expert, x_TH).abs().float().sum(dim=1))
-    return torch.stack(masses, dim=1)
+    mass_TN = torch.stack(masses, dim=1)
+    if isinstance(block, CMoEHierarchicalBlock):
+        weight_TP, parent_TP = block.gate.parents(x_TH)
+        weight_TQ = mass_TN.new_zeros(len(x_TH), len(block.gate.parent_weight))
+        weight_TQ.scatter_(1, parent_TP, weight_TP.float())
+        mass_TN = mass_TN * weight_TQ.repeat_interleave(block.gate.per_parent, dim=1)
+    return mass_TN

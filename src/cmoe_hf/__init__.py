@@ -6,10 +6,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from .configuration_cmoe import (
     CMoEConfig,
     CMoEGPTNeoXConfig,
+    CMoEHierarchicalConfig,
     CMoELlamaConfig,
     CMoEMistralConfig,
+    CMoEOlmoeConfig,
     CMoEQwen2Config,
     CMoEQwen3Config,
+    CMoEQwen3MoeConfig,
 )
 from .modeling_cmoe import (
     CMoEGPTNeoXForCausalLM,
@@ -18,10 +21,14 @@ from .modeling_cmoe import (
     CMoELlamaModel,
     CMoEMistralForCausalLM,
     CMoEMistralModel,
+    CMoEOlmoeForCausalLM,
+    CMoEOlmoeModel,
     CMoEQwen2ForCausalLM,
     CMoEQwen2Model,
     CMoEQwen3ForCausalLM,
     CMoEQwen3Model,
+    CMoEQwen3MoeForCausalLM,
+    CMoEQwen3MoeModel,
 )
 
 FAMILIES = (
@@ -30,6 +37,8 @@ FAMILIES = (
     (CMoEQwen2Config, CMoEQwen2Model, CMoEQwen2ForCausalLM),
     (CMoEQwen3Config, CMoEQwen3Model, CMoEQwen3ForCausalLM),
     (CMoEGPTNeoXConfig, CMoEGPTNeoXModel, CMoEGPTNeoXForCausalLM),
+    (CMoEQwen3MoeConfig, CMoEQwen3MoeModel, CMoEQwen3MoeForCausalLM),
+    (CMoEOlmoeConfig, CMoEOlmoeModel, CMoEOlmoeForCausalLM),
 )
 
 for config, decoder, causal in FAMILIES:
@@ -49,17 +58,24 @@ __all__ = [
     "CMoEGPTNeoXConfig",
     "CMoEGPTNeoXForCausalLM",
     "CMoEGPTNeoXModel",
+    "CMoEHierarchicalConfig",
     "CMoELlamaConfig",
     "CMoELlamaForCausalLM",
     "CMoELlamaModel",
     "CMoEMistralConfig",
     "CMoEMistralForCausalLM",
     "CMoEMistralModel",
+    "CMoEOlmoeConfig",
+    "CMoEOlmoeForCausalLM",
+    "CMoEOlmoeModel",
     "CMoEQwen2Config",
     "CMoEQwen2ForCausalLM",
     "CMoEQwen2Model",
     "CMoEQwen3Config",
     "CMoEQwen3ForCausalLM",
     "CMoEQwen3Model",
+    "CMoEQwen3MoeConfig",
+    "CMoEQwen3MoeForCausalLM",
+    "CMoEQwen3MoeModel",
     "__version__",
 ]

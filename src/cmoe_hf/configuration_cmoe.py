@@ -13,8 +13,10 @@ from transformers import PreTrainedConfig
 from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.mistral.configuration_mistral import MistralConfig
+from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 
 ROUTER_TYPES = ("representative", "linear")
 
@@ -61,6 +63,8 @@ class CMoEConfig(PreTrainedConfig):
 
     has_gate = True
     """Whether h = act(x Wg) * (x Wu); without a gate, h = act(x W + b)."""
+    num_parents = num_parents_per_tok = 1
+    """Of a hierarchical model, see `CMoEHierarchicalConfig`."""
 
     # Expert parallelism needs transformers 5.20 or newer: the plan's names changed there.
     base_model_ep_plan = {
@@ -91,7 +95,7 @@ class CMoEConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size // 8
         if self.shared_expert_intermediate_size < 0:
-            routed = self.num_experts * self.moe_intermediate_size
+            routed = self.num_experts // self.num_parents * self.moe_intermediate_size
             self.shared_expert_intermediate_size = self.intermediate_size - routed
         if not getattr(self, "auto_map", None):
             self.auto_map = self.local_auto_map()
@@ -104,13 +108,14 @@ class CMoEConfig(PreTrainedConfig):
     @property
     def notation(self) -> str:
         """The paper's name of this shape, for example `S3A3E8`."""
-        experts = self.num_shared + self.num_experts
-        return f"S{self.num_shared}A{self.num_experts_per_tok}E{experts}"
+        active = self.num_experts_per_tok // self.num_parents_per_tok
+        experts = self.num_shared + self.num_experts // self.num_parents
+        return f"S{self.num_shared}A{active}E{experts}"
 
     @property
     def activation_ratio(self) -> float:
         """Share of the FFN neurons that run for a token, (S + A) / E."""
-        active = self.num_experts_per_tok * self.moe_intermediate_size
+        active = self.num_experts_per_tok // self.num_parents_per_tok * self.moe_intermediate_size
         return (self.shared_expert_intermediate_size + active) / self.intermediate_size
 
     @classmethod
@@ -137,18 +142,24 @@ class CMoEConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Part of the strict validation: the parts must add up to the dense FFN."""
         super().validate_architecture()
-        routed = self.num_experts * self.moe_intermediate_size
+        experts, odd = divmod(self.num_experts, self.num_parents)
+        active, uneven = divmod(self.num_experts_per_tok, self.num_parents_per_tok)
+        if odd or uneven:
+            raise ValueError(
+                f"num_experts ({self.num_experts}) must be a multiple of num_parents "
+                f"({self.num_parents}), and num_experts_per_tok ({self.num_experts_per_tok}) of "
+                f"num_parents_per_tok ({self.num_parents_per_tok})."
+            )
+        routed = experts * self.moe_intermediate_size
         if self.shared_expert_intermediate_size + routed != self.intermediate_size:
             raise ValueError(
                 f"shared_expert_intermediate_size ({self.shared_expert_intermediate_size}) plus "
-                f"num_experts * moe_intermediate_size ({self.num_experts} * "
-                f"{self.moe_intermediate_size}) must equal intermediate_size "
-                f"({self.intermediate_size})."
+                f"num_experts * moe_intermediate_size ({experts} * {self.moe_intermediate_size}) "
+                f"must equal intermediate_size ({self.intermediate_size})."
             )
-        if not 0 <= self.num_experts_per_tok <= self.num_experts:
+        if not 0 <= active <= experts:
             raise ValueError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) must be between 0 and "
-                f"num_experts ({self.num_experts})."
+                f"num_experts_per_tok ({active}) must be between 0 and num_experts ({experts})."
             )
         if self.shared_expert_intermediate_size == self.num_experts_per_tok == 0:
             raise ValueError("Without a shared expert, num_experts_per_tok must be at least 1.")
@@ -206,11 +217,78 @@ class CMoEGPTNeoXConfig(CMoEConfig, GPTNeoXConfig):
     }
 
 
+@strict
+class CMoEHierarchicalConfig(CMoEConfig):
+    """A MoE whose experts, here called parents, are carved each (paper, eq. 10).
+
+    `num_experts`, `num_experts_per_tok` and `moe_intermediate_size` speak of the small experts of
+    all parents together, so that the packed tensors have the shapes that tools expect of them;
+    `intermediate_size` is the width of one parent, `shared_expert_intermediate_size` what of it
+    always runs. Notation and activation ratio are those within a parent.
+    """
+
+    num_parents: int = 8
+    """Experts of the source."""
+    num_parents_per_tok: int = 2
+    """How many of them the source's router picks for a token."""
+    norm_parent_prob: bool = False
+    """Renormalise their weights to a sum of 1, as the source does (its `norm_topk_prob`)."""
+    flat_routing: bool = False
+    """Experts of all parents of a token compete with each other, not only within each parent."""
+    kept_parents: list[list[int]] | None = None
+    """For each layer the parents of which everything runs: calibration saw too little of them."""
+
+    # Written again: a field's default hides what the base class says.
+    num_experts: int = 56
+    num_experts_per_tok: int = 2
+
+    def validate_architecture(self) -> None:
+        """Part of the strict validation."""
+        super().validate_architecture()
+        if not 1 <= self.num_parents_per_tok <= self.num_parents:
+            raise ValueError(
+                f"num_parents_per_tok ({self.num_parents_per_tok}) must be between 1 and "
+                f"num_parents ({self.num_parents})."
+            )
+        if self.flat_routing and self.router_type != "linear":
+            raise ValueError("flat_routing needs scores of a linear router.")
+
+
+HIERARCHICAL_FFN_PLAN = {
+    "layers.*.mlp.shared_experts.gate_up_proj": "packed_colwise",
+    "layers.*.mlp.shared_experts.down_proj": "rowwise",
+    "layers.*.mlp.shared_experts": "moe_tp_experts",
+    "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+    "layers.*.mlp.experts.down_proj": "rowwise",
+    "layers.*.mlp.experts": "moe_tp_experts",
+}
+
+
+@strict
+class CMoEQwen3MoeConfig(CMoEHierarchicalConfig, Qwen3MoeConfig):
+    """A Qwen3-MoE whose experts are carved."""
+
+    model_type = "cmoe_qwen3_moe"
+    attribute_map = CMoEConfig.attribute_map
+    base_model_tp_plan = tensor_parallel_plan(Qwen3MoeConfig, HIERARCHICAL_FFN_PLAN)
+
+
+@strict
+class CMoEOlmoeConfig(CMoEHierarchicalConfig, OlmoeConfig):
+    """An OLMoE whose experts are carved."""
+
+    model_type = "cmoe_olmoe"
+    base_model_tp_plan = tensor_parallel_plan(OlmoeConfig, HIERARCHICAL_FFN_PLAN)
+
+
 __all__ = [
     "CMoEConfig",
     "CMoEGPTNeoXConfig",
+    "CMoEHierarchicalConfig",
     "CMoELlamaConfig",
     "CMoEMistralConfig",
+    "CMoEOlmoeConfig",
     "CMoEQwen2Config",
     "CMoEQwen3Config",
+    "CMoEQwen3MoeConfig",
 ]

@@ -30,8 +30,10 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.gpt_neox import modeling_gpt_neox as gpt_neox
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.olmoe import modeling_olmoe as olmoe
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -39,10 +41,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_cmoe import (
     CMoEConfig,
     CMoEGPTNeoXConfig,
+    CMoEHierarchicalConfig,
     CMoELlamaConfig,
     CMoEMistralConfig,
+    CMoEOlmoeConfig,
     CMoEQwen2Config,
     CMoEQwen3Config,
+    CMoEQwen3MoeConfig,
 )
 
 logger = logging.get_logger(__name__)
@@ -98,17 +103,107 @@ class CMoERouter(nn.Module):
                 score_TN = self.act_fn(up_TN)
         return score_TN.abs() if self.absolute_score else score_TN
 
+    @property
+    def choice(self) -> tuple[int, int]:
+        """How many experts compete, and how many of them run."""
+        return len(self.scale), self.top_k
+
+    def merit(
+        self, probability: torch.Tensor, index: torch.Tensor, x_TH: torch.Tensor
+    ) -> torch.Tensor:
+        """What the experts `index` are chosen by, p + b."""
+        return probability + self.balance_bias[index]
+
+    def pick(self, value_TN: torch.Tensor, x_TH: torch.Tensor) -> torch.Tensor:
+        """The experts of the highest value, (T, K), of those that the tokens x may have."""
+        return torch.topk(value_TN, self.top_k, dim=-1).indices
+
     def weigh(self, probability_TN: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
         """Gate weights 1 + p * u of the chosen experts, (T, K) float32."""
         return (1 + probability_TN * self.scale).gather(1, index_TK)
 
-    def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return the scores (T, N), the gate weights (T, K) and the chosen experts (T, K)."""
         score_TN = self.score(x_TH)
         probability_TN = torch.softmax(score_TN, dim=-1, dtype=torch.float32)
-        index_TK = torch.topk(probability_TN + self.balance_bias, self.top_k, dim=-1).indices
+        every_N = torch.arange(len(self.scale), device=x_TH.device)
+        merit_TN = self.merit(probability_TN, every_N, x_TH)
+        index_TK = torch.topk(merit_TN, self.top_k, dim=-1).indices
         weight_TK = self.weigh(probability_TN, index_TK)
         return score_TN, weight_TK.to(x_TH.dtype), index_TK
+
+
+class CMoEHierarchicalRouter(CMoERouter):
+    """The source's router over its experts, the parents, and one over the experts carved from them.
+
+    The experts of a token's parents compete: within each parent with scores of their own, or all
+    together (`flat_routing`) with scores s that predict the logarithm of what an expert writes
+    squared, and s + 2 log w under the parent's weight w.
+
+    Shape suffixes besides: P parents of a token, C experts that compete with each other, G groups
+    of such. All state is of one module without a lone `weight`, for the reason above.
+    """
+
+    def __init__(self, config: CMoEHierarchicalConfig) -> None:
+        super().__init__(config)
+        self.parents_per_token = config.num_parents_per_tok
+        self.norm_parent_prob = config.norm_parent_prob
+        self.flat = config.flat_routing
+        self.per_parent = config.num_experts // config.num_parents
+        self.groups = 1 if self.flat else self.parents_per_token
+        self.parent_weight = nn.Parameter(torch.empty(config.num_parents, config.hidden_size))
+        if self.flat:
+            self.linear_bias = nn.Parameter(torch.empty(config.num_experts))
+
+    @property
+    def choice(self) -> tuple[int, int]:
+        """How many experts compete, and how many of them run."""
+        return self.parents_per_token * self.per_parent // self.groups, self.top_k // self.groups
+
+    def parents(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and indices of the parents, (T, P) each, computed as in the source."""
+        logits = F.linear(x_TH, self.parent_weight)
+        probability = torch.softmax(logits, dtype=torch.float32, dim=-1)
+        weight_TP, parent_TP = probability.topk(self.parents_per_token, dim=-1)
+        if self.norm_parent_prob:
+            weight_TP = weight_TP / weight_TP.sum(dim=-1, keepdim=True)
+        return weight_TP.to(logits.dtype), parent_TP
+
+    def candidates(self, parent_TP: torch.Tensor) -> torch.Tensor:
+        """The experts that compete, (T, G, C)."""
+        child_N = torch.arange(self.per_parent, device=parent_TP.device)
+        index_TPN = parent_TP[:, :, None] * self.per_parent + child_N
+        return index_TPN.flatten(1).unflatten(1, (self.groups, -1))
+
+    def pick(self, value_TN: torch.Tensor, x_TH: torch.Tensor) -> torch.Tensor:
+        index_TGC = self.candidates(self.parents(x_TH)[1])
+        value_TGC = value_TN.gather(1, index_TGC.flatten(1)).view_as(index_TGC)
+        best_TGK = value_TGC.topk(self.choice[1], dim=-1).indices
+        return index_TGC.gather(2, best_TGK).flatten(1)
+
+    def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the scores (T, N), gate weights and indices of the experts that run, (T, K) each,
+        the same of those that do not, and weights and indices of the parents, (T, P) each."""
+        weight_TP, parent_TP = self.parents(x_TH)
+        index_TGC = self.candidates(parent_TP)
+        under_TGC = weight_TP.float().repeat_interleave(self.per_parent, 1).view_as(index_TGC)
+        score_TN = self.score(x_TH)
+        if self.flat:
+            score_TN = score_TN + self.linear_bias.float()
+        score_TGC = score_TN.gather(1, index_TGC.flatten(1)).view_as(index_TGC)
+        if self.flat:
+            score_TGC = score_TGC + 2 * under_TGC.log()
+        probability_TGC = torch.softmax(score_TGC, dim=-1)
+        weight_TGC = under_TGC * (1 + probability_TGC * self.scale[index_TGC])
+        merit_TGC = self.merit(probability_TGC, index_TGC, x_TH)
+        order_TGC = merit_TGC.argsort(dim=-1, descending=True)
+        competing, running = self.choice
+        sizes = (running, competing - running)
+        weights = weight_TGC.to(x_TH.dtype).gather(2, order_TGC).split(sizes, dim=2)
+        indices = index_TGC.gather(2, order_TGC).split(sizes, dim=2)
+        run, idle = zip(weights, indices, strict=True)
+        parts = (part.flatten(1) for part in (*run, *idle))
+        return (score_TN, *parts, weight_TP, parent_TP)
 
 
 LARGE = 2**19
@@ -186,11 +281,14 @@ class CMoEExperts(ExpertsLoop):
     `gate_up_proj` is (N, 2M, H), gate rows first; `down_proj` is (N, H, M).
     """
 
-    def __init__(self, config: CMoEConfig) -> None:
+    def __init__(
+        self, config: CMoEConfig, num_experts: int | None = None, width: int | None = None
+    ) -> None:
+        """The routed experts of `config`, or others of the same kind."""
         super().__init__()
-        self.num_experts = config.num_experts
+        self.num_experts = num_experts or config.num_experts
         self.hidden_dim = config.hidden_size
-        self.intermediate_dim = config.moe_intermediate_size
+        self.intermediate_dim = width or config.moe_intermediate_size
         self.gate_up_proj = nn.Parameter(
             torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim)
         )
@@ -384,7 +482,7 @@ def run_shared_expert(shared: Any, x_TH: torch.Tensor) -> torch.Tensor:
 class CMoESparseMoeBlock(nn.Module):
     """Shared expert plus the K routed experts that the router picks for each token."""
 
-    def __init__(self, config: CMoEConfig) -> None:
+    def __init__(self, config: CMoEConfig, layer_idx: int = 0) -> None:
         super().__init__()
         experts, shared = (
             (CMoEExperts, CMoESharedExpert)
@@ -412,6 +510,48 @@ class CMoESparseMoeBlock(nn.Module):
         return out_TH.reshape(hidden_states.shape)
 
 
+class CMoEHierarchicalBlock(nn.Module):
+    """A carved MoE: of each parent a shared part and the experts that its router picks."""
+
+    def __init__(self, config: CMoEHierarchicalConfig, layer_idx: int) -> None:
+        super().__init__()
+        shared = config.shared_expert_intermediate_size
+        kept = config.kept_parents[layer_idx] if config.kept_parents else []
+        self.kept_parents = frozenset(kept)
+        self.gate = CMoEHierarchicalRouter(config)
+        self.experts = CMoEExperts(config)
+        self.shared_experts = CMoEExperts(config, config.num_parents, shared) if shared else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, S, H) to (B, S, H)."""
+        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weight_TK, index_TK, idle_weight, idle, parent_weight_TP, parent_TP = self.gate(x_TH)
+        out_TH = x_TH.new_zeros(())
+        if self.shared_experts is not None:
+            out_TH = self.shared_experts(x_TH, parent_TP, parent_weight_TP)
+        if self.gate.top_k:
+            out_TH = out_TH + self.experts(x_TH, index_TK, weight_TK)
+        if self.kept_parents:
+            out_TH = out_TH + self.run_kept(x_TH, idle_weight, idle)
+        return out_TH.reshape(hidden_states.shape)
+
+    def run_kept(
+        self, x_TH: torch.Tensor, weight_TK: torch.Tensor, index_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """What the idle experts of the kept parents add, (T, H)."""
+        parent_TK = index_TK // self.gate.per_parent
+        kept = torch.tensor(sorted(self.kept_parents), device=x_TH.device)
+        runs_TK = torch.isin(parent_TK, kept)
+        if torch.compiler.is_compiling():  # to shapes that no data decides
+            return self.experts(x_TH, index_TK, weight_TK * runs_TK)
+        token, slot = torch.where(runs_TK)
+        out_TH = torch.zeros_like(x_TH)
+        if len(token):
+            pair = (token, slot, None)
+            out_TH.index_add_(0, token, self.experts(x_TH[token], index_TK[pair], weight_TK[pair]))
+        return out_TH
+
+
 class CMoEDecoderLayer(nn.Module):
     """A decoder layer with the sparse block in place of the FFN.
 
@@ -421,10 +561,11 @@ class CMoEDecoderLayer(nn.Module):
     attention_class: type[nn.Module]
     norm_class: type[nn.Module]
     norm_eps = "rms_norm_eps"
+    block_class: type[nn.Module] = CMoESparseMoeBlock
 
     def __init__(self, config: CMoEConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.mlp = CMoESparseMoeBlock(config)
+        self.mlp = self.block_class(config, layer_idx)
 
 
 MASKS = {
@@ -763,6 +904,48 @@ class CMoEGPTNeoXForCausalLM(CMoEForCausalLM, GenerationMixin):
     model_class = CMoEGPTNeoXModel
 
 
+class CMoEQwen3MoeDecoderLayer(CMoEDecoderLayer, qwen3_moe.Qwen3MoeDecoderLayer):
+    """A carved decoder layer."""
+
+    attention_class, norm_class = qwen3_moe.Qwen3MoeAttention, qwen3_moe.Qwen3MoeRMSNorm
+    block_class = CMoEHierarchicalBlock
+
+
+class CMoEQwen3MoeModel(CMoEModel):
+    """A carved Qwen3-MoE without a head."""
+
+    config: CMoEQwen3MoeConfig
+    layer_class, rotary_class = CMoEQwen3MoeDecoderLayer, qwen3_moe.Qwen3MoeRotaryEmbedding
+
+
+class CMoEQwen3MoeForCausalLM(CMoEForCausalLM, GenerationMixin):
+    """A carved Qwen3-MoE."""
+
+    config: CMoEQwen3MoeConfig
+    model_class = CMoEQwen3MoeModel
+
+
+class CMoEOlmoeDecoderLayer(CMoEDecoderLayer, olmoe.OlmoeDecoderLayer):
+    """A carved decoder layer."""
+
+    attention_class, norm_class = olmoe.OlmoeAttention, olmoe.OlmoeRMSNorm
+    block_class = CMoEHierarchicalBlock
+
+
+class CMoEOlmoeModel(CMoEModel):
+    """A carved OLMoE without a head."""
+
+    config: CMoEOlmoeConfig
+    layer_class, rotary_class = CMoEOlmoeDecoderLayer, olmoe.OlmoeRotaryEmbedding
+
+
+class CMoEOlmoeForCausalLM(CMoEForCausalLM, GenerationMixin):
+    """A carved OLMoE."""
+
+    config: CMoEOlmoeConfig
+    model_class = CMoEOlmoeModel
+
+
 __all__ = [
     "CMoEGPTNeoXForCausalLM",
     "CMoEGPTNeoXModel",
@@ -770,8 +953,12 @@ __all__ = [
     "CMoELlamaModel",
     "CMoEMistralForCausalLM",
     "CMoEMistralModel",
+    "CMoEOlmoeForCausalLM",
+    "CMoEOlmoeModel",
     "CMoEQwen2ForCausalLM",
     "CMoEQwen2Model",
     "CMoEQwen3ForCausalLM",
     "CMoEQwen3Model",
+    "CMoEQwen3MoeForCausalLM",
+    "CMoEQwen3MoeModel",
 ]
