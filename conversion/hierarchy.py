@@ -6,7 +6,7 @@ What the paper leaves open is decided here; docs/families.md says why and what w
 * A parent is profiled on the tokens that the source's router sends to it, on the hidden states
   behind the carved layers, and by its contributions: h is multiplied by the parent's weight.
 * The parent's weight multiplies its parts, so that all of them together are the parent.
-* Parents that fewer than `MIN_TOKENS` tokens reach stay whole: all of their experts run.
+* Parents that too few tokens reach stay whole: all of their experts run.
 * Each parent is refitted to its own output.
 
 Shape suffixes: T tokens, U tokens of one parent, H hidden size, F width of a parent, P parents of a
@@ -30,11 +30,11 @@ from .partition import Partition
 from .pipeline import build_router, divide, relative_error
 from .profile import activation_marks
 from .recipe import Recipe
-from .refit import active_blocks, down_projected, refit_down
+from .refit import active_blocks, down_projected, refit_down, ridge_for
 from .router import log_energy_router, output_energies
 
-MIN_TOKENS = 64
-"""Fewer tokens say too little about a parent's neurons."""
+FEWEST = 1 / 3
+"""Tokens a neuron of a parent. With fewer, static pruning was as good as routing, measured."""
 
 
 @dataclass
@@ -163,7 +163,8 @@ def carve_layer(
         with clock("refit"):
             blocks = active_blocks(h_UF, carved.partition, run_UN)
             if recipe.refit and not carved.kept:
-                down_HF = refit_down(blocks, wanted_UH, down_HF, ridge=recipe.refit_ridge)
+                ridge = ridge_for(len(h_UF), parent.ffn.width, recipe.refit_ridge)
+                down_HF = refit_down(blocks, wanted_UH, down_HF, ridge=ridge)
                 down_HF = parent.ffn.rounded(down_HF)
         with clock("carved_down"):
             y_TH.index_add_(0, parent.token_U, down_projected(blocks, down_HF, len(h_UF)))
@@ -183,6 +184,7 @@ def carve_layer(
         "relative_output_error": relative_error(y_TH, dense_TH),
         "tokens_of_parents": counts,
         "kept_parents": [number for number, carved in enumerate(parents) if carved.kept],
+        "expert_sizes": [inner.moe_intermediate_size] * len(gate.scale),
         "expert_loads": run_TX.float().mean(dim=0).tolist(),
     }
     return tensors, figures, y_TH
@@ -222,7 +224,7 @@ def divide_parent(
 ) -> CarvedParent:
     """Partition and router of one parent; of one that stays whole, any."""
     ffn, experts = parent.ffn, inner.num_experts
-    if len(parent.token_U) < MIN_TOKENS:
+    if len(parent.token_U) < FEWEST * ffn.width:
         everything_F = torch.arange(ffn.width)
         shared_S, routed_R = everything_F.tensor_split([inner.shared_expert_intermediate_size])
         parts = Partition(shared_S, routed_R.view(experts, -1), routed_R.view(experts, -1)[:, 0], 0)

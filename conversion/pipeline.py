@@ -36,7 +36,7 @@ from .errors import CMoEError
 from .partition import Partition, partition_by_contributions, partition_by_marks
 from .profile import activation_rates, energies
 from .recipe import Recipe
-from .refit import active_blocks, down_projected, refit_down
+from .refit import active_blocks, down_projected, refit_down, ridge_for
 from .router import linear_router, oracle_choice, output_energies, representative_router
 
 
@@ -77,7 +77,8 @@ def carve_layer(
     with clock("refit"):
         blocks = active_blocks(profile.h_TF, parts, run_TN, biased=ffn.is_biased)
         if wanted_TH is not None:
-            down_HG = refit_down(blocks, wanted_TH, down_HG, ridge=recipe.refit_ridge)
+            ridge = ridge_for(len(wanted_TH), ffn.width, recipe.refit_ridge)
+            down_HG = refit_down(blocks, wanted_TH, down_HG, ridge=ridge)
             down_HG = ffn.rounded(down_HG)
     with clock("carved_down"):
         y_TH = down_projected(blocks, down_HG, len(profile.x_TH))

@@ -33,7 +33,8 @@ class Recipe:
     refit: bool = False
     """Refit the down projections under the routing."""
     refit_ridge: float = 0.003
-    """Strength of the refit's ridge, relative to a mean squared activation."""
+    """Strength of the refit's ridge, relative to a mean squared activation. It is for ten
+    calibration tokens a neuron and more; with fewer it is raised, see `refit.ridge_for`."""
     error_correction: bool = False
     """Let the refit aim at the dense model's hidden states, which also undoes what earlier layers
     got wrong, instead of at the dense FFN's output."""

@@ -106,6 +106,15 @@ def refit_down(
     return refitted_HF
 
 
+def ridge_for(tokens: int, width: int, ridge: float) -> float:
+    """The ridge where a neuron has fewer tokens than the ten that `ridge` was tuned for.
+
+    It grows with the square of what is missing, as the best one did, measured: otherwise the refit
+    would learn the calibration text by heart.
+    """
+    return ridge * max(1.0, (10 * width / max(tokens, 1)) ** 2)
+
+
 def gram(blocks: Sequence[Block]) -> torch.Tensor:
     """Z^T Z, (F, F), neurons in the order of the blocks. Only its lower triangle is filled."""
     ends = np.cumsum([len(block.neurons_M) for block in blocks])

@@ -4,9 +4,11 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OlmoeConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 ROPE_LLAMA3 = {
@@ -37,6 +39,19 @@ FAMILIES = {
         },
     ),
     "qwen3": (Qwen3Config, {"num_key_value_heads": 2, "head_dim": 32}),
+    "qwen3-moe": (
+        Qwen3MoeConfig,
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+            "intermediate_size": 160,
+            "norm_topk_prob": True,
+        },
+    ),
+    "olmoe": (OlmoeConfig, {"num_experts": 4, "num_experts_per_tok": 2}),
     "pythia": (GPTNeoXConfig, {"tie_word_embeddings": False}),
     "gpt-neox-sequential": (GPTNeoXConfig, {"use_parallel_residual": False}),
 }
