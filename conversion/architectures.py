@@ -42,7 +42,7 @@ class Architecture:
     head: str = "lm_head.weight"
     """Not stored when the configuration ties it to the embedding."""
     gate: str | None = "mlp.gate_proj.weight"
-    """None for an FFN without a gate."""
+    """None for an FFN without a gate, of which `up_bias` and `down_bias` are named."""
     up: str = "mlp.up_proj.weight"
     up_bias: str | None = None
     down: str = "mlp.down_proj.weight"

@@ -149,7 +149,7 @@ def carve(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
             dense=settings.choices.needs_dense_stream and source.architecture.router is None,
         )
     del rest, named, states
-    how = {"first": work.layers_done, "k_act": settings.k_act, "storage": storage}
+    how: dict[str, Any] = {"first": work.layers_done, "k_act": settings.k_act, "storage": storage}
     if isinstance(config, CMoEHierarchicalConfig):
         inner = parent_config(config, settings)
         carved = carve_moe(source, streams, config, inner, settings.choices, **how)

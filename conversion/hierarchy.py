@@ -28,7 +28,7 @@ from .decoder import FFN, AttentionHalf, Profile, Stopwatch, Storage, Streams, a
 from .errors import CMoEError
 from .partition import Partition
 from .pipeline import build_router, divide, relative_error
-from .profile import activation_marks
+from .profile import activation_marks, activations
 from .recipe import Recipe
 from .refit import active_blocks, down_projected, refit_down, ridge_for
 from .router import log_energy_router, output_energies
@@ -53,7 +53,7 @@ class Parent:
         """Its inputs, weighted hidden activations and marks."""
         x_UH = x_TH[self.token_U]
         products = self.ffn.products(x_UH)
-        h_UF = self.ffn.hidden(x_UH)
+        h_UF = activations(*products, self.ffn.act)
         signal_UF = self.ffn.cosine_hidden(x_UH, *products) if cosine else h_UF
         marks_UK = activation_marks(signal_UF, k).cpu()
         return Profile(x_UH, h_UF * self.weight_U[:, None], marks_UK)
@@ -80,7 +80,8 @@ def carve_model(
     storage: Storage,
 ) -> Iterator[tuple[int, dict[str, torch.Tensor], dict[str, Any]]]:
     """As `pipeline.carve_model`, for a MoE; `inner` is the configuration of one carved parent."""
-    names = source.architecture
+    names, router = source.architecture, source.architecture.router
+    assert router is not None  # the source is a MoE
     hidden_WLH = streams.carved_WLH
     windows, length, hidden = hidden_WLH.shape
     attention = AttentionHalf(names, source.config, length, storage.device)
@@ -89,11 +90,11 @@ def carve_model(
         clock = Stopwatch()
         with clock("read"):
             rest = source.read_layer(index, without_experts=True)
-            stored_dtype = rest[names.router].dtype
+            stored_dtype = rest[router].dtype
             layer = {
                 name: tensor.to(storage.device, torch.float32) for name, tensor in rest.items()
             }
-            router_weight = layer.pop(names.router)
+            router_weight = layer.pop(router)
             attention.load(index, layer)
         with clock("forward"):
             attend(attention, hidden_WLH, x_TH)
@@ -110,8 +111,8 @@ def carve_model(
         hidden_WLH += y_TH.view_as(hidden_WLH)
         attention.release()
         del layer, y_TH
-        figures["seconds"] = clock.report(windows * length)
-        rest["mlp.gate.parent_weight"] = rest.pop(names.router)
+        figures["seconds"] = clock.report(1)  # the dense down projection ran for all tokens
+        rest["mlp.gate.parent_weight"] = rest.pop(router)
         prefix = names.carved_name(names.layer_prefix.format(index))
         tensors = {
             prefix + name: tensor if name.endswith("balance_bias") else tensor.to(stored_dtype)
@@ -156,8 +157,9 @@ def carve_layer(
             parent = read_parent(source, index, number, inner, weight_TP, parent_TP)
         own_X = slice(number * gate.per_parent, (number + 1) * gate.per_parent)
         run_UN = run_TX[parent.token_U, own_X] | carved.kept
-        with clock("forward"):
+        with clock("forward_again"):
             h_UF = parent.ffn.hidden(x_TH[parent.token_U]) * parent.weight_U[:, None]
+        with clock("dense_down_sample"):
             wanted_UH = h_UF @ parent.ffn.down_HF.T
         down_HF = parent.ffn.down_HF
         with clock("refit"):
@@ -201,6 +203,7 @@ def read_parent(
     """One parent in float32, and the tokens that the source's router sends to it."""
     names, device = source.architecture, weight_TP.device
     tensors = source.read_expert(index, number)
+    assert names.gate is not None  # of every family so far
     gate_FH, up_FH, down_HF = (tensors[name] for name in (names.gate, names.up, names.down))
     ffn = FFN(
         gate_FH=gate_FH.to(device, torch.float32),

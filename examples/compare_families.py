@@ -41,13 +41,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 64},
     "qwen2": {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2},
     "qwen3": {"head_dim": 64},
+    "gpt_neox": {"num_key_value_heads": 4},  # all: it has no others
 }
 
 
 def train(family: str, ids: torch.Tensor, steps: int) -> PreTrainedModel:
     """AdamW, one-cycle learning rate, 8 random windows a step."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **COMMON, **FAMILIES[family])
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]})
     model = AutoModelForCausalLM.from_config(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.05)

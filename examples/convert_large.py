@@ -3,6 +3,7 @@
     python examples/convert_large.py --shape llama-2-7b --tokens 2048 --folder /big/disk
     python examples/convert_large.py --shape llama-2-70b --layers 2 --tokens 2048 --folder /big/disk
     python examples/convert_large.py --shape llama-2-7b --layers 1 --tokens 16384
+    python examples/convert_large.py --shape qwen3-30b-a3b --layers 1 --tokens 16384
 
 The weights are random, so the quality means nothing; the arithmetic, the memory and the files are
 those of the real model, but for its vocabulary, which is that of the tokenizer that comes with the
@@ -23,39 +24,48 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
 
+from cmoe_hf.conversion.architectures import ARCHITECTURES
+from cmoe_hf.conversion.checkpoint import one_by_one
 from cmoe_hf.conversion.demo import CALIBRATION, MODEL
 from cmoe_hf.conversion.shapes import SHAPES
 
+MOE_SHAPES = {
+    "qwen3-30b-a3b": {
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+    },
+}
 
-def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
+
+def write_checkpoint(folder: Path, config: PreTrainedConfig) -> None:
     """Random bfloat16 weights, one layer in memory at a time, one shard a layer."""
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    key_value = hidden // config.num_attention_heads * config.num_key_value_heads
-    layer = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (key_value, hidden),
-        "self_attn.v_proj": (key_value, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (ffn, hidden),
-        "mlp.up_proj": (ffn, hidden),
-        "mlp.down_proj": (hidden, ffn),
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-    }
-    shards = [
-        {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
-        for index in range(config.num_hidden_layers)
-    ]
-    vocabulary = (config.vocab_size, hidden)
-    shards.append(
-        {
-            "model.embed_tokens.weight": vocabulary,
-            "lm_head.weight": vocabulary,
-            "model.norm.weight": (hidden,),
-        }
-    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    row = ARCHITECTURES[config.model_type]
+    if row.router is not None:
+        names = one_by_one(row, names)
+    shards = []
+    for index in range(config.num_hidden_layers):
+        prefix = row.layer_prefix.format(index)
+        shards.append({name: shape for name, shape in names.items() if name.startswith(prefix)})
+    inside = {name for shard in shards for name in shard}
+    shards.append({name: shape for name, shape in names.items() if name not in inside})
     torch.manual_seed(0)
     where, size = {}, 0
     for number, shapes in enumerate(tqdm(shards, desc="writing random weights", disable=None), 1):
@@ -77,7 +87,7 @@ def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="llama-2-7b")
+    parser.add_argument("--shape", choices=SHAPES | MOE_SHAPES, default="llama-2-7b")
     parser.add_argument("--layers", type=int, help="fewer than the real model has")
     parser.add_argument("--vocabulary", type=int, default=0, help="32000 in Llama-2")
     parser.add_argument("--tokens", type=int, default=2048)
@@ -86,13 +96,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, help="on a disk with room; removed afterwards")
     arguments = parser.parse_args()
-    shape = SHAPES[arguments.shape]
-    config = LlamaConfig(
+    shape = (SHAPES | MOE_SHAPES)[arguments.shape]
+    kind = Qwen3MoeConfig if arguments.shape in MOE_SHAPES else LlamaConfig
+    config = kind(
         **shape | ({"num_hidden_layers": arguments.layers} if arguments.layers else {}),
         vocab_size=max(arguments.vocabulary, len(AutoTokenizer.from_pretrained(MODEL))),
         max_position_embeddings=2048,
         tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
     )
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

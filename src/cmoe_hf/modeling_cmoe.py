@@ -904,7 +904,7 @@ class CMoEGPTNeoXForCausalLM(CMoEForCausalLM, GenerationMixin):
     model_class = CMoEGPTNeoXModel
 
 
-class CMoEQwen3MoeDecoderLayer(CMoEDecoderLayer, qwen3_moe.Qwen3MoeDecoderLayer):
+class CMoEQwen3MoeDecoderLayer(CMoEDecoderLayer, qwen3_moe.Qwen3MoeDecoderLayer):  # type: ignore[misc]
     """A carved decoder layer."""
 
     attention_class, norm_class = qwen3_moe.Qwen3MoeAttention, qwen3_moe.Qwen3MoeRMSNorm
@@ -925,7 +925,7 @@ class CMoEQwen3MoeForCausalLM(CMoEForCausalLM, GenerationMixin):
     model_class = CMoEQwen3MoeModel
 
 
-class CMoEOlmoeDecoderLayer(CMoEDecoderLayer, olmoe.OlmoeDecoderLayer):
+class CMoEOlmoeDecoderLayer(CMoEDecoderLayer, olmoe.OlmoeDecoderLayer):  # type: ignore[misc]
     """A carved decoder layer."""
 
     attention_class, norm_class = olmoe.OlmoeAttention, olmoe.OlmoeRMSNorm

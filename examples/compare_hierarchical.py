@@ -1,0 +1,99 @@
+"""Train a small MoE, carve its experts again, and print perplexity against activation ratio.
+
+    python examples/compare_hierarchical.py                      # Qwen3-MoE and OLMoE
+    python examples/compare_hierarchical.py --family olmoe --steps 300 --active 1 --active 3
+
+One JSON object for each family and ratio goes to standard output: perplexity of held-out text, of
+the source, with static pruning of each expert (its most energetic neurons, as they are and
+refitted), by each recipe, and by `refined` where the small experts compete within each expert of
+the source only, as the paper has it. Models this small tell the order of the rows, not their size.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare_families import FAMILIES, WINDOW, train
+from transformers import AutoTokenizer
+
+from cmoe_hf.conversion import convert, evaluate
+from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT, MODEL
+
+EXPERTS = 8
+MOE = {
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "num_key_value_heads": 2,
+    "output_router_logits": True,  # while it trains, to balance the loads
+    "router_aux_loss_coef": 0.01,
+}
+SOURCES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {**MOE, "moe_intermediate_size": 96, "head_dim": 32, "norm_topk_prob": True},
+    "olmoe": {**MOE, "intermediate_size": 96},
+}
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "released": ("released", {}),
+    "paper": ("paper", {}),
+    "static": ("refined", {"refit": False}),
+    "static_refitted": ("refined", {}),
+    "refined_within_parents": ("refined", {"competition": "parent"}),
+    "refined_without_refit": ("refined", {"refit": False}),
+    "refined": ("refined", {}),
+}
+
+
+def compare(source: Path, active: int, folder: Path) -> dict[str, Any]:
+    """Perplexity of all rows at one activation ratio, 2 A / E."""
+    rows: dict[str, Any] = {"notation": f"S{active}A{active}E{EXPERTS}"}
+    for name, (recipe, changes) in ROWS.items():
+        static = name.startswith("static")
+        result = convert(
+            source,
+            folder / name,
+            shared=2 * active if static else active,
+            active=0 if static else active,
+            experts=EXPERTS,
+            recipe=recipe,
+            changes=changes,
+            calibration=CALIBRATION,
+            samples=128,
+            sequence_length=WINDOW,
+            overwrite=True,
+        )
+        measured = evaluate(result.output, baseline=source, text=HELD_OUT, sequence_length=WINDOW)
+        rows |= {"source": measured.baseline_perplexity, name: measured.perplexity}
+    rows["oracle"] = evaluate(
+        folder / "refined", router="oracle", text=HELD_OUT, sequence_length=WINDOW
+    ).perplexity
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", action="append", choices=SOURCES, help="repeatable")
+    parser.add_argument("--active", action="append", type=int, help="A = S; repeatable, 1 2 3")
+    parser.add_argument("--steps", type=int, default=600)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    FAMILIES.update(SOURCES)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    text = CALIBRATION.read_text(encoding="utf-8")
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    for family in arguments.family or SOURCES:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / family
+            model = train(family, ids, arguments.steps)
+            model.config.output_router_logits = False
+            model.save_pretrained(source)
+            tokenizer.save_pretrained(source)
+            for active in arguments.active or (1, 2, 3):
+                rows = compare(source, active, Path(folder))
+                print(json.dumps({"family": family, "steps": arguments.steps, **rows}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
