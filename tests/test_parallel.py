@@ -16,6 +16,7 @@ SHAPES = {  # width 128 instead of 96: grouped kernels want 16 bytes of every ex
     "S2A2E8": ((2, 2, 8), "llama-3", "refined"),
     "qwen3": ((2, 2, 8), "qwen3", "refined"),  # has norms on queries and keys
     "pythia": ((2, 2, 8), "pythia", "refined"),  # has biases and no gate
+    "qwen3-moe": ((2, 2, 8), "qwen3-moe", "refined"),  # is carved a second time
 }
 TENSOR = {"tp_size": 2}
 EXPERT = {"tp_size": 2, "ep_size": 2}
@@ -31,12 +32,15 @@ def models(make_dense, carve, tmp_path_factory):
     """Carved folders, of which gate scales and balance biases are not zero."""
     folders = {}
     for name, (notation, family, recipe) in SHAPES.items():
-        folder = carve(make_dense(family, intermediate_size=128), notation, recipe=recipe)
+        width = "moe_intermediate_size" if family == "qwen3-moe" else "intermediate_size"
+        folder = carve(make_dense(family, **{width: 128}), notation, recipe=recipe)
         model = AutoModelForCausalLM.from_pretrained(folder)
         generator = torch.Generator().manual_seed(0)
         for layer in model.model.layers:
             layer.mlp.gate.scale.data.normal_(generator=generator)
             layer.mlp.gate.balance_bias.normal_(std=0.1, generator=generator)
+        if family == "qwen3-moe":
+            model.config.kept_parents = [[0, 2], [1]]
         folders[name] = tmp_path_factory.mktemp("biased") / name
         model.save_pretrained(folders[name])
     return folders
@@ -108,7 +112,7 @@ def test_tensor_parallel_halves_every_expert(ranks, rank):
 
 
 @needs_expert
-@pytest.mark.parametrize("shape", ["S0A2E8", "S2A2E8", "qwen3", "pythia"])
+@pytest.mark.parametrize("shape", ["S0A2E8", "S2A2E8", "qwen3", "pythia", "qwen3-moe"])
 def test_expert_parallel_is_the_same_function(ranks, models, tensors, shape):
     check_same(ranks, models, shape, "expert")
     check_saved(ranks, models, tensors, shape, "expert")
