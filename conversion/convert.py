@@ -203,7 +203,7 @@ def write_loading_files(work: WorkFolder, prepared: Prepared) -> dict[str, str]:
     source = prepared.source
     work.write_index()
     prepared.config.save_pretrained(work.folder)
-    code = work.copy_code()
+    code = work.write_code(type(prepared.config))
     prepared.tokenizer.save_pretrained(work.folder)
     if (source.folder / GENERATION_CONFIG_NAME).is_file():
         work.copy_from(source.folder, GENERATION_CONFIG_NAME)

@@ -23,11 +23,11 @@ from typing import Any, ClassVar, Self
 import filelock
 from safetensors import SafetensorError
 
-import cmoe_hf
+from cmoe_hf import CMoEConfig
 
 from .errors import CMoEError, RequestError
+from .selection import code_of
 
-REMOTE_CODE = ("configuration_cmoe.py", "modeling_cmoe.py")
 SETTINGS = "settings.json"
 
 
@@ -226,15 +226,15 @@ class PartialFolder:
         """Write one text file of the repository."""
         self.replace(self.folder / name, text)
 
-    def copy_code(self) -> dict[str, str]:
-        """Copy the two Python files that make the repository loadable without this package.
+    def write_code(self, family: type[CMoEConfig]) -> dict[str, str]:
+        """Write the two Python files that make the repository loadable without this package.
 
         Returns their names and SHA-256 hashes.
         """
-        here = Path(cmoe_hf.__file__).parent
-        for name in REMOTE_CODE:
-            shutil.copyfile(here / name, self.folder / name)
-        return {name: sha256_of(self.folder / name) for name in REMOTE_CODE}
+        code = code_of(family)
+        for name, text in code.items():
+            self.write_text(name, text)
+        return {name: sha256_of(self.folder / name) for name in code}
 
     def copy_from(self, source: Path, *patterns: str) -> None:
         """Copy the source's files that match any pattern, contents unchanged."""

@@ -14,7 +14,6 @@ import psutil
 import torch
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-import cmoe_hf
 from cmoe_hf import CMoEConfig
 
 from .architectures import ARCHITECTURES, Architecture
@@ -23,9 +22,9 @@ from .checkpoint import Source, load_tokenizer, open_source
 from .decoder import BATCH_TOKENS
 from .device import DTYPES, find_device
 from .errors import RequestError
-from .partial import REMOTE_CODE
 from .partition import CLUSTERING_TOKENS
 from .roofline import best_seconds
+from .selection import code_of
 from .settings import CALIBRATION_TOKENS, Job, Options, Settings
 from .work import WorkFolder
 
@@ -176,6 +175,11 @@ def check_hierarchical(settings: Settings) -> None:
             "a budget chooses among the experts of a dense FFN; the source is a MoE. Say --shared "
             "and --active."
         )
+    if recipe.competition == "token" and recipe.router != "linear":
+        raise RequestError(
+            "the source is a MoE, and experts of all parents of a token can only be compared by a "
+            "linear router: change competition and router both, or neither."
+        )
     if recipe.routed_by != "router":
         raise RequestError(f"a MoE cannot be calibrated with routed_by {recipe.routed_by!r}.")
 
@@ -261,7 +265,7 @@ def disk_bytes(job: Job, prepared: Prepared) -> int:
     dtype = DTYPES[job.settings.dtype] if job.settings.dtype else None
     rows = 1 if config.router_type == "linear" else 2
     router = config.num_experts * (rows * config.hidden_size + 1) * 4
-    code = sum((Path(cmoe_hf.__file__).parent / name).stat().st_size for name in REMOTE_CODE)
+    code = sum(map(len, code_of(type(config)).values()))
     others = sum(path.stat().st_size for path in source.folder.glob("*token*") if path.is_file())
     per_layer = router + 14 * 120 + 4_000  # headers, index, and figures in conversion.json
     return source.nbytes(dtype) + config.num_hidden_layers * per_layer + code + others + 8_000

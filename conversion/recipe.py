@@ -74,11 +74,6 @@ class Recipe:
             raise RequestError(
                 "a representative router needs clusters of marks: change both, or neither."
             )
-        if self.competition == "token" and self.router != "linear":
-            raise RequestError(
-                "experts of all parents of a token can only be compared by a linear router: change "
-                "competition and router both, or neither."
-            )
         if self.pinned < 0:
             raise RequestError("the recipe's pinned cannot be negative.")
         if (self.pinned or self.adaptive_split) and self.clusters != "contributions":

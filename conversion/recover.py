@@ -439,7 +439,7 @@ def complete(
     request: Request, tuning: Tuning, ready: Ready, work: RecoveryFolder, result: Recovery
 ) -> None:
     """Write everything beside the weights."""
-    code = work.copy_code()
+    code = work.write_code(type(AutoConfig.from_pretrained(ready.folder)))
     ready.tokenizer.save_pretrained(work.folder)
     work.copy_from(ready.folder, GENERATION_CONFIG_NAME, "conversion.json", *LEGAL_FILES)
     figures = asdict(result)

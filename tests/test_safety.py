@@ -8,7 +8,8 @@ import pytest
 
 import cmoe_hf
 from cmoe_hf.conversion.card import stated_hashes
-from cmoe_hf.conversion.partial import REMOTE_CODE, sha256_of
+from cmoe_hf.conversion.partial import sha256_of
+from cmoe_hf.conversion.selection import REMOTE_CODE
 
 HERE = Path(cmoe_hf.__file__).parent
 LIBRARIES = re.compile(r"(torch|transformers|typing|huggingface_hub\.dataclasses)(\.|$)")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of CMoE models: a dense configuration plus how its FFN is carved.
 
-This file travels with every converted repository. It may import torch, transformers and
-huggingface_hub only, and nothing relative.
+What a family needs of this file travels with its converted repositories. It may import torch,
+transformers and huggingface_hub only, and nothing relative.
 """
 
 import os
@@ -208,7 +208,11 @@ class CMoEGPTNeoXConfig(CMoEConfig, GPTNeoXConfig):
     model_type = "cmoe_gpt_neox"
     has_gate = False
     base_model_tp_plan = tensor_parallel_plan(GPTNeoXConfig, PLAIN_FFN_PLAN)
-    base_model_pp_plan = LlamaConfig.base_model_pp_plan  # the decoder's parts are named as there
+    base_model_pp_plan = {  # the decoder's parts are named as in the other families
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
     base_model_ep_plan = {
         "layers.*.mlp.experts.up_proj": "grouped_gemm",  # type: ignore[dict-item]
         "layers.*.mlp.experts.up_proj_bias": "grouped_gemm",  # type: ignore[dict-item]

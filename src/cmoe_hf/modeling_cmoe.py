@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CMoE models (arXiv 2502.04416): a shared expert, routed experts and an analytical router.
 
-This file travels with every converted repository. It may import torch, transformers and its
-sibling configuration file only.
+What a family needs of this file travels with its converted repositories. It may import torch,
+transformers and its sibling configuration file only.
 
 Shape suffixes: B sequences, S positions, T = B * S tokens, H hidden size, N routed experts,
 K active experts, M neurons of one routed expert.
@@ -11,7 +11,6 @@ K active experts, M neurons of one routed expert.
 # No `from __future__ import annotations` here, and the decorator below stays literal: transformers,
 # vLLM and llm-compressor read this source and these annotations.
 
-from itertools import chain
 from typing import Any
 
 import torch
@@ -482,19 +481,17 @@ def run_shared_expert(shared: Any, x_TH: torch.Tensor) -> torch.Tensor:
 class CMoESparseMoeBlock(nn.Module):
     """Shared expert plus the K routed experts that the router picks for each token."""
 
+    experts_class: type[ExpertsLoop] = CMoEExperts
+    shared_class: type[nn.Module] = CMoESharedExpert
+
     def __init__(self, config: CMoEConfig, layer_idx: int = 0) -> None:
         super().__init__()
-        experts, shared = (
-            (CMoEExperts, CMoESharedExpert)
-            if config.has_gate
-            else (CMoEPlainExperts, CMoEPlainSharedExpert)
-        )
         self.gate = CMoERouter(config)
-        self.experts = experts(config)
+        self.experts = self.experts_class(config)
         # Absent rather than empty: vLLM concludes from the name that there is a shared expert.
         has_shared = config.shared_expert_intermediate_size > 0
-        self.shared_expert = shared(config) if has_shared else None
-        self.down_bias = None if config.has_gate else nn.Parameter(torch.empty(config.hidden_size))
+        self.shared_expert: Any = self.shared_class(config) if has_shared else None
+        self.down_bias: nn.Parameter | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, S, H) to (B, S, H)."""
@@ -508,6 +505,16 @@ class CMoESparseMoeBlock(nn.Module):
         _, weight_TK, index_TK = self.gate(x_TH)
         out_TH = self.experts(x_TH, index_TK, weight_TK) + always_TH
         return out_TH.reshape(hidden_states.shape)
+
+
+class CMoEPlainBlock(CMoESparseMoeBlock):
+    """The same for an FFN without a gate, whose output bias is added once for every token."""
+
+    experts_class, shared_class = CMoEPlainExperts, CMoEPlainSharedExpert
+
+    def __init__(self, config: CMoEConfig, layer_idx: int = 0) -> None:
+        super().__init__(config, layer_idx)
+        self.down_bias = nn.Parameter(torch.empty(config.hidden_size))
 
 
 class CMoEHierarchicalBlock(nn.Module):
@@ -651,7 +658,7 @@ class CMoEPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if not isinstance(module, CMoERouter | CMoESparseMoeBlock | ExpertsLoop):
             return
-        for name, value in chain(module._parameters.items(), module._buffers.items()):
+        for name, value in {**module._parameters, **module._buffers}.items():
             if value is None:
                 continue
             if name.endswith(("bias", "scale")):
@@ -881,6 +888,7 @@ class CMoEGPTNeoXDecoderLayer(CMoEDecoderLayer, gpt_neox.GPTNeoXLayer):
     """A carved decoder layer, where attention and FFN may both start from the same residual."""
 
     attention_class, norm_class = gpt_neox.GPTNeoXAttention, nn.LayerNorm
+    block_class = CMoEPlainBlock
     norm_eps = "layer_norm_eps"
 
     def forward(  # type: ignore[override]
