@@ -18,12 +18,13 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from .calibration import load_text, tokenize
+from .checkpoint import find_model
 from .device import DTYPES, check_dtype, device_name, find_device, versions
 from .errors import RequestError
 from .evaluate import load_model
 from .figures import check_drawing
 from .roofline import Work, ffn_work, measure_rates, model_work, synchronize
-from .routing import sparse_blocks
+from .routing import check_flat, sparse_blocks
 from .settings import Settings
 from .shapes import check_memory, dense_config, random_model, shape_config
 
@@ -148,6 +149,7 @@ def benchmark(
         assert model is not None
         if layers is not None:
             raise RequestError("--layers goes with --shape only.")
+        check_flat(find_model(model)[0])
         carved, tokenizer = load_model(model, dtype, where, trust_remote_code)
         if not sparse_blocks(carved):
             raise RequestError(f"{model} is not a carved model: there is nothing to compare.")

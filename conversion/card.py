@@ -76,7 +76,8 @@ busiest expert saw, and which experts saw too few and are kept whole.
 
 _PARENTS = """
 The source is a mixture of {parents} experts itself, of which {picked} run for a token. Its router
-is kept, each of its experts is carved, and the figures above are those within one of them.
+is kept, each of its experts is carved, and the figures above are those within one of them; of those
+kept whole, which are listed below if there are any, everything runs.
 """
 
 _SPLIT = """ In each layer

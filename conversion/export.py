@@ -40,7 +40,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from cmoe_hf import CMoEConfig
+from cmoe_hf import CMoEConfig, CMoEHierarchicalConfig
 from cmoe_hf.modeling_cmoe import CMoERouter, attention_types
 
 from .calibration import load_text, random_windows, tokenize
@@ -193,6 +193,11 @@ def check_config(config: PreTrainedConfig, name: str, architecture: str, *, refi
     """Raises `RequestError` for what the configuration alone forbids."""
     if not isinstance(config, CMoEConfig):
         raise RequestError(f"{name} is a {config.model_type} model, not a carved one.")
+    if isinstance(config, CMoEHierarchicalConfig):
+        raise RequestError(
+            f"{name} is a carved MoE: no stock architecture has routers within experts. Its own "
+            "code loads wherever trust_remote_code may be given."
+        )
     reasons = []
     possible = ARCHITECTURES.get(config.model_type, "no stock architecture")
     if architecture != possible:

@@ -185,7 +185,7 @@ def carve_layer(
     figures = {
         "relative_output_error": relative_error(y_TH, dense_TH),
         "tokens_of_parents": counts,
-        "kept_parents": [number for number, carved in enumerate(parents) if carved.kept],
+        "kept_parents": gate.kept_parents,
         "expert_sizes": [inner.moe_intermediate_size] * len(gate.scale),
         "expert_loads": run_TX.float().mean(dim=0).tolist(),
     }
@@ -248,6 +248,7 @@ def divide_parent(
 
 def take_up(gate: CMoEHierarchicalRouter, parents: list[CarvedParent], ffn: FFN) -> None:
     """Give the router what was found for each parent, rounded as it will be stored."""
+    gate.kept_parents = [number for number, carved in enumerate(parents) if carved.kept]
     for name, tensor in gate.state_dict().items():
         if name == "parent_weight":
             continue

@@ -25,7 +25,7 @@ from .errors import CMoEError, RequestError
 from .evaluate import load_model
 from .figures import FILES, check_drawing, draw_figures
 from .observe import Observation, observe, observe_sample, token_texts
-from .routing import sparse_blocks
+from .routing import check_flat, sparse_blocks
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
 PAGE = "index.html"
@@ -96,6 +96,7 @@ def report(
     if windows < 1:
         raise RequestError(f"--windows is {windows}; it must be at least 1.")
     folder, name, commit = find_model(model)
+    check_flat(folder)
     if commit is not None:
         if output is None:
             raise RequestError(f"{name} is on the Hub: give --output, the folder for the page.")

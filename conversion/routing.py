@@ -7,6 +7,7 @@ Q = 2M.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from cmoe_hf.modeling_cmoe import CMoEHierarchicalBlock, CMoERouter, CMoESparseMoeBlock
 
+from .checkpoint import read_json
 from .errors import RequestError
 from .router import agreement
 
@@ -22,6 +24,10 @@ PINNED = 1.0
 """A balance bias above this always wins: probabilities are below 1. Pinned experts have 2."""
 
 
+HIERARCHICAL = (
+    "the model is a carved MoE, of which only perplexity and routing can be measured yet: use "
+    "`cmoe evaluate`."
+)
 Block = CMoESparseMoeBlock | CMoEHierarchicalBlock
 
 
@@ -31,11 +37,14 @@ def sparse_blocks(model: PreTrainedModel) -> list[CMoESparseMoeBlock]:
     Raises `RequestError` for a hierarchical model.
     """
     if any(isinstance(block, CMoEHierarchicalBlock) for block in model.modules()):
-        raise RequestError(
-            "the model is a carved MoE, of which only perplexity and routing can be measured yet: "
-            "use `cmoe evaluate`."
-        )
+        raise RequestError(HIERARCHICAL)
     return [block for block in model.modules() if isinstance(block, CMoESparseMoeBlock)]
+
+
+def check_flat(folder: Path) -> None:
+    """Raises `RequestError` for a hierarchical model, before its weights are loaded."""
+    if "num_parents" in read_json(folder / "config.json"):
+        raise RequestError(HIERARCHICAL)
 
 
 def routing_blocks(model: PreTrainedModel) -> list[Block]:

@@ -238,8 +238,8 @@ def with_adapters(model: PreTrainedModel, tuning: Tuning) -> nn.Module:
     torch.manual_seed(tuning.seed)
     routed = any(isinstance(module, CMoERouter) for module in model.modules())
     packed = {
-        f"mlp.experts.{name}"
-        for module in model.modules()
+        f"{'.'.join(path.split('.')[-2:])}.{name}"
+        for path, module in model.named_modules()
         if isinstance(module, ExpertsLoop)
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3

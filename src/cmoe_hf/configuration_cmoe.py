@@ -254,6 +254,17 @@ class CMoEHierarchicalConfig(CMoEConfig):
                 f"num_parents_per_tok ({self.num_parents_per_tok}) must be between 1 and "
                 f"num_parents ({self.num_parents})."
             )
+        kept = self.kept_parents
+        if kept is not None and len(kept) != self.num_hidden_layers:
+            raise ValueError(
+                f"kept_parents has {len(kept)} lists for {self.num_hidden_layers} layers."
+            )
+        wrong = [number for layer in kept or [] for number in layer]
+        wrong = [number for number in wrong if not 0 <= number < self.num_parents]
+        if wrong:
+            raise ValueError(
+                f"kept_parents names parent {wrong[0]}, but there are {self.num_parents}."
+            )
         if self.flat_routing and self.router_type != "linear":
             raise ValueError("flat_routing needs scores of a linear router.")
 

@@ -150,6 +150,8 @@ class CMoEHierarchicalRouter(CMoERouter):
         self.flat = config.flat_routing
         self.per_parent = config.num_experts // config.num_parents
         self.groups = 1 if self.flat else self.parents_per_token
+        self.kept_parents: list[int] = []
+        """Parents of which everything runs: their experts leave the places to others."""
         self.parent_weight = nn.Parameter(torch.empty(config.num_parents, config.hidden_size))
         if self.flat:
             self.linear_bias = nn.Parameter(torch.empty(config.num_experts))
@@ -174,9 +176,16 @@ class CMoEHierarchicalRouter(CMoERouter):
         index_TPN = parent_TP[:, :, None] * self.per_parent + child_N
         return index_TPN.flatten(1).unflatten(1, (self.groups, -1))
 
+    def is_kept(self, index: torch.Tensor) -> torch.Tensor:
+        """Whether experts are of a parent that is kept whole."""
+        kept = torch.tensor(self.kept_parents, dtype=torch.int64, device=index.device)
+        return torch.isin(index // self.per_parent, kept)
+
     def pick(self, value_TN: torch.Tensor, x_TH: torch.Tensor) -> torch.Tensor:
         index_TGC = self.candidates(self.parents(x_TH)[1])
         value_TGC = value_TN.gather(1, index_TGC.flatten(1)).view_as(index_TGC)
+        if self.kept_parents and self.flat:
+            value_TGC = value_TGC.masked_fill(self.is_kept(index_TGC), -torch.inf)
         best_TGK = value_TGC.topk(self.choice[1], dim=-1).indices
         return index_TGC.gather(2, best_TGK).flatten(1)
 
@@ -192,9 +201,16 @@ class CMoEHierarchicalRouter(CMoERouter):
         score_TGC = score_TN.gather(1, index_TGC.flatten(1)).view_as(index_TGC)
         if self.flat:
             score_TGC = score_TGC + 2 * under_TGC.log()
+        yields = self.is_kept(index_TGC) if self.kept_parents and self.flat else None
+        if yields is not None:
+            score_TGC = score_TGC.masked_fill(yields, torch.finfo(score_TGC.dtype).min)
         probability_TGC = torch.softmax(score_TGC, dim=-1)
+        if yields is not None:
+            probability_TGC = probability_TGC.masked_fill(yields, 0)
         weight_TGC = under_TGC * (1 + probability_TGC * self.scale[index_TGC])
         merit_TGC = self.merit(probability_TGC, index_TGC, x_TH)
+        if yields is not None:
+            merit_TGC = merit_TGC.masked_fill(yields, -torch.inf)
         order_TGC = merit_TGC.argsort(dim=-1, descending=True)
         competing, running = self.choice
         sizes = (running, competing - running)
@@ -523,9 +539,9 @@ class CMoEHierarchicalBlock(nn.Module):
     def __init__(self, config: CMoEHierarchicalConfig, layer_idx: int) -> None:
         super().__init__()
         shared = config.shared_expert_intermediate_size
-        kept = config.kept_parents[layer_idx] if config.kept_parents else []
-        self.kept_parents = frozenset(kept)
         self.gate = CMoEHierarchicalRouter(config)
+        if config.kept_parents:
+            self.gate.kept_parents = config.kept_parents[layer_idx]
         self.experts = CMoEExperts(config)
         self.shared_experts = CMoEExperts(config, config.num_parents, shared) if shared else None
 
@@ -538,7 +554,7 @@ class CMoEHierarchicalBlock(nn.Module):
             out_TH = self.shared_experts(x_TH, parent_TP, parent_weight_TP)
         if self.gate.top_k:
             out_TH = out_TH + self.experts(x_TH, index_TK, weight_TK)
-        if self.kept_parents:
+        if self.gate.kept_parents:
             out_TH = out_TH + self.run_kept(x_TH, idle_weight, idle)
         return out_TH.reshape(hidden_states.shape)
 
@@ -546,9 +562,7 @@ class CMoEHierarchicalBlock(nn.Module):
         self, x_TH: torch.Tensor, weight_TK: torch.Tensor, index_TK: torch.Tensor
     ) -> torch.Tensor:
         """What the idle experts of the kept parents add, (T, H)."""
-        parent_TK = index_TK // self.gate.per_parent
-        kept = torch.tensor(sorted(self.kept_parents), device=x_TH.device)
-        runs_TK = torch.isin(parent_TK, kept)
+        runs_TK = self.gate.is_kept(index_TK)
         if torch.compiler.is_compiling():  # to shapes that no data decides
             return self.experts(x_TH, index_TK, weight_TK * runs_TK)
         token, slot = torch.where(runs_TK)
