@@ -199,8 +199,12 @@ def check_config(config: PreTrainedConfig, name: str, architecture: str, *, refi
             "code loads wherever trust_remote_code may be given."
         )
     reasons = []
-    possible = ARCHITECTURES.get(config.model_type, "no stock architecture")
-    if architecture != possible:
+    possible = ARCHITECTURES.get(config.model_type)
+    if not config.has_gate:
+        reasons.append("no stock architecture has experts with biases and without a gate")
+    elif possible is None:
+        reasons.append(f"nobody has said what stock architecture a {config.model_type} can become")
+    elif architecture != possible:
         reasons.append(f"a {config.model_type} can only become {possible}")
     if architecture == "qwen3_moe" and config.shared_expert_intermediate_size:
         reasons.append("it has a shared expert, and Qwen3-MoE has none: carve with --shared 0")

@@ -136,10 +136,11 @@ def replace_router(block: Block, router: str, seed: int) -> Iterator[None]:
         ).to(x_TH.device),
     }
 
-    def merit(probability: torch.Tensor, index: torch.Tensor, x_TH: torch.Tensor) -> torch.Tensor:
+    def merit(
+        probability: torch.Tensor, index: torch.Tensor | None, x_TH: torch.Tensor
+    ) -> torch.Tensor:
         value_TN = value_of[router](x_TH)
-        index = index.expand(probability.shape)
-        return value_TN.gather(1, index.flatten(1)).view(index.shape)
+        return value_TN if index is None else value_TN.gather(1, index.flatten(1)).view_as(index)
 
     block.gate.merit = merit  # type: ignore[method-assign]
     try:

@@ -77,6 +77,7 @@ def compare(family: str, shape: tuple[int, int, int], steps: int, folder: Path) 
     shared, active, experts = shape
     rows: dict[str, Any] = {"family": family, "shape": "S{}A{}E{}".format(*shape), "steps": steps}
     for name, recipe, changes, split in (
+        ("all_active", "refined", {}, (shared, experts - shared)),  # must be the dense model
         ("released", "released", {}, (shared, active)),
         ("paper", "paper", {}, (shared, active)),
         ("static", "refined", {"refit": False}, (shared + active, 0)),

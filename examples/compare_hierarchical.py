@@ -36,6 +36,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "olmoe": {**MOE, "intermediate_size": 96},
 }
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "all_active": ("refined", {}),  # must be the source
     "released": ("released", {}),
     "paper": ("paper", {}),
     "static": ("refined", {"refit": False}),
@@ -55,7 +56,7 @@ def compare(source: Path, active: int, folder: Path) -> dict[str, Any]:
             source,
             folder / name,
             shared=2 * active if static else active,
-            active=0 if static else active,
+            active=0 if static else EXPERTS - active if name == "all_active" else active,
             experts=EXPERTS,
             recipe=recipe,
             changes=changes,

