@@ -156,40 +156,54 @@ def carve_layer(
         with clock("read"):
             parent = read_parent(source, index, number, inner, weight_TP, parent_TP)
         own_X = slice(number * gate.per_parent, (number + 1) * gate.per_parent)
-        run_UN = run_TX[parent.token_U, own_X] | carved.kept
-        with clock("forward_again"):
-            h_UF = parent.ffn.hidden(x_TH[parent.token_U]) * parent.weight_U[:, None]
-        with clock("dense_down_sample"):
-            wanted_UH = h_UF @ parent.ffn.down_HF.T
-        down_HF = parent.ffn.down_HF
-        with clock("refit"):
-            blocks = active_blocks(h_UF, carved.partition, run_UN)
-            if recipe.refit and not carved.kept:
-                ridge = ridge_for(len(h_UF), parent.ffn.width, recipe.refit_ridge)
-                down_HF = refit_down(blocks, wanted_UH, down_HF, ridge=ridge)
-                down_HF = parent.ffn.rounded(down_HF)
-        with clock("carved_down"):
-            y_TH.index_add_(0, parent.token_U, down_projected(blocks, down_HF, len(h_UF)))
-            dense_TH.index_add_(0, parent.token_U, wanted_UH)
+        run_UN = run_TX[parent.token_U, own_X]
+        down_HF = finish_parent(parent, carved, x_TH, run_UN, recipe, clock, y_TH, dense_TH)
         with clock("slicing"):
             for name, tensor in stored_tensors(parent.ffn, carved.partition, down_HF).items():
                 stored.setdefault(name, []).append(tensor.to(parent.ffn.stored_dtype).cpu())
     with clock("slicing"):
         tensors = {name: torch.cat(parts) for name, parts in stored.items()}
-    tensors |= {
-        f"mlp.gate.{name}": tensor.cpu()
-        for name, tensor in gate.state_dict().items()
-        if name != "parent_weight"
-    }
-    counts = torch.bincount(parent_TP.flatten(), minlength=len(parents)).tolist()
+    for name, tensor in gate.state_dict().items():
+        if name != "parent_weight":
+            tensors[f"mlp.gate.{name}"] = tensor.cpu()
     figures = {
         "relative_output_error": relative_error(y_TH, dense_TH),
-        "tokens_of_parents": counts,
+        "tokens_of_parents": torch.bincount(parent_TP.flatten(), minlength=len(parents)).tolist(),
         "kept_parents": gate.kept_parents,
         "expert_sizes": [inner.moe_intermediate_size] * len(gate.scale),
         "expert_loads": run_TX.float().mean(dim=0).tolist(),
     }
     return tensors, figures, y_TH
+
+
+def finish_parent(
+    parent: Parent,
+    carved: CarvedParent,
+    x_TH: torch.Tensor,
+    run_UN: torch.Tensor,
+    recipe: Recipe,
+    clock: Stopwatch,
+    y_TH: torch.Tensor,
+    dense_TH: torch.Tensor,
+) -> torch.Tensor:
+    """The refitted down projection (H, F) under the routing `run_UN`.
+
+    Adds what the parent writes, carved and dense, to `y_TH` and `dense_TH`.
+    """
+    ffn, down_HF = parent.ffn, parent.ffn.down_HF
+    with clock("forward_again"):
+        h_UF = ffn.hidden(x_TH[parent.token_U]) * parent.weight_U[:, None]
+    with clock("dense_down_sample"):
+        wanted_UH = h_UF @ down_HF.T
+    with clock("refit"):
+        blocks = active_blocks(h_UF, carved.partition, run_UN | carved.kept)
+        if recipe.refit and not carved.kept:
+            ridge = ridge_for(len(h_UF), ffn.width, recipe.refit_ridge)
+            down_HF = ffn.rounded(refit_down(blocks, wanted_UH, down_HF, ridge=ridge))
+    with clock("carved_down"):
+        y_TH.index_add_(0, parent.token_U, down_projected(blocks, down_HF, len(h_UF)))
+        dense_TH.index_add_(0, parent.token_U, wanted_UH)
+    return down_HF
 
 
 def read_parent(
