@@ -76,9 +76,12 @@ busiest expert saw, and which experts saw too few and are kept whole.
 
 _PARENTS = """
 The source is a mixture of {parents} experts itself, of which {picked} run for a token. Its router
-is kept, each of its experts is carved, and the figures above are those within one of them; of those
-kept whole, which are listed below if there are any, everything runs.
+is kept, each of its experts is carved, and the figures above are those within one of them{flat}. Of
+those kept whole, which are listed below if there are any, everything runs.
 """
+
+_FLAT = """ on
+average: what was carved from the {picked} experts of a token competes for the same places"""
 
 _SPLIT = """ In each layer
 a number of the routed experts, listed below, always run: the others were better left to the router
@@ -253,11 +256,8 @@ def model_card(
 
 def _shape(config: CMoEConfig) -> dict[str, Any]:
     routed = config.num_experts // config.num_parents
-    hierarchical = isinstance(config, CMoEHierarchicalConfig)
     return {
-        "parents": _PARENTS.format(parents=config.num_parents, picked=config.num_parents_per_tok)
-        if hierarchical
-        else "",
+        "parents": _parents(config) if isinstance(config, CMoEHierarchicalConfig) else "",
         "notation": config.notation,
         "shared": config.num_shared,
         "active": config.num_experts_per_tok // config.num_parents_per_tok,
@@ -266,6 +266,12 @@ def _shape(config: CMoEConfig) -> dict[str, Any]:
         "activation": config.activation_ratio,
         "sparsity": 1 - config.activation_ratio,
     }
+
+
+def _parents(config: CMoEHierarchicalConfig) -> str:
+    picked = config.num_parents_per_tok
+    flat = _FLAT.format(picked=picked) if config.flat_routing else ""
+    return _PARENTS.format(parents=config.num_parents, picked=picked, flat=flat)
 
 
 def _provenance(source: Source, report: dict[str, Any]) -> dict[str, Any]:

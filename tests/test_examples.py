@@ -169,8 +169,10 @@ def test_a_moe_is_carved_again(run_example, capsys):
 
 @pytest.mark.slow
 @pytest.mark.once
-def test_in_another_family_too_ours_is_the_better_recipe(run_example, capsys):
-    run_example("compare_families.py", "--family", "mistral", "--steps", "200")
+@pytest.mark.parametrize("family", ["mistral", "gpt_neox"])
+def test_in_another_family_too_ours_is_the_better_recipe(run_example, capsys, family):
+    run_example("compare_families.py", "--family", family, "--steps", "200")
     row = json.loads(capsys.readouterr().out)
+    assert row["all_active"] == pytest.approx(row["dense"], rel=1e-4)
     assert row["shape"] == "S1A1E8"
     assert row["dense"] < row["refined"] < min(row["static"], row["released"], row["paper"])
