@@ -28,7 +28,7 @@ NEW_TOKENS = 32
 PROMPT_LENGTHS = (8, 16, 24, 40, 64)
 SHAPES = {"S0A2E8": (0, 2, 8), "S1A1E8": (1, 1, 8), "S3A3E8": (3, 3, 8), "S3A0E8": (3, 0, 8)}
 ROUTERS = {
-    "representative": {"router": "representative", "clusters": "marks"},
+    "representative": {"router": "representative", "clusters": "marks", "competition": "parent"},
     "linear": {},
 }
 ENVIRONMENT = {

@@ -105,7 +105,7 @@ def test_another_family_is_named_with_what_is_supported(tmp_path, no_leftovers):
         tmp_path / "gpt2"
     )
     result = run(tmp_path / "gpt2", no_leftovers)
-    refused(result, 2, "'gpt2'", "GPT2LMHeadModel", "Supported model types: llama")
+    refused(result, 2, "'gpt2'", "GPT2LMHeadModel", "Supported model types: gpt_neox, llama")
 
 
 def test_a_carved_model_is_not_carved_again(carved, no_leftovers):
