@@ -200,8 +200,8 @@ def reason(config: dict[str, Any], folder: Path) -> str:
         return ""
     return (
         f" The FFN of its first layer has {', '.join(parts)}: if that is a gate, an up and a down "
-        "projection, or the last two with biases, a row in conversion/architectures.py would do; see "
-        "CONTRIBUTING.md."
+        "projection, or the last two with biases, a row in conversion/architectures.py would do: "
+        "see CONTRIBUTING.md."
     )
 
 
