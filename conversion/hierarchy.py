@@ -18,16 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.activations import ACT2FN
 
 from cmoe_hf import CMoEConfig, CMoEHierarchicalConfig
 from cmoe_hf.modeling_cmoe import CMoEHierarchicalRouter
 
 from .checkpoint import Source
 from .decoder import FFN, AttentionHalf, Profile, Stopwatch, Storage, Streams, attend
-from .errors import CMoEError
 from .partition import Partition
-from .pipeline import build_router, divide, relative_error
+from .pipeline import build_router, divide, overflowed, relative_error, take_ffn
 from .profile import activation_marks, activations
 from .recipe import Recipe
 from .refit import active_blocks, down_projected, refit_down, ridge_for
@@ -99,10 +97,7 @@ def carve_model(
         with clock("forward"):
             attend(attention, hidden_WLH, x_TH)
         if not bool(torch.isfinite(x_TH).all()):
-            raise CMoEError(
-                f"layer {index} produces NaN or infinite activations on the calibration text, "
-                "from finite weights: the checkpoint overflows. Try another one."
-            )
+            raise overflowed(index)
         gate = CMoEHierarchicalRouter(config).to(storage.device)
         gate.parent_weight.copy_(router_weight)
         tensors, figures, y_TH = carve_layer(
@@ -215,17 +210,8 @@ def read_parent(
     parent_TP: torch.Tensor,
 ) -> Parent:
     """One parent in float32, and the tokens that the source's router sends to it."""
-    names, device = source.architecture, weight_TP.device
-    tensors = source.read_expert(index, number)
-    assert names.gate is not None  # of every family so far
-    gate_FH, up_FH, down_HF = (tensors[name] for name in (names.gate, names.up, names.down))
-    ffn = FFN(
-        gate_FH=gate_FH.to(device, torch.float32),
-        up_FH=up_FH.to(device, torch.float32),
-        down_HF=down_HF.to(device, torch.float32),
-        act=ACT2FN[inner.hidden_act],
-        stored_dtype=down_HF.dtype,
-    )
+    stored = source.read_expert(index, number)
+    ffn, _ = take_ffn(source.architecture, stored, inner, weight_TP.device)
     token_U, slot_U = torch.where(parent_TP == number)
     return Parent(ffn, token_U, slot_U, weight_TP[token_U, slot_U])
 

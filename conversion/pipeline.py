@@ -250,10 +250,7 @@ def carve_model(
             ffn, attention, hidden_WLH, profile, cosine=recipe.cosine_profile, clock=clock
         )
         if not profile.is_finite():
-            raise CMoEError(
-                f"layer {index} produces NaN or infinite activations on the calibration text, "
-                "from finite weights: the checkpoint overflows. Try another one."
-            )
+            raise overflowed(index)
         wanted_TH = None
         if dense_WLH is not None:
             with clock("dense_stream"):
@@ -288,7 +285,13 @@ def read_layer(
     source: Source, index: int, config: CMoEConfig, device: torch.device
 ) -> tuple[FFN, dict[str, torch.Tensor]]:
     """The FFN of a layer, and the other tensors, in float32 on the device."""
-    names, stored = source.architecture, source.read_layer(index)
+    return take_ffn(source.architecture, source.read_layer(index), config, device)
+
+
+def take_ffn(
+    names: Architecture, stored: dict[str, torch.Tensor], config: CMoEConfig, device: torch.device
+) -> tuple[FFN, dict[str, torch.Tensor]]:
+    """The FFN of some tensors, which are used up, and the others, in float32 on the device."""
     stored_dtype = stored[names.up].dtype
     layer = {}
     for name in list(stored):  # one at a time: no second copy of the whole layer
@@ -303,6 +306,14 @@ def read_layer(
         down_bias_H=layer.pop(names.down_bias) if names.down_bias else None,
     )
     return ffn, layer
+
+
+def overflowed(index: int) -> CMoEError:
+    """What to raise where finite weights yield activations that are not."""
+    return CMoEError(
+        f"layer {index} produces NaN or infinite activations on the calibration text, from finite "
+        "weights: the checkpoint overflows. Try another one."
+    )
 
 
 def stored_tensors(

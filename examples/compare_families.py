@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from cmoe_hf.conversion import convert, evaluate
+from cmoe_hf.conversion import Evaluation, convert, evaluate
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT, MODEL
 
 WINDOW = 128
@@ -83,21 +83,31 @@ def compare(family: str, shape: tuple[int, int, int], steps: int, folder: Path) 
         ("static", "refined", {"refit": False}, (shared + active, 0)),
         ("refined", "refined", {}, (shared, active)),
     ):
-        result = convert(
-            dense,
-            folder / f"{family}-{name}",
-            shared=split[0],
-            active=split[1],
-            experts=experts,
-            recipe=recipe,
-            changes=changes,
-            calibration=CALIBRATION,
-            samples=128,
-            sequence_length=WINDOW,
-        )
-        measured = evaluate(result.output, baseline=dense, text=HELD_OUT, sequence_length=WINDOW)
+        output = folder / f"{family}-{name}"
+        measured = carve(dense, output, (*split, experts), recipe, changes)
         rows |= {"dense": measured.baseline_perplexity, name: measured.perplexity}
     return rows
+
+
+def carve(
+    source: Path, output: Path, shape: tuple[int, int, int], recipe: str, changes: dict[str, Any]
+) -> Evaluation:
+    """Carve a model on the calibration text, and measure both on held-out text."""
+    shared, active, experts = shape
+    result = convert(
+        source,
+        output,
+        shared=shared,
+        active=active,
+        experts=experts,
+        recipe=recipe,
+        changes=changes,
+        calibration=CALIBRATION,
+        samples=128,
+        sequence_length=WINDOW,
+        overwrite=True,
+    )
+    return evaluate(result.output, baseline=source, text=HELD_OUT, sequence_length=WINDOW)
 
 
 def main() -> None:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_families import FAMILIES, WINDOW, train
+from compare_families import FAMILIES, WINDOW, carve, train
 from transformers import AutoTokenizer
 
-from cmoe_hf.conversion import convert, evaluate
+from cmoe_hf.conversion import evaluate
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT, MODEL
 
 EXPERTS = 8
@@ -51,21 +51,12 @@ def compare(source: Path, active: int, folder: Path) -> dict[str, Any]:
     """Perplexity of all rows at one activation ratio, 2 A / E."""
     rows: dict[str, Any] = {"notation": f"S{active}A{active}E{EXPERTS}"}
     for name, (recipe, changes) in ROWS.items():
-        static = name.startswith("static")
-        result = convert(
-            source,
-            folder / name,
-            shared=2 * active if static else active,
-            active=0 if static else EXPERTS - active if name == "all_active" else active,
-            experts=EXPERTS,
-            recipe=recipe,
-            changes=changes,
-            calibration=CALIBRATION,
-            samples=128,
-            sequence_length=WINDOW,
-            overwrite=True,
-        )
-        measured = evaluate(result.output, baseline=source, text=HELD_OUT, sequence_length=WINDOW)
+        shape = (active, active, EXPERTS)
+        if name.startswith("static"):
+            shape = (2 * active, 0, EXPERTS)
+        elif name == "all_active":
+            shape = (active, EXPERTS - active, EXPERTS)
+        measured = carve(source, folder / name, shape, recipe, changes)
         rows |= {"source": measured.baseline_perplexity, name: measured.perplexity}
     rows["oracle"] = evaluate(
         folder / "refined", router="oracle", text=HELD_OUT, sequence_length=WINDOW
