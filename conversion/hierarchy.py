@@ -139,7 +139,7 @@ def carve_layer(
     for number in range(len(gate.parent_weight)):
         with clock("read"):
             parent = read_parent(source, index, number, inner, weight_TP, parent_TP)
-        parents.append(divide_parent(parent, x_TH, inner, recipe, clock, k_act=k_act))
+        parents.append(divide_parent(index, parent, x_TH, inner, recipe, clock, k_act=k_act))
     with clock("router"):
         take_up(gate, parents, parent.ffn)
         index_TX = gate(x_TH)[2]
@@ -156,6 +156,8 @@ def carve_layer(
         with clock("slicing"):
             for name, tensor in stored_tensors(parent.ffn, carved.partition, down_HF).items():
                 stored.setdefault(name, []).append(tensor.to(parent.ffn.stored_dtype).cpu())
+    if not bool(torch.isfinite(dense_TH).all()):  # of a parent that stays whole
+        raise overflowed(index)
     with clock("slicing"):
         tensors = {name: torch.cat(parts) for name, parts in stored.items()}
     for name, tensor in gate.state_dict().items():
@@ -217,6 +219,7 @@ def read_parent(
 
 
 def divide_parent(
+    index: int,
     parent: Parent,
     x_TH: torch.Tensor,
     inner: CMoEConfig,
@@ -234,6 +237,8 @@ def divide_parent(
         return CarvedParent(parts, {}, kept=True)
     with clock("forward"):
         profile = parent.profile(x_TH, k_act, cosine=recipe.cosine_profile)
+    if not profile.is_finite():
+        raise overflowed(index)
     with clock("partition"):
         parts = divide(ffn, profile, inner, recipe)
     with clock("router"):

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from cmoe_hf import CMoEQwen3MoeConfig, CMoEQwen3MoeForCausalLM
 from cmoe_hf.conversion import (
+    CMoEError,
     RequestError,
     Tuning,
     convert,
@@ -26,7 +27,7 @@ from cmoe_hf.conversion import (
 )
 from cmoe_hf.conversion.calibration import random_windows, tokenize
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
+from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT, MODEL
 from cmoe_hf.conversion.recipe import RECIPES
 from cmoe_hf.conversion.refit import ridge_for
 from cmoe_hf.conversion.router import log_energy_router
@@ -522,3 +523,17 @@ def test_it_is_fit_to_be_published(carved_moe, recovered, tmp_path, hub, monkeyp
         assert set(hub.repositories["org/moe"].files("main")) >= {"config.json", "README.md"}
     finally:
         hub.reset()
+
+
+@pytest.mark.parametrize("samples", [4, 1], ids=["carved", "kept"])
+@pytest.mark.parametrize("recipe", ["paper", "refined"])
+def test_an_expert_that_overflows_is_named_by_its_layer(make_dense, tmp_path, recipe, samples):
+    """The weights are finite; with one short window no expert sees enough to be carved."""
+    model = AutoModelForCausalLM.from_pretrained(make_dense("qwen3-moe"))
+    model.model.layers[1].mlp.experts.gate_up_proj.data[2] = 1e30
+    model.save_pretrained(tmp_path / "source")
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "source")
+    settings = {"calibration": CALIBRATION, "samples": samples, "sequence_length": 16 * samples}
+    with pytest.raises(CMoEError, match="layer 1 produces NaN or infinite activations"):
+        convert(tmp_path / "source", tmp_path / "carved", recipe=recipe, **settings, **SHAPE)
+    assert not (tmp_path / "carved").exists()
