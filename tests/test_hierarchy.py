@@ -9,6 +9,7 @@ import torch
 from hub import TOKEN
 from refusal import refused
 from safetensors.torch import load_file, save_file
+from test_model import equal_gradients, ids
 from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -89,9 +90,6 @@ def quiet():
     transformers_logging.disable_progress_bar()
     yield
     transformers_logging.enable_progress_bar()
-
-
-ids = torch.randint(128, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
 def run_expert(experts, number, x_H):
@@ -196,15 +194,8 @@ def test_kept_parents_compile_as_one_graph():
 @pytest.mark.parametrize("kept", [None, [[0, 3], [1]]], ids=["carved", "kept"])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_gradients_agree_between_backends_and_reach_everything(routing, kept):
-    reference = None
-    for backend in BACKENDS:
-        model = random_model(routing, kept_parents=kept)
-        model.set_experts_implementation(backend)
-        model(ids, labels=ids).loss.backward()
-        gradients = {name: p.grad for name, p in model.named_parameters()}
-        reference = reference or gradients
+    for gradients in equal_gradients(lambda: random_model(routing, kept_parents=kept), BACKENDS):
         for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, reference[name], atol=1e-5, rtol=1e-3, msg=name)
             assert gradient.any(), name
 
 

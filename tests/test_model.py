@@ -13,26 +13,32 @@ from cmoe_hf.modeling_cmoe import CMoERouter, CMoESparseMoeBlock
 BACKENDS = ["eager", "batched_mm", "grouped_mm"]
 
 
+FIELDS = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 16,
+}
+
+
 def config(**changes):
-    fields = {
-        "vocab_size": 128,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 8,
-        "shared_expert_intermediate_size": 16,
-    }
-    return CMoELlamaConfig(**{**fields, **changes})
+    return CMoELlamaConfig(**{**FIELDS, "num_key_value_heads": 2, **changes})
 
 
 def random_model(**changes):
     """Random weights, u and b not zero."""
+    return randomised(CMoELlamaForCausalLM, config(**changes))
+
+
+def randomised(kind, settings):
+    """A model with random weights, biases, u and b in its sparse blocks."""
     torch.manual_seed(0)
-    model = CMoELlamaForCausalLM(config(**changes)).eval()
+    model = kind(settings).eval()
     for name, tensor in model.state_dict().items():
         if ".mlp." in name:
             tensor.normal_(std=0.3)
@@ -129,15 +135,20 @@ def slow_logits(model):
 
 
 def test_gradients_agree_between_backends():
-    reference = None
-    for backend in BACKENDS:
-        model = random_model()
+    equal_gradients(random_model, BACKENDS)
+
+
+def equal_gradients(make, backends):
+    """Gradients of a model, by name, that each backend finds; they have been compared."""
+    found = []
+    for backend in backends:
+        model = make()
         model.set_experts_implementation(backend)
         model(ids, labels=ids).loss.backward()
-        gradients = {name: p.grad for name, p in model.named_parameters()}
-        reference = reference or gradients
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, reference[name], atol=1e-5, rtol=1e-3, msg=name)
+        found.append({name: p.grad for name, p in model.named_parameters()})
+        for name, gradient in found[-1].items():
+            torch.testing.assert_close(gradient, found[0][name], atol=1e-5, rtol=1e-3, msg=name)
+    return found
 
 
 def test_without_active_experts_only_the_shared_one_runs():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_model import ids
+from test_model import FIELDS, equal_gradients, ids, randomised
 from torch.nn.functional import gelu, normalize
 from transformers import AutoModelForCausalLM
 
@@ -19,28 +19,12 @@ BACKENDS = ("cmoe", "eager", "batched_mm", "grouped_mm")
 
 
 def config(**changes):
-    fields = {
-        "vocab_size": 128,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 8,
-        "shared_expert_intermediate_size": 16,
-    }
-    return CMoEGPTNeoXConfig(**{**fields, **changes})
+    return CMoEGPTNeoXConfig(**{**FIELDS, **changes})
 
 
 def random_model(**changes):
     """Random weights and biases everywhere."""
-    torch.manual_seed(0)
-    model = CMoEGPTNeoXForCausalLM(config(**changes)).eval()
-    for name, tensor in model.state_dict().items():
-        if ".mlp." in name:
-            tensor.normal_(std=0.3)
-    return model
+    return randomised(CMoEGPTNeoXForCausalLM, config(**changes))
 
 
 def slow_block(block, x_TH):
@@ -84,16 +68,8 @@ def test_without_active_experts_the_shared_one_and_the_bias_are_left():
 
 
 def test_gradients_agree_between_backends():
-    reference = None
-    for backend in BACKENDS:
-        model = random_model()
-        model.set_experts_implementation(backend)
-        model(ids, labels=ids).loss.backward()
-        gradients = {name: p.grad for name, p in model.named_parameters()}
-        reference = reference or gradients
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, reference[name], atol=1e-5, rtol=1e-3, msg=name)
-        assert model.model.layers[0].mlp.experts.up_proj_bias.grad.any()
+    for gradients in equal_gradients(random_model, BACKENDS):
+        assert gradients["model.layers.0.mlp.experts.up_proj_bias"].any()
 
 
 @pytest.mark.once
