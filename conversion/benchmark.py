@@ -17,6 +17,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from cmoe_hf.modeling_cmoe import cache_name
+
 from .calibration import load_text, tokenize
 from .checkpoint import find_model
 from .device import DTYPES, check_dtype, device_name, find_device, versions
@@ -356,6 +358,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, prompt_BL: torch.Tensor, room: int | None) -> None:
         """With `room` for that many tokens: a static cache and a compiled step."""
         self.forward = model.forward
+        self.cache_name = cache_name(model.forward)
         config = model.config
         self.cache = (
             DynamicCache(config=config)
@@ -375,9 +378,9 @@ class Decoder:
         output = self.forward(
             input_ids=self.ids_BL,
             position_ids=self.position,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.cache_name: self.cache},
         )
         self.ids_BL = output.logits[:, -1:].argmax(dim=-1)
         self.position = self.position + 1

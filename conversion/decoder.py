@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from cmoe_hf.modeling_cmoe import attention_types
+from cmoe_hf.modeling_cmoe import LAYER_KEYWORDS, attention_types, cache_name
 
 from .architectures import Architecture
 from .errors import CMoEError
@@ -205,6 +205,7 @@ class AttentionHalf(nn.Module):
         config = type(config).from_dict(config.to_dict(), attn_implementation="sdpa")
         with torch.device("meta"):
             self.layer = names.decoder_layer(config, 0)
+        cache_name(names.decoder_layer.forward, *LAYER_KEYWORDS)  # or a mask would be ignored
         self.ffn_input = self.layer.mlp = self.Recorder()
         self.layer.eval()
         self.position_ids = torch.arange(length, device=device).unsqueeze(0)

@@ -49,11 +49,10 @@ def serve(model: str | Path, options: Sequence[str] = ()) -> None:
 
     for *_, causal in cmoe_hf.FAMILIES:
         setattr(transformers, causal.__name__, causal)
-    listed = {"id": str(model), "object": "model", "created": int(time.time()), "owned_by": ""}
-    # Of its own it lists what is in the cache, which a local folder is not.
-    ModelManager.get_gen_models = staticmethod(  # type: ignore[assignment, method-assign]
-        lambda *_, **__: [listed]
-    )
+    if hasattr(ModelManager, "get_gen_models"):
+        # Before 5.24 it lists what is in the cache, which a local folder is not.
+        listed = {"id": str(model), "object": "model", "created": int(time.time()), "owned_by": ""}
+        ModelManager.get_gen_models = staticmethod(lambda *_, **__: [listed])
     server = typer.Typer()
     server.command("serve")(Serve)
     try:

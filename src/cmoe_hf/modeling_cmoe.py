@@ -11,10 +11,12 @@ K active experts, M neurons of one routed expert.
 # No `from __future__ import annotations` here, and the decorator below stays literal: transformers,
 # vLLM and llm-compressor read this source and these annotations.
 
+import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
@@ -33,7 +35,7 @@ from transformers.models.olmoe import modeling_olmoe as olmoe
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -50,6 +52,69 @@ from .configuration_cmoe import (
 )
 
 logger = logging.get_logger(__name__)
+
+TESTED = ("5.16", "5.24")
+"""The lowest and the newest transformers that this code has been tested with."""
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+"""What releases of transformers call the keys and values of earlier tokens, the newest first."""
+CONSUMED = {
+    # What the library says may travel to layers, attention and loss.
+    *TransformersKwargs.__annotations__,
+    *("ignore_index", "shift_labels", "return_dict"),
+    # Of paged attention, in `generate_batch`; of vLLM and SGLang.
+    *("block_table", "logits_indices", "logits_processor_args", "read_index", "write_index"),
+    *("attention_instances", "forward_batch"),
+    # Tokenizers give it to every model. A decoder has one type of token.
+    "token_type_ids",
+}
+"""Keywords beyond the signatures of our forward methods that somebody further on reads."""
+
+
+def cache_name(taker: Any, *others: str) -> str:
+    """What a function, layer or output of the library calls the cache; it must know `others` too.
+
+    Decided by its signature, not by a version. A keyword that is not there would vanish in
+    `**kwargs`, and the model would go on with an empty cache or without a mask.
+
+    Raises:
+        ImportError: A name is not there.
+    """
+    known = getattr(taker, "__dataclass_fields__", None) or inspect.signature(taker).parameters
+    found = [name for name in CACHE_NAMES if name in known]
+    missing = [name for name in others if name not in known]
+    if missing or not found:
+        lost = ", ".join(missing or ["the cache"])
+        raise ImportError(
+            f"transformers {transformers.__version__} has another name for {lost} in "
+            f"{taker.__qualname__}, so this model would compute something else. Its code knows "
+            f"transformers {TESTED[0]} to {TESTED[1]}: install one of these, or renew the code "
+            "with a newer cmoe-hf: cmoe upgrade."
+        )
+    return found[0]
+
+
+def given_cache(cache: Any, past_key_values: Any, others: dict[str, Any]) -> Any:
+    """The cache that a forward method was given under either name; nothing may be left unread.
+
+    Raises:
+        TypeError: Two caches, or a keyword among `others` that nobody would read.
+    """
+    unread = sorted(name for name in others if name not in CONSUMED and others[name] is not None)
+    if unread:
+        raise TypeError(f"forward() got {', '.join(unread)}, which nothing in this model reads.")
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise TypeError("forward() got two caches: `cache` and `past_key_values` are the same.")
+    return past_key_values if cache is None else cache
+
+
+def warn_of_untested_library() -> None:
+    """Say so, once, if the installed transformers is newer than all that were tested."""
+    installed = [int(part) for part in transformers.__version__.split(".")[:2]]
+    if installed > [int(part) for part in TESTED[1].split(".")]:
+        logger.warning_once(
+            f"This model's code has been tested with transformers {TESTED[0]} to {TESTED[1]}, not "
+            f"with {transformers.__version__}. To see that it still computes the same: cmoe verify."
+        )
 
 
 class CMoERouter(nn.Module):
@@ -587,6 +652,8 @@ class CMoEDecoderLayer(nn.Module):
         self.mlp = self.block_class(config, layer_idx)
 
 
+LAYER_KEYWORDS = ("attention_mask", "position_ids", "use_cache", "position_embeddings")
+OUTPUT_CACHE = cache_name(MoeModelOutputWithPast)
 MASKS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
@@ -638,7 +705,7 @@ class CMoEPreTrainedModel(PreTrainedModel):
     config: CMoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -687,6 +754,11 @@ class CMoEModel(CMoEPreTrainedModel):
 
     def __init__(self, config: CMoEConfig) -> None:
         super().__init__(config)
+        self.mask_cache = {
+            kind: cache_name(mask, "attention_mask", "position_ids") for kind, mask in MASKS.items()
+        }
+        self.layer_cache = cache_name(self.layer_class.forward, *LAYER_KEYWORDS)
+        warn_of_untested_library()
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -710,17 +782,23 @@ class CMoEModel(CMoEPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
-        """As in any transformers decoder; `output_router_logits=True` also returns the scores."""
+        """As in any transformers decoder; `output_router_logits=True` also returns the scores.
+
+        `cache` and `past_key_values` are two names of the same: before transformers 5.24 it was
+        called by the second.
+        """
+        cache = given_cache(cache, past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
             position_ids = (positions + seen).unsqueeze(0)
 
@@ -732,8 +810,8 @@ class CMoEModel(CMoEPreTrainedModel):
                     config=self.config,
                     inputs_embeds=inputs_embeds,
                     attention_mask=attention_mask,
-                    past_key_values=past_key_values,
                     position_ids=position_ids,
+                    **{self.mask_cache[name]: cache},
                 )
                 for name in dict.fromkeys(types)
             }
@@ -744,14 +822,13 @@ class CMoEModel(CMoEPreTrainedModel):
                 hidden_states,
                 attention_mask=masks[name],
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                **{self.layer_cache: cache},
                 **kwargs,
             )
-        return MoeModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
-        )
+        past: dict[str, Any] = {OUTPUT_CACHE: cache}
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **past)
 
 
 class CMoEForCausalLM(CMoEPreTrainedModel):
@@ -786,16 +863,18 @@ class CMoEForCausalLM(CMoEPreTrainedModel):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Logits (B, S, V), the loss if `labels` are given, and the router scores on request."""
+        cache = given_cache(cache, past_key_values, kwargs)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
@@ -809,7 +888,7 @@ class CMoEForCausalLM(CMoEPreTrainedModel):
         return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{OUTPUT_CACHE: getattr(outputs, OUTPUT_CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
@@ -902,12 +981,6 @@ class CMoEGPTNeoXDecoderLayer(CMoEDecoderLayer, gpt_neox.GPTNeoXLayer):
     attention_class, norm_class = gpt_neox.GPTNeoXAttention, nn.LayerNorm
     block_class = CMoEPlainBlock
     norm_eps = "layer_norm_eps"
-
-    def forward(  # type: ignore[override]
-        self, hidden_states: torch.Tensor, past_key_values: Cache | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """As in the dense layer, where the cache goes by another name."""
-        return super().forward(hidden_states, layer_past=past_key_values, **kwargs)
 
 
 class CMoEGPTNeoXModel(CMoEModel):
