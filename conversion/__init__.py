@@ -17,6 +17,8 @@ from .settings import Options, Settings
 from .sweep import Sweep, sweep
 from .tasks import TaskEvaluation, TaskResult, evaluate_tasks
 from .tuning import Tuning
+from .upgrade import Upgrade, upgrade
+from .verify import Verification, verify
 
 __all__ = [
     "RECIPES",
@@ -38,6 +40,8 @@ __all__ = [
     "TaskEvaluation",
     "TaskResult",
     "Tuning",
+    "Upgrade",
+    "Verification",
     "benchmark",
     "convert",
     "demo",
@@ -52,4 +56,6 @@ __all__ = [
     "resume_recovery",
     "serve",
     "sweep",
+    "upgrade",
+    "verify",
 ]

@@ -163,8 +163,7 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
     parsed = ModelCard(card, ignore_metadata_errors=True)
     parsed.data.eval_results = None  # type: ignore[attr-defined]
     card = without_section(str(parsed), FIGURES).replace(_UNTRAINED, _TRAINED)
-    if marked(CODE)[0] in card:
-        card = with_section(card, CODE, code_section(code))
+    card = renewed_card(card, code)
     body, licence, rest = card.rpartition("## Licence")
     return body + section + licence + rest if licence else f"{card.rstrip()}\n\n{section}"
 
@@ -213,6 +212,11 @@ def without_section(card: str, name: str) -> str:
 def code_section(code: Mapping[str, str]) -> str:
     """What the Python files are, and their hashes."""
     return _CODE.format(rows="\n".join(f"| `{name}` | `{code[name]}` |" for name in code))
+
+
+def renewed_card(card: str, code: Mapping[str, str]) -> str:
+    """The card with the hashes of other Python files, if it states any."""
+    return with_section(card, CODE, code_section(code)) if marked(CODE)[0] in card else card
 
 
 def stated_hashes(card: str) -> dict[str, str]:

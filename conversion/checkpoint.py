@@ -156,17 +156,17 @@ def find_model(model: str | Path, *, revision: str | None = None) -> tuple[Path,
         return folder, folder.resolve().name, None
     if folder.exists() or not _HUB_ID.fullmatch(str(model)):
         raise RequestError(f"{model} is neither a folder nor the id of a Hub repository.")
-    config = Path(_from_hub(hf_hub_download, str(model), revision, filename="config.json"))
+    config = Path(from_hub(hf_hub_download, str(model), revision, filename="config.json"))
     return config.parent, str(model), config.parent.name
 
 
 def fetch_model(name: str, revision: str | None, *, code: bool = False) -> Path:
     """Download the files of a Hub model that a conversion or an evaluation needs."""
     patterns = [*SOURCE_FILES, *(["*.py"] if code else [])]
-    return Path(_from_hub(snapshot_download, name, revision, allow_patterns=patterns))
+    return Path(from_hub(snapshot_download, name, revision, allow_patterns=patterns))
 
 
-def _from_hub(download: Any, name: str, revision: str | None, **arguments: Any) -> str:
+def from_hub(download: Any, name: str, revision: str | None, **arguments: Any) -> str:
     """Call a download function of huggingface_hub; its failures become one clear line."""
     where = f"{name} at revision {revision}" if revision else name
     try:

@@ -27,6 +27,7 @@ from .hierarchy import carve_model as carve_moe
 from .pipeline import carve_model
 from .plan import Prepared, check_disk, parent_config, prepare, settled, width_warning
 from .settings import Job, Options
+from .verify import CONVERSION, fingerprint_of
 from .work import WorkFolder
 
 logger = logging.getLogger(__name__)
@@ -179,6 +180,7 @@ def complete(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
         kept = [layer["kept_parents"] for layer in work.figures]
         prepared.config.kept_parents = kept if any(kept) else None
     code = write_loading_files(work, prepared)
+    fingerprint = fingerprint_of(work.folder, prepared.tokenizer)
     result = Conversion(
         output=str(work.output),
         notation=job.settings.notation,
@@ -189,7 +191,7 @@ def complete(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
         **summary(work.figures),
     )
     report = conversion_report(job, prepared, result, work.figures)
-    work.write_json("conversion.json", report)
+    work.write_json(CONVERSION, report | {"fingerprint": fingerprint})
     card = model_card(prepared.source, prepared.config, report, code)
     work.write_text("README.md", card)
     return result

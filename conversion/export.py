@@ -51,6 +51,7 @@ from .linearise import linear_routers
 from .partial import PartialFolder
 from .recipe import Recipe
 from .routing import PINNED
+from .verify import write_fingerprint
 
 ARCHITECTURES = {
     "cmoe_llama": "qwen2_moe",
@@ -161,6 +162,7 @@ def export(
         native_config(config, architecture).save_pretrained(work.folder)
         tokenizer.save_pretrained(work.folder)
         work.copy_from(folder, GENERATION_CONFIG_NAME, *LEGAL_FILES)
+        write_fingerprint(folder, work, tokenizer)
         difference, agreement = compare(folder, work.folder, config)
         result = Export(
             output=str(work.output),

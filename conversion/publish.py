@@ -31,6 +31,7 @@ from .card import stated
 from .errors import CMoEError, RequestError
 from .partial import sha256_of
 from .scores import CARD_FILE, replace_text
+from .verify import verify
 from .vetting import check_card, check_complete, check_private, files_to_publish
 
 Answer = TypeVar("Answer")
@@ -89,6 +90,7 @@ def publish(
     licence: str | None = None,
     base_model: str | None = None,
     dry_run: bool = False,
+    trust_remote_code: bool = False,
 ) -> Publication:
     """Upload a model's folder to the Hub, and compare what the Hub then has.
 
@@ -102,6 +104,7 @@ def publish(
         licence: Licence for the card, where it states none.
         base_model: Hub id of the dense model for the card.
         dry_run: Check everything and say what would be sent.
+        trust_remote_code: Run the folder's code even if no release of this project has written it.
 
     Raises:
         RequestError: The folder is not fit to be published, or the Hub refuses the request.
@@ -116,6 +119,8 @@ def publish(
         raise RequestError("a pull request goes to main: give either --pr or --revision.")
     names = files_to_publish(here)
     card = vetted_card(here, names, repository, licence=licence, base_model=base_model)
+    if not (found := verify(here, trust_remote_code=trust_remote_code)).as_carved:
+        raise RequestError(f"{found.line} Renew its code with `cmoe upgrade`, or carve it again.")
     api, branch, commit = HfApi(), revision or "main", None
     with explained(repository):
         patiently(api.whoami)
@@ -136,7 +141,7 @@ def publish(
                 patiently(partial(api.create_repo, repository, private=not public, exist_ok=True))
             branch = prepare(api, repository, branch, pull_request)
             commit = send(api, repository, branch, here, in_the_way)
-            verify(api, repository, commit, here, names)
+            compare(api, repository, commit, here, names)
     return Publication(
         url=url_of(api, repository, branch),
         commit=commit,
@@ -217,7 +222,7 @@ def send(api: HfApi, repository: str, branch: str, folder: Path, delete: list[st
     return str(patiently(upload).oid)
 
 
-def verify(api: HfApi, repository: str, commit: str, folder: Path, names: list[str]) -> None:
+def compare(api: HfApi, repository: str, commit: str, folder: Path, names: list[str]) -> None:
     """Compare size and hash of every file with the Hub's. Raises `CMoEError`."""
     there = by_name(patiently(partial(list_files, api, repository, commit)))
     bar = tqdm(names, desc="comparing with the Hub", unit="file", disable=None)

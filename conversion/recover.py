@@ -36,6 +36,7 @@ from .partial import SETTINGS, PartialFolder, as_json, sha256_of
 from .routing import active_routers, count_loads, imbalance, is_biased, without_bias
 from .settings import absolute
 from .tuning import Tuning, check_peft, check_sharding, last_checkpoint, tune
+from .verify import write_fingerprint
 
 STAGES = "stages.json"
 LEAST_TEXT = 0.25
@@ -441,7 +442,8 @@ def complete(
     """Write everything beside the weights."""
     code = work.write_code(type(AutoConfig.from_pretrained(ready.folder)))
     ready.tokenizer.save_pretrained(work.folder)
-    work.copy_from(ready.folder, GENERATION_CONFIG_NAME, "conversion.json", *LEGAL_FILES)
+    work.copy_from(ready.folder, GENERATION_CONFIG_NAME, *LEGAL_FILES)
+    write_fingerprint(ready.folder, work, ready.tokenizer)
     figures = asdict(result)
     del figures["output"]
     report = {

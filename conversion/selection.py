@@ -36,6 +36,11 @@ def code_of(family: type[CMoEConfig]) -> dict[str, str]:
     return {name: select((here / name).read_text("utf-8"), classes) for name in REMOTE_CODE}
 
 
+def code_of_type(model_type: str | None) -> dict[str, str]:
+    """The same by `model_type`; empty for a model that is not carved."""
+    return next((code_of(it) for it, *_ in cmoe_hf.FAMILIES if it.model_type == model_type), {})
+
+
 def select(module: str, wanted: Iterable[str]) -> str:
     """The source of a module without the top-level definitions that `wanted` do not need.
 

@@ -16,7 +16,13 @@ from transformers.utils import logging as transformers_logging
 
 from .make import convert_command, demo_command, recover_command
 from .measure import benchmark_command, evaluate_command
-from .share import export_command, publish_command, serve_command
+from .share import (
+    export_command,
+    publish_command,
+    serve_command,
+    upgrade_command,
+    verify_command,
+)
 from .show import report_command, sweep_command
 
 app = typer.Typer(
@@ -35,6 +41,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sweep": sweep_command,
     "report": report_command,
     "export": export_command,
+    "verify": verify_command,
+    "upgrade": upgrade_command,
     "publish": publish_command,
     "serve": serve_command,
 }

@@ -88,12 +88,13 @@ def reporting(debug: bool) -> Iterator[None]:
         raise typer.Exit(status) from None
 
 
-def print_result(result: Any, as_json: bool, table: Callable[[], Table]) -> None:
-    """A result, as one JSON object or as a table for people."""
+def print_result(result: Any, as_json: bool, table: Callable[[], Table | str]) -> None:
+    """A result, as one JSON object or as a table or a line for people."""
     if as_json:
         print(json.dumps(asdict(result), allow_nan=False))
     else:
-        Console().print(table())
+        is_line = isinstance(shown := table(), str)
+        Console(soft_wrap=is_line).print(shown, markup=not is_line, highlight=not is_line)
 
 
 def table_of(title: str, rows: Mapping[str, str]) -> Table:

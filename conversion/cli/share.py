@@ -9,7 +9,18 @@ import typer
 from ..export import ARCHITECTURES, export
 from ..publish import publish
 from ..serve import serve
-from .common import Debug, Json, Overwrite, SequenceLength, print_result, reporting, table_of
+from ..upgrade import upgrade
+from ..verify import verify
+from .common import (
+    Debug,
+    Json,
+    Overwrite,
+    SequenceLength,
+    TrustRemoteCode,
+    print_result,
+    reporting,
+    table_of,
+)
 
 
 def export_command(
@@ -76,6 +87,7 @@ def publish_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, send nothing.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -91,6 +103,7 @@ def publish_command(
             licence=licence,
             base_model=base_model,
             dry_run=dry_run,
+            trust_remote_code=trust_remote_code,
         )
     rows = {
         "repository": f"{result.url} ({'private' if result.private else 'public'})",
@@ -102,6 +115,40 @@ def publish_command(
     }
     title = "would be published" if result.dry_run else "published, sizes and hashes as here"
     print_result(result, as_json, lambda: table_of(title, rows))
+
+
+def verify_command(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a carved or exported model.")],
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Does a model still compute what it did when it was made? Status 1 if not."""
+    with reporting(debug):
+        result = verify(model, trust_remote_code=trust_remote_code)
+    print_result(result, as_json, lambda: result.line)
+    if not result.as_carved:
+        raise typer.Exit(1)
+
+
+def upgrade_command(
+    model: Annotated[
+        str, typer.Argument(help="Folder of a carved model; a Hub id opens a pull request.")
+    ],
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Put the code of this release into a model that an older one has carved; weights stay."""
+    with reporting(debug):
+        result = upgrade(model, trust_remote_code=trust_remote_code)
+    rows = {
+        "output": result.output,
+        "renewed": ", ".join(result.changed) or "nothing: it was up to date",
+        "weights": f"{len(result.weights)} files, unchanged",
+        "verified": result.verification,
+    }
+    print_result(result, as_json, lambda: table_of(f"upgraded {model}", rows))
 
 
 def serve_command(

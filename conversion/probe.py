@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a repository computes, seen from outside: likeliest tokens, and generation with the cache.
+
+Also a script, `python probe.py FOLDER REQUEST RESULT`, which imports nothing of this package: in a
+process of its own the repository's own code runs. The oracle is the model without a cache, one
+sequence at a time.
+
+Shape suffixes: L prompt tokens, G generated tokens, K likeliest tokens, V vocabulary.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+GENERATED = 32
+POSITIONS = 4
+LIKELIEST = 5
+IN_MEMORY = 2e9
+"""Bytes of a model in float32 beyond which its layers are read from the disk at every step."""
+
+
+@torch.no_grad()
+def probe(
+    folder: str | Path,
+    prompts: list[list[int]],
+    *,
+    recorded: list[int] | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Run a causal language model in float32 on the CPU.
+
+    Args:
+        folder: A repository with safetensors.
+        prompts: Token ids of two or more sequences of different lengths.
+        recorded: Tokens that it generated after the first prompt when it was made.
+        trust_remote_code: Run the repository's own code.
+
+    Returns:
+        `likeliest` and `log_probabilities`, (`POSITIONS`, K), at the last positions of the first
+        prompt; `generated`, the G greedy tokens after it; and `differences` in log-probability
+        from what the oracle computes: `cached`, of the likeliest tokens at every step of
+        generation; `padded`, of the same in a batch padded on the left; `recorded`, by which the
+        recorded tokens fall short of the likeliest ones, None without them.
+    """
+    with tempfile.TemporaryDirectory() as offloaded:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            device_map=placement(Path(folder)),
+            offload_folder=offloaded,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+        if wrong := {kind: found for kind, found in info.items() if found}:
+            raise ValueError(f"tensors are not those that it needs: {wrong}")
+        model.eval()
+        # Greedy and without an end: whatever the repository's own settings are.
+        model.generation_config = GenerationConfig(pad_token_id=0)
+        first = prompts[0]
+        [generated_G], [step_GV] = generate(model, prompts[:1])
+        oracle_LV = logits_of(model, first + generated_G)
+        positions_PV = oracle_LV[: len(first)][-POSITIONS:].log_softmax(-1)
+        best = positions_PV.topk(LIKELIEST)
+        behind = slice(len(first) - 1, -1)
+        tokens, steps = generate(model, prompts)
+        padded = max(
+            difference(steps_GV, logits_of(model, prompt + row)[len(prompt) - 1 : -1])
+            for prompt, row, steps_GV in zip(prompts, tokens, steps, strict=True)
+        )
+        return {
+            "likeliest": best.indices.tolist(),
+            "log_probabilities": [[round(it, 5) for it in row] for row in best.values.tolist()],
+            "generated": generated_G,
+            "differences": {
+                "cached": difference(step_GV, oracle_LV[behind]),
+                "padded": padded,
+                "recorded": None if recorded is None else shortfall(model, first, recorded),
+            },
+        }
+
+
+def placement(folder: Path) -> dict[str, str] | None:
+    """Where the parts of a model go: None for all into memory, or the layers onto the disk."""
+    sizes: dict[str, int] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt", backend="pread") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict, cannot be iterated
+                sizes[name] = 4 * torch.Size(file.get_slice(name).get_shape()).numel()
+    if sum(sizes.values()) <= IN_MEMORY:
+        return None
+    outside = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    return {**dict.fromkeys(outside, "cpu"), "model.layers": "disk"}
+
+
+def generate(model: Any, prompts: list[list[int]]) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """For each prompt of a batch the greedy tokens, and the logits (G, V) that chose them."""
+    longest = max(map(len, prompts))
+    ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    found = model.generate(
+        torch.tensor(ids),
+        attention_mask=torch.tensor(mask),
+        do_sample=False,
+        max_new_tokens=GENERATED,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return found.sequences[:, longest:].tolist(), list(torch.stack(found.logits, dim=1).float())
+
+
+def logits_of(model: Any, ids_L: list[int]) -> torch.Tensor:
+    """The oracle: logits (L, V) of one sequence, without a cache."""
+    return model(torch.tensor([ids_L]), use_cache=False).logits[0].float()
+
+
+def difference(got_GV: torch.Tensor, oracle_GV: torch.Tensor) -> float:
+    """How much the log-probabilities of the oracle's likeliest tokens differ."""
+    wanted_GK, index_GK = oracle_GV.log_softmax(-1).topk(LIKELIEST)
+    return usual((got_GV.log_softmax(-1).gather(1, index_GK) - wanted_GK).abs().amax(-1))
+
+
+def shortfall(model: Any, prompt_L: list[int], tokens_G: list[int]) -> float:
+    """By how much log-probability the tokens after a prompt miss the likeliest ones."""
+    oracle_GV = logits_of(model, prompt_L + tokens_G)[len(prompt_L) - 1 : -1].log_softmax(-1)
+    chosen_G = oracle_GV.gather(1, torch.tensor(tokens_G)[:, None])[:, 0]
+    return usual(oracle_GV.amax(-1) - chosen_G)
+
+
+def usual(difference_G: torch.Tensor) -> float:
+    """What three quarters of the steps stay within; NaN if any is.
+
+    Not the largest: where two experts are almost equal, rounding may choose the other for a token.
+    What is wrong with a cache or a mask is wrong at most steps.
+    """
+    return difference_G.quantile(0.75).item()
+
+
+if __name__ == "__main__":
+    source, request, result = sys.argv[1:]
+    found = probe(source, **json.loads(request), trust_remote_code=True)
+    Path(result).write_text(json.dumps(found), encoding="utf-8")

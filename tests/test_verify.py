@@ -1,0 +1,190 @@
+"""Does a repository compute what it did when it was made, under whatever is installed?"""
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from refusal import refused
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.masking_utils import create_causal_mask
+from typer.testing import CliRunner
+
+from cmoe_hf.conversion import export, probe, publish, upgrade, verify
+from cmoe_hf.conversion.card import stated_hashes
+from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.errors import CMoEError, RequestError
+from cmoe_hf.conversion.partial import sha256_of
+from cmoe_hf.conversion.selection import code_of_type
+
+OLD = Path(__file__).parent / "fixtures" / "carved-0.1.0"
+"""Carved by commit 35f28d9 under transformers 5.23, whose code forgets the cache under 5.24."""
+FORGETS = "it generates something else with the cache than without"
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A copy of the repository that an older release has carved."""
+    return Path(shutil.copytree(OLD, tmp_path / "old"))
+
+
+@pytest.fixture
+def carved_copy(carved, tmp_path):
+    """A carved repository that a test may damage."""
+    return Path(shutil.copytree(carved, tmp_path / "carved"))
+
+
+def edit_weights(folder, change):
+    """Change tensors of every file of a repository."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def weights(folder):
+    return {path.name: sha256_of(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def test_a_new_repository_is_as_carved(carved):
+    result = invoke("verify", carved)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("as carved: out under transformers ")
+    assert len(result.stdout.splitlines()) == 1
+
+
+def test_the_fingerprint_is_what_the_model_computes(carved):
+    stated = json.loads((carved / "conversion.json").read_text())["fingerprint"]
+    model = AutoModelForCausalLM.from_pretrained(carved, dtype=torch.float32).eval()
+    [first, second], ids = stated["prompts"], stated["prompts"][0][:]
+    assert len(first) != len(second)
+    with torch.no_grad():
+        likeliest = model(torch.tensor([ids])).logits[0, -4:].log_softmax(-1).topk(5)
+        for _ in range(32):
+            logits = model(torch.tensor([ids]), use_cache=False).logits
+            ids.append(logits[0, -1].argmax().item())
+    assert stated["likeliest"] == likeliest.indices.tolist()
+    wanted = likeliest.values
+    torch.testing.assert_close(torch.tensor(stated["log_probabilities"]), wanted, atol=1e-4, rtol=0)
+    assert stated["generated"] == ids[len(first) :]
+
+
+def double_experts(tensors):
+    for name, tensor in tensors.items():
+        if "experts.down_proj" in name:
+            tensor.mul_(2)
+
+
+def test_changed_weights_are_not_as_carved(carved_copy):
+    edit_weights(carved_copy, double_experts)
+    result = invoke("verify", carved_copy, "--json")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert found["as_carved"] is False and found["fingerprint"] is True
+    assert "other log-probabilities" in found["differences"][0]
+
+
+def test_a_nan_is_no_agreement(carved_copy):
+    edit_weights(carved_copy, lambda tensors: [it.fill_(torch.nan) for it in tensors.values()])
+    assert not verify(carved_copy).as_carved
+
+
+def test_large_models_are_read_from_the_disk(carved, monkeypatch):
+    monkeypatch.setattr(probe, "IN_MEMORY", 0)
+    assert probe.placement(carved)["model.layers"] == "disk"
+    assert verify(carved).as_carved
+
+
+def test_a_repository_that_lacks_tensors_is_not_run(carved_copy):
+    edit_weights(carved_copy, lambda tensors: tensors.pop("model.norm.weight", None))
+    with pytest.raises(CMoEError, match=r"cannot be run under .*'model\.norm\.weight'"):
+        verify(carved_copy)
+
+
+def test_foreign_code_runs_only_if_it_is_trusted(carved_copy):
+    code = carved_copy / "modeling_cmoe.py"
+    code.write_text(code.read_text() + "\nraise RuntimeError('it has run')\n")
+    refused(invoke("verify", carved_copy), 2, "modeling_cmoe.py", "--trust-remote-code")
+    with pytest.raises(CMoEError, match="it has run"):
+        verify(carved_copy, trust_remote_code=True)
+
+
+def test_code_of_another_repository_is_foreign(old, edit_config):
+    edit_config(old, auto_map={"AutoModelForCausalLM": "org/evil--modeling_evil.Model"})
+    with pytest.raises(RequestError, match="modeling_evil"):
+        verify(old)
+
+
+@pytest.mark.slow
+def test_an_old_repository_is_found_out_and_mended(old):
+    (old / "notes").mkdir()
+    (old / "notes" / "mine.txt").write_text("kept")
+    before, fields = weights(old), json.loads((old / "config.json").read_text())
+    ids = torch.arange(2, 34)[None]
+    expected = AutoModelForCausalLM.from_pretrained(old)(ids).logits
+    found = verify(old)
+    if "past_key_values" in inspect.signature(create_causal_mask).parameters:
+        assert found.as_carved and not found.fingerprint
+    else:
+        assert not found.as_carved and FORGETS in found.line
+
+    result = upgrade(old)
+    assert set(result.changed) >= {"modeling_cmoe.py", "conversion.json", "README.md"}
+    assert result.verification.startswith("as carved: old under transformers ")
+    assert weights(old) == before == result.weights
+    today = code_of_type("cmoe_llama")
+    assert {name: (old / name).read_text() for name in today} == today
+    assert stated_hashes((old / "README.md").read_text()) == {
+        name: sha256_of(old / name) for name in today
+    }
+    after = json.loads((old / "config.json").read_text())
+    assert {name: after[name] for name in fields} == {
+        **fields,
+        "transformers_version": transformers.__version__,
+    }
+    assert (old / "notes" / "mine.txt").read_text() == "kept"
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(old)(ids).logits, expected)
+    assert [path.name for path in old.parent.iterdir()] == ["old"]
+
+    again = invoke("upgrade", old, "--json")
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["changed"] == []
+
+
+def test_what_generates_something_else_is_not_published(carved_copy):
+    edit_weights(carved_copy, double_experts)
+    with pytest.raises(RequestError, match="not as carved: .*cmoe upgrade"):
+        publish(carved_copy, "org/x", licence="mit", base_model="org/dense")
+
+
+def test_an_upgrade_that_would_change_the_function_changes_nothing(carved_copy):
+    edit_weights(carved_copy, double_experts)
+    files = {path.name: path.read_bytes() for path in carved_copy.iterdir()}
+    with pytest.raises(CMoEError, match="was not upgraded: its likeliest tokens"):
+        upgrade(carved_copy)
+    assert {path.name: path.read_bytes() for path in carved_copy.iterdir()} == files
+    assert [path.name for path in carved_copy.parent.iterdir()] == ["carved"]
+
+
+def test_an_upgrade_that_was_killed_at_its_last_step_goes_on(carved_copy):
+    carved_copy.rename(carved_copy.with_name("carved.replaced"))
+    assert upgrade(carved_copy).changed == []
+    assert [path.name for path in carved_copy.parent.iterdir()] == ["carved"]
+
+
+def test_only_carved_models_are_upgraded(dense):
+    refused(invoke("upgrade", dense), 2, "is a llama model, not a carved one")
+
+
+def test_an_export_has_a_fingerprint_of_its_own(embedded, carve, tmp_path):
+    export(carve(embedded, (1, 1, 8)), tmp_path / "native")
+    found = verify(tmp_path / "native")
+    assert found.as_carved and found.fingerprint
