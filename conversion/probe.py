@@ -49,7 +49,7 @@ def probe(
         recorded tokens fall short of the likeliest ones, None without them.
     """
     with tempfile.TemporaryDirectory() as offloaded:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
             device_map=placement(Path(folder)),
@@ -57,6 +57,7 @@ def probe(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
+        model, info = loaded
         if wrong := {kind: found for kind, found in info.items() if found}:
             raise ValueError(f"tensors are not those that it needs: {wrong}")
         model.eval()

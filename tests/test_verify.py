@@ -161,7 +161,7 @@ def test_an_old_repository_is_found_out_and_mended(old):
 
 def test_what_generates_something_else_is_not_published(carved_copy):
     edit_weights(carved_copy, double_experts)
-    with pytest.raises(RequestError, match="not as carved: .*cmoe upgrade"):
+    with pytest.raises(RequestError, match=r"not as carved: .*cmoe upgrade"):
         publish(carved_copy, "org/x", licence="mit", base_model="org/dense")
 
 
