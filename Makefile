@@ -1,25 +1,51 @@
-# `make demo` and `make test` do all the set-up on a fresh machine.
+# `make demo` and `make test` do all the set-up on a fresh machine, the same files on every one:
+# requirements/*.txt name versions and hashes, and `make lock` renews them.
 PYTHON ?= python3
 VENV ?= .venv
-# Installed first, so that a machine decides once which torch build it gets.
+# Not in the locks: a machine decides which build of this version it gets, with or without a GPU.
 TORCH ?= torch==2.13.0
-# Further requirements, for example PINS="transformers==5.16.0".
-PINS ?=
 JOBS ?= 2
 # Further arguments of pytest, for example TESTS="tests/test_cli.py".
 TESTS ?=
+# What `make newest` adds, for example PINS="transformers==5.25.0", beyond what is declared.
+PINS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-SETTINGS := pyproject.toml setup.cfg
+LOCKED := $(PIP) --no-deps --require-hashes --requirement
+PYTEST := -m pytest -n $(JOBS)
+# Laid over the environment: another transformers and what it needs.
+LOWEST := $(VENV)-lowest
+NEWEST := $(VENV)-newest
 
-.PHONY: demo test lint types clean
+.PHONY: demo test thorough check lowest newest lint types lock clean
 
 demo: $(VENV)/installed
 	$(BIN)/cmoe demo
 
+# What a change may break, in five minutes on two cores.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+	$(BIN)/python $(PYTEST) -m "not thorough" $(TESTS)
+	@echo "Left to \`make check\`: what is marked thorough (long trainings, kills, several processes)."
+
+# What that leaves out.
+thorough: $(VENV)/installed-dev
+	$(BIN)/python $(PYTEST) -m thorough $(TESTS)
+
+check: lint types test thorough lowest
+
+# What a lower version of transformers may break, with the lowest that is supported.
+lowest: $(LOWEST)/installed
+	PYTHONPATH=$(abspath $(LOWEST)) $(BIN)/python $(PYTEST) -m library $(TESTS)
+
+# The same with the newest of everything that pyproject.toml allows.
+newest: $(VENV)/installed-dev
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	echo "$(abspath $(VENV))"/lib/python*/site-packages > $$(echo $(NEWEST)/lib/python*/site-packages)/locked.pth
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+	    --upgrade-strategy eager --editable '.[dev]' "$(TORCH)" $(PINS)
+	$(NEWEST)/bin/python $(PYTEST) -m library $(TESTS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -28,18 +54,36 @@ lint: $(VENV)/installed-dev
 types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
-$(VENV)/torch:
+# torch last: what it needs besides GPU libraries is locked and there by then.
+$(VENV)/installed: requirements/demo.txt pyproject.toml setup.cfg
 	$(PYTHON) -m venv $(VENV)
+	$(LOCKED) requirements/demo.txt
 	$(PIP) "$(TORCH)"
+	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/installed: $(VENV)/torch $(SETTINGS)
-	$(PIP) --editable . $(PINS)
+$(VENV)/installed-dev: requirements/dev.txt $(VENV)/installed
+	$(LOCKED) requirements/dev.txt
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/torch $(SETTINGS)
-	$(PIP) --editable '.[dev]' $(PINS)
-	touch $@ $(VENV)/installed
+$(LOWEST)/installed: requirements/lowest.txt $(VENV)/installed-dev
+	rm -rf $(LOWEST)
+	$(LOCKED) requirements/lowest.txt --target $(LOWEST)
+	touch $@
+
+# The newest versions within the bounds of pyproject.toml, with the hashes of all their files.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
+	rm -f requirements/dev.txt requirements/demo.txt requirements/lowest.txt
+	$(COMPILE) pyproject.toml --extra dev --output-file requirements/dev.txt requirements/build.in
+	$(COMPILE) pyproject.toml --constraint requirements/dev.txt --output-file requirements/demo.txt \
+	    requirements/build.in
+	echo "transformers==5.16.0" | $(COMPILE) --output-file requirements/lowest.txt -
+
+COMPILE = .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 \
+    --generate-hashes --no-annotate --no-header --no-emit-package torch \
+    --excludes requirements/gpu.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) .venv-lock build dist *.egg-info
