@@ -66,7 +66,7 @@ def server(folder):
 
 @pytest.fixture(scope="module")
 def client(server):
-    with openai.OpenAI(base_url=server, api_key="none", max_retries=0, timeout=300) as client:
+    with openai.OpenAI(base_url=server, api_key="none", max_retries=0, timeout=60) as client:
         yield client
 
 
@@ -121,7 +121,7 @@ def test_streams_are_the_same_text_in_pieces(client, folder, expected):
 
 def test_five_clients_at_once(server, folder, expected):
     def one(prompt):
-        with openai.OpenAI(base_url=server, api_key="none", timeout=300) as client:
+        with openai.OpenAI(base_url=server, api_key="none", timeout=60) as client:
             texts = [ask(client, folder, prompt).choices[0].text]
             stream = chat(client, folder, prompt, stream=True)
             parts = [part.choices[0].delta.content for part in stream if part.choices]
