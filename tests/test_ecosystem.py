@@ -12,6 +12,8 @@ from transformers import (
     pipeline,
 )
 
+pytestmark = pytest.mark.library
+
 
 @pytest.fixture(scope="module")
 def repo(embedded, carve):
@@ -183,7 +185,7 @@ def test_disk_offload(model, repo, prompt, tmp_path):
         )
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_compiled_without_graph_breaks(carved, token_ids):
     model = AutoModelForCausalLM.from_pretrained(carved, experts_implementation="grouped_mm")
     with torch.no_grad():

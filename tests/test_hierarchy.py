@@ -35,6 +35,8 @@ from cmoe_hf.conversion.router import log_energy_router
 from cmoe_hf.conversion.routing import replace_router, routing_blocks
 from cmoe_hf.modeling_cmoe import CMoEHierarchicalBlock
 
+pytestmark = pytest.mark.library
+
 BACKENDS = ("cmoe", "eager", "batched_mm", "grouped_mm")
 ROUTINGS = {
     "representative": {"router_type": "representative"},
@@ -182,7 +184,7 @@ def test_router_logits_are_the_scores_of_all_experts(routing):
             torch.testing.assert_close(score_N, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.once
+@pytest.mark.thorough
 def test_kept_parents_compile_as_one_graph():
     model = random_model("flat", num_hidden_layers=1, kept_parents=[[0, 3]])
     with torch.no_grad():
@@ -276,9 +278,10 @@ def test_calibration_sees_the_parents_that_the_carved_model_picks(moe, pair):
 
 
 @pytest.fixture(scope="module")
-def lopsided(make_dense, carve):
+def lopsided(make_dense, carve, tmp_path_factory):
     """A MoE whose first two parents see half of 96 tokens each; the other six see too few."""
-    source = make_dense("qwen3-moe", num_experts=8)
+    source = tmp_path_factory.mktemp("lopsided") / "source"
+    shutil.copytree(make_dense("qwen3-moe", num_experts=8), source)
     weights = load_file(source / "model.safetensors")
     for name, tensor in weights.items():
         if name.endswith("mlp.gate.weight"):

@@ -11,6 +11,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from cmoe_hf import CMoELlamaConfig, CMoELlamaForCausalLM
 from cmoe_hf.modeling_cmoe import CMoERouter, CMoESparseMoeBlock
 
+pytestmark = pytest.mark.library
+
 BACKENDS = ["eager", "batched_mm", "grouped_mm"]
 
 

@@ -12,8 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.slow
-@pytest.mark.once
+@pytest.mark.thorough
 def test_the_wheel_carries_everything_and_runs_the_demo(tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check"]
     options = ["--no-deps", "--no-build-isolation", "--no-index"]

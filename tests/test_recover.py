@@ -140,7 +140,7 @@ def test_the_bias_moves_once_in_each_optimiser_step(recovered):
     assert eighths.round().abs().max() == sum(range(1, 9))
 
 
-@pytest.mark.once
+@pytest.mark.thorough
 def test_the_biases_balance_the_loads(embedded, carve, tmp_path):
     (tmp_path / "test.txt").write_text(HELD_OUT.read_text(encoding="utf-8")[:8_000])
     texts = {"training": CALIBRATION, "text": tmp_path / "test.txt"}
@@ -265,6 +265,7 @@ def test_without_bias_puts_it_back(recovered):
         assert torch.equal(gate.balance_bias, bias_N) and bias_N.any()
 
 
+@pytest.mark.thorough
 def test_killed_it_resumes_to_the_same_curve(carved, processes, tmp_path, tensors):
     tuning = {**LOUD, "samples": 60}
     recover(carved, tmp_path / "whole", **TEXTS, tuning=Tuning(**tuning))
@@ -293,6 +294,7 @@ def test_killed_it_resumes_to_the_same_curve(carved, processes, tmp_path, tensor
     assert all(torch.equal(tensor, killed[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.thorough
 def test_two_processes_learn_what_one_does(carved, recovered, dense, tmp_path):
     options = {key.replace("_", "-"): value for key, value in {**LOUD, **TEXTS}.items()}
     arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
@@ -331,8 +333,7 @@ def launched_with(path):
     }
 
 
-@pytest.mark.slow
-@pytest.mark.once
+@pytest.mark.thorough
 def test_two_processes_that_share_the_weights_learn_what_one_does_even_if_killed(
     carved, processes, tmp_path, tensors
 ):

@@ -1,6 +1,7 @@
 """Serving: the client library that everybody uses, against a server in a process of its own."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,8 @@ from cmoe_hf.conversion.cli import app
 
 openai = pytest.importorskip("openai")
 
+pytestmark = pytest.mark.library
+
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 PROMPTS = [
     "The following methods are defined for",
@@ -28,9 +31,11 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def folder(embedded, carve):
+def folder(embedded, carve, tmp_path_factory):
     """The embedded default, carved, with a chat template."""
-    folder = carve(embedded, (2, 2, 8), samples=16, sequence_length=256, dtype="float32")
+    folder = tmp_path_factory.mktemp("served") / "out"
+    options = {"samples": 16, "sequence_length": 256, "dtype": "float32"}
+    shutil.copytree(carve(embedded, (2, 2, 8), **options), folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 

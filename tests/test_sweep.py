@@ -65,7 +65,7 @@ def test_what_is_measured_is_not_measured_again(swept, dense):
     assert larger.rows[2:] == result.rows
 
 
-@pytest.mark.once
+@pytest.mark.thorough
 def test_killed_it_goes_on(swept, processes, dense, tmp_path):
     arguments = {"model": dense, "output": tmp_path / "out", "rounds": 0, **FEW}
     arguments["grid"] = ["S1A2E4", "S2A1E4"]
