@@ -33,7 +33,7 @@ os.environ.pop("HF_TOKEN", None)
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from families import pico_config  # noqa: E402
+from families import SHORT, pico_config  # noqa: E402
 from filelock import FileLock  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
@@ -175,6 +175,12 @@ def calibration_text() -> Path:
 def held_out() -> Path:
     """Text that the embedded default was not trained on."""
     return HELD_OUT
+
+
+@pytest.fixture(scope="session")
+def short_text() -> Path:
+    """The beginning of that, for what only has to be measured."""
+    return SHORT
 
 
 @pytest.fixture

@@ -25,12 +25,12 @@ def test_a_hub_model_is_converted_with_its_revision_recorded(hub, dense, tmp_pat
     assert all(torch.equal(local[name], remote[name]) for name in local)
 
 
-def test_a_carved_hub_model_is_evaluated(hub, carved, dense, held_out):
+def test_a_carved_hub_model_is_evaluated(hub, carved, short_text):
     hub.publish("org/carved", carved)
-    arguments = ["evaluate", "org/carved", "--text", str(held_out), "--json"]
+    arguments = ["evaluate", "org/carved", "--text", str(short_text), "--json"]
     result = CliRunner().invoke(app, [*arguments, "--sequence-length", "128"])
     assert result.exit_code == 0, result.stderr
-    local = evaluate(carved, text=held_out, sequence_length=128)
+    local = evaluate(carved, text=short_text, sequence_length=128)
     assert json.loads(result.stdout)["perplexity"] == local.perplexity
 
 

@@ -14,6 +14,8 @@ from cmoe_hf.modeling_cmoe import CMoERouter, CMoESparseMoeBlock
 pytestmark = pytest.mark.library
 
 BACKENDS = ["eager", "batched_mm", "grouped_mm"]
+COMPILERS = ["eager", pytest.param("inductor", marks=pytest.mark.thorough)]
+"""Of `torch.compile`: the first only traces, which is what a graph break would stop."""
 
 
 FIELDS = {

@@ -182,7 +182,7 @@ def test_refined_is_better_than_the_papers_recipes_and_than_static_pruning(
     embedded, carve, held_out
 ):
     def measured(recipe, notation=(1, 1, 8), **changes):
-        options = {"samples": 64, "sequence_length": 256, "changes": changes}
+        options = {"samples": 32, "sequence_length": 256, "changes": changes}
         folder = carve(embedded, notation, recipe=recipe, **options)
         return evaluate(folder, text=held_out, dtype="float32").perplexity
 

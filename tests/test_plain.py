@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_evaluate import slow_perplexity
-from test_model import FIELDS, equal_gradients, ids, randomised
+from test_model import COMPILERS, FIELDS, equal_gradients, ids, randomised
 from torch.nn.functional import gelu, normalize
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
@@ -79,12 +79,12 @@ def test_gradients_agree_between_backends():
         assert gradients["model.layers.0.mlp.experts.up_proj_bias"].any()
 
 
-@pytest.mark.thorough
-def test_it_compiles_as_one_graph():
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_it_compiles_as_one_graph(compiler):
     model = random_model()
     with torch.no_grad():
         expected = model(ids).logits
-        got = torch.compile(model, fullgraph=True)(ids).logits
+        got = torch.compile(model, fullgraph=True, backend=compiler)(ids).logits
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -151,14 +151,13 @@ def test_names_of_old_and_new_checkpoints(make_dense, carve, tensors, token_ids,
     assert not any("masked" in name for name in model.state_dict())
 
 
-def test_it_is_measured_like_the_others(make_dense, carve, held_out, tmp_path):
+def test_it_is_measured_like_the_others(make_dense, carve, short_text):
     dense = make_dense("pythia")
     folder = carve(dense, (3, 3, 8))
-    (tmp_path / "text.txt").write_text(held_out.read_text(encoding="utf-8")[:4000])
-    result = evaluate(folder, baseline=dense, text=tmp_path / "text.txt", sequence_length=64)
-    expected, _ = slow_perplexity(folder, tmp_path / "text.txt", 64)
+    result = evaluate(folder, baseline=dense, text=short_text, sequence_length=64)
+    expected, _ = slow_perplexity(folder, short_text, 64)
     assert result.perplexity == pytest.approx(expected, rel=1e-4)
-    expected, _ = slow_perplexity(dense, tmp_path / "text.txt", 64)
+    expected, _ = slow_perplexity(dense, short_text, 64)
     assert result.baseline_perplexity == pytest.approx(expected, rel=1e-4)
     timed = benchmark(
         folder, baseline=dense, tokens=[8], prefill=[16], batch=[1], context=8, rounds=1
