@@ -1,8 +1,10 @@
 """Pico models, an isolated cache and a loopback Hub: nothing here touches the network."""
 
+import hashlib
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -28,9 +30,11 @@ os.environ.update(
 )
 os.environ.pop("HF_TOKEN", None)
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from families import pico_config  # noqa: E402
+from families import SHORT, pico_config  # noqa: E402
+from filelock import FileLock  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
@@ -48,22 +52,63 @@ def hub() -> LoopbackHub:
     return _HUB
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
-def make_dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Write a random dense pico model with a tokenizer; return its folder."""
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Build a folder once for the same key, whichever worker needs it. Read only: that is checked.
+
+    `root` holds all of them.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    root /= "once"
+
+    def state(folder: Path) -> str:
+        stats = [(path.name, path.stat()) for path in sorted(folder.rglob("*"))]
+        return repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+
+    def make(build: Callable[[Path], object], name: str, *key: object) -> Path:
+        place = root / hashlib.sha256(repr((name, *key)).encode()).hexdigest()[:16]
+        place.mkdir(parents=True, exist_ok=True)
+        folder, built = place / name, place / "built"
+        with FileLock(place / "lock"):
+            if not built.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                with torch.random.fork_rng():
+                    build(folder)
+                built.write_text(state(folder))
+        assert built.read_text() == state(folder), f"a test has written into {folder}: copy it"
+        return folder
+
+    make.root = root
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_dense(once: Callable[..., Path]) -> Callable[..., Path]:
+    """Write a random dense pico model with a tokenizer; return its folder. Read only."""
 
     def make(family: str = "llama-2", **changes: object) -> Path:
-        torch.manual_seed(0)
-        folder = tmp_path_factory.mktemp("dense") / family
-        model = AutoModelForCausalLM.from_config(pico_config(family, **changes))
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:  # larger weights than the default: the FFN must matter
-                torch.nn.init.normal_(parameter, std=0.2)
-            elif name.endswith("bias"):
-                torch.nn.init.normal_(parameter, std=0.1)
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
-        return folder
+        def build(folder: Path) -> None:
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(pico_config(family, **changes))
+            for name, parameter in model.named_parameters():
+                if parameter.dim() > 1:  # larger weights than the default: the FFN must matter
+                    torch.nn.init.normal_(parameter, std=0.2)
+                elif name.endswith("bias"):
+                    torch.nn.init.normal_(parameter, std=0.1)
+            model.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+
+        return once(build, family, sorted(changes.items()))
 
     return make
 
@@ -81,14 +126,22 @@ def dense_copy(dense: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def carve(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Convert with few tokens; return the new folder."""
+def carve(
+    once: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Convert with few tokens; return the new folder. Read only, if the source is."""
 
     def run(model: Path, notation: tuple[int, int, int] = (2, 2, 8), **options: object) -> Path:
-        output = tmp_path_factory.mktemp("carved") / "out"
         shared, active, experts = notation
         settings = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64, **options}
-        convert(model, output, shared=shared, active=active, experts=experts, **settings)
+
+        def build(output: Path) -> None:
+            convert(model, output, shared=shared, active=active, experts=experts, **settings)
+
+        if model == MODEL or once.root in Path(model).parents:
+            return once(build, "out", model, notation, sorted(settings.items()))
+        output = tmp_path_factory.mktemp("carved") / "out"
+        build(output)
         return output
 
     return run
@@ -122,6 +175,12 @@ def calibration_text() -> Path:
 def held_out() -> Path:
     """Text that the embedded default was not trained on."""
     return HELD_OUT
+
+
+@pytest.fixture(scope="session")
+def short_text() -> Path:
+    """The beginning of that, for what only has to be measured."""
+    return SHORT
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Pico configurations of every family that can be carved."""
 
+from pathlib import Path
+
 from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
@@ -56,6 +58,8 @@ FAMILIES = {
     "gpt-neox-sequential": (GPTNeoXConfig, {"use_parallel_residual": False}),
 }
 """What distinguishes the checkpoints that people bring."""
+SHORT = Path(__file__).parent / "fixtures" / "short.txt"
+"""The first 4,000 characters of the held-out text."""
 
 
 def pico_config(family: str = "llama-2", **changes: object) -> PreTrainedConfig:

@@ -415,8 +415,7 @@ def test_a_source_that_carries_code_must_be_trusted(
     assert auto_map["AutoModelForCausalLM"] == "modeling_cmoe.CMoELlamaForCausalLM"
 
 
-@pytest.mark.slow
-@pytest.mark.once
+@pytest.mark.thorough
 def test_interrupted_it_leaves_nothing_that_looks_finished(embedded, tmp_path):
     """Ctrl-C in the middle, in a process of its own."""
     out = tmp_path / "out"
@@ -447,7 +446,7 @@ def test_debug_shows_the_traceback(dense, tmp_path):
 
 
 def test_the_dtype_of_the_weights_may_be_any(make_dense, tmp_path):
-    folder = make_dense("tinyllama")
+    folder = shutil.copytree(make_dense("tinyllama"), tmp_path / "source")
     tensors = load_file(folder / "model.safetensors")
     save_file(
         {name: tensor.to(torch.float16) for name, tensor in tensors.items()},

@@ -106,7 +106,7 @@ def test_text_decides_which_tokens_run(carved, held_out):
     assert result.prefill[0].experts_hit > 2
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_compiled_decoding_with_a_static_cache(carved, dense):
     options = {"tokens": (), "prefill": (), "batch": (2,), "context": 8, "rounds": 3}
     result = benchmark(carved, baseline=dense, compiled=True, **options)

@@ -1,12 +1,14 @@
 """The command line: its keys, its streams, its configuration file."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.cli import COMMANDS, app
 from cmoe_hf.conversion.demo import CALIBRATION
 
 SHAPE = ["--shared", "2", "--active", "2", "--experts", "8"]
@@ -17,12 +19,24 @@ def invoke(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_help_names_every_command():
-    result = invoke("--help")
-    assert result.exit_code == 0
-    commands = ("demo", "convert", "recover", "evaluate", "benchmark", "sweep", "report", "export")
-    for command in commands:
-        assert command in result.stdout
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_the_overview_names_every_command_and_imports_nothing_heavy(arguments):
+    script = """
+import atexit, sys
+from cmoe_cli import main
+heavy = {"torch", "transformers", "cmoe_hf"}
+atexit.register(lambda: print("heavy:", sorted(heavy & sys.modules.keys())))
+sys.argv = ["cmoe", *sys.argv[1:]]
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60
+    )
+    printed, _, heavy = done.stdout.rpartition("heavy: ")
+    assert heavy.strip() == "[]", done.stderr
+    expected = CliRunner().invoke(app, arguments, prog_name="cmoe")
+    assert printed == expected.stdout and done.returncode == expected.exit_code
+    assert all(f" {name} " in printed for name in COMMANDS)
 
 
 def test_convert_json_has_the_promised_keys(dense, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from test_model import COMPILERS
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -11,6 +12,8 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+
+pytestmark = pytest.mark.library
 
 
 @pytest.fixture(scope="module")
@@ -183,11 +186,11 @@ def test_disk_offload(model, repo, prompt, tmp_path):
         )
 
 
-@pytest.mark.slow
-def test_compiled_without_graph_breaks(carved, token_ids):
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_compiled_without_graph_breaks(carved, token_ids, compiler):
     model = AutoModelForCausalLM.from_pretrained(carved, experts_implementation="grouped_mm")
     with torch.no_grad():
         expected = model.eval()(token_ids, use_cache=False).logits
-        compiled = torch.compile(model, fullgraph=True)
+        compiled = torch.compile(model, fullgraph=True, backend=compiler)
         logits = compiled(token_ids, use_cache=False).logits
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)

@@ -35,7 +35,7 @@ def test_convert_and_generate_then_load(run_example, tmp_path, capsys):
     assert "experts of the last token" in printed
 
 
-@pytest.mark.once
+@pytest.mark.thorough
 def test_calibrate_on_your_text(run_example, embedded, calibration_text, held_out, capsys):
     run_example("calibrate_on_your_text.py", embedded, "out", calibration_text, held_out)
     assert "perplexity: dense 39.8" in capsys.readouterr().out
@@ -76,7 +76,7 @@ def test_the_reference_tables_can_be_reproduced(
         assert oracle < own < chance
 
 
-@pytest.mark.once
+@pytest.mark.thorough
 def test_a_random_checkpoint_of_a_shape_is_planned_and_converted(run_example, tmp_path, capfd):
     run_example("convert_large.py", "--shape", "tiny", "--tokens", 256, "--folder", tmp_path)
     figures = json.loads(capfd.readouterr().out)
@@ -138,7 +138,7 @@ def test_all_machines_but_the_head_serve_headless(rank):
     assert f"--node-rank {rank} " in printed and ("--headless" in printed) == (rank == 1)
 
 
-@pytest.mark.once
+@pytest.mark.thorough
 @pytest.mark.parametrize("layout", [[], ["--expert-parallel"]])
 def test_two_processes_share_a_model(embedded, carve, layout):
     script = [EXAMPLES / "tensor_parallel.py", carve(embedded, (2, 2, 8)), *layout]
@@ -156,8 +156,7 @@ def test_two_processes_share_a_model(embedded, carve, layout):
     assert printed.startswith("The value of") and printed.count("The value of") == 1
 
 
-@pytest.mark.slow
-@pytest.mark.once
+@pytest.mark.thorough
 def test_a_moe_is_carved_again(run_example, capsys):
     run_example("compare_hierarchical.py", "--family", "olmoe", "--steps", "100", "--active", "1")
     rows = json.loads(capsys.readouterr().out)
@@ -167,8 +166,7 @@ def test_a_moe_is_carved_again(run_example, capsys):
     assert rows["refined"] < rows["static"]
 
 
-@pytest.mark.slow
-@pytest.mark.once
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", ["mistral", "gpt_neox"])
 def test_in_another_family_too_ours_is_the_better_recipe(run_example, capsys, family):
     run_example("compare_families.py", "--family", family, "--steps", "200")

@@ -16,6 +16,8 @@ from cmoe_hf.modeling_cmoe import (
     fastest_backend_on_a_gpu,
 )
 
+pytestmark = pytest.mark.library
+
 SIZES = {
     "small": {"hidden_size": 32, "moe_intermediate_size": 8},
     "middle": {"hidden_size": 256, "moe_intermediate_size": 128},

@@ -19,6 +19,8 @@ from cmoe_hf.conversion.linearise import expert_energies, linear_routers
 from cmoe_hf.conversion.router import linear_router
 from cmoe_hf.conversion.routing import sparse_blocks
 
+pytestmark = pytest.mark.library
+
 LOAD = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,5 +1,6 @@
 """Tokenizers, chat templates and generation settings of each family: the same wherever they go."""
 
+import shutil
 from functools import cache
 
 import pytest
@@ -21,6 +22,8 @@ from transformers import (
 
 from cmoe_hf.conversion import export, publish
 from cmoe_hf.conversion.export import ARCHITECTURES as EXPORTS
+
+pytestmark = pytest.mark.library
 
 INSTRUCTIONS = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }}"
@@ -81,7 +84,7 @@ def build_tokenizer(kind, special, template, added, options):
 
 
 @pytest.fixture(scope="module")
-def repositories(make_dense, carve):
+def repositories(make_dense, carve, tmp_path_factory):
     """A dense model of a family with its own files, and what was carved from it."""
 
     @cache
@@ -92,7 +95,8 @@ def repositories(make_dense, carve):
         ends = tokenizer.convert_tokens_to_ids(ends)
         ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
         ids["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-        folder = make_dense(family, **ids)
+        folder = tmp_path_factory.mktemp("own") / family
+        shutil.copytree(make_dense(family, **ids), folder)
         for path in folder.glob("tokenizer*"):
             path.unlink()
         # The older layout has the template in tokenizer_config.json.
@@ -188,8 +192,11 @@ def test_they_survive_the_way_from_the_hub(repositories, carve, hub):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_generation_settings_those_of_the_configuration_count(make_dense, carve, family):
-    source = make_dense(family, bos_token_id=3, eos_token_id=[4, 5], pad_token_id=6)
+def test_without_generation_settings_those_of_the_configuration_count(
+    make_dense, carve, tmp_path, family
+):
+    dense = make_dense(family, bos_token_id=3, eos_token_id=[4, 5], pad_token_id=6)
+    source = shutil.copytree(dense, tmp_path / family)
     (source / "generation_config.json").unlink()
     settings = load(carve(source)).generation_config
     assert settings.eos_token_id == [4, 5]

@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 import torch
+from families import SHORT
 from hub import TOKEN
 from refusal import refused
 from safetensors.torch import load_file, save_file
-from test_model import equal_gradients, ids
+from test_model import COMPILERS, equal_gradients, ids
 from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -28,12 +29,14 @@ from cmoe_hf.conversion import (
 )
 from cmoe_hf.conversion.calibration import random_windows, tokenize
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT, MODEL
+from cmoe_hf.conversion.demo import CALIBRATION, MODEL
 from cmoe_hf.conversion.recipe import RECIPES
 from cmoe_hf.conversion.refit import ridge_for
 from cmoe_hf.conversion.router import log_energy_router
 from cmoe_hf.conversion.routing import replace_router, routing_blocks
 from cmoe_hf.modeling_cmoe import CMoEHierarchicalBlock
+
+pytestmark = pytest.mark.library
 
 BACKENDS = ("cmoe", "eager", "batched_mm", "grouped_mm")
 ROUTINGS = {
@@ -182,12 +185,12 @@ def test_router_logits_are_the_scores_of_all_experts(routing):
             torch.testing.assert_close(score_N, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.once
-def test_kept_parents_compile_as_one_graph():
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_kept_parents_compile_as_one_graph(compiler):
     model = random_model("flat", num_hidden_layers=1, kept_parents=[[0, 3]])
     with torch.no_grad():
         expected = model(ids).logits
-        got = torch.compile(model, fullgraph=True)(ids).logits
+        got = torch.compile(model, fullgraph=True, backend=compiler)(ids).logits
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -276,9 +279,10 @@ def test_calibration_sees_the_parents_that_the_carved_model_picks(moe, pair):
 
 
 @pytest.fixture(scope="module")
-def lopsided(make_dense, carve):
+def lopsided(make_dense, carve, tmp_path_factory):
     """A MoE whose first two parents see half of 96 tokens each; the other six see too few."""
-    source = make_dense("qwen3-moe", num_experts=8)
+    source = tmp_path_factory.mktemp("lopsided") / "source"
+    shutil.copytree(make_dense("qwen3-moe", num_experts=8), source)
     weights = load_file(source / "model.safetensors")
     for name, tensor in weights.items():
         if name.endswith("mlp.gate.weight"):
@@ -341,7 +345,7 @@ def test_a_kept_parent_takes_no_slot_from_a_carved_one(lopsided):
 
 def test_evaluate_compares_with_the_oracle_and_chance(moe, pair):
     carved, recipe = pair
-    text = {"text": HELD_OUT, "sequence_length": 64}
+    text = {"text": SHORT, "sequence_length": 64}
     own = evaluate(carved, baseline=moe, **text)
     # Six experts in each of two parents, or twelve in both together.
     choices = math.comb(6, 2) if recipe == "paper" else math.comb(12, 4)
@@ -418,7 +422,7 @@ def test_a_carved_moe_is_not_carved_again(carved_moe, no_leftovers):
 def test_what_knows_dense_sources_only_says_so(carved_moe, no_leftovers, verb):
     options = {
         "benchmark": [],
-        "report": ["--text", HELD_OUT, "--output", no_leftovers],
+        "report": ["--text", SHORT, "--output", no_leftovers],
         "export": [no_leftovers],
     }[verb]
     result = CliRunner().invoke(app, [verb, str(carved_moe), *map(str, options)])
@@ -477,7 +481,7 @@ def recovered(moe, carved_moe, tmp_path_factory):
     """A carved MoE after four steps of tuning, and the result."""
     output, texts = tmp_path_factory.mktemp("tuned") / "out", {"training": CALIBRATION}
     tuning = Tuning(**TUNING, bias_speed=0.01)
-    return output, recover(carved_moe, output, **texts, text=HELD_OUT, tuning=tuning)
+    return output, recover(carved_moe, output, **texts, text=SHORT, tuning=tuning)
 
 
 def test_recovery_trains_and_merges(carved_moe, recovered, tensors):

@@ -5,12 +5,17 @@ import fnmatch
 import pytest
 import torch
 from torch.nn.functional import silu
+from transformers import AutoTokenizer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from cmoe_hf import CMoELlamaConfig, CMoELlamaForCausalLM
 from cmoe_hf.modeling_cmoe import CMoERouter, CMoESparseMoeBlock
 
+pytestmark = pytest.mark.library
+
 BACKENDS = ["eager", "batched_mm", "grouped_mm"]
+COMPILERS = ["eager", pytest.param("inductor", marks=pytest.mark.thorough)]
+"""Of `torch.compile`: the first only traces, which is what a graph break would stop."""
 
 
 FIELDS = {
@@ -210,6 +215,17 @@ def test_the_balance_bias_stays_float32_in_half_precision(dtype, tmp_path):
     assert router.scale.dtype == router.gate_weight.dtype == dtype
     torch.testing.assert_close(router.balance_bias, model.model.layers[1].mlp.gate.balance_bias)
     assert torch.isfinite(loaded(ids).logits).all()
+
+
+def test_generation_stops_at_a_string(carved):
+    """For which the library hands the tokenizer to `generate`, and from there to the model."""
+    model = CMoELlamaForCausalLM.from_pretrained(carved).eval()
+    tokenizer = AutoTokenizer.from_pretrained(carved)
+    options = {"do_sample": False, "max_new_tokens": 12}
+    whole = model.generate(ids[:1], **options)
+    stop = tokenizer.decode(whole[0, 16:18])
+    stopped = model.generate(ids[:1], **options, stop_strings=[stop], tokenizer=tokenizer)
+    assert stopped.tolist() == whole[:, :18].tolist()
 
 
 def test_the_parallel_plans_name_every_expert_tensor():

@@ -150,7 +150,7 @@ def test_the_steps_are_those_of_a_real_family():
         assert wanted <= set(parts(ast.parse((ROOT / path).read_bytes()))), path
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_family_added_as_written_is_exact_and_generates(repository, dense, tmp_path):
     source, carved = repository / "src", tmp_path / "carved"
     found = {"cmoe_hf": tmp_path / "here.pt", "transformers_modules": tmp_path / "there.pt"}

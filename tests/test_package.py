@@ -12,8 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.slow
-@pytest.mark.once
+@pytest.mark.thorough
 def test_the_wheel_carries_everything_and_runs_the_demo(tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check"]
     options = ["--no-deps", "--no-build-isolation", "--no-index"]
@@ -25,6 +24,7 @@ def test_the_wheel_carries_everything_and_runs_the_demo(tmp_path):
     [wheel] = tmp_path.glob("cmoe_hf-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
+        "cmoe_cli.py",
         "cmoe_hf/modeling_cmoe.py",
         "cmoe_hf/configuration_cmoe.py",
         "cmoe_hf/py.typed",
@@ -42,10 +42,11 @@ def test_the_wheel_carries_everything_and_runs_the_demo(tmp_path):
         timeout=300,
     )
     script = (
-        "import cmoe_hf, sys; from cmoe_hf.conversion import cli;"
+        "import cmoe_cli, cmoe_hf, sys; from cmoe_hf.conversion import cli;"
         f"assert cmoe_hf.__file__.startswith({str(site)!r}), cmoe_hf.__file__;"
+        f"assert cmoe_cli.__file__.startswith({str(site)!r}), cmoe_cli.__file__;"
         f"assert cli.__file__.startswith({str(site)!r}), cli.__file__;"
-        "sys.argv = ['cmoe', 'demo', 'out', '--json']; cli.main()"
+        "sys.argv = ['cmoe', 'demo', 'out', '--json']; cmoe_cli.main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],

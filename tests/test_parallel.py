@@ -9,6 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+pytestmark = [pytest.mark.thorough, pytest.mark.library]
+
 BACKENDS = ("cmoe", "eager", "grouped_mm", "batched_mm")
 SHAPES = {  # width 128 instead of 96: grouped kernels want 16 bytes of every expert on each rank
     "S0A2E8": ((0, 2, 8), "llama-2", "paper"),

@@ -163,7 +163,7 @@ def test_neurons_that_fire_together_end_up_together():
     assert sorted(parts.experts_NM.tolist()) == groups.tolist()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_llama_2_7b_layer_is_partitioned_in_seconds_on_one_core():
     marks_TK = random_marks(16_384, 11_008, 10, 0)
     rate_F = activation_rates(marks_TK, 11_008)

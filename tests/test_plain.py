@@ -1,19 +1,26 @@
 """FFNs without a gate, h = act(x W + b), as in GPT-NeoX and Pythia: what they add to the others."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_model import FIELDS, equal_gradients, ids, randomised
+from test_evaluate import slow_perplexity
+from test_model import COMPILERS, FIELDS, equal_gradients, ids, randomised
 from torch.nn.functional import gelu, normalize
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 
 from cmoe_hf import CMoEGPTNeoXConfig, CMoEGPTNeoXForCausalLM
 from cmoe_hf.conversion import benchmark, evaluate
 from cmoe_hf.conversion.partition import Partition
 from cmoe_hf.conversion.profile import cosines
 from cmoe_hf.conversion.refit import active_blocks, down_projected, refit_down
+from cmoe_hf.conversion.roofline import Work, ffn_work
 from cmoe_hf.conversion.router import representative_router
 from cmoe_hf.modeling_cmoe import CMoERouter
+
+pytestmark = pytest.mark.library
 
 BACKENDS = ("cmoe", "eager", "batched_mm", "grouped_mm")
 
@@ -72,12 +79,12 @@ def test_gradients_agree_between_backends():
         assert gradients["model.layers.0.mlp.experts.up_proj_bias"].any()
 
 
-@pytest.mark.once
-def test_it_compiles_as_one_graph():
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_it_compiles_as_one_graph(compiler):
     model = random_model()
     with torch.no_grad():
         expected = model(ids).logits
-        got = torch.compile(model, fullgraph=True)(ids).logits
+        got = torch.compile(model, fullgraph=True, backend=compiler)(ids).logits
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -130,8 +137,8 @@ def test_the_output_bias_is_refitted_with_the_weights():
 
 
 @pytest.mark.parametrize("head", ["embed_out.weight", "lm_head.weight"])
-def test_names_of_old_and_new_checkpoints(make_dense, carve, tensors, token_ids, head):
-    folder = make_dense("pythia")
+def test_names_of_old_and_new_checkpoints(make_dense, carve, tensors, token_ids, tmp_path, head):
+    folder = shutil.copytree(make_dense("pythia"), tmp_path / "pythia")
     expected = AutoModelForCausalLM.from_pretrained(folder)(token_ids).logits
     stored = tensors(folder)
     [former] = stored.keys() & {"embed_out.weight", "lm_head.weight"}
@@ -144,14 +151,32 @@ def test_names_of_old_and_new_checkpoints(make_dense, carve, tensors, token_ids,
     assert not any("masked" in name for name in model.state_dict())
 
 
-def test_it_is_measured_like_the_others(make_dense, carve, held_out, tmp_path):
+def test_it_is_measured_like_the_others(make_dense, carve, short_text):
     dense = make_dense("pythia")
     folder = carve(dense, (3, 3, 8))
-    (tmp_path / "text.txt").write_text(held_out.read_text(encoding="utf-8")[:4000])
-    result = evaluate(folder, baseline=dense, text=tmp_path / "text.txt", sequence_length=64)
-    assert result.baseline_perplexity > 1 and 0 <= result.router_oracle_agreement <= 1
+    result = evaluate(folder, baseline=dense, text=short_text, sequence_length=64)
+    expected, _ = slow_perplexity(folder, short_text, 64)
+    assert result.perplexity == pytest.approx(expected, rel=1e-4)
+    expected, _ = slow_perplexity(dense, short_text, 64)
+    assert result.baseline_perplexity == pytest.approx(expected, rel=1e-4)
     timed = benchmark(
         folder, baseline=dense, tokens=[8], prefill=[16], batch=[1], context=8, rounds=1
     )
-    assert timed.prefill[0].speedup > 0
-    assert 0.5 < timed.prefill[0].roofline_speedup < 2
+    for point in (*timed.ffn, *timed.prefill, *timed.decode):
+        assert point.dense_ms >= point.dense_roofline_ms > 0
+        assert point.carved_ms >= point.carved_roofline_ms > 0
+        assert point.speedup == pytest.approx(point.dense_ms / point.carved_ms)
+
+
+def test_its_work_is_that_of_its_weights():
+    names = ("hidden_size", "intermediate_size", "num_attention_heads")
+    fields = {name: FIELDS[name] for name in names}
+    dense = GPTNeoXMLP(GPTNeoXConfig(**fields))
+    vectors, weights = 2 * 5 * 32, 2 * 32 * 64 + 64 + 32
+    assert ffn_work(dense, 5, 0) == Work(4 * (weights + vectors), 2 * 5 * weights)
+    carved = random_model().model.layers[0].mlp
+    neuron = 2 * 32 + 1
+    always = 16 * neuron + 32 + 6 * (32 + 2)  # shared, the output's bias, the router and its scale
+    work = ffn_work(carved, 5, 3)
+    assert work.bytes == pytest.approx(4 * (always + 3 * 8 * neuron + vectors))
+    assert work.operations == pytest.approx(2 * 5 * (always + 2 * 8 * neuron))

@@ -164,10 +164,13 @@ def test_plain_loading_warns_of_nothing(repo, quantised, caplog):
     assert not [record for record in caplog.records if "experts" in record.getMessage()]
 
 
-def test_bitsandbytes_can_pack_the_experts_into_4_bits(repo, held_out, token_ids):
+def test_bitsandbytes_can_pack_the_experts_into_4_bits(embedded, carve, token_ids):
     parametrize = pytest.importorskip(
         "bitsandbytes.nn.parametrize", reason="needs the extra [quantise]"
     )
+    # On some CPUs the library cannot run linear layers of which its blocks of 64 do not divide
+    # the width: the shared expert has 192 neurons here.
+    repo = carve(embedded, (4, 2, 8), samples=16, sequence_length=256, dtype="float32")
     model = load(repo, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     expected = logits(model, token_ids)
     for layer in model.model.layers:

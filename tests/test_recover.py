@@ -12,10 +12,11 @@ import killable
 import pytest
 import torch
 import yaml
+from families import SHORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusal import refused
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 from typer.testing import CliRunner
 
 from cmoe_hf.conversion import RequestError, Tuning, convert, recover, resume_recovery
@@ -25,7 +26,7 @@ from cmoe_hf.conversion.evaluate import perplexity
 from cmoe_hf.conversion.routing import active_routers, count_loads, imbalance, without_bias
 from cmoe_hf.conversion.tuning import divergence, move_bias
 
-TEXTS = {"training": CALIBRATION, "text": HELD_OUT}
+TEXTS = {"training": CALIBRATION, "text": SHORT}
 FEW = {"samples": 16, "sequence_length": 64}
 LOUD = {**FEW, "learning_rate": 3e-3, "router_learning_rate": 0.1, "bias_speed": 0.01}
 """Few steps, but large ones: what learns must be seen to move."""
@@ -96,7 +97,7 @@ def test_the_figures_are_those_of_the_models(carved, dense, recovered, token_ids
 
 
 def test_measured_again_it_is_the_same(recovered):
-    arguments = ["evaluate", recovered[0], "--text", HELD_OUT, "--sequence-length", 64, "--json"]
+    arguments = ["evaluate", recovered[0], "--text", SHORT, "--sequence-length", 64, "--json"]
     measured = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert json.loads(measured.stdout)["perplexity"] == pytest.approx(
         recovered[1].perplexity_after, rel=1e-5
@@ -140,7 +141,7 @@ def test_the_bias_moves_once_in_each_optimiser_step(recovered):
     assert eighths.round().abs().max() == sum(range(1, 9))
 
 
-@pytest.mark.once
+@pytest.mark.thorough
 def test_the_biases_balance_the_loads(embedded, carve, tmp_path):
     (tmp_path / "test.txt").write_text(HELD_OUT.read_text(encoding="utf-8")[:8_000])
     texts = {"training": CALIBRATION, "text": tmp_path / "test.txt"}
@@ -265,6 +266,28 @@ def test_without_bias_puts_it_back(recovered):
         assert torch.equal(gate.balance_bias, bias_N) and bias_N.any()
 
 
+def test_interrupted_it_resumes_to_the_same_curve(carved, recovered, dense, tmp_path, tensors):
+    """In this process; the next test kills one."""
+    steps = []
+
+    def step(trainer, *arguments):
+        steps.append(trainer.state.global_step)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return take_step(trainer, *arguments)
+
+    take_step = Trainer.training_step
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "training_step", step)
+        recover(carved, tmp_path / "out", **TEXTS, control=dense, tuning=Tuning(**LOUD))
+    assert not (tmp_path / "out").exists()
+    resume_recovery(tmp_path / "out")
+    assert losses(tmp_path / "out") == losses(recovered[0])
+    whole, resumed = tensors(recovered[0]), tensors(tmp_path / "out")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+@pytest.mark.thorough
 def test_killed_it_resumes_to_the_same_curve(carved, processes, tmp_path, tensors):
     tuning = {**LOUD, "samples": 60}
     recover(carved, tmp_path / "whole", **TEXTS, tuning=Tuning(**tuning))
@@ -284,7 +307,7 @@ def test_killed_it_resumes_to_the_same_curve(carved, processes, tmp_path, tensor
         2,
         "unfinished recovery, not a conversion",
     )
-    again = [carved, tmp_path / "killed", "--training", CALIBRATION, "--text", HELD_OUT]
+    again = [carved, tmp_path / "killed", "--training", CALIBRATION, "--text", SHORT]
     result = CliRunner().invoke(app, ["recover", *map(str, again), "--samples", "4"])
     refused(result, 2, "cmoe recover", "--resume")
     resume_recovery(tmp_path / "killed")
@@ -293,6 +316,7 @@ def test_killed_it_resumes_to_the_same_curve(carved, processes, tmp_path, tensor
     assert all(torch.equal(tensor, killed[name]) for name, tensor in whole.items())
 
 
+@pytest.mark.thorough
 def test_two_processes_learn_what_one_does(carved, recovered, dense, tmp_path):
     options = {key.replace("_", "-"): value for key, value in {**LOUD, **TEXTS}.items()}
     arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
@@ -331,16 +355,13 @@ def launched_with(path):
     }
 
 
-@pytest.mark.slow
-@pytest.mark.once
+@pytest.mark.thorough
 def test_two_processes_that_share_the_weights_learn_what_one_does_even_if_killed(
     carved, processes, tmp_path, tensors
 ):
     """FSDP2. That each process holds a part only is seen from what both wrote."""
-    (tmp_path / "test.txt").write_text(HELD_OUT.read_text(encoding="utf-8")[:4_000])
-    texts = {"training": CALIBRATION, "text": tmp_path / "test.txt"}
-    recover(carved, tmp_path / "whole", **texts, tuning=Tuning(**LOUD))
-    output, arguments = tmp_path / "sharded", {"model": carved, "device": "cpu", **texts}
+    recover(carved, tmp_path / "whole", **TEXTS, tuning=Tuning(**LOUD))
+    output, arguments = tmp_path / "sharded", {"model": carved, "device": "cpu", **TEXTS}
 
     def start(attempt, *begun_with):
         shared = (tmp_path / attempt, launched_with(FSDP2), output, *begun_with)
@@ -376,7 +397,7 @@ def test_two_processes_that_share_the_weights_learn_what_one_does_even_if_killed
 def test_other_ways_to_share_the_weights_are_refused(carved, monkeypatch, tmp_path):
     for name, value in launched_with(FSDP2).items():
         monkeypatch.setenv(name, value)
-    arguments = ["recover", carved, tmp_path / "out", "--training", CALIBRATION, "--text", HELD_OUT]
+    arguments = ["recover", carved, tmp_path / "out", "--training", CALIBRATION, "--text", SHORT]
     for name, value, expected in (
         ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "ram_efficient_loading: false"),
         ("FSDP_VERSION", "1", "fsdp_version: 2"),
@@ -386,7 +407,7 @@ def test_other_ways_to_share_the_weights_are_refused(carved, monkeypatch, tmp_pa
 
 
 def test_json_is_one_object_with_the_promised_keys(carved, tmp_path):
-    options = {"samples": 4, "sequence-length": 64, "training": CALIBRATION, "text": HELD_OUT}
+    options = {"samples": 4, "sequence-length": 64, "training": CALIBRATION, "text": SHORT}
     arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
     result = CliRunner().invoke(
         app, ["recover", str(carved), str(tmp_path / "out"), *arguments, "--json"]
@@ -400,7 +421,7 @@ def test_json_is_one_object_with_the_promised_keys(carved, tmp_path):
 def test_bad_requests(carved, dense, make_dense, tmp_path):
     out = tmp_path / "out"
 
-    def invoke(*arguments, text=HELD_OUT, model=carved):
+    def invoke(*arguments, text=SHORT, model=carved):
         options = [
             model,
             out,

@@ -23,6 +23,8 @@ CALLS = {
     *("write_text", "write_bytes", "read_text", "read_bytes", "touch", "mkdir"),
 }
 """Functions and methods that read, write, fetch, start or interpret something."""
+PARTLY = {"os": "PathLike", "inspect": "signature"}
+"""Modules of which one thing may be used."""
 INNARDS = {"__builtins__", "__subclasses__", "__globals__", "__code__", "__loader__"}
 
 
@@ -32,13 +34,13 @@ def offences(source):
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Import(names=names):
-                found += [it.name for it in names if it.name != "os" or it.asname]
+                found += [it.name for it in names if it.name not in PARTLY or it.asname]
                 found = [name for name in found if not is_harmless(name)]
             case ast.ImportFrom(module=module, names=names, level=0):
                 imported = [f"{module}.{it.name}" for it in names]
                 found += [name for name in imported if not is_harmless(name)]
-            case ast.Attribute(value=ast.Name(id="os"), attr=name) if name != "PathLike":
-                found.append(f"os.{name}")
+            case ast.Attribute(value=ast.Name(id=module), attr=name) if module in PARTLY:
+                found += [f"{module}.{name}"] if name != PARTLY[module] else []
             case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in CALLS:
                 found.append(f"{name}()")
             case ast.Attribute(attr=name) | ast.Name(id=name) if name in INNARDS:
@@ -65,6 +67,7 @@ def test_the_remote_code_touches_nothing_but_tensors(name):
         "import os; os.system('true')",
         "import os as o",
         "from os import system",
+        "import inspect; inspect.currentframe()",
         "import requests",
         "from urllib.request import urlopen",
         "from pathlib import Path",
@@ -85,8 +88,7 @@ def test_the_remote_code_touches_nothing_but_tensors(name):
     ],
 )
 def test_the_check_would_find_it(line):
-    source = (HERE / "modeling_cmoe.py").read_text(encoding="utf-8")
-    assert offences(f"{source}\n{line}\n")
+    assert offences(line)
 
 
 def test_the_card_states_the_hashes_of_the_code(carved):

@@ -80,6 +80,7 @@ def test_no_family_imports_another(config):
         assert offences(text) == []
 
 
+@pytest.mark.thorough
 def test_the_code_works_where_other_families_are_gone(make_dense, carve):
     folder = carve(make_dense("mistral"), (2, 2, 8))
     gone = sorted(OTHERS - {"mistral"})

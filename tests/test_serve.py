@@ -1,6 +1,7 @@
 """Serving: the client library that everybody uses, against a server in a process of its own."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,8 @@ from cmoe_hf.conversion.cli import app
 
 openai = pytest.importorskip("openai")
 
+pytestmark = pytest.mark.library
+
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 PROMPTS = [
     "The following methods are defined for",
@@ -28,9 +31,11 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def folder(embedded, carve):
+def folder(embedded, carve, tmp_path_factory):
     """The embedded default, carved, with a chat template."""
-    folder = carve(embedded, (2, 2, 8), samples=16, sequence_length=256, dtype="float32")
+    folder = tmp_path_factory.mktemp("served") / "out"
+    options = {"samples": 16, "sequence_length": 256, "dtype": "float32"}
+    shutil.copytree(carve(embedded, (2, 2, 8), **options), folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
 
@@ -66,7 +71,7 @@ def server(folder):
 
 @pytest.fixture(scope="module")
 def client(server):
-    with openai.OpenAI(base_url=server, api_key="none", max_retries=0, timeout=300) as client:
+    with openai.OpenAI(base_url=server, api_key="none", max_retries=0, timeout=60) as client:
         yield client
 
 
@@ -121,7 +126,7 @@ def test_streams_are_the_same_text_in_pieces(client, folder, expected):
 
 def test_five_clients_at_once(server, folder, expected):
     def one(prompt):
-        with openai.OpenAI(base_url=server, api_key="none", timeout=300) as client:
+        with openai.OpenAI(base_url=server, api_key="none", timeout=60) as client:
             texts = [ask(client, folder, prompt).choices[0].text]
             stream = chat(client, folder, prompt, stream=True)
             parts = [part.choices[0].delta.content for part in stream if part.choices]

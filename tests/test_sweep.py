@@ -5,14 +5,15 @@ import time
 
 import killable
 import pytest
+from families import SHORT
 from refusal import refused
 from typer.testing import CliRunner
 
 from cmoe_hf.conversion import RequestError, evaluate, sweep
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
+from cmoe_hf.conversion.demo import CALIBRATION
 
-FEW = {"calibration": CALIBRATION, "text": HELD_OUT, "samples": 4, "sequence_length": 64}
+FEW = {"calibration": CALIBRATION, "text": SHORT, "samples": 4, "sequence_length": 64}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def test_the_rows_are_what_the_verbs_measure(swept, dense):
     output, result = swept
     assert [row.notation for row in result.rows] == ["S1A2E4", "S2A1E4", "S3A0E4"]
     assert [row.static for row in result.rows] == [False, False, True]
-    windows = {"text": HELD_OUT, "sequence_length": 64}
+    windows = {"text": SHORT, "sequence_length": 64}
     assert result.dense_perplexity == pytest.approx(evaluate(dense, **windows).perplexity)
     for row in result.rows:
         measured = evaluate(output / row.notation, **windows)
@@ -65,7 +66,7 @@ def test_what_is_measured_is_not_measured_again(swept, dense):
     assert larger.rows[2:] == result.rows
 
 
-@pytest.mark.once
+@pytest.mark.thorough
 def test_killed_it_goes_on(swept, processes, dense, tmp_path):
     arguments = {"model": dense, "output": tmp_path / "out", "rounds": 0, **FEW}
     arguments["grid"] = ["S1A2E4", "S2A1E4"]

@@ -128,8 +128,7 @@ def test_a_limit_takes_the_first_documents_and_is_told(dense):
     assert "pydoc_topics" in table and "only the first 5 documents of each task" in table
 
 
-@pytest.mark.slow
-@pytest.mark.once
+@pytest.mark.thorough
 def test_groups_and_tags_of_ones_own_beside_the_harness_tasks(dense):
     names = ["pydoc_group", "pydoc_list", "pydoc_tag"]
     rows = evaluate_tasks(dense, tasks=names, include_path=".", limit=4).tasks
@@ -148,7 +147,7 @@ def test_groups_and_tags_of_ones_own_beside_the_harness_tasks(dense):
     assert rows[4].value == plain
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_paper_tasks_exist_and_an_unknown_one_is_refused(dense):
     assert stock_tasks().keys() >= PAPER_TASKS.keys()
     refused(invoke(dense, "--tasks", "bolq,piqa"), 2, "no task 'bolq'", "boolq", "lm-eval ls tasks")
@@ -188,7 +187,7 @@ def harness_without_its_tasks(tmp_path):
     return linked.parent
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_harness_by_itself_says_the_same_without_the_package(
     copy, dense_copy, harness_without_its_tasks, tmp_path
 ):

@@ -46,7 +46,7 @@ def finish(output, **arguments):
 
 
 @pytest.mark.parametrize("recipe", ["refined", "paper"])
-@pytest.mark.once
+@pytest.mark.thorough
 def test_killed_at_random_moments_it_resumes_to_the_same_bytes(processes, dense, tmp_path, recipe):
     arguments = {"model": dense, "recipe": recipe, **SHAPE, **FEW}
     convert(output=tmp_path / "whole", **arguments)
@@ -63,7 +63,7 @@ def test_killed_at_random_moments_it_resumes_to_the_same_bytes(processes, dense,
         assert not (output / "work").exists()
 
 
-@pytest.mark.once
+@pytest.mark.thorough
 def test_a_larger_model_killed_again_and_again(processes, embedded, tmp_path):
     options = {"calibration": CALIBRATION, "samples": 32, "sequence_length": 256, **SHAPE}
     convert(embedded, tmp_path / "whole", **options)

@@ -11,8 +11,9 @@ import warnings
 from collections.abc import Callable
 
 import huggingface_hub.utils
-import typer
 from transformers.utils import logging as transformers_logging
+
+from cmoe_cli import application
 
 from .make import convert_command, demo_command, recover_command
 from .measure import benchmark_command, evaluate_command
@@ -25,13 +26,7 @@ from .share import (
 )
 from .show import report_command, sweep_command
 
-app = typer.Typer(
-    name="cmoe",
-    help="Turn a dense language model into a sparse Mixture of Experts, without training.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = application()
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo_command,
     "convert": convert_command,
@@ -53,7 +48,7 @@ for name, command in COMMANDS.items():
 
 
 def main() -> None:
-    """Entry point of the console command `cmoe`."""
+    """Do what the command line says."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     transformers_logging.set_verbosity_error()
     # Libraries warn each other of what they will remove; the user can do nothing about it.

@@ -66,6 +66,8 @@ CONSUMED = {
     *("attention_instances", "forward_batch"),
     # Tokenizers give it to every model. A decoder has one type of token.
     "token_type_ids",
+    # `generate` has read it and passes it on all the same, as `transformers serve` makes it do.
+    "tokenizer",
 }
 """Keywords beyond the signatures of our forward methods that somebody further on reads."""
 

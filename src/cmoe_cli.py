@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The console command `cmoe`: says what there is at once, and leaves all else to the package.
+
+It lies beside the package because importing anything inside imports torch and transformers.
+"""
+
+import sys
+from importlib import import_module
+
+import typer
+
+SUMMARIES = {
+    "demo": "Carve the embedded default, compare dense and carved, generate a line of text.",
+    "convert": "Carve MODEL into a CMoE repository at OUT, or go on with it: "
+    "cmoe convert OUT --resume.",
+    "recover": "Fine-tune a carved MODEL with LoRA into OUT, or go on: cmoe recover OUT --resume.",
+    "evaluate": "Measure perplexity, or tasks, dense beside carved; the router beside oracle and "
+    "chance.",
+    "benchmark": "Time FFN, prefill and decoding, dense and carved in turn, beside what is "
+    "possible.",
+    "sweep": "Quality and speed over a grid of shapes. Interrupted, the same command goes on.",
+    "report": "Draw what happens inside a carved model: one HTML page that works offline.",
+    "export": "Write the same function as a stock architecture, which needs no remote code.",
+    "publish": "Upload a model to the Hub, checked before and compared afterwards.",
+    "serve": "Serve a model by the OpenAI protocol: `transformers serve`, with all its options.",
+}
+"""What the commands say of themselves; a test compares."""
+
+
+def application() -> typer.Typer:
+    """`cmoe`, still without commands."""
+    return typer.Typer(
+        name="cmoe",
+        help="Turn a dense language model into a sparse Mixture of Experts, without training.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+
+def overview() -> typer.Typer:
+    """`cmoe` with commands that have a summary and nothing else."""
+    app = application()
+    for name, summary in SUMMARIES.items():
+        app.command(name, help=summary)(lambda: None)
+    return app
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    if sys.argv[1:] in ([], ["--help"]):
+        overview()()
+    import_module("cmoe_hf.conversion.cli").main()
