@@ -21,6 +21,9 @@ SUMMARIES = {
     "sweep": "Quality and speed over a grid of shapes. Interrupted, the same command goes on.",
     "report": "Draw what happens inside a carved model: one HTML page that works offline.",
     "export": "Write the same function as a stock architecture, which needs no remote code.",
+    "verify": "Does a model still compute what it did when it was made? Status 1 if not.",
+    "upgrade": "Put the code of this release into a model that an older one has carved; weights "
+    "stay.",
     "publish": "Upload a model to the Hub, checked before and compared afterwards.",
     "serve": "Serve a model by the OpenAI protocol: `transformers serve`, with all its options.",
 }

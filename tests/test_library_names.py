@@ -20,6 +20,8 @@ import cmoe_hf
 from cmoe_hf import modeling_cmoe
 from cmoe_hf.modeling_cmoe import CACHE_NAMES, TESTED, CMoELlamaForCausalLM
 
+pytestmark = pytest.mark.library
+
 CODE = Path(cmoe_hf.__file__).parent
 FIELDS = {
     "vocab_size": 128,

@@ -21,6 +21,8 @@ from cmoe_hf.conversion.errors import CMoEError, RequestError
 from cmoe_hf.conversion.partial import sha256_of
 from cmoe_hf.conversion.selection import code_of_type
 
+pytestmark = pytest.mark.library
+
 OLD = Path(__file__).parent / "fixtures" / "carved-0.1.0"
 """Carved by commit 35f28d9 under transformers 5.23, whose code forgets the cache under 5.24."""
 FORGETS = "it generates something else with the cache than without"
@@ -123,7 +125,6 @@ def test_code_of_another_repository_is_foreign(old, edit_config):
         verify(old)
 
 
-@pytest.mark.slow
 def test_an_old_repository_is_found_out_and_mended(old):
     (old / "notes").mkdir()
     (old / "notes" / "mine.txt").write_text("kept")
