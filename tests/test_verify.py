@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import re
 import shutil
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.errors import CMoEError, RequestError
 from cmoe_hf.conversion.partial import sha256_of
 from cmoe_hf.conversion.selection import code_of_type
+from cmoe_hf.modeling_cmoe import TESTED
 
 pytestmark = pytest.mark.library
 
@@ -189,3 +192,12 @@ def test_an_export_has_a_fingerprint_of_its_own(embedded, carve, tmp_path):
     export(carve(embedded, (1, 1, 8)), tmp_path / "native")
     found = verify(tmp_path / "native")
     assert found.as_carved and found.fingerprint
+
+
+def test_the_tested_range_is_what_the_package_declares():
+    [declared] = [
+        line for line in requires("cmoe-hf") if re.match(r"transformers[<>]", line.replace(" ", ""))
+    ]
+    low, high = TESTED
+    beyond = f"{high.partition('.')[0]}.{int(high.partition('.')[2]) + 1}"
+    assert set(declared.partition("transformers")[2].split(",")) == {f">={low}", f"<{beyond}"}
