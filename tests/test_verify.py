@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from hub import TOKEN
 from refusal import refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -198,3 +199,25 @@ def test_the_tested_range_is_what_the_package_declares():
     [declared] = [it for it in project["project"]["dependencies"] if it.startswith("transformers")]
     low, (major, minor) = TESTED[0], map(int, TESTED[1].split("."))
     assert declared == f"transformers>={low},<{major}.{minor + 1}"
+
+
+def test_a_hub_id_is_verified_and_upgraded_by_a_pull_request(hub, old, monkeypatch):
+    hub.reset()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    card = old / "README.md"
+    card.write_text(card.read_text().replace("base_model: pico", "base_model: org/pico"))
+    hub.publish("org/old", old)
+    main = dict(hub.repositories["org/old"].files("main"))
+    result = upgrade("org/old")
+    assert result.output.endswith("/org/old/discussions/1")
+    assert result.verification.startswith("as carved: old under transformers ")
+    assert hub.repositories["org/old"].files("main") == main
+    proposed = hub.repositories["org/old"].files("refs/pr/1")
+    today = code_of_type("cmoe_llama")
+    assert {name: proposed[name].decode() for name in today} == today
+    assert {name: it for name, it in proposed.items() if name.endswith(".safetensors")} == {
+        name: it for name, it in main.items() if name.endswith(".safetensors")
+    }
+    hub.repositories["org/old"].commit("main", proposed)
+    assert verify("org/old").as_carved
+    hub.reset()
