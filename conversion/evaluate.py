@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from .calibration import consecutive_windows, load_text, tokenize
+from .calibration import check_vocabulary, consecutive_windows, read_tokens
 from .checkpoint import fetch_model, find_model, load_tokenizer
 from .device import check_dtype, find_device
 from .errors import CMoEError, RequestError
 from .routing import replace_router, routing_blocks, watch_router
 from .scores import check_card, write_card
+from .texts import open_text, text_name
 
 ROUTERS = ("own", "oracle", "random")
 BATCH_TOKENS = 4096
@@ -89,13 +90,13 @@ def evaluate(
     folder = check_card(model) if card else None
     if card and router != "own":
         raise RequestError(f"--card tells what the model itself does, not with router {router!r}.")
+    opened = open_text(text, part="test")
     carved, tokenizer = load_model(model, dtype, where, trust_remote_code)
     length = sequence_length or min(2048, carved.config.max_position_embeddings)
     if length < 2:
         raise RequestError(f"--sequence-length is {length}: a window needs at least 2 tokens.")
-    windows_WL = consecutive_windows(
-        tokenize(tokenizer, load_text(text, part="test")), length=length
-    )
+    read = read_tokens(opened, tokenizer, carved.config.vocab_size)
+    windows_WL = consecutive_windows(read.ids, length=length)
 
     carved_perplexity, own, chance = measure_routing(carved, windows_WL, router, seed)
     baseline_perplexity = None
@@ -107,6 +108,7 @@ def evaluate(
                 f"{baseline} has another vocabulary than {model}: their perplexities cannot be "
                 "compared. Give the model that was carved as the baseline."
             )
+        check_vocabulary(windows_WL, dense.config.vocab_size)
         baseline_perplexity = perplexity(dense, windows_WL, description="baseline")
     result = Evaluation(
         perplexity=carved_perplexity,
@@ -125,9 +127,8 @@ def evaluate(
 
 def perplexity_record(result: Evaluation, text: str | Path) -> dict[str, Any]:
     """A measured perplexity for `scores.write_card`: a text file by its bare name."""
-    is_file = Path(text).expanduser().is_file()
     return {
-        "task": Path(text).name if is_file else str(text),
+        "task": text_name(text),
         "metric": "perplexity",
         "value": result.perplexity,
         "baseline_value": result.baseline_perplexity,

@@ -26,7 +26,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from cmoe_hf import CMoEConfig
 
-from .calibration import consecutive_windows, load_text, random_windows, tokenize
+from .calibration import consecutive_windows, random_windows, read_tokens
 from .card import recovered_card
 from .checkpoint import LEGAL_FILES, fetch_model, find_model, load_tokenizer
 from .device import check_dtype, find_device, versions
@@ -35,6 +35,7 @@ from .evaluate import load_model, perplexity
 from .partial import SETTINGS, PartialFolder, as_json, sha256_of
 from .routing import active_routers, count_loads, imbalance, is_biased, without_bias
 from .settings import absolute
+from .texts import absolute_text, find_file, open_text
 from .tuning import Tuning, check_peft, check_sharding, last_checkpoint, tune
 
 STAGES = "stages.json"
@@ -145,8 +146,8 @@ def recover(
     """
     request = Request(
         model=absolute(model),
-        training=absolute(training),
-        text=absolute(text),
+        training=absolute_text(training),
+        text=absolute_text(text),
         teacher=None if teacher is None else absolute(teacher),
         control=None if control is None else absolute(control),
         dtype=dtype,
@@ -188,7 +189,7 @@ def prepare(request: Request, tuning: Tuning) -> Ready:
     state = accelerate.PartialState(cpu=request.device == "cpu" or on_cpus())
     tuning.split(state.num_processes)
     device = state.device if state.num_processes > 1 else find_device(request.device)
-    if request.training == request.text and Path(request.text).is_file():
+    if request.training == request.text and find_file(request.text) is not None:
         raise RequestError(
             "the text to measure on is the text to train on: its perplexity would say nothing. "
             "Give another --text."
@@ -201,16 +202,20 @@ def prepare(request: Request, tuning: Tuning) -> Ready:
             "first."
         )
     tokenizer = load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
+    vocabulary = config.vocab_size
     for dense in filter(None, {request.teacher, request.control}):
-        other = load_tokenizer(model_folder(dense), trust_remote_code=request.trust_remote_code)
+        where, trusted = model_folder(dense), request.trust_remote_code
+        known = AutoConfig.from_pretrained(where, trust_remote_code=trusted).vocab_size
+        vocabulary = min(vocabulary, known)
+        other = load_tokenizer(where, trust_remote_code=trusted)
         if other.get_vocab() != tokenizer.get_vocab():
             raise RequestError(f"{dense} has another vocabulary than {request.model}.")
     length = tuning.sequence_length or min(2048, config.max_position_embeddings)
-    ids = tokenize(tokenizer, load_text(request.training, part="train"))
+    texts = (open_text(request.training, part="train"), open_text(request.text, part="test"))
+    ids, test_ids = (read_tokens(text, tokenizer, vocabulary).ids for text in texts)
     training_WL = random_windows(
         ids, samples=tuning.samples, length=length, seed=tuning.seed, least=LEAST_TEXT
     )
-    test_ids = tokenize(tokenizer, load_text(request.text, part="test"))
     test_WL = consecutive_windows(test_ids, length=length)
     return Ready(folder, device, tokenizer, len(ids), training_WL, test_WL)
 

@@ -9,6 +9,7 @@ from typing import Any, Self, TypedDict
 from .device import check_dtype
 from .errors import RequestError
 from .recipe import RECIPES, Recipe
+from .texts import absolute_text
 
 CALIBRATION_TOKENS = 16_384
 """The paper's amount: 8 windows of 2,048 tokens."""
@@ -206,7 +207,7 @@ class Job:
             experts=experts,
             budget=budget,
             changes=({"adaptive_split": True} if budget is not None else {}) | dict(changes or {}),
-            calibration=absolute(calibration),
+            calibration=absolute_text(calibration),
             **others,
         )
         return cls(

@@ -17,6 +17,7 @@ from ..errors import RequestError
 from ..plan import Plan, plan
 from ..recover import Recovery, recover, resume_recovery
 from ..settings import Options, absolute
+from ..texts import absolute_text
 from ..tuning import SCHEDULES, Tuning
 from .common import (
     Active,
@@ -204,7 +205,7 @@ def _given(
         and source.name != "DEFAULT"
     }
     if "calibration" in given:
-        given["calibration"] = absolute(str(given["calibration"]))
+        given["calibration"] = absolute_text(str(given["calibration"]))
     return given | ({} if out is None else {"model": absolute(model)})
 
 
