@@ -1,0 +1,135 @@
+"""Faults reported from the field: each is one clear line now, or works."""
+
+import json
+import shutil
+
+import pytest
+from hub import TOKEN
+from refusal import refused
+from safetensors.torch import load_file, save_file
+from test_bad_input import run
+from transformers import AutoTokenizer
+from transformers.utils import logging
+from typer.testing import CliRunner
+
+from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
+from cmoe_hf.conversion.vetting import check_private
+
+
+def cli(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("user", ["llama", "model", "hub", "max"])
+def test_a_login_that_is_an_ordinary_word_does_not_block(hub, carved, tmp_path, monkeypatch, user):
+    hub.reset()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("LOGNAME", user)
+    folder = shutil.copytree(carved, tmp_path / "mine")
+    (folder / "NOTES.md").write_text(f"The {user} of https://x.org/{user}/a, in lib/{user}/a.py.")
+    stated = ("--license", "mit", "--base-model", "org/dense")
+    result = cli("publish", folder, "org/carved", *stated, "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["dry_run"]
+
+
+@pytest.mark.parametrize("user", ["llama", "janedoe"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "cache: /data/{}/models",
+        "cache: /mnt2/work/{}",
+        "see ~{}/notes",
+        r"D:\\Users\\{}\\x",
+        r"under \Users\{}",
+        "file:///srv/{}/x",
+        "mail {}@example.org",
+        '"user": "{}"',
+        "author: {}",
+        "user_name = '{}'",
+    ],
+)
+def test_a_login_is_found_where_it_means_the_user(carved, tmp_path, monkeypatch, user, line):
+    monkeypatch.setenv("LOGNAME", user)
+    folder = shutil.copytree(carved, tmp_path / "mine")
+    (folder / "NOTES.md").write_text(line.format(user))
+    with pytest.raises(ValueError, match=r"NOTES.md tells (your user name|a local path) in line 1"):
+        check_private(folder, ["NOTES.md"], "", known=set())
+
+
+@pytest.mark.parametrize("value", ["1e-3", "1E-3", "1.0e-3", "0.001"])
+def test_numbers_are_written_as_in_python(dense, tmp_path, value):
+    result = run(dense, tmp_path / "out", "--change", f"refit_ridge={value}")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert report["recipe"]["refit_ridge"] == 0.001
+
+
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [
+        ("refit_ridge=little", "refit_ridge is 'little'; it must be of type float"),
+        ("refit_ridge=nan", "refit_ridge is nan; it must be finite"),
+        ("router_ridge=.inf", "router_ridge is inf; it must be finite"),
+        ("refit_ridge=", "refit_ridge is None; it must be of type float"),
+        ("max_iterations=8.0", "max_iterations is 8.0; it must be of type int"),
+        ("pinned=true", "pinned is True; it must be of type int"),
+        ("refit=1", "refit is 1; it must be of type bool"),
+        ("router=[linear]", "router is ['linear']; it must be of type str"),
+        ("router=[", "--change router=[ has no value that can be read"),
+    ],
+)
+def test_a_change_of_another_type_is_refused(dense, no_leftovers, change, phrase):
+    refused(run(dense, no_leftovers, "--change", change), 2, phrase)
+
+
+@pytest.fixture
+def quiet():
+    """Without the progress bars that `main` turns off where nobody sees them."""
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+def shrink(folder, edit_config, vocabulary):
+    """Cut the last tokens off a model, not off its tokenizer."""
+    edit_config(folder, vocab_size=vocabulary)
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:vocabulary].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def beyond(carved, tmp_path):
+    """A carved model whose tokenizer has a token more than its embedding."""
+    folder = shutil.copytree(carved, tmp_path / "beyond")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["function"])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("evaluate", ["--text", HELD_OUT]),
+        ("report", ["--text", HELD_OUT]),
+        ("benchmark", ["--text", HELD_OUT, "--rounds", 1]),
+        ("recover", ["OUT", "--training", CALIBRATION, "--text", HELD_OUT, "--samples", 4]),
+        ("export", ["OUT", "--refit-router", CALIBRATION]),
+    ],
+)
+def test_a_token_beyond_the_embedding_is_refused(beyond, quiet, tmp_path, command, options):
+    out = tmp_path / "out"
+    result = cli(command, beyond, *(out if option == "OUT" else option for option in options))
+    refused(result, 2, "the tokenizer gives token 1024, but the model's vocabulary has 1024")
+    assert not list(tmp_path.glob("out*")) and not (beyond / "report").exists()
+
+
+def test_a_token_beyond_the_embedding_of_the_baseline(dense, dense_copy, edit_config, quiet):
+    """The model knows all tokens; the dense one beside it is too small for some."""
+    shrink(dense_copy, edit_config, 1000)
+    result = cli("evaluate", dense, "--baseline", dense_copy, "--text", HELD_OUT)
+    refused(result, 2, "but the model's vocabulary has 1000")
