@@ -12,9 +12,12 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from transformers import PreTrainedTokenizerBase
 
-from .errors import RequestError
+from .errors import CMoEError, RequestError
+from .partial import PartialFolder
 from .texts import BLOCK, Text
 
 WHOLE_CHARACTERS = 12_000_000
@@ -24,6 +27,7 @@ PIECE_CHARACTERS = 1_000_000
 """A longer one is tokenised in pieces of so many."""
 CHARACTERS_PER_TOKEN = 8
 """More than there are on average, so that a prefix of a text has enough tokens."""
+WINDOWS = "windows.safetensors"
 logger = logging.getLogger(__name__)
 
 
@@ -173,3 +177,24 @@ def consecutive_windows(ids: torch.Tensor, *, length: int) -> torch.Tensor:
             "text or a lower --sequence-length."
         )
     return ids[: count * length].view(count, length)
+
+
+def keep_windows(work: PartialFolder, **windows: torch.Tensor) -> None:
+    """Write the windows that unfinished work began with, so that no text is read again."""
+    kept = {name: window_WL.contiguous() for name, window_WL in windows.items()}
+    work.replace(work.private / WINDOWS, lambda new: save_file(kept, new))
+
+
+def kept_windows(work: PartialFolder) -> dict[str, torch.Tensor] | None:
+    """What `keep_windows` wrote; None if the process died before. Raises `CMoEError` if it is
+    damaged."""
+    path = work.private / WINDOWS
+    if not path.is_file():
+        return None
+    try:
+        return load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise CMoEError(
+            f"{WINDOWS} of the unfinished {work.noun} is damaged: it cannot be resumed. Start "
+            "again with --overwrite."
+        ) from error

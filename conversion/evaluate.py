@@ -5,6 +5,7 @@ Shape suffixes: B windows of a batch, W windows, L tokens of one window.
 """
 
 import math
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from .texts import open_text, text_name
 
 ROUTERS = ("own", "oracle", "random")
 BATCH_TOKENS = 4096
+HIGHEST_LOSS = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +205,13 @@ def perplexity(
             "the model yields NaN on this text: its weights are damaged or its precision "
             "overflows. Try --dtype float32."
         )
-    return math.exp(total / (windows * (length - 1)))
+    mean = total / (windows * (length - 1))
+    if mean > HIGHEST_LOSS:
+        raise CMoEError(
+            f"the model's mean loss on this text is {mean:.3g}: no number is as large as its "
+            "perplexity. Its weights are damaged, or it is another model's tokenizer."
+        )
+    return math.exp(mean)
 
 
 def _mean(values: list[float]) -> float:

@@ -99,14 +99,15 @@ def plan(
     return estimate(job, prepared, work)
 
 
-def prepare(job: Job) -> Prepared:
-    """Find and check all that a job needs, cheapest first. Raises `RequestError`."""
+def prepare(job: Job, kept: tuple[torch.Tensor, dict[str, Any]] | None = None) -> Prepared:
+    """Find and check all that a job needs, cheapest first: the text, unless what
+    `calibration_windows` made of it was `kept`. Raises `RequestError`."""
     device = find_device(job.device)
     trusted = job.trust_remote_code
     source = open_source(job.model, revision=job.revision, trust_remote_code=trusted)
     config = carved_config(source.config, source.architecture, job.settings)
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trusted)
-    windows_WL, calibration = calibration_windows(job.settings, source, tokenizer)
+    windows_WL, calibration = kept or calibration_windows(job.settings, source, tokenizer)
     return Prepared(source, config, tokenizer, windows_WL, calibration, device)
 
 

@@ -26,7 +26,13 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from cmoe_hf import CMoEConfig
 
-from .calibration import consecutive_windows, random_windows, read_tokens
+from .calibration import (
+    consecutive_windows,
+    keep_windows,
+    kept_windows,
+    random_windows,
+    read_tokens,
+)
 from .card import recovered_card
 from .checkpoint import LEGAL_FILES, fetch_model, find_model, load_tokenizer
 from .device import check_dtype, find_device, versions
@@ -161,7 +167,10 @@ def recover(
         work.check(ready.folder)
         check_disk(ready.folder, work)
     settings = {"request": asdict(request), "tuning": asdict(tuning), **fingerprint(ready)}
+    settings["text_tokens"] = ready.text_tokens
     with opened(output, settings, overwrite=overwrite) as work:
+        if accelerate.PartialState().is_main_process:
+            keep_windows(work, training=ready.training_WL, test=ready.test_WL)
         return run(request, tuning, ready, work)
 
 
@@ -169,18 +178,28 @@ def resume_recovery(output: str | Path) -> Recovery:
     """Go on with the unfinished recovery into `output` from its last checkpoint.
 
     Raises:
-        RequestError: There is none, or the model, the texts or a version have changed.
+        RequestError: There is none, or the model or a version have changed.
         CMoEError: The work failed again.
     """
     with opened(output, None, overwrite=False) as work:
         request, tuning = Request(**work.settings["request"]), Tuning(**work.settings["tuning"])
-        ready = prepare(request, tuning)
+        windows = kept_windows(work)
+        ready = prepare(
+            request,
+            tuning,
+            windows and (work.settings["text_tokens"], windows["training"], windows["test"]),
+        )
         work.check_unchanged(fingerprint(ready))
         return run(request, tuning, ready, work)
 
 
-def prepare(request: Request, tuning: Tuning) -> Ready:
-    """Check all that can be checked without the weights. Raises `RequestError`."""
+Texts = tuple[int, torch.Tensor, torch.Tensor]
+"""Tokens of the training text, the windows to train on, and those to measure on."""
+
+
+def prepare(request: Request, tuning: Tuning, kept: Texts | None = None) -> Ready:
+    """Check all that can be checked without the weights, and read the texts unless they were
+    `kept`. Raises `RequestError`."""
     check_peft()
     check_sharding()
     check_dtype(request.dtype)
@@ -211,13 +230,24 @@ def prepare(request: Request, tuning: Tuning) -> Ready:
         if other.get_vocab() != tokenizer.get_vocab():
             raise RequestError(f"{dense} has another vocabulary than {request.model}.")
     length = tuning.sequence_length or min(2048, config.max_position_embeddings)
+    texts = kept or read_texts(request, tuning, tokenizer, vocabulary, length)
+    return Ready(folder, device, tokenizer, *texts)
+
+
+def read_texts(
+    request: Request,
+    tuning: Tuning,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    length: int,
+) -> Texts:
+    """The windows of a request. Raises `RequestError` if its texts do not have them."""
     texts = (open_text(request.training, part="train"), open_text(request.text, part="test"))
     ids, test_ids = (read_tokens(text, tokenizer, vocabulary).ids for text in texts)
     training_WL = random_windows(
         ids, samples=tuning.samples, length=length, seed=tuning.seed, least=LEAST_TEXT
     )
-    test_WL = consecutive_windows(test_ids, length=length)
-    return Ready(folder, device, tokenizer, len(ids), training_WL, test_WL)
+    return len(ids), training_WL, consecutive_windows(test_ids, length=length)
 
 
 def on_cpus() -> bool:
@@ -419,7 +449,9 @@ def summary(tuning: Tuning, ready: Ready, work: RecoveryFolder) -> Recovery:
             "control_after": dense[1],
             "gap_before": math.log(before["perplexity"] / dense[0]),
             "gap_after": math.log(after["perplexity"] / dense[1]),
-            "closed": math.log(before["perplexity"] / after["perplexity"]) / distance,
+            "closed": math.log(before["perplexity"] / after["perplexity"]) / distance
+            if distance
+            else None,
         }
     return Recovery(
         output=str(work.output),

@@ -26,6 +26,7 @@ from .evaluate import load_model
 from .figures import FILES, check_drawing, draw_figures
 from .observe import Observation, observe, observe_sample, token_texts
 from .routing import check_flat, sparse_blocks
+from .strict import to_json
 from .texts import Text, open_text
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
@@ -280,7 +281,7 @@ def write(data: dict[str, Any], folder: Path) -> list[str]:
 
 def page(data: dict[str, Any]) -> str:
     """The template with the data in it."""
-    content = json.dumps(shortened(data), allow_nan=False, separators=(",", ":"))
+    content = to_json(shortened(data), separators=(",", ":"))
     # A browser ends the script at `</script` and hides it behind `<!--`, even in a string.
     content = content.replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace(PLACEHOLDER, content)

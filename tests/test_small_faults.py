@@ -1,9 +1,11 @@
 """Faults reported from the field: each is one clear line now, or works."""
 
 import json
+import math
 import shutil
 
 import pytest
+import torch
 from hub import TOKEN
 from refusal import refused
 from safetensors.torch import load_file, save_file
@@ -12,9 +14,13 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 from typer.testing import CliRunner
 
+from cmoe_hf.conversion import CMoEError, Tuning, recover
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
+from cmoe_hf.conversion.partial import as_json
+from cmoe_hf.conversion.recover import RecoveryFolder
 from cmoe_hf.conversion.vetting import check_private
+from cmoe_hf.conversion.work import WorkFolder
 
 
 def cli(*arguments):
@@ -133,3 +139,103 @@ def test_a_token_beyond_the_embedding_of_the_baseline(dense, dense_copy, edit_co
     shrink(dense_copy, edit_config, 1000)
     result = cli("evaluate", dense, "--baseline", dense_copy, "--text", HELD_OUT)
     refused(result, 2, "but the model's vocabulary has 1000")
+
+
+@pytest.fixture
+def stopped(dense, tmp_path, monkeypatch):
+    """A conversion that stopped after its first layer, and whose text is gone since."""
+
+    def stop(self, index, *others):
+        if index == 1:
+            raise KeyboardInterrupt
+        return write(self, index, *others)
+
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"body": CALIBRATION.read_text()}))
+    write = WorkFolder.write_layer
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "write_layer", stop)
+        result = run(dense, tmp_path / "out", "--calibration", f"{text}:body")
+    assert result.exit_code == 1 and "--resume" in result.stderr
+    text.unlink()
+    return tmp_path / "out"
+
+
+def test_resume_needs_no_text(stopped, carved, tensors):
+    result = cli("convert", stopped, "--resume")
+    assert result.exit_code == 0, result.stderr
+    whole, resumed = tensors(carved), tensors(stopped)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    calibration = json.loads((stopped / "conversion.json").read_text())["calibration"]
+    assert calibration["source"] == "text.jsonl:body" and calibration["samples"] == 4
+    assert str(stopped.parent) not in (stopped / "conversion.json").read_text()
+
+
+def test_damaged_windows_are_not_resumed(stopped):
+    windows = stopped.with_name("out.partial") / "work" / "windows.safetensors"
+    content = windows.read_bytes()
+    windows.write_bytes(content[:-8])
+    refused(cli("convert", stopped, "--resume"), 1, "windows.safetensors", "--overwrite")
+    windows.write_bytes(content[:-8] + bytes(8))
+    refused(cli("convert", stopped, "--resume"), 2, "calibration text has changed")
+
+
+def test_a_recovery_is_resumed_without_its_texts(carved, tmp_path, monkeypatch):
+    texts = {"training": tmp_path / "training.txt", "text": tmp_path / "text.txt"}
+    texts["training"].write_text(CALIBRATION.read_text())
+    texts["text"].write_text(HELD_OUT.read_text()[:4_000])
+    tuning = Tuning(samples=4, sequence_length=64, batch_size=2)
+    write = RecoveryFolder.write_text
+
+    def stop(self, name, text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RecoveryFolder, "write_text", stop)
+    with pytest.raises(KeyboardInterrupt):
+        recover(carved, tmp_path / "out", **texts, tuning=tuning)
+    monkeypatch.setattr(RecoveryFolder, "write_text", write)
+    for path in texts.values():
+        path.unlink()
+    result = cli("recover", tmp_path / "out", "--resume", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads((tmp_path / "out" / "recovery.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(carved)
+    ids = tokenizer(CALIBRATION.read_text(), verbose=False)["input_ids"]
+    assert report["training_text_tokens"] == len(ids)
+    assert report["training"] == "training.txt" and report["sequence_length"] == 64
+
+
+@pytest.fixture
+def overflowing(carved, tmp_path):
+    """Make a carved model's final norm so large that its logits overflow, or nearly."""
+
+    def make(scale):
+        folder = shutil.copytree(carved, tmp_path / f"overflowing-{scale}")
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        shard = folder / index["weight_map"]["model.norm.weight"]
+        tensors = load_file(shard)
+        tensors["model.norm.weight"].fill_(scale)
+        save_file(tensors, shard, metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+def test_what_is_not_finite_is_named_instead_of_printed(overflowing, tmp_path, quiet):
+    result = cli("export", overflowing(3e38), tmp_path / "native", "--json")
+    assert result.exit_code == 1 and result.stdout == ""
+    [line] = [line for line in result.stderr.splitlines() if "error" in line]
+    assert "error: max_abs_logit_difference is nan, not a finite number" in line
+    assert "Traceback" not in result.stderr and isinstance(result.exception, SystemExit)
+
+
+def test_a_perplexity_that_no_number_holds(overflowing, quiet):
+    result = cli("evaluate", overflowing(1e30), "--text", HELD_OUT, "--json")
+    refused(result, 1, "mean loss on this text is", "perplexity")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_file_gets_what_json_does_not_know(value):
+    with pytest.raises(CMoEError, match=rf"layers\.1\.error is {value}, not a finite number"):
+        as_json({"seconds": 1.0, "layers": [{"error": 0.5}, {"error": value}]})
