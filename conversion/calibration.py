@@ -21,8 +21,8 @@ from .partial import PartialFolder
 from .texts import BLOCK, Text
 
 WHOLE_CHARACTERS = 12_000_000
-"""Up to so many, a text is tokenised as one string: it takes some 200 bytes for each. All of
-WikiText-2 has fewer, and most texts that are a file do."""
+"""A text of fewer is tokenised as one string, at some 200 bytes of memory for each. All of
+WikiText-2 has fewer, and so have most files."""
 PIECE_CHARACTERS = 1_000_000
 """A longer one is tokenised in pieces of so many."""
 CHARACTERS_PER_TOKEN = 8
@@ -53,7 +53,7 @@ def read_tokens(
     most_characters: int = sys.maxsize,
     least_tokens: int | None = None,
 ) -> Tokens:
-    """Tokenise a text: as one string, or in pieces if it is longer than `WHOLE_CHARACTERS`.
+    """Tokenise a text: as one string, or in pieces if it has `WHOLE_CHARACTERS` or more.
 
     Args:
         text: What to read.
@@ -80,7 +80,7 @@ def read_tokens(
         )
     elif least_tokens is None and len(pieces) > 1:
         logger.warning(
-            "%s has more than %s characters: it is tokenised in pieces, cut at line ends.",
+            "%s has %s characters or more: it is tokenised in pieces, cut at line ends.",
             *(text.name, f"{WHOLE_CHARACTERS:,}"),
         )
     return Tokens(ids, prefix.characters, prefix.is_whole, prefix.sha256.hexdigest())
@@ -110,7 +110,7 @@ class Prefix:
 
 
 def cut(chunks: Iterator[str], whole: int) -> Iterator[str]:
-    """A text as one string if it has at most `whole` characters, else as pieces of
+    """A text as one string if it has fewer than `whole` characters, else as pieces of at most
     `PIECE_CHARACTERS`, cut behind the last line end in each, or before its last space."""
     text, limit = "", whole
     parts: list[str] = []
@@ -118,7 +118,7 @@ def cut(chunks: Iterator[str], whole: int) -> Iterator[str]:
     for chunk in chunks:
         parts.append(chunk)
         size += len(chunk)
-        if size <= limit:
+        if size < limit:
             continue
         text = "".join(parts)
         while len(text) > PIECE_CHARACTERS:

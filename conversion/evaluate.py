@@ -37,6 +37,8 @@ class Evaluation:
     tokens: int
     """Predicted tokens, L - 1 of every window."""
     sequence_length: int
+    windows: int | None
+    """Only so many, from the beginning of the text; None for all of it."""
     baseline_perplexity: float | None
     """Of the dense model on the same windows, None without `baseline`."""
     router: str
@@ -54,6 +56,7 @@ def evaluate(
     baseline: str | Path | None = None,
     text: str | Path = "wikitext2",
     sequence_length: int | None = None,
+    windows: int | None = None,
     router: str = "own",
     seed: int = 0,
     card: bool = False,
@@ -63,15 +66,17 @@ def evaluate(
 ) -> Evaluation:
     """Measure the perplexity of a model, and of its dense baseline in the same run.
 
-    The text is tokenised once with the model's tokenizer and cut into consecutive windows; the
-    last partial one is dropped. Perplexity is exp of the mean negative log-likelihood over the
-    L - 1 predicted tokens of every window.
+    The text is tokenised once with the model's tokenizer, in pieces if it has
+    `calibration.WHOLE_CHARACTERS` or more, and cut into consecutive windows; the last partial one
+    is dropped. Perplexity is exp of the mean negative log-likelihood over the L - 1 predicted
+    tokens of every window.
 
     Args:
         model: Folder or Hub id of a carved or dense model.
         baseline: Folder or Hub id of the dense model; it must share the tokenizer.
         text: Text file, `wikitext2`, `c4` or a Hub data set (their test parts).
         sequence_length: Window length in tokens, default 2,048 or the model's context.
+        windows: Only the first ones, for a quick look: no more of the text is read than they take.
         router: `"own"`, or replace it in `model`: `"oracle"` runs the experts of largest
             sum |h| (a bound, not a usable router), `"random"` any.
         seed: Seed of the random router.
@@ -87,6 +92,8 @@ def evaluate(
     """
     if router not in ROUTERS:
         raise RequestError(f"there is no router {router!r}; choose one of {', '.join(ROUTERS)}.")
+    if windows is not None and windows < 1:
+        raise RequestError(f"--windows is {windows}; it must be at least 1.")
     check_dtype(dtype)
     where = find_device(device)
     folder = check_card(model) if card else None
@@ -97,8 +104,9 @@ def evaluate(
     length = sequence_length or min(2048, carved.config.max_position_embeddings)
     if length < 2:
         raise RequestError(f"--sequence-length is {length}: a window needs at least 2 tokens.")
-    read = read_tokens(opened, tokenizer, carved.config.vocab_size)
-    windows_WL = consecutive_windows(read.ids, length=length)
+    least = None if windows is None else windows * length
+    read = read_tokens(opened, tokenizer, carved.config.vocab_size, least_tokens=least)
+    windows_WL = consecutive_windows(read.ids, length=length)[:windows]
 
     carved_perplexity, own, chance = measure_routing(carved, windows_WL, router, seed)
     baseline_perplexity = None
@@ -116,6 +124,7 @@ def evaluate(
         perplexity=carved_perplexity,
         tokens=windows_WL.shape[0] * (length - 1),
         sequence_length=length,
+        windows=windows,
         baseline_perplexity=baseline_perplexity,
         router=router,
         router_oracle_agreement=own,
@@ -136,6 +145,7 @@ def perplexity_record(result: Evaluation, text: str | Path) -> dict[str, Any]:
         "baseline_value": result.baseline_perplexity,
         "tokens": result.tokens,
         "sequence_length": result.sequence_length,
+        "windows": result.windows,
         "router_oracle_agreement": result.router_oracle_agreement,
         "router_chance_agreement": result.router_chance_agreement,
     }

@@ -218,7 +218,8 @@ def calibration_windows(
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """The calibration windows (W, L) and a record of the text that names no path.
 
-    Of a text longer than `WHOLE_CHARACTERS` they are drawn from a prefix: the record says so.
+    Of a text of more than `WHOLE_CHARACTERS`, or of what makes enough tokens, they are drawn from a
+    prefix: the record says so.
     """
     context = source.config.max_position_embeddings
     length = settings.sequence_length or min(2048, context)

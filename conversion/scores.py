@@ -25,6 +25,7 @@ CONDITIONS = {
     "few_shot": "{}-shot",
     "limit": "first {} documents only",
     "sequence_length": "windows of {} tokens",
+    "windows": "first {} windows only",
 }
 """Fields of a record that the card tells beside the task, and how."""
 

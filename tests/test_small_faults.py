@@ -1,7 +1,9 @@
 """Faults reported from the field: each is one clear line now, or works."""
 
+import errno
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 
 from cmoe_hf.conversion import CMoEError, Tuning, recover
 from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.decoder import Storage
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
 from cmoe_hf.conversion.partial import as_json
 from cmoe_hf.conversion.recover import RecoveryFolder
@@ -239,3 +242,32 @@ def test_a_perplexity_that_no_number_holds(overflowing, quiet):
 def test_no_file_gets_what_json_does_not_know(value):
     with pytest.raises(CMoEError, match=rf"layers\.1\.error is {value}, not a finite number"):
         as_json({"seconds": 1.0, "layers": [{"error": 0.5}, {"error": value}]})
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF])
+def test_activations_on_a_disk_that_reserves_no_room(
+    dense, carved, tensors, tmp_path, monkeypatch, number
+):
+    """What such a file system answers; there is none here."""
+
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    result = run(dense, tmp_path / "out", "--activations", "disk")
+    assert result.exit_code == 0, result.stderr
+    whole, stored = tensors(carved), tensors(tmp_path / "out")
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in whole.items())
+    room = shutil.disk_usage(tmp_path).free // 4
+    with pytest.raises(CMoEError, match=r"cannot keep activations in .*: No space left on device"):
+        Storage(torch.device("cpu"), tmp_path).empty("large", room + (1 << 28))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_fails_is_one_line(dense, no_leftovers, monkeypatch, number):
+    def fail(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    result = run(dense, no_leftovers, "--activations", "disk")
+    refused(result, 1, "cannot keep activations in", os.strerror(number))

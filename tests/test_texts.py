@@ -2,17 +2,33 @@
 
 import datetime
 import gzip
+import hashlib
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pandas
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from refusal import refused
 from test_bad_input import run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
-from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion import evaluate
+from cmoe_hf.conversion.calibration import (
+    PIECE_CHARACTERS,
+    cut,
+    tokenize,
+)
+from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
+from cmoe_hf.conversion.evaluate import perplexity
 from cmoe_hf.conversion.texts import documents, hub_rows
 
 SHAPE = {"shared": 2, "active": 2, "experts": 8, "samples": 4, "sequence_length": 64}
@@ -181,3 +197,125 @@ def test_local_rows_need_neither_a_home_nor_a_cache(dense, tmp_path, prose):
     )
     assert done.returncode == 0, done.stderr
     assert calibration_of(tmp_path / "out")["sha256"] == prose
+
+
+def sized(path, characters):
+    """A text of at least so many characters, of different paragraphs."""
+    with path.open("w", encoding="utf-8") as file:
+        written = number = 0
+        while written < characters:
+            written += file.write(f"Part {number}.\n\n{CALIBRATION.read_text(encoding='utf-8')}\n")
+            number += 1
+    return path
+
+
+COUNTING = """
+import json, resource, sys
+from transformers import PreTrainedTokenizerFast as Tokenizer
+from cmoe_hf.conversion import calibration, cli, plan
+call, given = Tokenizer.__call__, []
+def count(self, text, *arguments, **options):
+    given.append(len(text))
+    return call(self, text, *arguments, **options)
+Tokenizer.__call__ = count
+for module in (calibration, sys.modules["cmoe_hf.conversion.plan"]):
+    module.WHOLE_CHARACTERS = 3_000_000  # as the real number, but in seconds
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    cli.main()
+finally:
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps([given, (after - before) * 1024]), file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_of_a_large_text_only_a_prefix_is_calibrated_on(dense, tmp_path):
+    text = sized(tmp_path / "large.txt", 60_000_000)
+    options = {name.replace("_", "-"): value for name, value in SHAPE.items()}
+    parts = [part for name, value in options.items() for part in (f"--{name}", value)]
+    command = [sys.executable, "-c", COUNTING, "convert", dense, tmp_path / "out", *parts]
+    done = subprocess.run(
+        [*map(str, command), "--calibration", str(text)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    given, grown = json.loads(done.stderr.strip().splitlines()[-1])
+    assert sum(given) == 3_000_000 and max(given) <= PIECE_CHARACTERS
+    assert grown < 1e9  # as one string, this text would take ten
+    assert "only the first 3,000,000 characters of large.txt are read" in done.stderr
+    calibration = calibration_of(tmp_path / "out")
+    prefix = text.read_text(encoding="utf-8")[:3_000_000]
+    assert calibration["sha256"] == hashlib.sha256(prefix.encode()).hexdigest()
+    assert calibration["text_characters"] == 3_000_000
+    assert not calibration["text_is_whole"]
+
+
+def test_of_a_quick_look_no_more_is_read_than_it_takes(dense, tmp_path):
+    text = sized(tmp_path / "large.txt", 4_000_000)
+    with text.open("ab") as file:
+        file.write(b"\xff")  # whoever reads so far is refused
+    command = ["evaluate", dense, "--text", text, "--sequence-length", 64, "--json"]
+    result = CliRunner().invoke(app, list(map(str, command)))
+    assert result.exit_code == 2 and "large.txt is not UTF-8 text" in result.stderr
+    result = CliRunner().invoke(app, [*map(str, command), "--windows", "5"])
+    assert result.exit_code == 0, result.stderr
+    few = json.loads(result.stdout)
+    assert few["tokens"] == 5 * 63 and few["windows"] == 5
+    ids = tokenize(AutoTokenizer.from_pretrained(dense), text.read_bytes()[:20_000].decode())
+    windows_WL = ids[: 5 * 64].view(5, 64)
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    assert few["perplexity"] == pytest.approx(perplexity(model, windows_WL), rel=1e-5)
+
+
+def pieces_of(text, whole, size):
+    """By `cut`, however the text arrives."""
+    ways = [[text], list(text), [text[i : i + 7] for i in range(0, len(text), 7)]]
+    with patch("cmoe_hf.conversion.calibration.PIECE_CHARACTERS", size):
+        [pieces] = {tuple(cut(iter(chunks), whole)) for chunks in ways}
+    return pieces
+
+
+@given(st.text("ab \n", max_size=80), st.integers(5, 20), st.integers(5, 40))
+def test_pieces_are_the_text_whatever_the_chunks(text, size, whole):
+    pieces = pieces_of(text, whole, size)
+    assert "".join(pieces) == text
+    if len(text) < whole:
+        assert len(pieces) <= 1
+    else:
+        assert all(0 < len(piece) <= size for piece in pieces)
+        for piece, after in itertools.pairwise(pieces):
+            if "\n" in piece:
+                assert piece.endswith("\n")
+            elif " " in piece[1:]:
+                assert after.startswith(" ")
+
+
+def test_a_long_text_measures_in_pieces_and_says_so(dense, tmp_path, monkeypatch, caplog):
+    text = tmp_path / "text.txt"
+    text.write_text(HELD_OUT.read_text(encoding="utf-8")[:20_000])
+    whole = evaluate(dense, text=text, sequence_length=64)
+    assert not [it for it in caplog.records if "pieces" in it.getMessage()]
+    monkeypatch.setattr("cmoe_hf.conversion.calibration.WHOLE_CHARACTERS", 10_000)
+    monkeypatch.setattr("cmoe_hf.conversion.calibration.PIECE_CHARACTERS", 3_000)
+    pieces = evaluate(dense, text=text, sequence_length=64)
+    assert "text.txt has 10,000 characters or more: it is tokenised in pieces" in caplog.text
+    assert pieces.perplexity == pytest.approx(whole.perplexity, rel=0.02)
+    assert abs(pieces.tokens - whole.tokens) <= 63
+
+
+def test_the_first_windows_are_told_in_the_card(carved, tmp_path):
+    folder = shutil.copytree(carved, tmp_path / "mine")
+    command = ["evaluate", folder, "--text", HELD_OUT, "--sequence-length", 64, "--windows", 3]
+    result = CliRunner().invoke(app, [*map(str, command), "--card", "--json"])
+    assert result.exit_code == 0, result.stderr
+    [record] = json.loads((folder / "evaluation.json").read_text())["results"]
+    assert record["windows"] == 3 and record["tokens"] == 3 * 63
+    assert "first 3 windows only" in (folder / "README.md").read_text()
+    command[-1] = 0
+    refused(CliRunner().invoke(app, list(map(str, command))), 2, "--windows is 0")
+    command = ["evaluate", folder, "--tasks", "piqa", "--windows", 3]
+    refused(CliRunner().invoke(app, list(map(str, command))), 2, "--windows is for perplexity")
