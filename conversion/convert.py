@@ -108,9 +108,10 @@ def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Co
                     f"{name} was {known[name]!r} when this conversion started and cannot become "
                     f"{value!r} now. Leave it out, or start again with --overwrite."
                 )
-        windows = kept_windows(work)
-        record = work.settings["calibration"]
-        prepared = prepare(job, windows and (windows["calibration"], record))
+        kept = None
+        if (windows := kept_windows(work)) is not None:
+            kept = (windows["calibration"], work.settings["calibration"])
+        prepared = prepare(job, kept)
         work.check_unchanged(fingerprint(prepared))
         threads = torch.get_num_threads()
         torch.set_num_threads(work.settings["threads"])  # their number changes the last bits

@@ -66,7 +66,7 @@ class Recipe:
                 raise RequestError(
                     f"the recipe's {choice.name} is {value!r}; it must be of type {kind.__name__}."
                 )
-            if kind is float and not math.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value):
                 raise RequestError(f"the recipe's {choice.name} is {value}; it must be finite.")
         for name, known in _KNOWN_CHOICES.items():
             if getattr(self, name) not in known:

@@ -166,8 +166,8 @@ def recover(
         work = RecoveryFolder(output, overwrite=overwrite)
         work.check(ready.folder)
         check_disk(ready.folder, work)
-    settings = {"request": asdict(request), "tuning": asdict(tuning), **fingerprint(ready)}
-    settings["text_tokens"] = ready.text_tokens
+    asked = {"request": asdict(request), "tuning": asdict(tuning)}
+    settings = {**asked, **fingerprint(ready), "text_tokens": ready.text_tokens}
     with opened(output, settings, overwrite=overwrite) as work:
         if accelerate.PartialState().is_main_process:
             keep_windows(work, training=ready.training_WL, test=ready.test_WL)
@@ -183,12 +183,10 @@ def resume_recovery(output: str | Path) -> Recovery:
     """
     with opened(output, None, overwrite=False) as work:
         request, tuning = Request(**work.settings["request"]), Tuning(**work.settings["tuning"])
-        windows = kept_windows(work)
-        ready = prepare(
-            request,
-            tuning,
-            windows and (work.settings["text_tokens"], windows["training"], windows["test"]),
-        )
+        kept = None
+        if (windows := kept_windows(work)) is not None:
+            kept = (work.settings["text_tokens"], windows["training"], windows["test"])
+        ready = prepare(request, tuning, kept)
         work.check_unchanged(fingerprint(ready))
         return run(request, tuning, ready, work)
 

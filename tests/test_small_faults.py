@@ -182,6 +182,8 @@ def test_damaged_windows_are_not_resumed(stopped):
     refused(cli("convert", stopped, "--resume"), 1, "windows.safetensors", "--overwrite")
     windows.write_bytes(content[:-8] + bytes(8))
     refused(cli("convert", stopped, "--resume"), 2, "calibration text has changed")
+    windows.unlink()  # as if it had been killed before they were written
+    refused(cli("convert", stopped, "--resume"), 2, "there is no text file")
 
 
 def test_a_recovery_is_resumed_without_its_texts(carved, tmp_path, monkeypatch):
