@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from cmoe_hf.modeling_cmoe import cache_name
 
-from .calibration import load_text, tokenize
+from .calibration import WHOLE_CHARACTERS, read_tokens
 from .checkpoint import find_model
 from .device import DTYPES, check_dtype, device_name, find_device, versions
 from .errors import RequestError
@@ -29,6 +29,7 @@ from .roofline import Work, ffn_work, measure_rates, model_work, synchronize
 from .routing import check_flat, sparse_blocks
 from .settings import Settings
 from .shapes import check_memory, dense_config, random_model, shape_config
+from .texts import open_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,7 @@ def benchmark(
     where = find_device(device)
     if (model is None) == (shape is None):
         raise RequestError("give either a carved MODEL or --shape.")
-    tokenizer = None
+    tokenizer = opened = None
     if shape is not None:
         if baseline is not None or text is not None:
             raise RequestError("--shape has random weights: leave out --baseline and --text.")
@@ -152,6 +153,7 @@ def benchmark(
         if layers is not None:
             raise RequestError("--layers goes with --shape only.")
         check_flat(find_model(model)[0])
+        opened = None if text is None else open_text(text, part="test")
         carved, tokenizer = load_model(model, dtype, where, trust_remote_code)
         if not sparse_blocks(carved):
             raise RequestError(f"{model} is not a carved model: there is nothing to compare.")
@@ -159,8 +161,10 @@ def benchmark(
     if backend is not None:
         choose_backend(carved, backend)
     ids = None
-    if text is not None and tokenizer is not None:
-        ids = tokenize(tokenizer, load_text(text, part="test"))
+    if opened is not None and tokenizer is not None:
+        vocabulary = min(carved.config.vocab_size, dense.config.vocab_size)
+        read = read_tokens(opened, tokenizer, vocabulary, most_characters=WHOLE_CHARACTERS)
+        ids = read.ids
     bench = Bench(dense, carved, ids, rounds=rounds)
     with torch.no_grad():
         points = bench.run(tokens, prefill, batch, context, compiled)

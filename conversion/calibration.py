@@ -1,102 +1,150 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a text source to windows of tokens.
+"""From a text to windows of tokens.
 
 Shape suffixes: W windows, L tokens of one window.
 """
 
-from itertools import islice
-from pathlib import Path
-from typing import Any
+import hashlib
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
 
 import torch
-from datasets import load_dataset
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from transformers import PreTrainedTokenizerBase
 
 from .errors import CMoEError, RequestError
+from .partial import PartialFolder
+from .texts import BLOCK, Text
 
-DATASETS: dict[str, dict[str, dict[str, Any]]] = {
-    "wikitext2": {
-        "train": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
-        "test": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"},
-    },
-    "c4": {
-        "train": {
-            "path": "allenai/c4",
-            "data_files": "en/c4-train.00000-of-01024.json.gz",
-            "split": "train",
-        },
-        "test": {
-            "path": "allenai/c4",
-            "data_files": "en/c4-validation.00000-of-00008.json.gz",
-            "split": "train",
-        },
-    },
-}
-"""Short names; each has a part to calibrate on and a part to measure on."""
-
-TABLE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-MAX_DOCUMENTS = 100_000
-"""Documents read from a Hub data set; they are streamed, so that C4 is not downloaded whole."""
+WHOLE_CHARACTERS = 12_000_000
+"""A text of fewer is tokenised as one string, at some 200 bytes of memory for each. All of
+WikiText-2 has fewer, and so have most files."""
+PIECE_CHARACTERS = 1_000_000
+"""A longer one is tokenised in pieces of so many."""
+CHARACTERS_PER_TOKEN = 8
+"""More than there are on average, so that a prefix of a text has enough tokens."""
+WINDOWS = "windows.safetensors"
+logger = logging.getLogger(__name__)
 
 
-def load_text(source: str | Path, *, part: str = "train") -> str:
-    """The text of a source; documents are joined by a blank line.
+@dataclass(frozen=True)
+class Tokens:
+    """What was read of a text, as a model sees it."""
 
-    `source` is a file (`.jsonl`, `.json` and `.parquet` by their `text` column, anything else as
-    plain UTF-8), `wikitext2`, `c4`, or `dataset[:subset][:split][:column]` of the Hub. `part` is
-    `"train"` or `"test"` and matters for the short names only.
+    ids: torch.Tensor
+    """One row, int64."""
+    characters: int
+    """How many they are made of."""
+    is_whole: bool
+    """Whether the text ends there."""
+    sha256: str
+    """Of the characters."""
 
-    Raises `RequestError` for a source that does not exist or has no text, `CMoEError` for one
-    that cannot be reached.
+
+def read_tokens(
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    *,
+    most_characters: int = sys.maxsize,
+    least_tokens: int | None = None,
+) -> Tokens:
+    """Tokenise a text: as one string, or in pieces if it has `WHOLE_CHARACTERS` or more.
+
+    Args:
+        text: What to read.
+        tokenizer: The model's.
+        vocabulary: Tokens that the model knows.
+        most_characters: Read no further.
+        least_tokens: Go in pieces from the beginning, and stop when there are so many.
+
+    Raises `RequestError` for a text that cannot be read, or a token that the model does not know.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        if path.suffix in TABLE_FORMATS:
-            arguments: dict[str, Any] = {
-                "path": TABLE_FORMATS[path.suffix],
-                "data_files": str(path),
-                "split": "train",
-            }
-            return _join_documents(arguments, None, name=path.name)
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise RequestError(f"{path.name} is not UTF-8 text ({error}).") from error
-    name = str(source)
-    if name in DATASETS:
-        return _join_documents(DATASETS[name][part], "text", name=name)
-    if path.is_absolute() or name.startswith((".", "~")) or path.suffix in (".txt", *TABLE_FORMATS):
-        raise RequestError(f"there is no text file {name}.")
-    dataset, subset, split, column = (*name.split(":"), "", "", "", "")[:4]
-    arguments = {"path": dataset, "name": subset or None, "split": split or part}
-    return _join_documents(arguments, column or None, name=name)
+    prefix = Prefix(text.chunks, most_characters)
+    whole = WHOLE_CHARACTERS if least_tokens is None else PIECE_CHARACTERS
+    pieces: list[torch.Tensor] = []
+    with closing(text.chunks):
+        for piece in cut(iter(prefix), whole):
+            pieces.append(tokenize(tokenizer, piece, begins=not pieces))
+            if least_tokens is not None and sum(map(len, pieces)) >= least_tokens:
+                break
+    ids = torch.cat(pieces)
+    check_vocabulary(ids, vocabulary)
+    if prefix.is_cut:
+        logger.warning(
+            "only the first %s characters of %s are read.", f"{most_characters:,}", text.name
+        )
+    elif least_tokens is None and len(pieces) > 1:
+        logger.warning(
+            "%s has %s characters or more: it is tokenised in pieces, cut at line ends.",
+            *(text.name, f"{WHOLE_CHARACTERS:,}"),
+        )
+    return Tokens(ids, prefix.characters, prefix.is_whole, prefix.sha256.hexdigest())
 
 
-def _join_documents(arguments: dict[str, Any], column: str | None, *, name: str) -> str:
-    """Stream a data set and join its text column."""
-    try:
-        rows = list(islice(load_dataset(**arguments, streaming=True), MAX_DOCUMENTS))
-    except (ConnectionError, TimeoutError) as error:
-        raise CMoEError(
-            f"cannot reach the data set {name}: {error}. Give a local text file instead."
-        ) from error
-    except Exception as error:  # load_dataset has no common base class for its errors
-        raise RequestError(
-            f"cannot read {name} as a data set: {error}. Give a local file (.txt, .jsonl, "
-            ".parquet), wikitext2, c4, or dataset[:subset][:split][:column]."
-        ) from error
-    columns = list(rows[0]) if rows else []
-    column = column or "text"
-    if column not in columns:
-        raise RequestError(f"{name} has no column {column!r}; it has {columns}.")
-    return "\n\n".join(row[column] for row in rows)
+class Prefix:
+    """The beginning of a text, in blocks, and what was read of it so far."""
+
+    def __init__(self, chunks: Iterator[str], most: int) -> None:
+        self.chunks, self.most = chunks, most
+        self.characters = 0
+        self.sha256 = hashlib.sha256()
+        self.is_whole = self.is_cut = False
+
+    def __iter__(self) -> Iterator[str]:
+        for chunk in self.chunks:
+            for start in range(0, len(chunk), BLOCK):
+                block = chunk[start : start + BLOCK]
+                room = self.most - self.characters
+                self.is_cut = len(block) > room
+                self.characters += min(len(block), room)
+                self.sha256.update(block[:room].encode())
+                yield block[:room]
+                if self.is_cut:
+                    return
+        self.is_whole = True
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
-    """The whole text as one row of token ids, int64."""
+def cut(chunks: Iterator[str], whole: int) -> Iterator[str]:
+    """A text as one string if it has fewer than `whole` characters, else as pieces of at most
+    `PIECE_CHARACTERS`, cut behind the last line end in each, or before its last space."""
+    text, limit = "", whole
+    parts: list[str] = []
+    size = 0
+    for chunk in chunks:
+        parts.append(chunk)
+        size += len(chunk)
+        if size < limit:
+            continue
+        text = "".join(parts)
+        while len(text) > PIECE_CHARACTERS:
+            end = text.rfind("\n", 0, PIECE_CHARACTERS) + 1
+            end = end or max(text.rfind(" ", 0, PIECE_CHARACTERS), 0) or PIECE_CHARACTERS
+            yield text[:end]
+            text = text[end:]
+        parts, size, limit = [text], len(text), PIECE_CHARACTERS
+    if size:
+        yield "".join(parts)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, begins: bool = True) -> torch.Tensor:
+    """A string as one row of token ids, int64; with special tokens where a text begins."""
     # verbose=False: a text longer than the model's context is what we want here.
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
-    return ids[0].to(torch.int64)
+    ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=begins)
+    return ids["input_ids"][0].to(torch.int64)
+
+
+def check_vocabulary(ids: torch.Tensor, vocabulary: int) -> None:
+    """Raises `RequestError` if a model of so many tokens does not know one of these."""
+    if len(ids) and ids.max() >= vocabulary:
+        raise RequestError(
+            f"the tokenizer gives token {int(ids.max())}, but the model's vocabulary has "
+            f"{vocabulary}: it is the tokenizer of another model."
+        )
 
 
 def random_windows(
@@ -129,3 +177,24 @@ def consecutive_windows(ids: torch.Tensor, *, length: int) -> torch.Tensor:
             "text or a lower --sequence-length."
         )
     return ids[: count * length].view(count, length)
+
+
+def keep_windows(work: PartialFolder, **windows: torch.Tensor) -> None:
+    """Write the windows that unfinished work began with, so that no text is read again."""
+    kept = {name: window_WL.contiguous() for name, window_WL in windows.items()}
+    work.replace(work.private / WINDOWS, lambda new: save_file(kept, new))
+
+
+def kept_windows(work: PartialFolder) -> dict[str, torch.Tensor] | None:
+    """What `keep_windows` wrote; None if the process died before. Raises `CMoEError` if it is
+    damaged."""
+    path = work.private / WINDOWS
+    if not path.is_file():
+        return None
+    try:
+        return load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise CMoEError(
+            f"{WINDOWS} of the unfinished {work.noun} is damaged: it cannot be resumed. Start "
+            "again with --overwrite."
+        ) from error

@@ -18,6 +18,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 import cmoe_hf
 from cmoe_hf import CMoEHierarchicalConfig
 
+from .calibration import keep_windows, kept_windows
 from .card import model_card
 from .checkpoint import LEGAL_FILES
 from .decoder import Storage, Streams
@@ -80,7 +81,9 @@ def convert(
     if warning := width_warning(prepared.config):
         logger.warning("%s", warning)
     frozen = {"job": job.record(), "threads": torch.get_num_threads(), **fingerprint(prepared)}
+    frozen["calibration"] = prepared.calibration
     with WorkFolder.create(output, frozen, overwrite=overwrite) as work:
+        keep_windows(work, calibration=prepared.windows_WL)
         return carve(job, prepared, work)
 
 
@@ -94,7 +97,7 @@ def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Co
 
     Raises:
         RequestError: There is none, or something that determines the result is no longer the
-            same: an override, the source checkpoint, the calibration text, a version.
+            same: an override, the source checkpoint, a version.
         CMoEError: The work failed again, or what was finished is damaged.
     """
     with WorkFolder.reopen(output) as work:
@@ -106,7 +109,10 @@ def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Co
                     f"{name} was {known[name]!r} when this conversion started and cannot become "
                     f"{value!r} now. Leave it out, or start again with --overwrite."
                 )
-        prepared = prepare(job)
+        kept = None
+        if (windows := kept_windows(work)) is not None:
+            kept = (windows["calibration"], work.settings["calibration"])
+        prepared = prepare(job, kept)
         work.check_unchanged(fingerprint(prepared))
         threads = torch.get_num_threads()
         torch.set_num_threads(work.settings["threads"])  # their number changes the last bits

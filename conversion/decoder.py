@@ -5,8 +5,10 @@ Shape suffixes: W windows, L tokens of one window, T = W * L tokens, H hidden si
 width, G = F, or F + 1 with an output bias, K marked neurons per token.
 """
 
+import errno
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +28,8 @@ from .profile import activation_marks, activations, cosines
 
 BATCH_TOKENS = 2048
 """Tokens that cross a layer at once."""
+CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
+"""How file systems without `fallocate` say so, and C libraries that try to do without it."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,30 @@ class Storage:
             return torch.empty(shape, device=self.device)
         path = self.folder / f"{name}.activations"
         try:
-            with open(path, "wb") as file:
+            with open(path, "w+b") as file:  # to read, too: some C libraries must, to reserve
                 file.truncate(4 * math.prod(shape))
-                if hasattr(os, "posix_fallocate"):  # not on macOS
-                    # Without room behind it, a write to a mapped page would kill the process.
-                    os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+                reserve(file.fileno(), 4 * math.prod(shape), self.folder)
         except OSError as error:
             raise CMoEError(f"cannot keep activations in {path}: {error.strerror}.") from error
         flat = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float32)
         return flat.view(shape)
+
+
+def reserve(descriptor: int, size: int, folder: Path) -> None:
+    """Put room behind a sparse file: without it, a write to a mapped page would kill the process.
+
+    Where the system or the file system cannot reserve any, the room must be free at least. Raises
+    `OSError`.
+    """
+    try:
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(descriptor, 0, size)
+            return
+    except OSError as error:
+        if error.errno not in CANNOT_RESERVE:
+            raise
+    if shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @dataclass

@@ -5,6 +5,7 @@ Shape suffixes: B windows of a batch, W windows, L tokens of one window.
 """
 
 import math
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,17 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from .calibration import consecutive_windows, load_text, tokenize
+from .calibration import check_vocabulary, consecutive_windows, read_tokens
 from .checkpoint import fetch_model, find_model, load_tokenizer
 from .device import check_dtype, find_device
 from .errors import CMoEError, RequestError
 from .routing import replace_router, routing_blocks, watch_router
 from .scores import check_card, write_card
+from .texts import open_text, text_name
 
 ROUTERS = ("own", "oracle", "random")
 BATCH_TOKENS = 4096
+HIGHEST_LOSS = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,8 @@ class Evaluation:
     tokens: int
     """Predicted tokens, L - 1 of every window."""
     sequence_length: int
+    windows: int | None
+    """Only so many, from the beginning of the text; None for all of it."""
     baseline_perplexity: float | None
     """Of the dense model on the same windows, None without `baseline`."""
     router: str
@@ -51,6 +56,7 @@ def evaluate(
     baseline: str | Path | None = None,
     text: str | Path = "wikitext2",
     sequence_length: int | None = None,
+    windows: int | None = None,
     router: str = "own",
     seed: int = 0,
     card: bool = False,
@@ -60,15 +66,17 @@ def evaluate(
 ) -> Evaluation:
     """Measure the perplexity of a model, and of its dense baseline in the same run.
 
-    The text is tokenised once with the model's tokenizer and cut into consecutive windows; the
-    last partial one is dropped. Perplexity is exp of the mean negative log-likelihood over the
-    L - 1 predicted tokens of every window.
+    The text is tokenised once with the model's tokenizer, in pieces if it has
+    `calibration.WHOLE_CHARACTERS` or more, and cut into consecutive windows; the last partial one
+    is dropped. Perplexity is exp of the mean negative log-likelihood over the L - 1 predicted
+    tokens of every window.
 
     Args:
         model: Folder or Hub id of a carved or dense model.
         baseline: Folder or Hub id of the dense model; it must share the tokenizer.
         text: Text file, `wikitext2`, `c4` or a Hub data set (their test parts).
         sequence_length: Window length in tokens, default 2,048 or the model's context.
+        windows: Only the first ones, for a quick look: no more of the text is read than they take.
         router: `"own"`, or replace it in `model`: `"oracle"` runs the experts of largest
             sum |h| (a bound, not a usable router), `"random"` any.
         seed: Seed of the random router.
@@ -84,18 +92,21 @@ def evaluate(
     """
     if router not in ROUTERS:
         raise RequestError(f"there is no router {router!r}; choose one of {', '.join(ROUTERS)}.")
+    if windows is not None and windows < 1:
+        raise RequestError(f"--windows is {windows}; it must be at least 1.")
     check_dtype(dtype)
     where = find_device(device)
     folder = check_card(model) if card else None
     if card and router != "own":
         raise RequestError(f"--card tells what the model itself does, not with router {router!r}.")
+    opened = open_text(text, part="test")
     carved, tokenizer = load_model(model, dtype, where, trust_remote_code)
     length = sequence_length or min(2048, carved.config.max_position_embeddings)
     if length < 2:
         raise RequestError(f"--sequence-length is {length}: a window needs at least 2 tokens.")
-    windows_WL = consecutive_windows(
-        tokenize(tokenizer, load_text(text, part="test")), length=length
-    )
+    least = None if windows is None else windows * length
+    read = read_tokens(opened, tokenizer, carved.config.vocab_size, least_tokens=least)
+    windows_WL = consecutive_windows(read.ids, length=length)[:windows]
 
     carved_perplexity, own, chance = measure_routing(carved, windows_WL, router, seed)
     baseline_perplexity = None
@@ -107,11 +118,13 @@ def evaluate(
                 f"{baseline} has another vocabulary than {model}: their perplexities cannot be "
                 "compared. Give the model that was carved as the baseline."
             )
+        check_vocabulary(windows_WL, dense.config.vocab_size)
         baseline_perplexity = perplexity(dense, windows_WL, description="baseline")
     result = Evaluation(
         perplexity=carved_perplexity,
         tokens=windows_WL.shape[0] * (length - 1),
         sequence_length=length,
+        windows=windows,
         baseline_perplexity=baseline_perplexity,
         router=router,
         router_oracle_agreement=own,
@@ -125,14 +138,14 @@ def evaluate(
 
 def perplexity_record(result: Evaluation, text: str | Path) -> dict[str, Any]:
     """A measured perplexity for `scores.write_card`: a text file by its bare name."""
-    is_file = Path(text).expanduser().is_file()
     return {
-        "task": Path(text).name if is_file else str(text),
+        "task": text_name(text),
         "metric": "perplexity",
         "value": result.perplexity,
         "baseline_value": result.baseline_perplexity,
         "tokens": result.tokens,
         "sequence_length": result.sequence_length,
+        "windows": result.windows,
         "router_oracle_agreement": result.router_oracle_agreement,
         "router_chance_agreement": result.router_chance_agreement,
     }
@@ -202,7 +215,13 @@ def perplexity(
             "the model yields NaN on this text: its weights are damaged or its precision "
             "overflows. Try --dtype float32."
         )
-    return math.exp(total / (windows * (length - 1)))
+    mean = total / (windows * (length - 1))
+    if mean > HIGHEST_LOSS:
+        raise CMoEError(
+            f"the model's mean loss on this text is {mean:.3g}: no number is as large as its "
+            "perplexity. Its weights are damaged, or it is another model's tokenizer."
+        )
+    return math.exp(mean)
 
 
 def _mean(values: list[float]) -> float:

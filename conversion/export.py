@@ -43,7 +43,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from cmoe_hf import CMoEConfig, CMoEHierarchicalConfig
 from cmoe_hf.modeling_cmoe import CMoERouter, attention_types
 
-from .calibration import load_text, random_windows, tokenize
+from .calibration import random_windows, read_tokens
 from .card import native_card
 from .checkpoint import LEGAL_FILES, WEIGHTS_INDEX, fetch_model, find_model, load_tokenizer
 from .errors import RequestError
@@ -51,6 +51,7 @@ from .linearise import linear_routers
 from .partial import PartialFolder
 from .recipe import Recipe
 from .routing import PINNED
+from .texts import open_text
 from .verify import write_fingerprint
 
 ARCHITECTURES = {
@@ -153,7 +154,7 @@ def export(
     work.check(folder)
     routers = None
     if refit_router is not None:
-        ids = tokenize(tokenizer, load_text(refit_router))
+        ids = read_tokens(open_text(refit_router), tokenizer, config.vocab_size).ids
         length = sequence_length or min(2048, config.max_position_embeddings)
         windows_WL = random_windows(ids, samples=samples, length=length, seed=0)
         routers = fitted_routers(folder, windows_WL)

@@ -27,6 +27,7 @@ from cmoe_hf import CMoEConfig
 
 from .errors import CMoEError, RequestError
 from .selection import code_of
+from .strict import to_json
 
 SETTINGS = "settings.json"
 
@@ -249,7 +250,7 @@ def _names(folder: Path) -> list[str]:
 
 def as_json(content: dict[str, Any]) -> str:
     """As it is written to files."""
-    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return to_json(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def sha256_of(path: Path) -> str:

@@ -4,7 +4,6 @@
 Counts are of one layer: T calibration tokens, H hidden size, F dense FFN width.
 """
 
-import hashlib
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from cmoe_hf import CMoEConfig
 
 from .architectures import ARCHITECTURES, Architecture
-from .calibration import load_text, random_windows, tokenize
+from .calibration import CHARACTERS_PER_TOKEN, WHOLE_CHARACTERS, random_windows, read_tokens
 from .checkpoint import Source, load_tokenizer, open_source
 from .decoder import BATCH_TOKENS
 from .device import DTYPES, find_device
@@ -26,6 +25,7 @@ from .partition import CLUSTERING_TOKENS
 from .roofline import best_seconds
 from .selection import code_of
 from .settings import CALIBRATION_TOKENS, Job, Options, Settings
+from .texts import open_text
 from .work import WorkFolder
 
 
@@ -99,14 +99,15 @@ def plan(
     return estimate(job, prepared, work)
 
 
-def prepare(job: Job) -> Prepared:
-    """Find and check all that a job needs, cheapest first. Raises `RequestError`."""
+def prepare(job: Job, kept: tuple[torch.Tensor, dict[str, Any]] | None = None) -> Prepared:
+    """Find and check all that a job needs, cheapest first: the text, unless what
+    `calibration_windows` made of it was `kept`. Raises `RequestError`."""
     device = find_device(job.device)
     trusted = job.trust_remote_code
     source = open_source(job.model, revision=job.revision, trust_remote_code=trusted)
     config = carved_config(source.config, source.architecture, job.settings)
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trusted)
-    windows_WL, calibration = calibration_windows(job.settings, source, tokenizer)
+    windows_WL, calibration = kept or calibration_windows(job.settings, source, tokenizer)
     return Prepared(source, config, tokenizer, windows_WL, calibration, device)
 
 
@@ -215,7 +216,11 @@ def width_warning(config: CMoEConfig) -> str | None:
 def calibration_windows(
     settings: Settings, source: Source, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The calibration windows (W, L) and a record of the text that names no path."""
+    """The calibration windows (W, L) and a record of the text that names no path.
+
+    Of a text of more than `WHOLE_CHARACTERS`, or of what makes enough tokens, they are drawn from a
+    prefix: the record says so.
+    """
     context = source.config.max_position_embeddings
     length = settings.sequence_length or min(2048, context)
     if length > context:
@@ -223,19 +228,16 @@ def calibration_windows(
             f"--sequence-length {length} is longer than the model's context of {context} tokens."
         )
     samples = settings.samples or max(1, CALIBRATION_TOKENS // length)
-    text = load_text(settings.calibration)
-    ids = tokenize(tokenizer, text)
-    windows_WL = random_windows(ids, samples=samples, length=length, seed=settings.seed)
-    if windows_WL.max() >= source.config.vocab_size:
-        raise RequestError(
-            f"the tokenizer gives token {int(windows_WL.max())}, but the model's vocabulary has "
-            f"{source.config.vocab_size}: it is the tokenizer of another model."
-        )
-    name = settings.calibration
+    text = open_text(settings.calibration)
+    most = max(WHOLE_CHARACTERS, CHARACTERS_PER_TOKEN * samples * length)
+    read = read_tokens(text, tokenizer, source.config.vocab_size, most_characters=most)
+    windows_WL = random_windows(read.ids, samples=samples, length=length, seed=settings.seed)
     return windows_WL, {
-        "source": Path(name).name if Path(name).expanduser().is_file() else name,
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "text_tokens": len(ids),
+        "source": text.name,
+        "sha256": read.sha256,
+        "text_tokens": len(read.ids),
+        "text_characters": read.characters,
+        "text_is_whole": read.is_whole,
         "samples": samples,
         "sequence_length": length,
         "tokens": windows_WL.numel(),

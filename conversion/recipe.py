@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of choices: what the paper, its released code and ours do differently."""
 
+import math
 from dataclasses import dataclass, fields
 
 from cmoe_hf.configuration_cmoe import ROUTER_TYPES
@@ -65,6 +66,8 @@ class Recipe:
                 raise RequestError(
                     f"the recipe's {choice.name} is {value!r}; it must be of type {kind.__name__}."
                 )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RequestError(f"the recipe's {choice.name} is {value}; it must be finite.")
         for name, known in _KNOWN_CHOICES.items():
             if getattr(self, name) not in known:
                 raise RequestError(

@@ -26,7 +26,13 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from cmoe_hf import CMoEConfig
 
-from .calibration import consecutive_windows, load_text, random_windows, tokenize
+from .calibration import (
+    consecutive_windows,
+    keep_windows,
+    kept_windows,
+    random_windows,
+    read_tokens,
+)
 from .card import recovered_card
 from .checkpoint import LEGAL_FILES, fetch_model, find_model, load_tokenizer
 from .device import check_dtype, find_device, versions
@@ -35,6 +41,7 @@ from .evaluate import load_model, perplexity
 from .partial import SETTINGS, PartialFolder, as_json, sha256_of
 from .routing import active_routers, count_loads, imbalance, is_biased, without_bias
 from .settings import absolute
+from .texts import absolute_text, find_file, open_text
 from .tuning import Tuning, check_peft, check_sharding, last_checkpoint, tune
 from .verify import write_fingerprint
 
@@ -129,7 +136,7 @@ def recover(
     Args:
         model: Folder or Hub id of a carved model.
         output: Folder to create.
-        training: Text to learn from, see `calibration.load_text` (its training part).
+        training: Text to learn from, see `texts.open_text` (its training part).
         text: Text to measure perplexity on (its test part). Never the training text.
         teacher: Folder or Hub id of a dense model whose next-token distribution is learned
             instead of the text's next tokens.
@@ -146,8 +153,8 @@ def recover(
     """
     request = Request(
         model=absolute(model),
-        training=absolute(training),
-        text=absolute(text),
+        training=absolute_text(training),
+        text=absolute_text(text),
         teacher=None if teacher is None else absolute(teacher),
         control=None if control is None else absolute(control),
         dtype=dtype,
@@ -160,8 +167,11 @@ def recover(
         work = RecoveryFolder(output, overwrite=overwrite)
         work.check(ready.folder)
         check_disk(ready.folder, work)
-    settings = {"request": asdict(request), "tuning": asdict(tuning), **fingerprint(ready)}
+    asked = {"request": asdict(request), "tuning": asdict(tuning)}
+    settings = {**asked, **fingerprint(ready), "text_tokens": ready.text_tokens}
     with opened(output, settings, overwrite=overwrite) as work:
+        if accelerate.PartialState().is_main_process:
+            keep_windows(work, training=ready.training_WL, test=ready.test_WL)
         return run(request, tuning, ready, work)
 
 
@@ -169,18 +179,26 @@ def resume_recovery(output: str | Path) -> Recovery:
     """Go on with the unfinished recovery into `output` from its last checkpoint.
 
     Raises:
-        RequestError: There is none, or the model, the texts or a version have changed.
+        RequestError: There is none, or the model or a version have changed.
         CMoEError: The work failed again.
     """
     with opened(output, None, overwrite=False) as work:
         request, tuning = Request(**work.settings["request"]), Tuning(**work.settings["tuning"])
-        ready = prepare(request, tuning)
+        kept = None
+        if (windows := kept_windows(work)) is not None:
+            kept = (work.settings["text_tokens"], windows["training"], windows["test"])
+        ready = prepare(request, tuning, kept)
         work.check_unchanged(fingerprint(ready))
         return run(request, tuning, ready, work)
 
 
-def prepare(request: Request, tuning: Tuning) -> Ready:
-    """Check all that can be checked without the weights. Raises `RequestError`."""
+Texts = tuple[int, torch.Tensor, torch.Tensor]
+"""Tokens of the training text, the windows to train on, and those to measure on."""
+
+
+def prepare(request: Request, tuning: Tuning, kept: Texts | None = None) -> Ready:
+    """Check all that can be checked without the weights, and read the texts unless they were
+    `kept`. Raises `RequestError`."""
     check_peft()
     check_sharding()
     check_dtype(request.dtype)
@@ -189,7 +207,7 @@ def prepare(request: Request, tuning: Tuning) -> Ready:
     state = accelerate.PartialState(cpu=request.device == "cpu" or on_cpus())
     tuning.split(state.num_processes)
     device = state.device if state.num_processes > 1 else find_device(request.device)
-    if request.training == request.text and Path(request.text).is_file():
+    if request.training == request.text and find_file(request.text) is not None:
         raise RequestError(
             "the text to measure on is the text to train on: its perplexity would say nothing. "
             "Give another --text."
@@ -202,18 +220,33 @@ def prepare(request: Request, tuning: Tuning) -> Ready:
             "first."
         )
     tokenizer = load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
+    vocabulary = config.vocab_size
     for dense in filter(None, {request.teacher, request.control}):
-        other = load_tokenizer(model_folder(dense), trust_remote_code=request.trust_remote_code)
+        where, trusted = model_folder(dense), request.trust_remote_code
+        known = AutoConfig.from_pretrained(where, trust_remote_code=trusted).vocab_size
+        vocabulary = min(vocabulary, known)
+        other = load_tokenizer(where, trust_remote_code=trusted)
         if other.get_vocab() != tokenizer.get_vocab():
             raise RequestError(f"{dense} has another vocabulary than {request.model}.")
     length = tuning.sequence_length or min(2048, config.max_position_embeddings)
-    ids = tokenize(tokenizer, load_text(request.training, part="train"))
+    texts = kept or read_texts(request, tuning, tokenizer, vocabulary, length)
+    return Ready(folder, device, tokenizer, *texts)
+
+
+def read_texts(
+    request: Request,
+    tuning: Tuning,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    length: int,
+) -> Texts:
+    """The windows of a request. Raises `RequestError` if its texts do not have them."""
+    texts = (open_text(request.training, part="train"), open_text(request.text, part="test"))
+    ids, test_ids = (read_tokens(text, tokenizer, vocabulary).ids for text in texts)
     training_WL = random_windows(
         ids, samples=tuning.samples, length=length, seed=tuning.seed, least=LEAST_TEXT
     )
-    test_ids = tokenize(tokenizer, load_text(request.text, part="test"))
-    test_WL = consecutive_windows(test_ids, length=length)
-    return Ready(folder, device, tokenizer, len(ids), training_WL, test_WL)
+    return len(ids), training_WL, consecutive_windows(test_ids, length=length)
 
 
 def on_cpus() -> bool:
@@ -415,7 +448,9 @@ def summary(tuning: Tuning, ready: Ready, work: RecoveryFolder) -> Recovery:
             "control_after": dense[1],
             "gap_before": math.log(before["perplexity"] / dense[0]),
             "gap_after": math.log(after["perplexity"] / dense[1]),
-            "closed": math.log(before["perplexity"] / after["perplexity"]) / distance,
+            "closed": math.log(before["perplexity"] / after["perplexity"]) / distance
+            if distance
+            else None,
         }
     return Recovery(
         output=str(work.output),

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .benchmark import name_of
-from .calibration import consecutive_windows, load_text, tokenize
+from .calibration import consecutive_windows, read_tokens, tokenize
 from .card import FIGURES, with_section
 from .checkpoint import fetch_model, find_model
 from .device import check_dtype, find_device, versions
@@ -26,6 +26,8 @@ from .evaluate import load_model
 from .figures import FILES, check_drawing, draw_figures
 from .observe import Observation, observe, observe_sample, token_texts
 from .routing import check_flat, sparse_blocks
+from .strict import to_json
+from .texts import Text, open_text
 
 TEMPLATE = Path(__file__).parent / "assets" / "report.html"
 PAGE = "index.html"
@@ -102,20 +104,20 @@ def report(
             raise RequestError(f"{name} is on the Hub: give --output, the folder for the page.")
         folder = fetch_model(name, commit)
     conversion = read_conversion(folder)
-    content = load_text(text, part="test")
+    opened = open_text(text, part="test")
     target = folder / "report" if output is None else Path(output).expanduser()
     with fresh_folder(target.absolute()) as new:
         carved, tokenizer = load_model(model, dtype, where, trust_remote_code)
         if not sparse_blocks(carved):
             raise RequestError(f"{model} is not a carved model: there is nothing to show.")
-        windows_WL = text_windows(carved, tokenizer, content, sequence_length)[:windows]
+        windows_WL = text_windows(carved, tokenizer, opened, sequence_length, windows)
         ids_T = sample_ids(carved, tokenizer, SAMPLE if sample is None else sample)
         observation = observe(carved, windows_WL)
         data = {
             "model": {"name": name, **describe_model(carved)},
             "source": describe_source(conversion),
             "measured": {
-                "text": Path(text).name if Path(text).expanduser().is_file() else str(text),
+                "text": opened.name,
                 "tokens": observation.tokens,
                 "sequence_length": windows_WL.shape[1],
                 "dtype": name_of(carved.dtype),
@@ -140,14 +142,19 @@ def report(
 
 
 def text_windows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, length: int | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    length: int | None,
+    most: int,
 ) -> torch.Tensor:
-    """Consecutive windows of the text, (W, L). Raises `RequestError` if it is too short."""
+    """The first windows of the text, (W, L). Raises `RequestError` if it is too short."""
     if length is None:
         length = min(2048, model.config.max_position_embeddings)
     if length < 2:
         raise RequestError(f"--sequence-length is {length}: a window needs at least 2 tokens.")
-    return consecutive_windows(tokenize(tokenizer, text), length=length)
+    read = read_tokens(text, tokenizer, model.config.vocab_size, least_tokens=most * length)
+    return consecutive_windows(read.ids, length=length)[:most]
 
 
 def sample_ids(
@@ -274,7 +281,7 @@ def write(data: dict[str, Any], folder: Path) -> list[str]:
 
 def page(data: dict[str, Any]) -> str:
     """The template with the data in it."""
-    content = json.dumps(shortened(data), allow_nan=False, separators=(",", ":"))
+    content = to_json(shortened(data), separators=(",", ":"))
     # A browser ends the script at `</script` and hides it behind `<!--`, even in a string.
     content = content.replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace(PLACEHOLDER, content)

@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard
 from .checkpoint import find_model
 from .device import versions
 from .errors import RequestError
+from .strict import to_json
 
 RESULTS_FILE = "evaluation.json"
 CARD_FILE = "README.md"
@@ -24,6 +25,7 @@ CONDITIONS = {
     "few_shot": "{}-shot",
     "limit": "first {} documents only",
     "sequence_length": "windows of {} tokens",
+    "windows": "first {} windows only",
 }
 """Fields of a record that the card tells beside the task, and how."""
 
@@ -76,7 +78,7 @@ def write_card(
     new = {(record["task"], record["metric"]): {**record, **circumstances} for record in records}
     kept = [it for it in _recorded(folder) if (it["task"], it["metric"]) not in new]
     content = {"results": [*kept, *new.values()]}
-    replace_text(folder / RESULTS_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    replace_text(folder / RESULTS_FILE, to_json(content, indent=2) + "\n")
 
     card = ModelCard.load(folder / CARD_FILE)
     told = card.data.eval_results or []

@@ -9,6 +9,7 @@ from typing import Any, Self, TypedDict
 from .device import check_dtype
 from .errors import RequestError
 from .recipe import RECIPES, Recipe
+from .texts import absolute_text
 
 CALIBRATION_TOKENS = 16_384
 """The paper's amount: 8 windows of 2,048 tokens."""
@@ -31,7 +32,7 @@ class Settings:
     changes: dict[str, Any] = field(default_factory=dict)
     """Fields of the recipe that differ from it, for ablations."""
     calibration: str = "wikitext2"
-    """Text file or data set, see `calibration.load_text`."""
+    """Text file or data set, see `texts.open_text`."""
     samples: int | None = None
     """Calibration windows; by default as many as make 16,384 tokens."""
     sequence_length: int | None = None
@@ -140,7 +141,7 @@ class Options(TypedDict, total=False):
     changes: Mapping[str, Any] | None
     """Fields of the recipe to change, for example `{"refit": False}`."""
     calibration: str | Path
-    """Text file, `wikitext2`, `c4` or a Hub data set, see `calibration.load_text`."""
+    """Text file, `wikitext2`, `c4` or a Hub data set, see `texts.open_text`."""
     samples: int | None
     """Number of calibration windows; by default as many as make 16,384 tokens."""
     sequence_length: int | None
@@ -206,7 +207,7 @@ class Job:
             experts=experts,
             budget=budget,
             changes=({"adaptive_split": True} if budget is not None else {}) | dict(changes or {}),
-            calibration=absolute(calibration),
+            calibration=absolute_text(calibration),
             **others,
         )
         return cls(

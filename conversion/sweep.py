@@ -21,6 +21,7 @@ from .figures import STYLE, check_drawing
 from .partial import as_json
 from .plan import carved_config
 from .settings import Settings, absolute
+from .texts import absolute_text
 from .work import WorkFolder
 
 GRID = ("S1A1E8", "S1A3E8", "S2A2E8", "S1A5E8", "S3A3E8")
@@ -119,9 +120,9 @@ def sweep(
     protocol = Protocol(
         model=absolute(model),
         recipe=recipe,
-        calibration=absolute(calibration),
+        calibration=absolute_text(calibration),
         samples=samples,
-        text=absolute(text),
+        text=absolute_text(text),
         sequence_length=sequence_length,
         seed=seed,
         rounds=rounds,

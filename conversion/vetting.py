@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import ModelCard, get_token
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import cmoe_hf
 from cmoe_hf import FAMILIES
 
 from .card import stated_hashes
@@ -32,6 +33,12 @@ SECRETS = {
     "an API key": r"\b(?:sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{36,}|AKIA[0-9A-Z]{16})\b",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
+PERSON = (
+    r"(?<![\w.:/-])(?:~|(?:/|file:/+|[A-Za-z]:\\+)(?:[\w.+-]+[/\\]+)+){0}(?![\w-])"
+    r"|\\Users\\+{0}\b|(?<![\w.-]){0}@\w"
+    r"|(?i:\b(?:user(?:[ _-]?name)?|log(?:in|name)|author|owner|creator))\b\W?\s*[:=]\W*{0}\b"
+)
+"""Where a word is somebody's name: in an absolute path, before an @, as the value of such a key."""
 PATHS = {
     "a local path": r"(?<![\w.:/-])/(?:home|Users|root|mnt|tmp|scratch|workspace)/[\w.-]+"
     r"|\b[A-Za-z]:\\+Users\\+\w|\"(?:file:/)?/[\w.-]+/[\w./-]+\"",
@@ -168,7 +175,11 @@ def check_private(folder: Path, names: list[str], card: str, known: set[str]) ->
     user = user_name()
     people = {}
     if user.lower() not in NOBODY | {name.lower() for name in known}:
-        people = {"your user name": rf"\b{re.escape(user)}\b"}
+        # A name that is an ordinary word, such as llama, would be found in every card: it counts
+        # only where it must mean somebody. So it is missed in prose and in relative paths, and
+        # still found, wrongly, where such a path or key has the word by chance.
+        pattern = PERSON if is_ordinary(user, folder) else r"\b{0}\b"
+        people = {"your user name": pattern.replace("{0}", re.escape(user))}
     token = get_token()
     secrets = SECRETS | ({"your token": re.escape(token)} if token else {})
     home = str(Path.home())
@@ -191,6 +202,16 @@ def user_name() -> str:
         return getpass.getuser()
     except (OSError, KeyError, ImportError):
         return "user"
+
+
+def is_ordinary(user: str, folder: Path) -> bool:
+    """Whether a name is a word of the model's vocabulary or of this package's own files."""
+    vocabulary = load_tokenizer(folder).get_vocab()
+    if user.lower() in {token.strip("\u0120\u2581 ").lower() for token in vocabulary}:
+        return True
+    word = re.compile(rf"(?<![a-z]){re.escape(user)}(?![a-z])", re.IGNORECASE)
+    ours = (*Path(__file__).parent.glob("*.py"), *Path(cmoe_hf.__file__).parent.glob("*.py"))
+    return any(word.search(path.read_text(encoding="utf-8")) for path in ours)
 
 
 def lines_of(path: Path, card: str, name: str) -> Iterator[str]:

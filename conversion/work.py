@@ -3,6 +3,7 @@
 
     OUT.partial/model-*.safetensors         finished shards: 0 outside the layers, then one a layer
     OUT.partial/work/settings.json          what was asked for, of which source, by which versions
+    OUT.partial/work/windows.safetensors    the calibration windows: no text is read a second time
     OUT.partial/work/manifest.json          what is finished: hash of each shard, figures of layers
     OUT.partial/work/states-N.safetensors   hidden states that enter layer N, the next one
     OUT.partial/work/conversion.log         the same for people

@@ -230,7 +230,7 @@ def test_too_little_calibration_text(dense, no_leftovers, tmp_path):
     [
         ("absent.txt", None, "no text file"),
         ("latin.txt", "é".encode("latin-1"), "not UTF-8"),
-        ("rows.jsonl", b'{"body": "hello"}\n', "no column 'text'; it has ['body']"),
+        ("rows.jsonl", b'{"a": "x", "b": "y"}\n', "no column 'text'; it has ['a', 'b']"),
     ],
 )
 def test_unreadable_calibration_text(dense, no_leftovers, tmp_path, name, content, phrase):

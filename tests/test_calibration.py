@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmoe_hf.conversion import RequestError
-from cmoe_hf.conversion.calibration import consecutive_windows, load_text, random_windows
+from cmoe_hf.conversion.calibration import consecutive_windows, random_windows
+from cmoe_hf.conversion.texts import open_text
 
 DOCUMENTS = ["First document.", "Second, with é.", "Third."]
 
@@ -19,7 +20,9 @@ def test_every_local_format_gives_the_same_text(tmp_path):
     rows = [{"id": index, "text": text} for index, text in enumerate(DOCUMENTS)]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     pandas.DataFrame(rows).to_parquet(tmp_path / "t.parquet")
-    texts = {load_text(tmp_path / f"t.{kind}") for kind in ("txt", "jsonl", "parquet")}
+    texts = {
+        "".join(open_text(tmp_path / f"t.{kind}").chunks) for kind in ("txt", "jsonl", "parquet")
+    }
     assert texts == {"\n\n".join(DOCUMENTS)}
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
-from cmoe_hf.conversion import RequestError, report
+from cmoe_hf.conversion import CMoEError, RequestError, report
 from cmoe_hf.conversion.calibration import consecutive_windows, tokenize
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import HELD_OUT
@@ -168,7 +168,7 @@ def test_no_markup_of_the_data_reaches_the_page(plain):
     [content] = re.findall(r'id="data">(.*?)</script>', page)
     assert json.loads(content) == {**hostile, "long": 0.33333}
     assert "<" not in content and "\u2028" not in content
-    with pytest.raises(ValueError):
+    with pytest.raises(CMoEError, match="loss is nan"):
         REPORT.page({"loss": float("nan")})
 
 

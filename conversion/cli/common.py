@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the commands share: options, how failures end, how results are printed."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from ..errors import CMoEError
 from ..recipe import RECIPES
+from ..strict import to_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -91,7 +91,8 @@ def reporting(debug: bool) -> Iterator[None]:
 def print_result(result: Any, as_json: bool, table: Callable[[], Table | str]) -> None:
     """A result, as one JSON object or as a table or a line for people."""
     if as_json:
-        print(json.dumps(asdict(result), allow_nan=False))
+        with reporting(debug=False):
+            print(to_json(asdict(result)))
     else:
         is_line = isinstance(shown := table(), str)
         Console(soft_wrap=is_line).print(shown, markup=not is_line, highlight=not is_line)

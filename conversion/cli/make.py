@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands that make models."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from ..errors import RequestError
 from ..plan import Plan, plan
 from ..recover import Recovery, recover, resume_recovery
 from ..settings import Options, absolute
+from ..texts import absolute_text
 from ..tuning import SCHEDULES, Tuning
 from .common import (
     Active,
@@ -40,12 +42,24 @@ from .common import (
 
 
 def _changes(pairs: list[str]) -> dict[str, Any]:
-    """`KEY=VALUE` pairs as a dictionary; values are read as YAML."""
-    split = [pair.partition("=") for pair in pairs]
-    for pair, (_, equals, _) in zip(pairs, split, strict=True):
+    """`KEY=VALUE` pairs as a dictionary; values are read as Python's numbers, or as YAML."""
+    changes = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
         if not equals:
             raise RequestError(f"--change {pair} is not of the form KEY=VALUE.")
-    return {key.replace("-", "_"): yaml.safe_load(value) for key, _, value in split}
+        changes[key.strip().replace("-", "_")] = _value(pair, value)
+    return changes
+
+
+def _value(pair: str, value: str) -> Any:
+    for number in (int, float):  # YAML takes 1e-3 for a word
+        with suppress(ValueError):
+            return number(value)
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RequestError(f"--change {pair} has no value that can be read.") from error
 
 
 def demo_command(
@@ -204,7 +218,7 @@ def _given(
         and source.name != "DEFAULT"
     }
     if "calibration" in given:
-        given["calibration"] = absolute(str(given["calibration"]))
+        given["calibration"] = absolute_text(str(given["calibration"]))
     return given | ({} if out is None else {"model": absolute(model)})
 
 

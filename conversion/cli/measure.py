@@ -31,7 +31,7 @@ from .common import (
     table_of,
 )
 
-PERPLEXITY_OPTIONS = ("text", "sequence_length", "router", "seed")
+PERPLEXITY_OPTIONS = ("text", "sequence_length", "windows", "router", "seed")
 TASK_OPTIONS = ("few_shot", "limit", "include_path", "batch_size")
 
 
@@ -45,6 +45,9 @@ def evaluate_command(
         str, typer.Option(help="Text file, wikitext2, c4 or a Hub data set.")
     ] = "wikitext2",
     sequence_length: SequenceLength = None,
+    windows: Annotated[
+        int | None, typer.Option(help="Only the first windows of the text, for a quick look.")
+    ] = None,
     router: Annotated[
         str, typer.Option(help=f"Who routes: {', '.join(ROUTERS)}; own is the model's router.")
     ] = "own",
@@ -93,6 +96,7 @@ def evaluate_command(
                 model,
                 text=text,
                 sequence_length=sequence_length,
+                windows=windows,
                 router=router,
                 seed=seed,
                 **shared,

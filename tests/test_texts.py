@@ -1,0 +1,320 @@
+"""What is read as a text: its rows, its column, its bytes, and how much of it."""
+
+import datetime
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from unittest.mock import patch
+
+import pandas
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from refusal import refused
+from test_bad_input import run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from cmoe_hf.conversion import evaluate
+from cmoe_hf.conversion.calibration import (
+    PIECE_CHARACTERS,
+    cut,
+    tokenize,
+)
+from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
+from cmoe_hf.conversion.evaluate import perplexity
+from cmoe_hf.conversion.texts import documents, hub_rows
+
+SHAPE = {"shared": 2, "active": 2, "experts": 8, "samples": 4, "sequence_length": 64}
+PARAGRAPHS = CALIBRATION.read_text(encoding="utf-8").split("\n\n")
+ROWS = [{"id": index, "text": text} for index, text in enumerate(PARAGRAPHS)]
+LINES = "\n".join(map(json.dumps, ROWS))
+
+
+def calibration_of(folder):
+    """What `conversion.json` says of the text."""
+    return json.loads((folder / "conversion.json").read_text())["calibration"]
+
+
+@pytest.fixture(scope="module")
+def prose(carved):
+    """The SHA-256 of the text as prose."""
+    return calibration_of(carved)["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.JSONL", LINES),
+        ("rows.ndjson", LINES),
+        ("lines.json", LINES),
+        ("list.json", json.dumps(ROWS, indent=1)),
+        ("rows.jsonl.gz", LINES),
+        ("bom.jsonl", "\ufeff" + LINES.replace("\n", "\r\n")),
+        ("bom.txt", "\ufeff" + CALIBRATION.read_text(encoding="utf-8")),
+        ("text.txt.gz", CALIBRATION.read_text(encoding="utf-8")),
+        ("body.jsonl", LINES.replace('"text"', '"body"')),
+        ("two.jsonl:body", LINES.replace('"text"', '"title": "not this", "body"')),
+    ],
+)
+def test_rows_are_read_whatever_the_file_is_called(dense, tmp_path, prose, name, content):
+    path = tmp_path / name.partition(":")[0]
+    raw = content.encode()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    result = run(dense, tmp_path / "out", "--calibration", str(tmp_path / name))
+    assert result.exit_code == 0, result.stderr
+    told = calibration_of(tmp_path / "out")
+    assert told["sha256"] == prose
+    assert told["source"] == name
+    assert told["text_is_whole"] and told["text_characters"] == len(CALIBRATION.read_text())
+
+
+def test_parquet_is_read_whatever_the_case_and_the_column(dense, tmp_path, prose):
+    pandas.DataFrame({"n": range(len(PARAGRAPHS)), "body": PARAGRAPHS}).to_parquet(
+        tmp_path / "rows.PARQUET"
+    )
+    result = run(dense, tmp_path / "out", "--calibration", str(tmp_path / "rows.PARQUET"))
+    assert result.exit_code == 0, result.stderr
+    assert calibration_of(tmp_path / "out")["sha256"] == prose
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "phrases"),
+    [
+        ("rows.txt", LINES, ["rows.txt holds rows of JSON", "rows.jsonl"]),
+        ("rows", json.dumps(ROWS), ["rows holds rows of JSON"]),
+        ("one.log", LINES.partition("\n")[0], ["one.log holds rows of JSON"]),
+        (
+            "two.jsonl",
+            LINES.replace('"text"', '"title": "x", "body"'),
+            ["no column 'text'", "['id', 'title', 'body']", "two.jsonl:COLUMN"],
+        ),
+        ("two.jsonl:tail", LINES, ["no column 'tail'; it has ['id', 'text']"]),
+        ("text.txt:body", "prose", ["text.txt is plain text: it has no column 'body'"]),
+        ("numbers.jsonl", '{"id": 1}\n{"id": 2}', ["no column 'text'; it has ['id']"]),
+        ("broken.jsonl", '{"text": "x"}\n\n{"text": ', ["line 3 of broken.jsonl"]),
+        ("object.json", '{\n "data": []\n}', ["line 1 of object.json", "a list of objects"]),
+        ("strings.json", '["one", "two"]', ["row 1 of strings.json is not an object", '"one"']),
+        ("empty.txt", "", ["empty.txt is empty"]),
+        ("empty.jsonl", "\n", ["empty.jsonl is empty"]),
+        ("empty.json", "[]", ["empty.json is empty"]),
+        ("latin.txt", b"ab\n" * 10 + b"\xe9t", ["latin.txt is not UTF-8", "byte 30 (0xe9)"]),
+        ("late.txt", b"a\xc3\xa9" * 500_000 + b"\xe9", ["at byte 1500000 (0xe9)"]),
+        ("cut.txt", b"ab\xc3", ["cut.txt is not UTF-8", "byte 2 (0xc3)"]),
+        ("wide.txt", "hello".encode("utf-16"), ["wide.txt is not plain text", "NUL byte at"]),
+        ("nul.jsonl", b'{"text": "a\0"}', ["NUL byte at offset 11"]),
+        ("torn.jsonl.gz", gzip.compress(LINES.encode())[:-20], ["cannot read torn.jsonl.gz"]),
+        ("not.parquet", "not this", ["not.parquet is not a whole Parquet file"]),
+        ("gone.jsonl:body", None, ["there is no text file"]),
+        ("folder", ..., ["is a folder, not a text"]),
+    ],
+)
+def test_what_is_no_text_is_refused(dense, no_leftovers, tmp_path, name, content, phrases):
+    path = tmp_path / name.partition(":")[0]
+    if content is ...:
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    refused(run(dense, no_leftovers, "--calibration", str(tmp_path / name)), 2, *phrases)
+
+
+def test_prose_that_only_begins_like_json_stays_prose(dense, tmp_path):
+    path = tmp_path / "about.txt"
+    path.write_text('{"a": 1} is an object.\n' + CALIBRATION.read_text())
+    result = run(dense, tmp_path / "out", "--calibration", str(path))
+    assert result.exit_code == 0, result.stderr
+
+
+def holes(at):
+    """Rows with a null, a number, half a character and a missing text from some row on."""
+    values = [{"text": None}, {"text": 7}, {"text": "\ud800"}, {"id": 5}]
+    return [*ROWS[:at], *values, *ROWS[at:]]
+
+
+@pytest.mark.parametrize("at", [0, 3, len(ROWS)])
+def test_rows_without_text_are_skipped_and_counted(dense, tmp_path, prose, caplog, at):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, holes(at))))
+    result = run(dense, tmp_path / "out", "--calibration", str(path))
+    assert result.exit_code == 0, result.stderr
+    assert calibration_of(tmp_path / "out")["sha256"] == prose
+    [warning] = [it.getMessage() for it in caplog.records if it.name.endswith("texts")]
+    assert warning.startswith(f"4 of {len(ROWS) + 4} rows of rows.jsonl have no text")
+    assert f"line {at + 1} has null" in warning
+
+
+def test_rows_without_text_through_the_library_of_the_hub(tmp_path, caplog):
+    """It knows local files, too, so that nothing has to be fetched."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"body": "one", "n": 1}\n{"body": null, "n": 2}\n{"body": "two", "n": 3}\n')
+    rows = hub_rows({"path": "json", "data_files": str(path), "split": "train"}, "org/rows")
+    assert list(documents(rows, None, "org/rows", "")) == ["one", "two"]
+    assert "1 of 3 rows of org/rows" in caplog.text and "'body' is read" in caplog.text
+
+
+def test_rows_without_text_in_parquet(dense, tmp_path, prose, caplog):
+    texts = [PARAGRAPHS[0], None, *PARAGRAPHS[1:]]
+    pandas.DataFrame({"text": texts}).to_parquet(tmp_path / "rows.parquet")
+    result = run(dense, tmp_path / "out", "--calibration", str(tmp_path / "rows.parquet"))
+    assert result.exit_code == 0, result.stderr
+    assert calibration_of(tmp_path / "out")["sha256"] == prose
+    assert f"1 of {len(texts)} rows of rows.parquet" in caplog.text
+
+
+@pytest.mark.parametrize("value", [None, 7, True, ["a"]])
+def test_no_row_with_text_is_refused(dense, no_leftovers, tmp_path, value):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n" + json.dumps({"text": value}) + "\n" + json.dumps({"text": value}))
+    phrase = f"no row of rows.jsonl has text in its column 'text': line 2 has {json.dumps(value)}"
+    refused(run(dense, no_leftovers, "--calibration", str(path)), 2, phrase)
+
+
+def test_a_column_of_dates_is_refused(dense, no_leftovers, tmp_path):
+    pandas.DataFrame({"text": [datetime.date(2026, 1, 2)]}).to_parquet(tmp_path / "dates.parquet")
+    result = run(dense, no_leftovers, "--calibration", str(tmp_path / "dates.parquet"))
+    refused(result, 2, "no row of dates.parquet has text", 'row 1 has "2026-01-02"')
+
+
+def test_local_rows_need_neither_a_home_nor_a_cache(dense, tmp_path, prose):
+    (tmp_path / "rows.jsonl").write_text(LINES)
+    nowhere = dict.fromkeys(("HOME", "HF_HOME", "HF_DATASETS_CACHE"), "/dev/null/x")
+    command = [sys.executable, "-m", "cmoe_hf.conversion.cli", "convert", dense, tmp_path / "out"]
+    options = {name.replace("_", "-"): value for name, value in SHAPE.items()}
+    options["calibration"] = tmp_path / "rows.jsonl"
+    command += [part for name, value in options.items() for part in (f"--{name}", value)]
+    done = subprocess.run(
+        list(map(str, command)),
+        env={**os.environ, **nowhere},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert calibration_of(tmp_path / "out")["sha256"] == prose
+
+
+def sized(path, characters):
+    """A text of at least so many characters, of different paragraphs."""
+    with path.open("w", encoding="utf-8") as file:
+        written = number = 0
+        while written < characters:
+            written += file.write(f"Part {number}.\n\n{CALIBRATION.read_text(encoding='utf-8')}\n")
+            number += 1
+    return path
+
+
+COUNTING = """
+import json, resource, sys
+from transformers import PreTrainedTokenizerFast as Tokenizer
+from cmoe_hf.conversion import calibration, cli, plan
+call, given = Tokenizer.__call__, []
+def count(self, text, *arguments, **options):
+    given.append(len(text))
+    return call(self, text, *arguments, **options)
+Tokenizer.__call__ = count
+for module in (calibration, sys.modules["cmoe_hf.conversion.plan"]):
+    module.WHOLE_CHARACTERS = 3_000_000  # as the real number, but in seconds
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    cli.main()
+finally:
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps([given, (after - before) * 1024]), file=sys.stderr)
+"""
+
+
+@pytest.mark.thorough
+def test_of_a_large_text_only_a_prefix_is_calibrated_on(dense, tmp_path):
+    text = sized(tmp_path / "large.txt", 60_000_000)
+    options = {name.replace("_", "-"): value for name, value in SHAPE.items()}
+    parts = [part for name, value in options.items() for part in (f"--{name}", value)]
+    command = [sys.executable, "-c", COUNTING, "convert", dense, tmp_path / "out", *parts]
+    done = subprocess.run(
+        [*map(str, command), "--calibration", str(text)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    given, grown = json.loads(done.stderr.strip().splitlines()[-1])
+    assert sum(given) == 3_000_000 and max(given) <= PIECE_CHARACTERS
+    assert grown < 1e9  # as one string, this text would take ten
+    assert "only the first 3,000,000 characters of large.txt are read" in done.stderr
+    calibration = calibration_of(tmp_path / "out")
+    prefix = text.read_text(encoding="utf-8")[:3_000_000]
+    assert calibration["sha256"] == hashlib.sha256(prefix.encode()).hexdigest()
+    assert calibration["text_characters"] == 3_000_000
+    assert not calibration["text_is_whole"]
+
+
+def test_of_a_quick_look_no_more_is_read_than_it_takes(dense, tmp_path):
+    text = sized(tmp_path / "large.txt", 4_000_000)
+    with text.open("ab") as file:
+        file.write(b"\xff")  # whoever reads so far is refused
+    command = ["evaluate", dense, "--text", text, "--sequence-length", 64, "--json"]
+    result = CliRunner().invoke(app, list(map(str, command)))
+    assert result.exit_code == 2 and "large.txt is not UTF-8 text" in result.stderr
+    result = CliRunner().invoke(app, [*map(str, command), "--windows", "5"])
+    assert result.exit_code == 0, result.stderr
+    few = json.loads(result.stdout)
+    assert few["tokens"] == 5 * 63 and few["windows"] == 5
+    ids = tokenize(AutoTokenizer.from_pretrained(dense), text.read_bytes()[:20_000].decode())
+    windows_WL = ids[: 5 * 64].view(5, 64)
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    assert few["perplexity"] == pytest.approx(perplexity(model, windows_WL), rel=1e-5)
+
+
+def pieces_of(text, whole, size):
+    """By `cut`, however the text arrives."""
+    ways = [[text], list(text), [text[i : i + 7] for i in range(0, len(text), 7)]]
+    with patch("cmoe_hf.conversion.calibration.PIECE_CHARACTERS", size):
+        [pieces] = {tuple(cut(iter(chunks), whole)) for chunks in ways}
+    return pieces
+
+
+@given(st.text("ab \n", max_size=80), st.integers(5, 20), st.integers(5, 40))
+def test_pieces_are_the_text_whatever_the_chunks(text, size, whole):
+    pieces = pieces_of(text, whole, size)
+    assert "".join(pieces) == text
+    if len(text) < whole:
+        assert len(pieces) <= 1
+    else:
+        assert all(0 < len(piece) <= size for piece in pieces)
+        for piece, after in itertools.pairwise(pieces):
+            if "\n" in piece:
+                assert piece.endswith("\n")
+            elif " " in piece[1:]:
+                assert after.startswith(" ")
+
+
+def test_a_long_text_measures_in_pieces_and_says_so(dense, tmp_path, monkeypatch, caplog):
+    text = tmp_path / "text.txt"
+    text.write_text(HELD_OUT.read_text(encoding="utf-8")[:20_000])
+    whole = evaluate(dense, text=text, sequence_length=64)
+    assert not [it for it in caplog.records if "pieces" in it.getMessage()]
+    monkeypatch.setattr("cmoe_hf.conversion.calibration.WHOLE_CHARACTERS", 10_000)
+    monkeypatch.setattr("cmoe_hf.conversion.calibration.PIECE_CHARACTERS", 3_000)
+    pieces = evaluate(dense, text=text, sequence_length=64)
+    assert "text.txt has 10,000 characters or more: it is tokenised in pieces" in caplog.text
+    assert pieces.perplexity == pytest.approx(whole.perplexity, rel=0.02)
+    assert abs(pieces.tokens - whole.tokens) <= 63
+
+
+def test_the_first_windows_are_told_in_the_card(carved, tmp_path):
+    folder = shutil.copytree(carved, tmp_path / "mine")
+    command = ["evaluate", folder, "--text", HELD_OUT, "--sequence-length", 64, "--windows", 3]
+    result = CliRunner().invoke(app, [*map(str, command), "--card", "--json"])
+    assert result.exit_code == 0, result.stderr
+    [record] = json.loads((folder / "evaluation.json").read_text())["results"]
+    assert record["windows"] == 3 and record["tokens"] == 3 * 63
+    assert "first 3 windows only" in (folder / "README.md").read_text()
+    command[-1] = 0
+    refused(CliRunner().invoke(app, list(map(str, command))), 2, "--windows is 0")
+    command = ["evaluate", folder, "--tasks", "piqa", "--windows", 3]
+    refused(CliRunner().invoke(app, list(map(str, command))), 2, "--windows is for perplexity")
