@@ -7,6 +7,7 @@ with the plain forward pass.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -103,8 +104,8 @@ def fingerprint_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str
     if wrong := inconsistencies(found):
         raise CMoEError(
             f"the model that was written is not usable under transformers "
-            f"{versions()['transformers']}: {'; '.join(wrong)}. Install a version that cmoe-hf has "
-            "been tested with, and go on."
+            f"{versions()['transformers']}: {'; '.join(wrong)}. If the source is sound, install a "
+            "version that cmoe-hf has been tested with, and go on."
         )
     names = ("likeliest", "log_probabilities", "generated")
     return {"prompts": prompts, **{name: found[name] for name in names}}
@@ -197,14 +198,16 @@ def unloadable(name: str, reason: str) -> CMoEError:
 def inconsistencies(found: dict[str, Any]) -> list[str]:
     """Ways to generate that differ from the plain forward pass, in words."""
     differences = found["differences"]
+    if not math.isfinite(differences["cached"]):
+        return ["its logits are not finite numbers"]
     words = {
         "cached": "it generates something else with the cache than without",
         "padded": "a batch padded on the left gives something else than its sequences alone",
     }
-    return [
+    return [  # `not <=`: a NaN is no agreement either
         f"{told} (log-probabilities differ by {differences[name]:.2g})"
         for name, told in words.items()
-        if not differences[name] <= TOLERANCE  # NaN is no agreement either
+        if not differences[name] <= TOLERANCE
     ]
 
 
