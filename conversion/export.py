@@ -45,12 +45,13 @@ from cmoe_hf.modeling_cmoe import CMoERouter, attention_types
 
 from .calibration import load_text, random_windows, tokenize
 from .card import native_card
-from .checkpoint import LEGAL_FILES, WEIGHTS_INDEX, fetch_model, find_model, load_tokenizer
+from .checkpoint import LEGAL_FILES, fetch_model, find_model, load_tokenizer
 from .errors import RequestError
 from .linearise import linear_routers
 from .partial import PartialFolder
 from .recipe import Recipe
 from .routing import PINNED
+from .stored import WEIGHTS_INDEX
 
 ARCHITECTURES = {
     "cmoe_llama": "qwen2_moe",
