@@ -9,10 +9,11 @@ import torch
 from refusal import refused
 from safetensors.torch import load_file, save_file
 from test_bad_input import change_weights, run
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from cmoe_hf.conversion import convert
-from cmoe_hf.conversion.demo import CALIBRATION, MODEL
+from cmoe_hf.conversion.checkpoint import open_source
+from cmoe_hf.conversion.demo import CALIBRATION
 
 FEW = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}
 
@@ -203,3 +204,101 @@ def test_types_of_buffers_that_are_not_stored_again(make_dense, carve, tmp_path,
     change_weights(folder, lambda stored: stored.update({buffer: mask}))
     assert run(folder, tmp_path / "out").exit_code == 0
     assert same_tensors(tmp_path / "out", plain)
+
+
+# The names
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix"), [("llama-2", "model."), ("llama-3", "model."), ("pythia", "gpt_neox.")]
+)
+def test_the_prefix_of_the_base_model_may_be_missing(
+    make_dense, carve, tmp_path, same_tensors, family, prefix
+):
+    """As saved by the model without a head, into which a head was put, or to which it is tied."""
+    folder = make_dense(family)
+    plain = carve(folder)
+    rename(folder, lambda name: name.removeprefix(prefix))
+    assert run(folder, tmp_path / "out").exit_code == 0
+    assert same_tensors(tmp_path / "out", plain)
+
+
+def test_a_base_model_without_a_head(dense_copy, no_leftovers):
+    change_weights(dense_copy, lambda stored: stored.pop("lm_head.weight"))
+    rename(dense_copy, lambda name: name.removeprefix("model."))
+    refused(run(dense_copy, no_leftovers), 2, "no head (lm_head.weight)", "at random")
+
+
+def test_a_tensor_under_two_names(dense_copy, no_leftovers):
+    def repeat(stored):
+        stored["norm.weight"] = stored["model.norm.weight"] + 1
+
+    change_weights(dense_copy, repeat)
+    result = run(dense_copy, no_leftovers)
+    refused(result, 2, "both stand for model.norm.weight", "nobody can say which one counts")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "wrapper"),
+    [
+        ("_orig_mod.", "torch.compile"),
+        ("module.", "DistributedDataParallel"),
+        ("module._orig_mod.", "torch.compile"),
+        ("_fsdp_wrapped_module.", "FSDP"),
+        ("base_model.model.", "PEFT"),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama-3", "pythia"])
+def test_a_model_saved_inside_a_wrapper(make_dense, no_leftovers, family, prefix, wrapper):
+    folder = make_dense(family)
+    rename(folder, lambda name: prefix + name)
+    refused(run(folder, no_leftovers), 2, wrapper, "Unwrap it")
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "olmoe"])
+def test_packed_experts_are_those_that_go_one_by_one(
+    make_dense, carve, tmp_path, same_tensors, family
+):
+    folder = make_dense(family)
+    packed = Path(shutil.copytree(folder, tmp_path / "packed"))
+    (packed / "model.safetensors").unlink()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(packed, save_original_format=False)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in load_file(packed / "model.safetensors")
+    rename(packed, lambda name: name.removeprefix("model."))  # both layouts have it or not
+    assert run(packed, tmp_path / "out").exit_code == 0
+    assert same_tensors(tmp_path / "out", carve(folder))
+
+
+def test_no_more_of_packed_experts_is_read_than_one(make_dense, tmp_path):
+    folder = make_dense("qwen3-moe")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=False)
+    expert = open_source(folder).read_expert(1, 3)
+    assert {name: list(tensor.shape) for name, tensor in expert.items()} == {
+        "gate_proj.weight": [96, 64],
+        "up_proj.weight": [96, 64],
+        "down_proj.weight": [64, 96],
+    }
+    for tensor in expert.values():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    packed = model.model.layers[1].mlp.experts
+    halves = torch.cat([expert["gate_proj.weight"], expert["up_proj.weight"]])
+    assert torch.equal(halves, packed.gate_up_proj[3])
+    assert torch.equal(expert["down_proj.weight"], packed.down_proj[3])
+
+
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [
+        (lambda packed: packed[:3], "lacks 2 tensors"),
+        (lambda packed: torch.cat([packed, packed]), "holds 8 tensors"),
+        (lambda packed: packed[:, :-1], "[95, 64]"),
+    ],
+)
+def test_packed_experts_of_another_size(make_dense, no_leftovers, change, phrase):
+    folder = make_dense("qwen3-moe")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, save_original_format=False)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    change_weights(folder, lambda stored: stored.update({name: change(stored[name]).contiguous()}))
+    refused(run(folder, no_leftovers), 2, phrase)
