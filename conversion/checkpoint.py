@@ -28,6 +28,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from .architectures import Architecture, find_architecture
 from .errors import CMoEError, RequestError
+from .library import dense_config, dense_shapes
 from .stored import CARVABLE, Stored, read_headers, read_json, read_tensors
 
 HEAD = "lm_head.weight"
@@ -248,21 +249,12 @@ def open_source(
             f"{name} has {ADAPTER} beside its weights: the library would add the adapter to them, "
             f"and a carved model would lack it. {MERGE}"
         )
-    try:
-        config = architecture.dense_config.from_pretrained(folder)
-    except Exception as error:  # the library raises whatever its validators raise
-        raise RequestError(f"config.json of {name} is not usable: {error}") from error
-    shapes = library_shapes(architecture, config)
+    config = dense_config(architecture, folder, name)
+    shapes = dense_shapes(architecture, config, name)
+    if architecture.router is not None:
+        shapes = one_by_one(architecture, shapes)
     tensors = named_tensors(architecture, config, read_headers(folder), shapes)
     return Source(folder, name, commit, architecture, config, tensors)
-
-
-def library_shapes(row: Architecture, config: PreTrainedConfig) -> Shapes:
-    """The dense model's tensors as the library names and shapes them, an expert at a time."""
-    with torch.device("meta"):
-        model = row.dense_model(config)
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    return shapes if row.router is None else one_by_one(row, shapes)
 
 
 def one_by_one(row: Architecture, shapes: Shapes) -> Shapes:

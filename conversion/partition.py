@@ -114,7 +114,7 @@ def partition_by_contributions(
     columns_RT *= down_HF.norm(dim=0)[routed_R].unsqueeze(1)
     columns_RT -= columns_RT.mean(dim=1, keepdim=True)
     square_R1 = columns_RT.square().sum(dim=1, keepdim=True)
-    # Less than this is rounding: the neurons write the same, or nothing, and any clusters are right.
+    # Less is rounding: the neurons write the same, or nothing, and any clusters are right.
     least = (1e-6 * square_R1.mean()).clamp_min(torch.finfo(torch.float32).tiny)
     items = len(routed_R)
 

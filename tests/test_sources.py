@@ -302,3 +302,68 @@ def test_packed_experts_of_another_size(make_dense, no_leftovers, change, phrase
     name = "model.layers.1.mlp.experts.gate_up_proj"
     change_weights(folder, lambda stored: stored.update({name: change(stored[name]).contiguous()}))
     refused(run(folder, no_leftovers), 2, phrase)
+
+
+# The configuration
+
+
+@pytest.mark.parametrize("family", ["llama-2", "pythia", "qwen3-moe"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rope_scaling", {"rope_type": "magic", "factor": 2.0}),
+        ("rope_scaling", {"rope_type": "linear", "factor": "two"}),
+        ("rope_parameters", "linear"),
+        ("hidden_act", "magic"),
+        ("hidden_act", None),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", -4),
+        ("num_attention_heads", 5),
+        ("num_hidden_layers", 0),
+        ("hidden_size", -64),
+        ("intermediate_size", 0),
+        ("vocab_size", "many"),
+        ("vocab_size", 0),
+        ("max_position_embeddings", 0),
+    ],
+)
+def test_a_configuration_that_the_library_cannot_build(
+    make_dense, no_leftovers, edit_config, family, field, value
+):
+    folder = make_dense(family)
+    edit_config(folder, **{field: value})
+    if field == "rope_scaling":
+        edit_config(folder, rope_parameters=None)
+    said = "number of attention heads" if (family, value) == ("llama-2", 5) else field
+    said = "hidden size is not divisible" if (family, value) == ("pythia", 5) else said
+    for options in ([], ["--dry-run"]):
+        refused(run(folder, no_leftovers, *options), 2, "config.json of", "not usable", said)
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value"),
+    [
+        ("llama-2", "num_key_value_heads", 3),
+        ("llama-2", "num_key_value_heads", 0),
+        ("llama-2", "head_dim", 15),
+        ("llama-2", "head_dim", 0),
+        ("llama-2", "pad_token_id", 99999),
+        ("mistral-sliding", "sliding_window", 0),
+        ("qwen3-moe", "num_experts", 0),
+        ("qwen3-moe", "num_experts_per_tok", 0),
+        ("qwen3-moe", "num_experts_per_tok", 9),
+        ("qwen3-moe", "moe_intermediate_size", -4),
+    ],
+)
+def test_a_configuration_that_its_family_cannot_have(
+    make_dense, no_leftovers, edit_config, family, field, value
+):
+    folder = make_dense(family)
+    edit_config(folder, **{field: value})
+    refused(run(folder, no_leftovers, "--dry-run"), 2, "config.json of", "not usable", field)
+
+
+def test_a_window_that_is_switched_off_may_be_anything(make_dense, tmp_path, edit_config):
+    folder = make_dense("qwen2")
+    edit_config(folder, use_sliding_window=False, sliding_window=0)
+    assert run(folder, tmp_path / "out").exit_code == 0
