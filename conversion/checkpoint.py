@@ -133,6 +133,17 @@ class Source:
         inside = (tensor for name, tensor in self.tensors.items() if name.startswith(prefix))
         return sum(math.prod(tensor.shape) for tensor in inside)
 
+    @property
+    def ffn_parameters(self) -> int:
+        """Number of values that the neurons of one FFN, or of one expert of a MoE, hold together.
+
+        An output bias belongs to none of them.
+        """
+        row = self.architecture
+        prefix = row.layer_prefix.format(0) + (row.expert_prefix.format(0) if row.router else "")
+        names = [name for name in (row.gate, row.up, row.up_bias, row.down) if name is not None]
+        return sum(math.prod(self.tensors[prefix + name].shape) for name in names)
+
     def nbytes(self, dtype: torch.dtype | None) -> int:
         """Size in bytes in the given precision, or as stored."""
         if dtype is not None:

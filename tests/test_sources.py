@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_bad_input import change_weights, run
 from transformers import AutoModelForCausalLM
 
-from cmoe_hf.conversion import convert
+from cmoe_hf.conversion import convert, plan
 from cmoe_hf.conversion.checkpoint import open_source
 from cmoe_hf.conversion.demo import CALIBRATION
 
@@ -367,3 +367,30 @@ def test_a_window_that_is_switched_off_may_be_anything(make_dense, tmp_path, edi
     folder = make_dense("qwen2")
     edit_config(folder, use_sliding_window=False, sliding_window=0)
     assert run(folder, tmp_path / "out").exit_code == 0
+
+
+# The plan
+
+
+@pytest.mark.parametrize(
+    "family", ["llama-2", "llama-3", "pythia", "gpt-neox-sequential", "qwen2", "qwen3-moe", "olmoe"]
+)
+def test_the_plan_counts_what_runs(make_dense, tmp_path, family):
+    folder = make_dense(family)
+    planned = plan(folder, tmp_path / "out", shared=2, active=2, experts=8, **FEW)
+    dense = AutoModelForCausalLM.from_pretrained(folder)
+    assert planned.parameters == sum(parameter.numel() for parameter in dense.parameters())
+    convert(folder, tmp_path / "out", shared=2, active=2, experts=8, **FEW)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    config = model.config
+    shares = {  # of what is stored, what runs for a token
+        "mlp.experts.": config.num_experts_per_tok / config.num_experts,
+        "mlp.shared_experts.": config.num_parents_per_tok / config.num_parents,
+        "mlp.gate.parent_weight": 1,
+        "mlp.gate.": 0,  # the plan counts no router
+    }
+    running = 0
+    for name, parameter in model.named_parameters():
+        share = next((share for part, share in shares.items() if part in name), 1)
+        running += share * parameter.numel()
+    assert planned.active_parameters == running
