@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.gpt_neox import modeling_gpt_neox as gpt_neox
@@ -24,6 +23,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 import cmoe_hf
 
 from .errors import RequestError
+from .stored import read_headers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,12 +207,13 @@ def reason(config: dict[str, Any], folder: Path) -> str:
 
 def ffn_parts(folder: Path) -> list[str]:
     """Names and shapes of the matrices of the first layer that are neither attention nor norm."""
+    try:
+        stored = read_headers(folder)
+    except RequestError:  # a Hub model is not there yet
+        return []
     found = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt", backend="pread") as shard:
-            for name in shard.keys():  # noqa: SIM118 - not a dict, cannot be iterated
-                layer, _, part = name.partition(".0.")
-                shape = tuple(shard.get_slice(name).get_shape())
-                if part and layer and len(shape) > 1 and not re.search("att|norm", part):
-                    found.append(f"{part.removesuffix('.weight')} {shape}")
+    for name, tensor in stored.items():
+        layer, _, part = name.partition(".0.")
+        if part and layer and len(tensor.shape) > 1 and not re.search("att|norm", part):
+            found.append(f"{part.removesuffix('.weight')} {tuple(tensor.shape)}")
     return found[:8]

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds, checks and reads dense checkpoints.
 
-Weights are only ever read from safetensors. A shard is opened, read and closed, so that its
-pages do not stay resident.
+Weights are only ever read from safetensors, by the names that the library has for them.
 """
 
 import hashlib
-import json
 import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +23,29 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .architectures import Architecture, find_architecture
 from .errors import CMoEError, RequestError
+from .library import dense_config, dense_shapes
+from .stored import CARVABLE, Stored, read_headers, read_json, read_tensors
 
-WEIGHTS_INDEX = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
+"""What the library calls the head of every family."""
+ADAPTER = "adapter_config.json"
+MERGE = (
+    "Merge the adapter into its model first: load both with PEFT, call merge_and_unload(), and "
+    "save_pretrained the result with the tokenizer."
+)
+WRAPPERS = {
+    "_orig_mod.": ("torch.compile", "model._orig_mod"),
+    "_fsdp_wrapped_module.": ("FSDP", "gather the full state dict"),
+    "_checkpoint_wrapped_module.": ("activation checkpointing", "the model inside it"),
+    "module.": ("DistributedDataParallel", "model.module"),
+    "base_model.model.": ("PEFT", "model.merge_and_unload()"),
+}
+"""Parts of names that wrappers add: whose they are, and how to get at the model inside."""
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 SOURCE_FILES = (
     "*.safetensors",
@@ -44,6 +57,7 @@ SOURCE_FILES = (
     *LEGAL_FILES,
 )
 logger = logging.getLogger(__name__)
+Shapes = dict[str, list[int]]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -58,26 +72,19 @@ class Source:
     """Commit of a Hub repository; None for a local folder."""
     architecture: Architecture
     config: PreTrainedConfig
-    files: dict[str, Path]
-    """Tensor name to the shard that holds it."""
-    shapes: dict[str, list[int]]
-    """Tensor name to its shape."""
+    tensors: dict[str, Stored]
+    """Where the dense model's tensors lie, by the library's names; experts one by one."""
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The named tensors, as stored. Raises `CMoEError` for one that is not finite."""
-        wanted: dict[Path, list[str]] = {}
-        for name in names:
-            wanted.setdefault(self.files[name], []).append(name)
         tensors = {}
-        for path, here in wanted.items():
-            with safe_open(path, framework="pt", backend="pread") as shard:
-                for name in here:
-                    tensors[name] = shard.get_tensor(name)
-                    if not torch.isfinite(tensors[name]).all():
-                        raise CMoEError(
-                            f"tensor {name} in {path.name} has NaN or infinite values: the "
-                            "source checkpoint is damaged. Download it again or choose another."
-                        )
+        for name, tensor in read_tensors({name: self.tensors[name] for name in names}):
+            if not torch.isfinite(tensor).all():
+                raise CMoEError(
+                    f"tensor {name} in {self.tensors[name].path.name} has NaN or infinite values: "
+                    "the source checkpoint is damaged. Download it again or choose another."
+                )
+            tensors[name] = tensor
         return tensors
 
     def read_layer(self, index: int, *, without_experts: bool = False) -> dict[str, torch.Tensor]:
@@ -86,7 +93,7 @@ class Source:
         experts = prefix + self.architecture.expert_prefix.partition("{")[0]
         tensors = self.read(
             name
-            for name in self.files
+            for name in self.tensors
             if name.startswith(prefix) and not (without_experts and name.startswith(experts))
         )
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -102,12 +109,12 @@ class Source:
     def read_rest(self) -> dict[str, torch.Tensor]:
         """The tensors outside the decoder layers: embedding, final norm, head."""
         prefix = self.architecture.layer_prefix.partition("{")[0]
-        return self.read(name for name in self.files if not name.startswith(prefix))
+        return self.read(name for name in self.tensors if not name.startswith(prefix))
 
     def digest(self) -> str:
         """SHA-256 of all tensors. Reads everything once: a NaN is found now, not hours later."""
         total = hashlib.sha256()
-        names = sorted(self.files, key=lambda name: (self.files[name], name))
+        names = sorted(self.tensors, key=lambda name: (self.tensors[name].path, name))
         for name in tqdm(names, desc="checking the weights", unit="tensor", disable=None):
             [tensor] = self.read([name]).values()
             total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -117,19 +124,34 @@ class Source:
     @property
     def parameters(self) -> int:
         """Number of values in all tensors."""
-        return sum(map(math.prod, self.shapes.values()))
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
     @property
     def layer_parameters(self) -> int:
         """Number of values in one decoder layer."""
         prefix = self.architecture.layer_prefix.format(0)
-        return sum(math.prod(at) for name, at in self.shapes.items() if name.startswith(prefix))
+        inside = (tensor for name, tensor in self.tensors.items() if name.startswith(prefix))
+        return sum(math.prod(tensor.shape) for tensor in inside)
+
+    @property
+    def ffn_parameters(self) -> int:
+        """Number of values that the neurons of one FFN, or of one expert of a MoE, hold together.
+
+        An output bias belongs to none of them.
+        """
+        row = self.architecture
+        prefix = row.layer_prefix.format(0) + (row.expert_prefix.format(0) if row.router else "")
+        names = [name for name in (row.gate, row.up, row.up_bias, row.down) if name is not None]
+        return sum(math.prod(self.tensors[prefix + name].shape) for name in names)
 
     def nbytes(self, dtype: torch.dtype | None) -> int:
         """Size in bytes in the given precision, or as stored."""
         if dtype is not None:
             return self.parameters * dtype.itemsize
-        return sum(path.stat().st_size for path in set(self.files.values()))
+        return sum(
+            math.prod(tensor.shape) * CARVABLE[tensor.dtype].itemsize
+            for tensor in self.tensors.values()
+        )
 
     @property
     def licence(self) -> dict[str, str]:
@@ -152,7 +174,10 @@ def find_model(model: str | Path, *, revision: str | None = None) -> tuple[Path,
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise RequestError(f"folder {folder} has no config.json: it is not a model.")
+            raise RequestError(
+                f"folder {folder} has no config.json: it is not a model."
+                + (f" It holds {ADAPTER}. {MERGE}" if (folder / ADAPTER).is_file() else "")
+            )
         return folder, folder.resolve().name, None
     if folder.exists() or not _HUB_ID.fullmatch(str(model)):
         raise RequestError(f"{model} is neither a folder nor the id of a Hub repository.")
@@ -230,28 +255,27 @@ def open_source(
     if commit is not None:
         folder = fetch_model(name, revision, code=trust_remote_code)
         check_code(folder, name, trust_remote_code)
-    try:
-        config = architecture.dense_config.from_pretrained(folder)
-    except Exception as error:  # the library raises whatever its validators raise
-        raise RequestError(f"config.json of {name} is not usable: {error}") from error
-    shapes = stored_shapes(folder)
-    files = {tensor: path for tensor, (path, _) in shapes.items()}
-    for tensor in _check_tensors(architecture, config, shapes):
-        del files[tensor]
-    sizes = {tensor: shapes[tensor][1] for tensor in files}
-    return Source(folder, name, commit, architecture, config, files, sizes)
+    if (folder / ADAPTER).is_file():
+        raise RequestError(
+            f"{name} has {ADAPTER} beside its weights: the library would add the adapter to them, "
+            f"and a carved model would lack it. {MERGE}"
+        )
+    config = dense_config(architecture, folder, name)
+    shapes = dense_shapes(architecture, config, name)
+    if architecture.router is not None:
+        shapes = one_by_one(architecture, shapes)
+    tensors = named_tensors(architecture, config, read_headers(folder), shapes)
+    return Source(folder, name, commit, architecture, config, tensors)
 
 
-def one_by_one(row: Architecture, shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+def one_by_one(row: Architecture, shapes: Shapes) -> Shapes:
     """The experts' tensors as checkpoints have them, where the library packs those of a layer."""
     inside = row.expert_prefix.partition("{")[0]
     found = {name: shape for name, shape in shapes.items() if inside not in name}
-    for name, (experts, rows, columns) in (item for item in shapes.items() if inside in item[0]):
-        layer, _, packed = name.partition(inside)
-        parts = [row.down] if packed == "down_proj" else [row.gate, row.up]
-        for number in range(experts):
-            prefix = layer + row.expert_prefix.format(number)
-            found |= {f"{prefix}{part}": [rows // len(parts), columns] for part in parts}
+    for packed in shapes.keys() - found.keys():
+        _, rows, columns = shapes[packed]
+        for name, _, _, parts in experts_in(row, packed, shapes[packed]):
+            found[name] = [rows // parts, columns]
     return found
 
 
@@ -271,70 +295,139 @@ def check_code(folder: Path, name: str, trusted: bool) -> None:
             logger.warning("the Python code of %s is not run: it is taken as stock.", name)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of the source. Raises `RequestError` if it is damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RequestError(
-            f"{path.name} is not valid JSON ({error}). Download it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise RequestError(f"{path.name} is not a JSON object. Download it again.")
-    return content
+def named_tensors(
+    row: Architecture, config: PreTrainedConfig, stored: Mapping[str, Stored], shapes: Shapes
+) -> dict[str, Stored]:
+    """The stored tensors by the names that the dense model has for them.
 
+    Args:
+        row: The family.
+        config: Of the dense model. Its `tie_word_embeddings` becomes false, as the library's does,
+            where the files have a head that differs from the embedding.
+        stored: By the names in the files.
+        shapes: Of the dense model's tensors, an expert at a time.
 
-def stored_shapes(folder: Path) -> dict[str, tuple[Path, list[int]]]:
-    """Shard and shape of every tensor, from the shards' headers."""
-    index = folder / WEIGHTS_INDEX
-    if index.is_file():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-    else:
-        shards = ["model.safetensors"]
-    shapes: dict[str, tuple[Path, list[int]]] = {}
-    for shard in shards:
-        path = folder / shard
-        if not path.is_file():
-            raise RequestError(
-                f"shard {shard} is missing. Weights are read from safetensors only; complete the "
-                "download, or convert other formats with `save_pretrained` first."
-            )
-        try:
-            with safe_open(path, framework="pt", backend="pread") as opened:
-                for tensor in opened.keys():  # noqa: SIM118 - not a dict, cannot be iterated
-                    if tensor in shapes:
-                        raise RequestError(
-                            f"tensor {tensor} is in both {shapes[tensor][0].name} and {shard}: "
-                            "nobody can say which one counts. Remove one, or download again."
-                        )
-                    shapes[tensor] = (path, opened.get_slice(tensor).get_shape())
-        except SafetensorError as error:
-            raise RequestError(
-                f"shard {shard} is corrupt or truncated ({error}). Download it again."
-            ) from error
-    return shapes
-
-
-def _check_tensors(
-    architecture: Architecture,
-    config: PreTrainedConfig,
-    shapes: dict[str, tuple[Path, list[int]]],
-) -> list[str]:
-    """Compare stored with expected tensors; return the stored ones that are to be ignored."""
-    with torch.device("meta"):
-        model = architecture.dense_model(config)
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    if architecture.router is not None:
-        expected = one_by_one(architecture, expected)
-    # What the library calls it; older checkpoints may have another name for it.
-    head = architecture.head if architecture.head in shapes else "lm_head.weight"
-    expected[head] = expected.pop("lm_head.weight")
-    ignored = [name for name in shapes if name.endswith(architecture.ignored_suffixes)]
+    Raises `RequestError` for what the library would not load in full, or carving would lose.
+    """
+    tensors: dict[str, Stored] = {}
+    for key, tensor in stored.items():
+        if key.endswith(row.ignored_suffixes):
+            continue
+        for own, part in unpacked(row, key, tensor):
+            name = library_name(row, own, shapes)
+            if name in tensors:
+                raise RequestError(
+                    f"tensors {tensors[name].key} and {key} both stand for {name}: nobody can say "
+                    "which one counts. Remove one, or download again."
+                )
+            tensors[name] = part
+    check_wrapping(sorted(tensors.keys() - shapes.keys()))
+    check_types(tensors)
     if config.tie_word_embeddings:
-        expected.pop(head)
-        ignored += [head] if head in shapes else []
-    missing = sorted(expected.keys() - shapes.keys())
-    unknown = sorted(shapes.keys() - expected.keys() - set(ignored))
+        tie_head(row, config, tensors)
+    expected = dict(shapes)
+    if config.tie_word_embeddings:
+        del expected[HEAD]
+    check_shapes(config, tensors, expected)
+    return tensors
+
+
+def unpacked(row: Architecture, key: str, tensor: Stored) -> Iterator[tuple[str, Stored]]:
+    """A tensor by its name, or the experts' parts of one that has all of a layer's experts."""
+    inside = row.expert_prefix.partition("{")[0]
+    packed = key.endswith((f"{inside}gate_up_proj", f"{inside}down_proj"))
+    if row.router is None or not packed or len(tensor.shape) != 3:
+        yield key, tensor
+        return
+    for name, *place in experts_in(row, key, tensor.shape):
+        yield name, tensor.of_expert(*place)
+
+
+def experts_in(
+    row: Architecture, packed: str, shape: list[int]
+) -> Iterator[tuple[str, int, int, int]]:
+    """What a packed tensor (experts, rows, columns) holds, as if it were not packed.
+
+    Name, number of the expert, and which of how many parts that lie below each other.
+    """
+    inside = row.expert_prefix.partition("{")[0]
+    layer, _, name = packed.partition(inside)
+    parts = [row.down] if name == "down_proj" else [row.gate, row.up]
+    for number in range(shape[0]):
+        for place, part in enumerate(parts):
+            yield f"{layer}{row.expert_prefix.format(number)}{part}", number, place, len(parts)
+
+
+def library_name(row: Architecture, key: str, known: Collection[str]) -> str:
+    """What the dense model calls a tensor of a file, by the rules of the library's loader.
+
+    A file may have an old name of the head, and the prefix of the model without a head once too
+    often or not at all.
+    """
+    if key == row.head:
+        return HEAD
+    prefix = row.dense_model.base_model_prefix + "."
+    candidates = (key.removeprefix(prefix), prefix + key)
+    return next((name for name in candidates if name in known), key)
+
+
+def tie_head(row: Architecture, config: PreTrainedConfig, tensors: dict[str, Stored]) -> None:
+    """Leave out a head that equals the embedding to which the configuration ties it.
+
+    As in the library's loader either may be missing, and if both are there and differ, they are
+    not tied.
+    """
+    if HEAD not in tensors:
+        return
+    if row.embedding not in tensors:
+        tensors[row.embedding] = tensors.pop(HEAD)
+        return
+    both = {name: tensors[name] for name in (row.embedding, HEAD)}
+    alike = both[HEAD].shape == both[row.embedding].shape
+    if alike and torch.equal(*(value for _, value in read_tensors(both))):
+        del tensors[HEAD]
+        return
+    config.tie_word_embeddings = False
+    logger.warning(
+        "%s differs from the embedding, although config.json ties them: both are kept, as the "
+        "library does, and the carved model does not tie them.",
+        tensors[HEAD].key,
+    )
+
+
+def check_wrapping(unknown: list[str]) -> None:
+    """Raises `RequestError` for names that come from a wrapper around the model."""
+    for name in unknown:
+        for prefix, (wrapper, remedy) in WRAPPERS.items():
+            if f".{prefix}" in f".{name}":
+                raise RequestError(
+                    f"tensor {name} has {prefix!r} in its name: the model was saved inside a "
+                    f"wrapper, {wrapper}, and the library would not find its weights. Unwrap it "
+                    f"({remedy}), and save it again with save_pretrained."
+                )
+
+
+def check_types(tensors: Mapping[str, Stored]) -> None:
+    """Raises `RequestError` for weights of a type in which neurons cannot be moved and refitted."""
+    for tensor in tensors.values():
+        if tensor.dtype not in CARVABLE:
+            raise RequestError(
+                f"tensor {tensor.key} is stored as {tensor.dtype}, and only {', '.join(CARVABLE)} "
+                "can be carved. Use the checkpoint from before it was quantised, or save it again "
+                "in one of these types."
+            )
+
+
+def check_shapes(config: PreTrainedConfig, tensors: Mapping[str, Stored], expected: Shapes) -> None:
+    """Raises `RequestError` unless the tensors are those expected, of the same shapes."""
+    missing = sorted(expected.keys() - tensors.keys())
+    unknown = sorted(tensors.keys() - expected.keys())
+    if missing == [HEAD]:
+        raise RequestError(
+            f"the checkpoint has no head ({HEAD}), and config.json does not tie it to the "
+            "embedding: the library would make one up at random. Save the whole model, or set "
+            "tie_word_embeddings to true if it shares the embedding."
+        )
     if missing:
         raise RequestError(
             f"the checkpoint lacks {len(missing)} tensors that its configuration asks for, "
@@ -343,12 +436,12 @@ def _check_tensors(
     if unknown:
         raise RequestError(
             f"the checkpoint holds {len(unknown)} tensors that a {config.model_type} model does "
-            f"not have, {unknown[0]} among them. Carving would lose them, so it is refused."
+            f"not have, {tensors[unknown[0]].key} among them. Carving would lose them, so it is "
+            "refused."
         )
     for name, shape in expected.items():
-        if shapes[name][1] != shape:
+        if tensors[name].shape != shape:
             raise RequestError(
-                f"tensor {name} has shape {shapes[name][1]}, but config.json asks for {shape}. "
-                "The configuration and the weights are not of the same model."
+                f"tensor {tensors[name].key} has shape {tensors[name].shape}, but config.json asks "
+                f"for {shape}. The configuration and the weights are not of the same model."
             )
-    return ignored

@@ -45,12 +45,13 @@ from cmoe_hf.modeling_cmoe import CMoERouter, attention_types
 
 from .calibration import random_windows, read_tokens
 from .card import native_card
-from .checkpoint import LEGAL_FILES, WEIGHTS_INDEX, fetch_model, find_model, load_tokenizer
+from .checkpoint import LEGAL_FILES, fetch_model, find_model, load_tokenizer
 from .errors import RequestError
 from .linearise import linear_routers
 from .partial import PartialFolder
 from .recipe import Recipe
 from .routing import PINNED
+from .stored import WEIGHTS_INDEX
 from .texts import open_text
 from .verify import write_fingerprint
 

@@ -244,7 +244,8 @@ def divide_parent(
     with clock("router"):
         if recipe.competition == "token":
             energy_UN = output_energies(profile.h_TF, ffn.down_HF, parts.experts_NM)
-            energy_UN = energy_UN / parent.weight_U[:, None].square()
+            weight_U1 = parent.weight_U[:, None].square()  # of an unlikely parent perhaps 0
+            energy_UN = energy_UN / weight_U1.clamp_min(torch.finfo(torch.float32).tiny)
             router = log_energy_router(profile.x_TH, energy_UN, ridge=recipe.router_ridge)
         else:
             router = build_router(ffn, profile, parts, recipe)

@@ -114,6 +114,8 @@ def partition_by_contributions(
     columns_RT *= down_HF.norm(dim=0)[routed_R].unsqueeze(1)
     columns_RT -= columns_RT.mean(dim=1, keepdim=True)
     square_R1 = columns_RT.square().sum(dim=1, keepdim=True)
+    # Less is rounding: the neurons write the same, or nothing, and any clusters are right.
+    least = (1e-6 * square_R1.mean()).clamp_min(torch.finfo(torch.float32).tiny)
     items = len(routed_R)
 
     rank_R = torch.empty(items, dtype=torch.int64)
@@ -127,7 +129,7 @@ def partition_by_contributions(
         cost_RN = square_R1 + centroids_NT.square().sum(dim=1) - 2 * inner_RN
         previous_R = label_R
         # Scaled: the solver's tolerance is absolute.
-        scaled_RN = (cost_RN / cost_RN.mean()).cpu().double().numpy()
+        scaled_RN = (cost_RN / cost_RN.mean().clamp_min(least)).cpu().double().numpy()
         label_R = torch.from_numpy(assign_balanced(scaled_RN))
         settled = torch.equal(label_R, previous_R)
         iterations += 1

@@ -317,7 +317,7 @@ def estimate(job: Job, prepared: Prepared, work: WorkFolder) -> Plan:
     source, config, settings = prepared.source, prepared.config, job.settings
     tokens, width = prepared.windows_WL.numel(), config.intermediate_size
     on_disk = job.activations == "disk"
-    ffn = 3 * config.hidden_size * width * config.num_hidden_layers
+    ffn = source.ffn_parameters * config.num_hidden_layers
     resident = psutil.Process().memory_info().rss
     peak = resident + memory_bytes(job, prepared, on_disk)
     available = resident + psutil.virtual_memory().available
@@ -365,20 +365,21 @@ def place_of_activations(job: Job, prepared: Prepared) -> str:
 
 def seconds(job: Job, prepared: Prepared) -> float:
     """Operations of the conversion over the speed of one matrix product of its size."""
-    config, recipe = prepared.config, job.settings.choices
+    source, config, recipe = prepared.source, prepared.config, job.settings.choices
     hidden, width = config.hidden_size, config.intermediate_size
     tokens = prepared.windows_WL.numel()
     ratio = config.activation_ratio
-    attention = prepared.source.layer_parameters - 3 * hidden * width * config.num_parents
+    matrices = source.ffn_parameters / (hidden * width)
+    attention = source.layer_parameters - source.ffn_parameters * config.num_parents
     forward = tokens * (attention + prepared.windows_WL.shape[1] * hidden)
     ffn = tokens * config.num_parents_per_tok * hidden * width
-    work = forward + 2 * ffn + ratio * ffn
+    work = forward + (matrices - 1) * ffn + ratio * ffn
     if recipe.refit:
         order = min(tokens, width)
         refit = 2 * ratio * ffn + tokens * width * order / 2 + order**2 * (order / 6 + hidden)
         trials = 4 if recipe.adaptive_split else 0
         work += refit * (1 + trials)
-        work += (forward + 3 * ffn) if recipe.error_correction else ffn
+        work += (forward + matrices * ffn) if recipe.error_correction else ffn
     if recipe.router == "linear":
         work += tokens * hidden**2 + (1 - ratio) * ffn
     rows = min(tokens, 512)

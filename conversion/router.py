@@ -51,8 +51,10 @@ def linear_router(
     gram_HH = lower_gram(x_TH)
     shift = max(ridge * gram_HH.diagonal().mean().item(), 1e-30)
     weight_HN = solve_shifted(gram_HH, x_TH.T @ target_TN, shift)
-    deviation = (x_TH @ weight_HN).std().clamp_min(1e-30)
-    return {"linear_weight": (weight_HN / deviation).T.contiguous()}
+    score_TN = x_TH @ weight_HN
+    if score_TN.numel() > 1:  # or there is no deviation
+        weight_HN = weight_HN / score_TN.std().clamp_min(1e-30)
+    return {"linear_weight": weight_HN.T.contiguous()}
 
 
 def log_energy_router(

@@ -17,10 +17,11 @@ import cmoe_hf
 from cmoe_hf import FAMILIES
 
 from .card import stated_hashes
-from .checkpoint import LEGAL_FILES, WEIGHTS_INDEX, load_tokenizer, read_json, stored_shapes
+from .checkpoint import LEGAL_FILES, load_tokenizer
 from .errors import RequestError
 from .partial import SETTINGS, sha256_of
 from .scores import CARD_FILE
+from .stored import WEIGHTS_FILE, WEIGHTS_INDEX, read_headers, read_json
 
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
@@ -73,7 +74,7 @@ def check_complete(folder: Path) -> None:
         raise RequestError(f"{folder} has no config.json: it is not a model.")
     config = read_json(folder / "config.json")
     check_auto_map(folder, config.get("auto_map"))
-    shapes = {name: shape for name, (_, shape) in stored_shapes(folder).items()}
+    shapes = {name: tensor.shape for name, tensor in read_headers(folder).items()}
     check_weights(folder, shapes)
     if config.get("model_type") in {family.model_type for family, *_ in FAMILIES}:
         check_carved(folder, shapes)
@@ -102,21 +103,22 @@ def check_auto_map(folder: Path, auto_map: dict[str, str] | None) -> None:
 
 def check_weights(folder: Path, shapes: dict[str, list[int]]) -> None:
     """The shards are those of the index, and hold what it says."""
-    indexed = {"model.safetensors"}
+    where = {}
+    indexed = {WEIGHTS_FILE}
     if (folder / WEIGHTS_INDEX).is_file():
         where = read_json(folder / WEIGHTS_INDEX)["weight_map"]
         indexed = set(where.values())
-        missing = sorted(where.keys() - shapes.keys())
-        if missing:
-            raise RequestError(
-                f"{WEIGHTS_INDEX} names {len(missing)} tensors that no shard has, {missing[0]} "
-                "among them. Convert again, or restore the folder."
-            )
     stray = sorted({path.name for path in folder.glob("*.safetensors")} - indexed)
     if stray:
         raise RequestError(
             f"{', '.join(stray)} is not a shard of this model (see {WEIGHTS_INDEX}); a loader "
-            "might take it for one. Remove it."
+            "might take it for one. Remove it, or the index if that is the one left over."
+        )
+    missing = sorted(where.keys() - shapes.keys())
+    if missing:
+        raise RequestError(
+            f"{WEIGHTS_INDEX} names {len(missing)} tensors that no shard has, {missing[0]} among "
+            "them. Convert again, or restore the folder."
         )
 
 

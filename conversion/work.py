@@ -20,9 +20,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .checkpoint import WEIGHTS_INDEX
 from .errors import CMoEError
 from .partial import PartialFolder, as_json, sha256_of
+from .stored import WEIGHTS_INDEX
 
 MANIFEST = "manifest.json"
 
