@@ -25,7 +25,7 @@ from .device import DTYPES, peak_memory_bytes, versions
 from .errors import RequestError
 from .hierarchy import carve_model as carve_moe
 from .pipeline import carve_model
-from .plan import Prepared, check_disk, parent_config, prepare, settled, width_warning
+from .plan import Prepared, check_disk, parent_config, prepare, read_by, settled, width_warning
 from .settings import Job, Options
 from .work import WorkFolder
 
@@ -74,7 +74,7 @@ def convert(
     prepared = prepare(job)
     job = settled(job, prepared)
     work = WorkFolder(output, overwrite=overwrite)
-    work.check(prepared.source.folder)
+    work.check(read_by(job, prepared))
     check_disk(job, prepared, work)
     if warning := width_warning(prepared.config):
         logger.warning("%s", warning)
@@ -106,6 +106,7 @@ def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Co
                     f"{value!r} now. Leave it out, or start again with --overwrite."
                 )
         prepared = prepare(job)
+        work.check_apart(read_by(job, prepared))
         work.check_unchanged(fingerprint(prepared))
         threads = torch.get_num_threads()
         torch.set_num_threads(work.settings["threads"])  # their number changes the last bits

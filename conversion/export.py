@@ -149,7 +149,7 @@ def export(
     check_gates(shards)
     tokenizer = load_tokenizer(folder)
     work = ExportFolder(output, overwrite=overwrite)
-    work.check(folder)
+    work.check({"the carved model": folder, "the calibration text": refit_router})
     routers = None
     if refit_router is not None:
         ids = tokenize(tokenizer, load_text(refit_router))

@@ -93,7 +93,7 @@ def plan(
     prepared = prepare(job)
     job = settled(job, prepared)
     work = WorkFolder(output, overwrite=overwrite)
-    work.check(prepared.source.folder)
+    work.check(read_by(job, prepared))
     check_disk(job, prepared, work)
     prepared.source.digest()
     return estimate(job, prepared, work)
@@ -117,6 +117,14 @@ def settled(job: Job, prepared: Prepared) -> Job:
         revision=prepared.source.revision,
         activations=place_of_activations(job, prepared),
     )
+
+
+def read_by(job: Job, prepared: Prepared) -> dict[str, str | Path | None]:
+    """What a job reads from this machine, by what to call it."""
+    return {
+        "the source checkpoint": prepared.source.folder,
+        "the calibration text": job.settings.calibration,
+    }
 
 
 def carved_config(dense: PreTrainedConfig, names: Architecture, settings: Settings) -> CMoEConfig:

@@ -157,7 +157,7 @@ def recover(
     ready = prepare(request, tuning)
     if accelerate.PartialState().is_main_process:
         work = RecoveryFolder(output, overwrite=overwrite)
-        work.check(ready.folder)
+        work.check(read_by(request, ready))
         check_disk(ready.folder, work)
     settings = {"request": asdict(request), "tuning": asdict(tuning), **fingerprint(ready)}
     with opened(output, settings, overwrite=overwrite) as work:
@@ -174,6 +174,7 @@ def resume_recovery(output: str | Path) -> Recovery:
     with opened(output, None, overwrite=False) as work:
         request, tuning = Request(**work.settings["request"]), Tuning(**work.settings["tuning"])
         ready = prepare(request, tuning)
+        work.check_apart(read_by(request, ready))
         work.check_unchanged(fingerprint(ready))
         return run(request, tuning, ready, work)
 
@@ -213,6 +214,17 @@ def prepare(request: Request, tuning: Tuning) -> Ready:
     test_ids = tokenize(tokenizer, load_text(request.text, part="test"))
     test_WL = consecutive_windows(test_ids, length=length)
     return Ready(folder, device, tokenizer, len(ids), training_WL, test_WL)
+
+
+def read_by(request: Request, ready: Ready) -> dict[str, str | Path | None]:
+    """What a recovery reads from this machine, by what to call it."""
+    return {
+        "the carved model": ready.folder,
+        "the training text": request.training,
+        "the text to measure on": request.text,
+        "the teacher": request.teacher,
+        "the control": request.control,
+    }
 
 
 def on_cpus() -> bool:
