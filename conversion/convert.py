@@ -12,14 +12,11 @@ import psutil
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
 
 import cmoe_hf
 from cmoe_hf import CMoEHierarchicalConfig
 
 from .card import model_card
-from .checkpoint import LEGAL_FILES
 from .decoder import Storage, Streams
 from .device import DTYPES, peak_memory_bytes, versions
 from .errors import RequestError
@@ -191,7 +188,8 @@ def complete(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
     )
     report = conversion_report(job, prepared, result, work.figures)
     work.write_json("conversion.json", report)
-    card = model_card(prepared.source, prepared.config, report, code)
+    licence = prepared.carried.licence
+    card = model_card(prepared.source, prepared.config, report, code, licence)
     work.write_text("README.md", card)
     return result
 
@@ -201,16 +199,10 @@ def write_loading_files(work: WorkFolder, prepared: Prepared) -> dict[str, str]:
 
     Returns the hashes of the Python files.
     """
-    source = prepared.source
     work.write_index()
     prepared.config.save_pretrained(work.folder)
     code = work.write_code(type(prepared.config))
-    prepared.tokenizer.save_pretrained(work.folder)
-    if (source.folder / GENERATION_CONFIG_NAME).is_file():
-        work.copy_from(source.folder, GENERATION_CONFIG_NAME)
-    else:
-        GenerationConfig.from_model_config(source.config).save_pretrained(work.folder)
-    work.copy_from(source.folder, *LEGAL_FILES)
+    work.write_files(prepared.carried.files)
     return code
 
 

@@ -38,19 +38,20 @@ from transformers import (
 )
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from cmoe_hf import CMoEConfig, CMoEHierarchicalConfig
 from cmoe_hf.modeling_cmoe import CMoERouter, attention_types
 
 from .calibration import load_text, random_windows, tokenize
 from .card import native_card
-from .checkpoint import LEGAL_FILES, WEIGHTS_INDEX, fetch_model, find_model, load_tokenizer
+from .carried import carried
+from .checkpoint import WEIGHTS_INDEX, fetch_model, find_model, load_tokenizer
 from .errors import RequestError
 from .linearise import linear_routers
 from .partial import PartialFolder
 from .recipe import Recipe
 from .routing import PINNED
+from .scores import CARD_FILE
 
 ARCHITECTURES = {
     "cmoe_llama": "qwen2_moe",
@@ -148,6 +149,8 @@ def export(
     shards = sorted(folder.glob("*.safetensors"))
     check_gates(shards)
     tokenizer = load_tokenizer(folder)
+    native = native_config(config, architecture)
+    kept = carried(folder).beside(native, tokenizer)
     work = ExportFolder(output, overwrite=overwrite)
     work.check({"the carved model": folder, "the calibration text": refit_router})
     routers = None
@@ -158,9 +161,8 @@ def export(
         routers = fitted_routers(folder, windows_WL)
     with ExportFolder.create(output, {"model": name}, overwrite=overwrite) as work:
         write_shards(shards, config, work, routers)
-        native_config(config, architecture).save_pretrained(work.folder)
-        tokenizer.save_pretrained(work.folder)
-        work.copy_from(folder, GENERATION_CONFIG_NAME, *LEGAL_FILES)
+        native.save_pretrained(work.folder)
+        work.write_files(kept.files)
         difference, agreement = compare(folder, work.folder, config)
         result = Export(
             output=str(work.output),
@@ -170,11 +172,9 @@ def export(
             routing_agreement=agreement,
             refitted_router=routers is not None,
         )
-        card = folder / "README.md"
-        if card.is_file():
-            text = card.read_text(encoding="utf-8")
-            text = native_card(text, architecture, difference, refitted=routers is not None)
-            work.write_text("README.md", text)
+        if kept.card:
+            text = native_card(kept.card, architecture, difference, refitted=routers is not None)
+            work.write_text(CARD_FILE, text)
     return result
 
 

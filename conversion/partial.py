@@ -230,11 +230,13 @@ class PartialFolder:
         with open(self.private / f"{self.noun}.log", "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
-    def replace(self, path: Path, content: str | Callable[[Path], Any]) -> None:
+    def replace(self, path: Path, content: str | bytes | Callable[[Path], Any]) -> None:
         """Write a file under another name, to the disk, then give it its own."""
         new = path.with_name(path.name + ".new")
+        if isinstance(content, str):
+            content = content.encode()
         try:
-            new.write_text(content, encoding="utf-8") if isinstance(content, str) else content(new)
+            new.write_bytes(content) if isinstance(content, bytes) else content(new)
             with open(new, "rb") as file:
                 os.fsync(file.fileno())
             new.replace(path)
@@ -260,11 +262,11 @@ class PartialFolder:
             self.write_text(name, text)
         return {name: sha256_of(self.folder / name) for name in code}
 
-    def copy_from(self, source: Path, *patterns: str) -> None:
-        """Copy the source's files that match any pattern, contents unchanged."""
-        for pattern in patterns:
-            for path in sorted(source.glob(pattern)):
-                shutil.copyfile(path, self.folder / path.name)
+    def write_files(self, files: Mapping[str, bytes]) -> None:
+        """Write files of the repository that were read elsewhere, by name."""
+        for name, content in files.items():
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            self.replace(self.folder / name, content)
 
 
 def _names(folder: Path) -> list[str]:

@@ -18,6 +18,7 @@ from cmoe_hf import CMoEConfig
 
 from .architectures import ARCHITECTURES, Architecture
 from .calibration import load_text, random_windows, tokenize
+from .carried import Carried, carried
 from .checkpoint import Source, load_tokenizer, open_source
 from .decoder import BATCH_TOKENS
 from .device import DTYPES, find_device
@@ -76,6 +77,8 @@ class Prepared:
     calibration: dict[str, Any]
     """A record of the calibration text that names no path."""
     device: torch.device
+    carried: Carried
+    """What the carved model takes over from the source as it is."""
 
 
 def plan(
@@ -107,7 +110,8 @@ def prepare(job: Job) -> Prepared:
     config = carved_config(source.config, source.architecture, job.settings)
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trusted)
     windows_WL, calibration = calibration_windows(job.settings, source, tokenizer)
-    return Prepared(source, config, tokenizer, windows_WL, calibration, device)
+    kept = carried(source.folder).beside(config, tokenizer)
+    return Prepared(source, config, tokenizer, windows_WL, calibration, device, kept)
 
 
 def settled(job: Job, prepared: Prepared) -> Job:
@@ -274,9 +278,9 @@ def disk_bytes(job: Job, prepared: Prepared) -> int:
     rows = 1 if config.router_type == "linear" else 2
     router = config.num_experts * (rows * config.hidden_size + 1) * 4
     code = sum(map(len, code_of(type(config)).values()))
-    others = sum(path.stat().st_size for path in source.folder.glob("*token*") if path.is_file())
     per_layer = router + 14 * 120 + 4_000  # headers, index, and figures in conversion.json
-    return source.nbytes(dtype) + config.num_hidden_layers * per_layer + code + others + 8_000
+    small = code + prepared.carried.nbytes + 8_000
+    return source.nbytes(dtype) + config.num_hidden_layers * per_layer + small
 
 
 def work_bytes(prepared: Prepared, activations_on_disk: bool) -> int:

@@ -22,18 +22,19 @@ import accelerate
 import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from cmoe_hf import CMoEConfig
 
 from .calibration import consecutive_windows, load_text, random_windows, tokenize
 from .card import recovered_card
-from .checkpoint import LEGAL_FILES, fetch_model, find_model, load_tokenizer
+from .carried import Carried, carried
+from .checkpoint import fetch_model, find_model, load_tokenizer
 from .device import check_dtype, find_device, versions
 from .errors import RequestError
 from .evaluate import load_model, perplexity
 from .partial import SETTINGS, PartialFolder, as_json, sha256_of
 from .routing import active_routers, count_loads, imbalance, is_biased, without_bias
+from .scores import CARD_FILE
 from .settings import absolute
 from .tuning import Tuning, check_peft, check_sharding, last_checkpoint, tune
 
@@ -104,6 +105,8 @@ class Ready:
     """Of the whole training text; the windows may take some of them several times."""
     training_WL: torch.Tensor
     test_WL: torch.Tensor
+    carried: Carried
+    """What the recovered model takes over from the carved one as it is."""
 
 
 def recover(
@@ -213,7 +216,8 @@ def prepare(request: Request, tuning: Tuning) -> Ready:
     )
     test_ids = tokenize(tokenizer, load_text(request.text, part="test"))
     test_WL = consecutive_windows(test_ids, length=length)
-    return Ready(folder, device, tokenizer, len(ids), training_WL, test_WL)
+    kept = carried(folder, "conversion.json")
+    return Ready(folder, device, tokenizer, len(ids), training_WL, test_WL, kept)
 
 
 def read_by(request: Request, ready: Ready) -> dict[str, str | Path | None]:
@@ -452,8 +456,7 @@ def complete(
 ) -> None:
     """Write everything beside the weights."""
     code = work.write_code(type(AutoConfig.from_pretrained(ready.folder)))
-    ready.tokenizer.save_pretrained(work.folder)
-    work.copy_from(ready.folder, GENERATION_CONFIG_NAME, "conversion.json", *LEGAL_FILES)
+    work.write_files(ready.carried.files)
     figures = asdict(result)
     del figures["output"]
     report = {
@@ -470,7 +473,5 @@ def complete(
         "stages": work.stages,
     }
     work.write_json("recovery.json", report)
-    card = ready.folder / "README.md"
-    if card.is_file():
-        text = card.read_text(encoding="utf-8")
-        work.write_text("README.md", recovered_card(text, report, code))
+    if card := ready.carried.card:
+        work.write_text(CARD_FILE, recovered_card(card, report, code))

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from .checkpoint import WEIGHTS_INDEX
 from .errors import CMoEError
 from .partial import PartialFolder, as_json, sha256_of
+from .paths import remove
 
 MANIFEST = "manifest.json"
 
@@ -69,9 +70,12 @@ class WorkFolder(PartialFolder):
                     f"{path.name} of the unfinished conversion is missing or damaged: it cannot "
                     "be resumed. Start again with --overwrite."
                 )
-        for path in [*self.folder.iterdir(), *self.private.glob("states-*")]:
-            if path != self.private and str(path.relative_to(self.folder)) not in whole:
-                path.unlink()  # was being written when the process died
+        found = [*self.folder.iterdir(), *self.private.glob("states-*")]
+        remove(  # what was being written when the process died
+            path
+            for path in found
+            if path != self.private and str(path.relative_to(self.folder)) not in whole
+        )
 
     def write_rest(self, tensors: dict[str, torch.Tensor], shards: int) -> None:
         """Write the shard of the tensors outside the layers, unless that is done already."""
