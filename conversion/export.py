@@ -184,6 +184,7 @@ class ExportFolder(PartialFolder):
     command = "export"
     noun = "export"
     finished = ""
+    resume_hint = ""
 
     def read_finished(self) -> None:
         """There is nothing to take up."""

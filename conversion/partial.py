@@ -68,7 +68,7 @@ class PartialFolder:
 
     @property
     def resume_hint(self) -> str:
-        """How to go on."""
+        """How to go on; empty for work that starts again."""
         return f"go on with: cmoe {self.command} {shlex.quote(str(self.output))} --resume"
 
     def check(self, inputs: Mapping[str, str | Path | None]) -> None:
@@ -115,10 +115,10 @@ class PartialFolder:
             self._acquire(make=False)
             self._lock.release()
         if begun or (self.folder.exists() and set(_names(self.folder)) - {"work"}):
+            hint = self.resume_hint if begun else ""
             raise RequestError(
                 f"{self.folder.name} exists already in {self.folder.parent}: "
-                + (f"{self.resume_hint}, or" if begun else "choose another output folder, or")
-                + " pass --overwrite to start again."
+                f"{hint or 'choose another output folder'}, or pass --overwrite to start again."
             )
 
     @classmethod

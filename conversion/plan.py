@@ -26,7 +26,7 @@ from .errors import RequestError
 from .partition import CLUSTERING_TOKENS
 from .roofline import best_seconds
 from .selection import code_of
-from .settings import CALIBRATION_TOKENS, Job, Options, Settings
+from .settings import CALIBRATION_TOKENS, Job, Options, Settings, public_name
 from .work import WorkFolder
 
 
@@ -243,9 +243,8 @@ def calibration_windows(
             f"the tokenizer gives token {int(windows_WL.max())}, but the model's vocabulary has "
             f"{source.config.vocab_size}: it is the tokenizer of another model."
         )
-    name = settings.calibration
     return windows_WL, {
-        "source": Path(name).name if Path(name).expanduser().is_file() else name,
+        "source": public_name(settings.calibration),
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
         "text_tokens": len(ids),
         "samples": samples,

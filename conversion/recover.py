@@ -35,7 +35,7 @@ from .evaluate import load_model, perplexity
 from .partial import SETTINGS, PartialFolder, as_json, sha256_of
 from .routing import active_routers, count_loads, imbalance, is_biased, without_bias
 from .scores import CARD_FILE
-from .settings import absolute
+from .settings import absolute, public_name
 from .tuning import Tuning, check_peft, check_sharding, last_checkpoint, tune
 
 STAGES = "stages.json"
@@ -461,10 +461,10 @@ def complete(
     del figures["output"]
     report = {
         "tuning": asdict(tuning),
-        "training": Path(request.training).name,
-        "text": Path(request.text).name,
-        "teacher": request.teacher and Path(request.teacher).name,
-        "control": request.control and Path(request.control).name,
+        "training": public_name(request.training),
+        "text": public_name(request.text),
+        "teacher": request.teacher and public_name(request.teacher),
+        "control": request.control and public_name(request.control),
         "training_text_tokens": ready.text_tokens,
         "sequence_length": ready.training_WL.shape[1],
         "versions": versions(),

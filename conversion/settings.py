@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a conversion is asked to do, checked as far as that is possible without the model."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -232,3 +233,8 @@ def absolute(name: str | Path) -> str:
     """The absolute path of something that exists, or the name as it is."""
     path = Path(name).expanduser()
     return str(path.absolute()) if path.exists() else str(name)
+
+
+def public_name(name: str) -> str:
+    """What may be told of something that `absolute` named: of a path, its last part only."""
+    return Path(os.path.normpath(name)).name if Path(name).is_absolute() else name

@@ -198,3 +198,30 @@ def test_the_code_of_a_trusted_tokenizer_goes_with_it(dense_copy, tmp_path):
     assert not (tmp_path / "out" / "unrelated.py").exists()
     again = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert again.name == "own"
+
+
+def test_a_hub_id_keeps_its_owner_and_a_path_only_its_last_part(hub, dense, carved, tmp_path):
+    hub.publish("org/pico", dense)
+    (tmp_path / "jane-doe" / "x").mkdir(parents=True)
+    shutil.copy(HELD_OUT, tmp_path / "jane-doe" / "mine.txt")
+    few = ["--samples", 2, "--sequence-length", 32, "--rank", 2, "--device", "cpu"]
+    few += ["--training", CALIBRATION, "--text", tmp_path / "jane-doe" / "x" / ".." / "mine.txt"]
+    out = tmp_path / "out"
+    result = command("recover", carved, out, *few, "--teacher", "org/pico", "--control", "org/pico")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads((out / "recovery.json").read_text())
+    assert report["teacher"] == report["control"] == "org/pico"
+    assert (report["training"], report["text"]) == ("calibration.txt", "mine.txt")
+    card = (out / "README.md").read_text()
+    assert "distilled from `org/pico`" in card and "jane-doe" not in card
+
+
+def test_advice_works_as_printed(carved, tmp_path):
+    out = tmp_path / "out"
+    refused(command("recover", carved, out, "--resume"), 2, "cmoe recover OUT --resume.")
+    (tmp_path / "out.partial" / "work").mkdir(parents=True)  # of an export that was killed
+    (tmp_path / "out.partial" / "work" / "settings.json").write_text("{}")
+    result = command("export", carved, out)
+    refused(result, 2, "choose another output folder, or pass --overwrite")
+    assert "--resume" not in result.stderr
+    assert command("export", carved, out, "--overwrite").exit_code == 0

@@ -303,7 +303,9 @@ def recover_command(
     with reporting(debug):
         if resume_it:
             if out is not None or overwrite:
-                raise RequestError("--resume takes the output folder only: cmoe recover OUT.")
+                raise RequestError(
+                    "--resume takes the output folder only: cmoe recover OUT --resume."
+                )
             result = resume_recovery(model)
         elif out is None:
             raise RequestError("say where to: cmoe recover MODEL OUT.")
