@@ -38,14 +38,16 @@ from transformers import (
 )
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+from transformers.utils import CONFIG_NAME
 
 from cmoe_hf import CMoEConfig, CMoEHierarchicalConfig
+from cmoe_hf.configuration_cmoe import with_legacy_keys
 from cmoe_hf.modeling_cmoe import CMoERouter, attention_types
 
 from .calibration import load_text, random_windows, tokenize
 from .card import native_card
 from .carried import carried
-from .checkpoint import WEIGHTS_INDEX, fetch_model, find_model, load_tokenizer
+from .checkpoint import WEIGHTS_INDEX, fetch_model, find_model, load_tokenizer, read_json
 from .errors import RequestError
 from .linearise import linear_routers
 from .partial import PartialFolder
@@ -162,6 +164,8 @@ def export(
     with ExportFolder.create(output, {"model": name}, overwrite=overwrite) as work:
         write_shards(shards, config, work, routers)
         native.save_pretrained(work.folder)
+        written = read_json(work.folder / CONFIG_NAME)
+        work.write_json(CONFIG_NAME, dict(sorted(with_legacy_keys(native, written).items())))
         work.write_files(kept.files)
         difference, agreement = compare(folder, work.folder, config)
         result = Export(

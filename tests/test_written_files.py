@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from refusal import refused
 from test_bad_input import run
 from test_output import command
 from tokenizers import Tokenizer, models, normalizers
 from tokenizers.decoders import ByteFallback
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
 
@@ -225,3 +226,63 @@ def test_advice_works_as_printed(carved, tmp_path):
     refused(result, 2, "choose another output folder, or pass --overwrite")
     assert "--resume" not in result.stderr
     assert command("export", carved, out, "--overwrite").exit_code == 0
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPES = {
+    "default": ({"rope_type": "default", "rope_theta": 1e6}, {"rope_theta": 1e6}),
+    "linear": (
+        {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5},
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    "llama3": (
+        {"rope_type": "llama3", "rope_theta": 5e5, "original_max_position_embeddings": 64} | LLAMA3,
+        {
+            "rope_theta": 5e5,
+            "rope_scaling": {"rope_type": "llama3", "original_max_position_embeddings": 64}
+            | LLAMA3,
+        },
+    ),
+    "pythia": (
+        {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.5},
+        {"rotary_emb_base": 2e4, "rotary_pct": 0.5},
+    ),
+}
+OLDER = ("rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "partial_rotary_factor")
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_the_configuration_speaks_to_older_engines_too(make_dense, carve, tmp_path, caplog, kind):
+    rope, expected = ROPES[kind]
+    family = "pythia" if kind == "pythia" else "tinyllama"
+    carved = carve(
+        make_dense(family, rope_parameters=dict(rope), intermediate_size=128), dtype="bfloat16"
+    )
+    AutoModelForCausalLM.from_pretrained(carved).save_pretrained(tmp_path / "again")
+    folders = [carved, tmp_path / "again"]
+    if kind != "pythia":
+        result = command("export", carved, tmp_path / "native")
+        assert result.exit_code == 0, result.stderr
+        folders.append(tmp_path / "native")
+    caplog.clear()
+    for folder in folders:
+        written = json.loads((folder / "config.json").read_text())
+        assert {name: written[name] for name in OLDER if name in written} == expected
+        assert written["torch_dtype"] == written["dtype"] == "bfloat16"
+        config = AutoConfig.from_pretrained(folder)
+        assert config.rope_parameters == written["rope_parameters"] == rope
+        assert config.dtype == torch.bfloat16
+        assert not set(vars(config)) & {*OLDER, "torch_dtype"}
+    assert not caplog.records
+
+
+def test_the_newer_names_win_and_a_change_reaches_the_older_ones(carved, tmp_path, edit_config):
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 3e4}
+    model = Path(shutil.copytree(carved, tmp_path / "model"))
+    stale = {"rope_type": "linear", "factor": 2.0}
+    edit_config(model, rope_parameters=rope, rope_scaling=stale, rope_theta=1.0)
+    config = AutoConfig.from_pretrained(model)
+    assert config.rope_parameters == rope
+    config.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert written["rope_theta"] == 3e4 and written["rope_scaling"]["factor"] == 4.0
