@@ -24,6 +24,7 @@ from .hierarchy import carve_model as carve_moe
 from .pipeline import carve_model
 from .plan import Prepared, check_disk, parent_config, prepare, read_by, settled, width_warning
 from .settings import Job, Options
+from .shards import shard_bytes
 from .work import WorkFolder
 
 logger = logging.getLogger(__name__)
@@ -130,11 +131,10 @@ def fingerprint(prepared: Prepared) -> dict[str, str]:
 def carve(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
     """Carve the layers that are not finished yet, and complete the repository."""
     source, config, settings = prepared.source, prepared.config, job.settings
-    shards = config.num_hidden_layers + 1
     storage = Storage(prepared.device, work.private if job.activations == "disk" else None)
     rest = source.read_rest()
     named = {source.architecture.carved_name(name): tensor for name, tensor in rest.items()}
-    work.write_rest(in_dtype(named, settings.dtype), shards)
+    work.write_rest(in_dtype(named, settings.dtype))
     states = work.read_states()
     if states:
         streams = Streams.restored(states, storage)
@@ -157,7 +157,7 @@ def carve(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
     with tqdm(total=total, initial=done, desc="carving", unit="layer", disable=None) as bar:
         for index, tensors, figures in carved:
             work.write_layer(
-                index, shards, in_dtype(tensors, settings.dtype), figures, streams.saved()
+                index, total, in_dtype(tensors, settings.dtype), figures, streams.saved()
             )
             del tensors
             resident = psutil.Process().memory_info().rss / 1e9
@@ -176,6 +176,7 @@ def complete(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
     if isinstance(prepared.config, CMoEHierarchicalConfig):
         kept = [layer["kept_parents"] for layer in work.figures]
         prepared.config.kept_parents = kept if any(kept) else None
+    work.join(shard_bytes(job.max_shard_size))
     code = write_loading_files(work, prepared)
     result = Conversion(
         output=str(work.output),
@@ -199,7 +200,6 @@ def write_loading_files(work: WorkFolder, prepared: Prepared) -> dict[str, str]:
 
     Returns the hashes of the Python files.
     """
-    work.write_index()
     prepared.config.save_pretrained(work.folder)
     code = work.write_code(type(prepared.config))
     work.write_files(prepared.carried.files)

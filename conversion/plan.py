@@ -27,6 +27,7 @@ from .partition import CLUSTERING_TOKENS
 from .roofline import best_seconds
 from .selection import code_of
 from .settings import CALIBRATION_TOKENS, Job, Options, Settings, public_name
+from .shards import shard_bytes
 from .work import WorkFolder
 
 
@@ -256,7 +257,7 @@ def calibration_windows(
 def check_disk(job: Job, prepared: Prepared, work: WorkFolder) -> None:
     """Raises `RequestError` if the finished and the working files would not fit."""
     parent, free = free_disk(work)
-    needed = disk_bytes(job, prepared) + work_bytes(prepared, job.activations == "disk")
+    needed = disk_bytes(job, prepared) + work_bytes(job, prepared)
     if free < needed:
         raise RequestError(
             f"the conversion needs about {needed / 1e9:.1f} GB of disk, but {parent} has "
@@ -282,12 +283,17 @@ def disk_bytes(job: Job, prepared: Prepared) -> int:
     return source.nbytes(dtype) + config.num_hidden_layers * per_layer + small
 
 
-def work_bytes(prepared: Prepared, activations_on_disk: bool) -> int:
-    """Hidden states of two layers, in carved and dense stream, and activations kept on the disk."""
+def work_bytes(job: Job, prepared: Prepared) -> int:
+    """Hidden states of two layers, in carved and dense stream, and activations kept on the disk; or
+    what the finished layers take twice while they are joined: one file, and a layer cut in it."""
     tokens, config = prepared.windows_WL.numel(), prepared.config
     states = 2 * tokens * config.hidden_size * 4
     kept = tokens * (3 * config.hidden_size + config.intermediate_size) * 4
-    return 2 * states + (kept if activations_on_disk else 0)
+    dtype = DTYPES[job.settings.dtype] if job.settings.dtype else None
+    size, limit = prepared.source.nbytes(dtype), shard_bytes(job.max_shard_size)
+    layer = size * prepared.source.layer_parameters // prepared.source.parameters
+    joining = min(size, limit if layer <= limit else limit + layer)
+    return 2 * states + max(kept if job.activations == "disk" else 0, joining)
 
 
 def memory_bytes(job: Job, prepared: Prepared, on_disk: bool) -> int:
@@ -353,7 +359,7 @@ def estimate(job: Job, prepared: Prepared, work: WorkFolder) -> Plan:
         device=str(prepared.device),
         activations=job.activations,
         disk_bytes=disk_bytes(job, prepared),
-        work_bytes=work_bytes(prepared, on_disk),
+        work_bytes=work_bytes(job, prepared),
         disk_free_bytes=free_disk(work)[1],
         peak_memory_bytes=peak,
         memory_available_bytes=available,

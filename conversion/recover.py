@@ -36,6 +36,7 @@ from .partial import SETTINGS, PartialFolder, as_json, sha256_of
 from .routing import active_routers, count_loads, imbalance, is_biased, without_bias
 from .scores import CARD_FILE
 from .settings import absolute, public_name
+from .shards import MAX_SHARD_SIZE, shard_bytes
 from .tuning import Tuning, check_peft, check_sharding, last_checkpoint, tune
 
 STAGES = "stages.json"
@@ -90,6 +91,7 @@ class Request:
     control: str | None = None
     dtype: str | None = None
     device: str | None = None
+    max_shard_size: str | int = MAX_SHARD_SIZE
     trust_remote_code: bool = False
 
 
@@ -120,6 +122,7 @@ def recover(
     tuning: Tuning | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
     trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> Recovery:
@@ -139,6 +142,7 @@ def recover(
         tuning: How to tune, default the paper's settings.
         dtype: `float32` or `bfloat16`; default that of the checkpoint.
         device: Where to compute, default the accelerator if there is one.
+        max_shard_size: Of a file of weights, see `convert`.
         trust_remote_code: Run Python code that comes with the models.
         overwrite: Replace an existing model repository or unfinished recovery at `output`.
 
@@ -154,6 +158,7 @@ def recover(
         control=None if control is None else absolute(control),
         dtype=dtype,
         device=device,
+        max_shard_size=max_shard_size,
         trust_remote_code=trust_remote_code,
     )
     tuning = tuning or Tuning()
@@ -187,6 +192,7 @@ def prepare(request: Request, tuning: Tuning) -> Ready:
     check_peft()
     check_sharding()
     check_dtype(request.dtype)
+    shard_bytes(request.max_shard_size)  # refuses what is no size
     if request.dtype == "float16":
         raise RequestError("float16 overflows in training: choose bfloat16 or float32.")
     state = accelerate.PartialState(cpu=request.device == "cpu" or on_cpus())
@@ -378,7 +384,8 @@ def tuned(
         figures["scales"] = [gate.scale.tolist() for gate in active_routers(loaded)]
         figures["biases"] = [gate.balance_bias.tolist() for gate in active_routers(loaded)]
         if accelerate.PartialState().is_main_process:
-            loaded.save_pretrained(work.folder)
+            limit = shard_bytes(request.max_shard_size)
+            loaded.save_pretrained(work.folder, max_shard_size=limit)
     return {**figures, "seconds": time.perf_counter() - start}
 
 

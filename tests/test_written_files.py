@@ -20,9 +20,10 @@ from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
 TEXT = " leading  and  double spaces, def f(x): return 'é'\n"
 
 
-def recover(model, out):
+def recover(model, out, *options):
     few = ["--samples", 2, "--sequence-length", 32, "--rank", 2, "--device", "cpu"]
-    return command("recover", model, out, "--training", CALIBRATION, "--text", HELD_OUT, *few)
+    texts = ["--training", CALIBRATION, "--text", HELD_OUT]
+    return command("recover", model, out, *texts, *few, *options)
 
 
 @pytest.mark.parametrize(

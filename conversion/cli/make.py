@@ -17,6 +17,7 @@ from ..errors import RequestError
 from ..plan import Plan, plan
 from ..recover import Recovery, recover, resume_recovery
 from ..settings import Options, absolute
+from ..shards import MAX_SHARD_SIZE
 from ..tuning import SCHEDULES, Tuning
 from .common import (
     Active,
@@ -26,6 +27,7 @@ from .common import (
     Device,
     Experts,
     Json,
+    MaxShardSize,
     Overwrite,
     Recipe,
     Revision,
@@ -134,6 +136,7 @@ def convert_command(
         ),
     ] = "auto",
     revision: Revision = None,
+    max_shard_size: MaxShardSize = MAX_SHARD_SIZE,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     resume_it: Annotated[
@@ -165,6 +168,7 @@ def convert_command(
             dtype=dtype,
             activations=activations,
             revision=revision,
+            max_shard_size=max_shard_size,
             trust_remote_code=trust_remote_code,
         )
         if resume_it:
@@ -290,6 +294,7 @@ def recover_command(
         str | None, typer.Option(help="float32 or bfloat16; default the checkpoint's precision.")
     ] = None,
     device: Device = None,
+    max_shard_size: MaxShardSize = MAX_SHARD_SIZE,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     resume_it: Annotated[
@@ -338,6 +343,7 @@ def recover_command(
                 ),
                 dtype=dtype,
                 device=device,
+                max_shard_size=max_shard_size,
                 trust_remote_code=trust_remote_code,
                 overwrite=overwrite,
             )

@@ -9,7 +9,17 @@ import typer
 from ..export import ARCHITECTURES, export
 from ..publish import publish
 from ..serve import serve
-from .common import Debug, Json, Overwrite, SequenceLength, print_result, reporting, table_of
+from ..shards import MAX_SHARD_SIZE
+from .common import (
+    Debug,
+    Json,
+    MaxShardSize,
+    Overwrite,
+    SequenceLength,
+    print_result,
+    reporting,
+    table_of,
+)
 
 
 def export_command(
@@ -27,6 +37,7 @@ def export_command(
     ] = None,
     samples: Annotated[int, typer.Option(help="Windows of that text.")] = 8,
     sequence_length: SequenceLength = None,
+    max_shard_size: MaxShardSize = MAX_SHARD_SIZE,
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -40,6 +51,7 @@ def export_command(
             refit_router=refit_router,
             samples=samples,
             sequence_length=sequence_length,
+            max_shard_size=max_shard_size,
             overwrite=overwrite,
         )
     rows = {
