@@ -27,7 +27,7 @@ from .evaluate import load_model
 from .figures import check_drawing
 from .roofline import Work, ffn_work, measure_rates, model_work, synchronize
 from .routing import check_flat, sparse_blocks
-from .settings import Settings
+from .settings import Settings, absolute, public_name
 from .shapes import check_memory, dense_config, random_model, shape_config
 from .texts import open_text
 
@@ -169,7 +169,7 @@ def benchmark(
     with torch.no_grad():
         points = bench.run(tokens, prefill, batch, context, compiled)
     return Benchmark(
-        model=shape if shape is not None else Path(str(model)).name,
+        model=shape if shape is not None else public_name(absolute(str(model))),
         notation=carved.config.notation,
         activation_ratio=carved.config.activation_ratio,
         layers=carved.config.num_hidden_layers,

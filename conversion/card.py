@@ -237,17 +237,20 @@ def stated(card: str, *, licence: str | None, base_model: str | None) -> str:
 
 
 def model_card(
-    source: Source, config: CMoEConfig, report: dict[str, Any], code: Mapping[str, str]
+    source: Source,
+    config: CMoEConfig,
+    report: dict[str, Any],
+    code: Mapping[str, str],
+    licence: dict[str, Any],
 ) -> str:
-    """Text of README.md: metadata block and body. `report` is the content of conversion.json and
-    `code` the hashes of the Python files."""
-    licence = source.licence
+    """Text of README.md: metadata block and body. `report` is the content of conversion.json,
+    `code` the hashes of the Python files and `licence` the fields of the source's card."""
     data = ModelCardData(
         base_model=source.name,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["cmoe", "moe", "mixture-of-experts", "sparse", "custom_code"],
-        **licence,  # type: ignore[arg-type]
+        **licence,
     )
     return f"---\n{data.to_yaml()}\n---\n\n" + _BODY.format(
         code=with_section("", CODE, code_section(code)).strip(),
@@ -321,7 +324,7 @@ def _measured(config: CMoEConfig, layers: list[dict[str, Any]]) -> str:
     return table.format(rows="\n".join(rows))
 
 
-def _licence_sentence(licence: dict[str, str]) -> str:
+def _licence_sentence(licence: dict[str, Any]) -> str:
     if not licence:
         return _NO_LICENCE
     name = licence.get("license_name") or licence["license"]

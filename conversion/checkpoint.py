@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -47,18 +47,20 @@ WRAPPERS = {
 }
 """Parts of names that wrappers add: whose they are, and how to get at the model inside."""
 LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model*", "tokenizer_config.json", "tekken.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.json", "chat_template.jinja", "additional_chat_templates"),
+)
+"""Files and folders; what a tokenizer has of them."""
 SOURCE_FILES = (
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "tokenizer.model",
-    "merges.txt",
-    "README.md",
+    *("*.safetensors", "*.json", "*.jinja", "README.md"),
+    *TOKENIZER_FILES,
     *LEGAL_FILES,
 )
 logger = logging.getLogger(__name__)
 Shapes = dict[str, list[int]]
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -153,17 +155,6 @@ class Source:
             for tensor in self.tensors.values()
         )
 
-    @property
-    def licence(self) -> dict[str, str]:
-        """Licence fields of the source's model card; empty if it states none."""
-        card = self.folder / "README.md"
-        if not card.is_file():
-            return {}
-        data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-        return {
-            key: data[key] for key in ("license", "license_name", "license_link") if key in data
-        }
-
 
 def find_model(model: str | Path, *, revision: str | None = None) -> tuple[Path, str, str | None]:
     """Locate a model: (folder, name, commit). Only `config.json` of a Hub model is fetched.
@@ -179,7 +170,7 @@ def find_model(model: str | Path, *, revision: str | None = None) -> tuple[Path,
                 + (f" It holds {ADAPTER}. {MERGE}" if (folder / ADAPTER).is_file() else "")
             )
         return folder, folder.resolve().name, None
-    if folder.exists() or not _HUB_ID.fullmatch(str(model)):
+    if folder.exists() or not HUB_ID.fullmatch(str(model)):
         raise RequestError(f"{model} is neither a folder nor the id of a Hub repository.")
     config = Path(from_hub(hf_hub_download, str(model), revision, filename="config.json"))
     return config.parent, str(model), config.parent.name

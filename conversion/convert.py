@@ -12,22 +12,20 @@ import psutil
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
 
 import cmoe_hf
 from cmoe_hf import CMoEHierarchicalConfig
 
 from .calibration import keep_windows, kept_windows
 from .card import model_card
-from .checkpoint import LEGAL_FILES
 from .decoder import Storage, Streams
 from .device import DTYPES, peak_memory_bytes, versions
 from .errors import RequestError
 from .hierarchy import carve_model as carve_moe
 from .pipeline import carve_model
-from .plan import Prepared, check_disk, parent_config, prepare, settled, width_warning
+from .plan import Prepared, check_disk, parent_config, prepare, read_by, settled, width_warning
 from .settings import Job, Options
+from .shards import shard_bytes
 from .verify import CONVERSION, fingerprint_of
 from .work import WorkFolder
 
@@ -76,7 +74,7 @@ def convert(
     prepared = prepare(job)
     job = settled(job, prepared)
     work = WorkFolder(output, overwrite=overwrite)
-    work.check(prepared.source.folder)
+    work.check(read_by(job, prepared))
     check_disk(job, prepared, work)
     if warning := width_warning(prepared.config):
         logger.warning("%s", warning)
@@ -113,6 +111,7 @@ def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Co
         if (windows := kept_windows(work)) is not None:
             kept = (windows["calibration"], work.settings["calibration"])
         prepared = prepare(job, kept)
+        work.check_apart(read_by(job, prepared))
         work.check_unchanged(fingerprint(prepared))
         threads = torch.get_num_threads()
         torch.set_num_threads(work.settings["threads"])  # their number changes the last bits
@@ -139,11 +138,10 @@ def fingerprint(prepared: Prepared) -> dict[str, str]:
 def carve(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
     """Carve the layers that are not finished yet, and complete the repository."""
     source, config, settings = prepared.source, prepared.config, job.settings
-    shards = config.num_hidden_layers + 1
     storage = Storage(prepared.device, work.private if job.activations == "disk" else None)
     rest = source.read_rest()
     named = {source.architecture.carved_name(name): tensor for name, tensor in rest.items()}
-    work.write_rest(in_dtype(named, settings.dtype), shards)
+    work.write_rest(in_dtype(named, settings.dtype))
     states = work.read_states()
     if states:
         streams = Streams.restored(states, storage)
@@ -166,7 +164,7 @@ def carve(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
     with tqdm(total=total, initial=done, desc="carving", unit="layer", disable=None) as bar:
         for index, tensors, figures in carved:
             work.write_layer(
-                index, shards, in_dtype(tensors, settings.dtype), figures, streams.saved()
+                index, total, in_dtype(tensors, settings.dtype), figures, streams.saved()
             )
             del tensors
             resident = psutil.Process().memory_info().rss / 1e9
@@ -185,6 +183,7 @@ def complete(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
     if isinstance(prepared.config, CMoEHierarchicalConfig):
         kept = [layer["kept_parents"] for layer in work.figures]
         prepared.config.kept_parents = kept if any(kept) else None
+    work.join(shard_bytes(job.max_shard_size))
     code = write_loading_files(work, prepared)
     fingerprint = fingerprint_of(work.folder, prepared.tokenizer)
     result = Conversion(
@@ -198,7 +197,8 @@ def complete(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
     )
     report = conversion_report(job, prepared, result, work.figures)
     work.write_json(CONVERSION, report | {"fingerprint": fingerprint})
-    card = model_card(prepared.source, prepared.config, report, code)
+    licence = prepared.carried.licence
+    card = model_card(prepared.source, prepared.config, report, code, licence)
     work.write_text("README.md", card)
     return result
 
@@ -208,16 +208,9 @@ def write_loading_files(work: WorkFolder, prepared: Prepared) -> dict[str, str]:
 
     Returns the hashes of the Python files.
     """
-    source = prepared.source
-    work.write_index()
     prepared.config.save_pretrained(work.folder)
     code = work.write_code(type(prepared.config))
-    prepared.tokenizer.save_pretrained(work.folder)
-    if (source.folder / GENERATION_CONFIG_NAME).is_file():
-        work.copy_from(source.folder, GENERATION_CONFIG_NAME)
-    else:
-        GenerationConfig.from_model_config(source.config).save_pretrained(work.folder)
-    work.copy_from(source.folder, *LEGAL_FILES)
+    work.write_files(prepared.carried.files)
     return code
 
 

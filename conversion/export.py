@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import (
@@ -38,21 +37,34 @@ from transformers import (
 )
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME
 
 from cmoe_hf import CMoEConfig, CMoEHierarchicalConfig
+from cmoe_hf.configuration_cmoe import with_legacy_keys
 from cmoe_hf.modeling_cmoe import CMoERouter, attention_types
 
 from .calibration import random_windows, read_tokens
 from .card import native_card
-from .checkpoint import LEGAL_FILES, fetch_model, find_model, load_tokenizer
+from .carried import carried
+from .checkpoint import fetch_model, find_model, load_tokenizer
 from .errors import RequestError
 from .linearise import linear_routers
 from .partial import PartialFolder
 from .recipe import Recipe
 from .routing import PINNED
-from .stored import WEIGHTS_INDEX
-from .texts import open_text
+from .scores import CARD_FILE
+from .shards import (
+    MAX_SHARD_SIZE,
+    Entry,
+    file_names,
+    index_of,
+    packed,
+    raw,
+    shard_bytes,
+    write_shard,
+)
+from .stored import WEIGHTS_INDEX, read_json
+from .texts import open_text, text_file
 from .verify import write_fingerprint
 
 ARCHITECTURES = {
@@ -119,6 +131,7 @@ def export(
     refit_router: str | Path | None = None,
     samples: int = 8,
     sequence_length: int | None = None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
 ) -> Export:
     """Write a carved model as a stock architecture that loads without remote code.
@@ -131,12 +144,14 @@ def export(
             place of routers that the architecture does not have.
         samples: Calibration windows.
         sequence_length: Tokens of each, default 2,048 or the model's context.
+        max_shard_size: Of a file of weights, see `convert`.
         overwrite: Replace an existing model repository at `output`.
 
     Raises:
         RequestError: The architecture cannot represent the model; the message says why.
         CMoEError: The model cannot be reached or is damaged.
     """
+    limit = shard_bytes(max_shard_size)
     known = sorted(set(ARCHITECTURES.values()))
     if architecture is not None and architecture not in known:
         raise RequestError(
@@ -151,8 +166,15 @@ def export(
     shards = sorted(folder.glob("*.safetensors"))
     check_gates(shards)
     tokenizer = load_tokenizer(folder)
+    native = native_config(config, architecture)
+    kept = carried(folder).beside(native, tokenizer)
     work = ExportFolder(output, overwrite=overwrite)
-    work.check(folder)
+    work.check(
+        {
+            "the carved model": folder,
+            "the calibration text": text_file(refit_router),
+        }
+    )
     routers = None
     if refit_router is not None:
         ids = read_tokens(open_text(refit_router), tokenizer, config.vocab_size).ids
@@ -160,10 +182,11 @@ def export(
         windows_WL = random_windows(ids, samples=samples, length=length, seed=0)
         routers = fitted_routers(folder, windows_WL)
     with ExportFolder.create(output, {"model": name}, overwrite=overwrite) as work:
-        write_shards(shards, config, work, routers)
-        native_config(config, architecture).save_pretrained(work.folder)
-        tokenizer.save_pretrained(work.folder)
-        work.copy_from(folder, GENERATION_CONFIG_NAME, *LEGAL_FILES)
+        write_shards(shards, config, work, routers, limit)
+        native.save_pretrained(work.folder)
+        written = read_json(work.folder / CONFIG_NAME)
+        work.write_json(CONFIG_NAME, dict(sorted(with_legacy_keys(native, written).items())))
+        work.write_files(kept.files)
         write_fingerprint(folder, work, tokenizer)
         difference, agreement = compare(folder, work.folder, config)
         result = Export(
@@ -174,11 +197,9 @@ def export(
             routing_agreement=agreement,
             refitted_router=routers is not None,
         )
-        card = folder / "README.md"
-        if card.is_file():
-            text = card.read_text(encoding="utf-8")
-            text = native_card(text, architecture, difference, refitted=routers is not None)
-            work.write_text("README.md", text)
+        if kept.card:
+            text = native_card(kept.card, architecture, difference, refitted=routers is not None)
+            work.write_text(CARD_FILE, text)
     return result
 
 
@@ -188,6 +209,7 @@ class ExportFolder(PartialFolder):
     command = "export"
     noun = "export"
     finished = ""
+    resume_hint = ""
 
     def read_finished(self) -> None:
         """There is nothing to take up."""
@@ -257,6 +279,12 @@ def read_tensors(shards: list[Path], *suffixes: str) -> Iterator[tuple[str, torc
                     yield name, shard.get_tensor(name)
 
 
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """One tensor of a file."""
+    with safe_open(path, framework="pt", backend="pread") as shard:
+        return shard.get_tensor(name)
+
+
 def fitted_routers(folder: Path, windows_WL: torch.Tensor) -> dict[str, torch.Tensor]:
     """Linear routers for a carved model, by the names of their tensors."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -294,27 +322,43 @@ def write_shards(
     config: CMoEConfig,
     work: ExportFolder,
     routers: dict[str, torch.Tensor] | None,
+    limit: int,
 ) -> None:
-    """Rename and scale all tensors, one shard in memory at a time; `routers` replace others."""
-    where: dict[str, str] = {}
-    size = 0
-    for path in tqdm(shards, desc="exporting", unit="shard", disable=None):
-        tensors: dict[str, torch.Tensor] = {}
-        for name, tensor in read_tensors([path], ""):
-            router, _, part = name.rpartition(".")
-            if routers is not None and router.endswith("mlp.gate"):
-                if part != "scale":  # every router has one, whatever its kind
-                    continue
-                name = f"{router}.linear_weight"
-                tensor = routers[name]
-            tensors.update(native_tensors(name, tensor, config))
-        save = partial(save_file, tensors, metadata={"format": "pt"})
-        work.replace(work.folder / path.name, save)
-        where |= dict.fromkeys(tensors, path.name)
-        size += sum(tensor.nbytes for tensor in tensors.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-        work.write_json(WEIGHTS_INDEX, index)
+    """Rename and scale all tensors, one in memory at a time; `routers` replace others."""
+
+    def native(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        router, _, part = name.rpartition(".")
+        if routers is not None and router.endswith("mlp.gate"):
+            if part != "scale":  # every router has one, whatever its kind
+                return {}
+            name = f"{router}.linear_weight"
+            tensor = routers[name].to(tensor.device)
+        return native_tensors(name, tensor, config)
+
+    parts: list[dict[str, Entry]] = []
+    origins: dict[str, tuple[Path, str]] = {}
+    for path in shards:
+        parts.append({})
+        with safe_open(path, framework="pt") as shard:  # mapped: nothing is read for this
+            for name in shard.keys():  # noqa: SIM118 - not a dict, cannot be iterated
+                for new, tensor in native(name, shard.get_tensor(name).to("meta")).items():
+                    parts[-1][new], origins[new] = Entry.of(tensor), (path, name)
+    entries = {name: entry for part in parts for name, entry in part.items()}
+    plan = packed([{name: part[name].nbytes for name in part} for part in parts], limit)
+    files = dict(zip(file_names(len(plan)), plan, strict=True))
+    for file, names in tqdm(files.items(), desc="exporting", unit="file", disable=None):
+        here = {name: entries[name] for name in names}
+        read = dict.fromkeys(origins[name] for name in names)
+        pieces = (
+            (new, [raw(tensor)])
+            for path, name in read
+            for new, tensor in native(name, read_tensor(path, name)).items()
+            if new in here
+        )
+        work.replace(work.folder / file, partial(write_shard, entries=here, pieces=pieces))
+    if len(files) > 1:
+        sizes = {name: entry.nbytes for name, entry in entries.items()}
+        work.write_json(WEIGHTS_INDEX, index_of(files, sizes))
 
 
 def native_tensors(name: str, tensor: torch.Tensor, config: CMoEConfig) -> dict[str, torch.Tensor]:

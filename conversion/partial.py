@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from cmoe_hf import CMoEConfig
 
 from .errors import CMoEError, RequestError
+from .paths import check_apart, check_place, remove, resolved
 from .selection import code_of
 from .strict import to_json
 
@@ -45,9 +46,13 @@ class PartialFolder:
     """What happens in it, for example `conversion`; also the name of the log."""
 
     def __init__(self, output: str | Path, *, overwrite: bool = False) -> None:
-        self.output = Path(output).expanduser().absolute()
+        self.output = resolved(output)
         self.folder = self.output.with_name(self.output.name + ".partial")
         self.private = self.folder / "work"
+        self.leaving = self.output.with_name(self.output.name + ".work")
+        """The private folder between its last two moments."""
+        self.replaced = self.output.with_name(self.output.name + ".replaced")
+        """What was at OUT, until the new one is."""
         self.overwrite = overwrite
         self.settings: dict[str, Any] = {}
         """What must not change between the sessions of the work."""
@@ -64,37 +69,57 @@ class PartialFolder:
 
     @property
     def resume_hint(self) -> str:
-        """How to go on."""
+        """How to go on; empty for work that starts again."""
         return f"go on with: cmoe {self.command} {shlex.quote(str(self.output))} --resume"
 
-    def check(self, source: Path) -> None:
-        """Refuse an output folder that is the source, or that holds something already."""
-        if self.output == source.absolute():
-            raise RequestError("the output folder is the source checkpoint itself.")
+    def check(self, inputs: Mapping[str, str | Path | None]) -> None:
+        """Refuse an output folder that cannot be made, or that holds something already.
+
+        `inputs` is what the work reads, by what to call it: it must lie elsewhere.
+        """
+        self.check_apart(inputs)
+        check_place(self.folder, self.output)
         self._refuse_contents()
 
-    def _refuse_contents(self) -> None:
-        if self.overwrite:
-            if self.output.exists() and not (self.output / "config.json").is_file():
-                raise RequestError(
-                    f"{self.output.name} exists and is not a model repository (no config.json): "
-                    "--overwrite will not delete it."
-                )
+    def check_apart(self, inputs: Mapping[str, str | Path | None]) -> None:
+        """Raises `RequestError` if the work would destroy one of these."""
+        check_apart(self.output, inputs, self.folder, self.leaving, self.replaced)
+
+    def _refuse_output(self) -> None:
+        there = os.path.lexists(self.output)
+        if not there or (self.output.is_dir() and not any(self.output.iterdir())):
             return
-        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
+        if not self.overwrite:
             raise RequestError(
                 f"{self.output.name} exists already in {self.output.parent}. Choose another "
                 "output folder, or pass --overwrite to replace it."
             )
+        if not (self.output / "config.json").is_file():
+            raise RequestError(
+                f"{self.output.name} exists and is not a model repository (no config.json): "
+                "--overwrite will not delete it."
+            )
+
+    def _refuse_contents(self) -> None:
+        self._refuse_output()
+        for path in (self.leaving, self.replaced):
+            ours = path == self.leaving and (path / SETTINGS).is_file()
+            if os.path.lexists(path) and not ours:
+                raise RequestError(
+                    f"{path.name} exists in {path.parent}, left when a process was killed, or "
+                    "something of yours. The work needs this name: move it away."
+                )
+        if self.overwrite:
+            return
         begun = (self.private / SETTINGS).is_file()
         if begun:
             self._acquire(make=False)
             self._lock.release()
         if begun or (self.folder.exists() and set(_names(self.folder)) - {"work"}):
+            hint = self.resume_hint if begun else ""
             raise RequestError(
                 f"{self.folder.name} exists already in {self.folder.parent}: "
-                + (f"{self.resume_hint}, or" if begun else "choose another output folder, or")
-                + " pass --overwrite to start again."
+                f"{hint or 'choose another output folder'}, or pass --overwrite to start again."
             )
 
     @classmethod
@@ -107,10 +132,9 @@ class PartialFolder:
         work._acquire(make=True)
         try:
             work._refuse_contents()
-            for path in [*work.folder.iterdir(), *work.private.iterdir()]:
-                if path.name not in ("work", "lock"):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            work.settings = {"work": cls.noun, **settings}
+            found = [*work.folder.iterdir(), *work.private.iterdir()]
+            remove(path for path in found if path.name not in ("work", "lock"))
+            work.settings = {"work": cls.noun, "overwrite": overwrite, **settings}
             work.replace(work.private / SETTINGS, as_json(work.settings))
         except BaseException:
             work._lock.release()
@@ -126,9 +150,8 @@ class PartialFolder:
         `CMoEError` if a finished file is damaged.
         """
         work = cls(output)
-        leaving = work.output.with_name(work.output.name + ".work")
-        if work.folder.is_dir() and leaving.is_dir() and not work.private.exists():
-            leaving.rename(work.private)  # it was killed between the last two renames
+        if work.folder.is_dir() and work.leaving.is_dir() and not work.private.exists():
+            work.leaving.rename(work.private)  # it was killed between the last two renames
         if not (work.private / SETTINGS).is_file():
             raise RequestError(
                 f"there is no unfinished {cls.noun} at {work.folder}: start it without --resume."
@@ -141,6 +164,9 @@ class PartialFolder:
                     f"{work.folder.name} holds an unfinished {work.settings['work']}, not a "
                     f"{cls.noun}: resume it with its own command."
                 )
+            work.overwrite = work.settings.get("overwrite", False)
+            check_place(work.folder, work.output)
+            work._refuse_output()
             work.read_finished()
         except BaseException:
             work._lock.release()
@@ -192,26 +218,26 @@ class PartialFolder:
             self._lock.release()
 
     def _finish(self) -> None:
-        leaving = self.output.with_name(self.output.name + ".work")
-        replaced = self.output.with_name(self.output.name + ".replaced")
-        shutil.rmtree(leaving, ignore_errors=True)
-        self.private.rename(leaving)
+        shutil.rmtree(self.leaving, ignore_errors=True)
+        self.private.rename(self.leaving)
         if self.output.exists():
-            self.output.rename(replaced)
+            self.output.rename(self.replaced)
         self.folder.rename(self.output)
-        shutil.rmtree(replaced, ignore_errors=True)
-        shutil.rmtree(leaving, ignore_errors=True)
+        shutil.rmtree(self.replaced, ignore_errors=True)
+        shutil.rmtree(self.leaving, ignore_errors=True)
 
     def log(self, message: str) -> None:
         """Add a line to the log."""
         with open(self.private / f"{self.noun}.log", "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
-    def replace(self, path: Path, content: str | Callable[[Path], Any]) -> None:
+    def replace(self, path: Path, content: str | bytes | Callable[[Path], Any]) -> None:
         """Write a file under another name, to the disk, then give it its own."""
         new = path.with_name(path.name + ".new")
+        if isinstance(content, str):
+            content = content.encode()
         try:
-            new.write_text(content, encoding="utf-8") if isinstance(content, str) else content(new)
+            new.write_bytes(content) if isinstance(content, bytes) else content(new)
             with open(new, "rb") as file:
                 os.fsync(file.fileno())
             new.replace(path)
@@ -237,11 +263,11 @@ class PartialFolder:
             self.write_text(name, text)
         return {name: sha256_of(self.folder / name) for name in code}
 
-    def copy_from(self, source: Path, *patterns: str) -> None:
-        """Copy the source's files that match any pattern, contents unchanged."""
-        for pattern in patterns:
-            for path in sorted(source.glob(pattern)):
-                shutil.copyfile(path, self.folder / path.name)
+    def write_files(self, files: Mapping[str, bytes]) -> None:
+        """Write files of the repository that were read elsewhere, by name."""
+        for name, content in files.items():
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            self.replace(self.folder / name, content)
 
 
 def _names(folder: Path) -> list[str]:

@@ -17,6 +17,7 @@ from cmoe_hf import CMoEConfig
 
 from .architectures import ARCHITECTURES, Architecture
 from .calibration import CHARACTERS_PER_TOKEN, WHOLE_CHARACTERS, random_windows, read_tokens
+from .carried import Carried, carried
 from .checkpoint import Source, load_tokenizer, open_source
 from .decoder import BATCH_TOKENS
 from .device import DTYPES, find_device
@@ -25,7 +26,8 @@ from .partition import CLUSTERING_TOKENS
 from .roofline import best_seconds
 from .selection import code_of
 from .settings import CALIBRATION_TOKENS, Job, Options, Settings
-from .texts import open_text
+from .shards import shard_bytes
+from .texts import open_text, text_file
 from .work import WorkFolder
 
 
@@ -76,6 +78,8 @@ class Prepared:
     calibration: dict[str, Any]
     """A record of the calibration text that names no path."""
     device: torch.device
+    carried: Carried
+    """What the carved model takes over from the source as it is."""
 
 
 def plan(
@@ -93,7 +97,7 @@ def plan(
     prepared = prepare(job)
     job = settled(job, prepared)
     work = WorkFolder(output, overwrite=overwrite)
-    work.check(prepared.source.folder)
+    work.check(read_by(job, prepared))
     check_disk(job, prepared, work)
     prepared.source.digest()
     return estimate(job, prepared, work)
@@ -108,7 +112,8 @@ def prepare(job: Job, kept: tuple[torch.Tensor, dict[str, Any]] | None = None) -
     config = carved_config(source.config, source.architecture, job.settings)
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trusted)
     windows_WL, calibration = kept or calibration_windows(job.settings, source, tokenizer)
-    return Prepared(source, config, tokenizer, windows_WL, calibration, device)
+    beside = carried(source.folder).beside(config, tokenizer)
+    return Prepared(source, config, tokenizer, windows_WL, calibration, device, beside)
 
 
 def settled(job: Job, prepared: Prepared) -> Job:
@@ -118,6 +123,14 @@ def settled(job: Job, prepared: Prepared) -> Job:
         revision=prepared.source.revision,
         activations=place_of_activations(job, prepared),
     )
+
+
+def read_by(job: Job, prepared: Prepared) -> dict[str, str | Path | None]:
+    """What a job reads from this machine, by what to call it."""
+    return {
+        "the source checkpoint": prepared.source.folder,
+        "the calibration text": text_file(job.settings.calibration),
+    }
 
 
 def carved_config(dense: PreTrainedConfig, names: Architecture, settings: Settings) -> CMoEConfig:
@@ -247,7 +260,7 @@ def calibration_windows(
 def check_disk(job: Job, prepared: Prepared, work: WorkFolder) -> None:
     """Raises `RequestError` if the finished and the working files would not fit."""
     parent, free = free_disk(work)
-    needed = disk_bytes(job, prepared) + work_bytes(prepared, job.activations == "disk")
+    needed = disk_bytes(job, prepared) + work_bytes(job, prepared)
     if free < needed:
         raise RequestError(
             f"the conversion needs about {needed / 1e9:.1f} GB of disk, but {parent} has "
@@ -268,17 +281,22 @@ def disk_bytes(job: Job, prepared: Prepared) -> int:
     rows = 1 if config.router_type == "linear" else 2
     router = config.num_experts * (rows * config.hidden_size + 1) * 4
     code = sum(map(len, code_of(type(config)).values()))
-    others = sum(path.stat().st_size for path in source.folder.glob("*token*") if path.is_file())
     per_layer = router + 14 * 120 + 4_000  # headers, index, and figures in conversion.json
-    return source.nbytes(dtype) + config.num_hidden_layers * per_layer + code + others + 8_000
+    small = code + prepared.carried.nbytes + 8_000
+    return source.nbytes(dtype) + config.num_hidden_layers * per_layer + small
 
 
-def work_bytes(prepared: Prepared, activations_on_disk: bool) -> int:
-    """Hidden states of two layers, in carved and dense stream, and activations kept on the disk."""
+def work_bytes(job: Job, prepared: Prepared) -> int:
+    """Hidden states of two layers, in carved and dense stream, and activations kept on the disk; or
+    what the finished layers take twice while they are joined: one file, and a layer cut in it."""
     tokens, config = prepared.windows_WL.numel(), prepared.config
     states = 2 * tokens * config.hidden_size * 4
     kept = tokens * (3 * config.hidden_size + config.intermediate_size) * 4
-    return 2 * states + (kept if activations_on_disk else 0)
+    dtype = DTYPES[job.settings.dtype] if job.settings.dtype else None
+    size, limit = prepared.source.nbytes(dtype), shard_bytes(job.max_shard_size)
+    layer = size * prepared.source.layer_parameters // prepared.source.parameters
+    joining = min(size, limit if layer <= limit else limit + layer)
+    return 2 * states + max(kept if job.activations == "disk" else 0, joining)
 
 
 def memory_bytes(job: Job, prepared: Prepared, on_disk: bool) -> int:
@@ -344,7 +362,7 @@ def estimate(job: Job, prepared: Prepared, work: WorkFolder) -> Plan:
         device=str(prepared.device),
         activations=job.activations,
         disk_bytes=disk_bytes(job, prepared),
-        work_bytes=work_bytes(prepared, on_disk),
+        work_bytes=work_bytes(job, prepared),
         disk_free_bytes=free_disk(work)[1],
         peak_memory_bytes=peak,
         memory_available_bytes=available,

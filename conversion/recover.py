@@ -22,7 +22,6 @@ import accelerate
 import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from cmoe_hf import CMoEConfig
 
@@ -34,14 +33,17 @@ from .calibration import (
     read_tokens,
 )
 from .card import recovered_card
-from .checkpoint import LEGAL_FILES, fetch_model, find_model, load_tokenizer
+from .carried import Carried, carried
+from .checkpoint import fetch_model, find_model, load_tokenizer
 from .device import check_dtype, find_device, versions
 from .errors import RequestError
 from .evaluate import load_model, perplexity
 from .partial import SETTINGS, PartialFolder, as_json, sha256_of
 from .routing import active_routers, count_loads, imbalance, is_biased, without_bias
-from .settings import absolute
-from .texts import absolute_text, find_file, open_text
+from .scores import CARD_FILE
+from .settings import absolute, public_name
+from .shards import MAX_SHARD_SIZE, shard_bytes
+from .texts import absolute_text, open_text, text_file, text_name
 from .tuning import Tuning, check_peft, check_sharding, last_checkpoint, tune
 from .verify import write_fingerprint
 
@@ -97,6 +99,7 @@ class Request:
     control: str | None = None
     dtype: str | None = None
     device: str | None = None
+    max_shard_size: str | int = MAX_SHARD_SIZE
     trust_remote_code: bool = False
 
 
@@ -112,6 +115,8 @@ class Ready:
     """Of the whole training text; the windows may take some of them several times."""
     training_WL: torch.Tensor
     test_WL: torch.Tensor
+    carried: Carried
+    """What the recovered model takes over from the carved one as it is."""
 
 
 def recover(
@@ -125,6 +130,7 @@ def recover(
     tuning: Tuning | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
     trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> Recovery:
@@ -144,6 +150,7 @@ def recover(
         tuning: How to tune, default the paper's settings.
         dtype: `float32` or `bfloat16`; default that of the checkpoint.
         device: Where to compute, default the accelerator if there is one.
+        max_shard_size: Of a file of weights, see `convert`.
         trust_remote_code: Run Python code that comes with the models.
         overwrite: Replace an existing model repository or unfinished recovery at `output`.
 
@@ -159,13 +166,14 @@ def recover(
         control=None if control is None else absolute(control),
         dtype=dtype,
         device=device,
+        max_shard_size=max_shard_size,
         trust_remote_code=trust_remote_code,
     )
     tuning = tuning or Tuning()
     ready = prepare(request, tuning)
     if accelerate.PartialState().is_main_process:
         work = RecoveryFolder(output, overwrite=overwrite)
-        work.check(ready.folder)
+        work.check(read_by(request, ready))
         check_disk(ready.folder, work)
     asked = {"request": asdict(request), "tuning": asdict(tuning)}
     settings = {**asked, **fingerprint(ready), "text_tokens": ready.text_tokens}
@@ -188,6 +196,7 @@ def resume_recovery(output: str | Path) -> Recovery:
         if (windows := kept_windows(work)) is not None:
             kept = (work.settings["text_tokens"], windows["training"], windows["test"])
         ready = prepare(request, tuning, kept)
+        work.check_apart(read_by(request, ready))
         work.check_unchanged(fingerprint(ready))
         return run(request, tuning, ready, work)
 
@@ -202,12 +211,13 @@ def prepare(request: Request, tuning: Tuning, kept: Texts | None = None) -> Read
     check_peft()
     check_sharding()
     check_dtype(request.dtype)
+    shard_bytes(request.max_shard_size)  # refuses what is no size
     if request.dtype == "float16":
         raise RequestError("float16 overflows in training: choose bfloat16 or float32.")
     state = accelerate.PartialState(cpu=request.device == "cpu" or on_cpus())
     tuning.split(state.num_processes)
     device = state.device if state.num_processes > 1 else find_device(request.device)
-    if request.training == request.text and find_file(request.text) is not None:
+    if request.training == request.text and text_file(request.text):
         raise RequestError(
             "the text to measure on is the text to train on: its perplexity would say nothing. "
             "Give another --text."
@@ -230,7 +240,7 @@ def prepare(request: Request, tuning: Tuning, kept: Texts | None = None) -> Read
             raise RequestError(f"{dense} has another vocabulary than {request.model}.")
     length = tuning.sequence_length or min(2048, config.max_position_embeddings)
     texts = kept or read_texts(request, tuning, tokenizer, vocabulary, length)
-    return Ready(folder, device, tokenizer, *texts)
+    return Ready(folder, device, tokenizer, *texts, carried(folder))
 
 
 def read_texts(
@@ -247,6 +257,17 @@ def read_texts(
         ids, samples=tuning.samples, length=length, seed=tuning.seed, least=LEAST_TEXT
     )
     return len(ids), training_WL, consecutive_windows(test_ids, length=length)
+
+
+def read_by(request: Request, ready: Ready) -> dict[str, str | Path | None]:
+    """What a recovery reads from this machine, by what to call it."""
+    return {
+        "the carved model": ready.folder,
+        "the training text": text_file(request.training),
+        "the text to measure on": text_file(request.text),
+        "the teacher": request.teacher,
+        "the control": request.control,
+    }
 
 
 def on_cpus() -> bool:
@@ -396,7 +417,8 @@ def tuned(
         figures["scales"] = [gate.scale.tolist() for gate in active_routers(loaded)]
         figures["biases"] = [gate.balance_bias.tolist() for gate in active_routers(loaded)]
         if accelerate.PartialState().is_main_process:
-            loaded.save_pretrained(work.folder)
+            limit = shard_bytes(request.max_shard_size)
+            loaded.save_pretrained(work.folder, max_shard_size=limit)
     return {**figures, "seconds": time.perf_counter() - start}
 
 
@@ -476,17 +498,16 @@ def complete(
 ) -> None:
     """Write everything beside the weights."""
     code = work.write_code(type(AutoConfig.from_pretrained(ready.folder)))
-    ready.tokenizer.save_pretrained(work.folder)
-    work.copy_from(ready.folder, GENERATION_CONFIG_NAME, *LEGAL_FILES)
+    work.write_files(ready.carried.files)
     write_fingerprint(ready.folder, work, ready.tokenizer)
     figures = asdict(result)
     del figures["output"]
     report = {
         "tuning": asdict(tuning),
-        "training": Path(request.training).name,
-        "text": Path(request.text).name,
-        "teacher": request.teacher and Path(request.teacher).name,
-        "control": request.control and Path(request.control).name,
+        "training": text_name(request.training),
+        "text": text_name(request.text),
+        "teacher": request.teacher and public_name(request.teacher),
+        "control": request.control and public_name(request.control),
         "training_text_tokens": ready.text_tokens,
         "sequence_length": ready.training_WL.shape[1],
         "versions": versions(),
@@ -495,7 +516,5 @@ def complete(
         "stages": work.stages,
     }
     work.write_json("recovery.json", report)
-    card = ready.folder / "README.md"
-    if card.is_file():
-        text = card.read_text(encoding="utf-8")
-        work.write_text("README.md", recovered_card(text, report, code))
+    if card := ready.carried.card:
+        work.write_text(CARD_FILE, recovered_card(card, report, code))

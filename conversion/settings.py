@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a conversion is asked to do, checked as far as that is possible without the model."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Self, TypedDict
 from .device import check_dtype
 from .errors import RequestError
 from .recipe import RECIPES, Recipe
+from .shards import MAX_SHARD_SIZE, shard_bytes
 from .texts import absolute_text
 
 CALIBRATION_TOKENS = 16_384
@@ -159,6 +161,8 @@ class Options(TypedDict, total=False):
     if they would not fit into memory."""
     revision: str | None
     """Branch, tag or commit of a Hub model."""
+    max_shard_size: str | int
+    """Of a file of weights: `"5GB"`, or for example `"500MB"`, `"2GiB"` or a number of bytes."""
     trust_remote_code: bool
     """Accept a source that carries Python code; see `checkpoint.open_source`."""
 
@@ -176,6 +180,7 @@ class Job:
     settings: Settings
     device: str | None
     activations: str
+    max_shard_size: str | int = MAX_SHARD_SIZE
     trust_remote_code: bool = False
 
     @classmethod
@@ -192,6 +197,7 @@ class Job:
         device: str | None = None,
         activations: str = "auto",
         revision: str | None = None,
+        max_shard_size: str | int = MAX_SHARD_SIZE,
         trust_remote_code: bool = False,
         **others: Any,
     ) -> Self:
@@ -200,6 +206,7 @@ class Job:
             raise RequestError(
                 f"activations cannot be kept in {activations!r}: choose {', '.join(ACTIVATIONS)}."
             )
+        shard_bytes(max_shard_size)  # refuses what is no size
         shared, active = units(shared, active, experts, budget)
         settings = Settings(
             shared=shared,
@@ -216,6 +223,7 @@ class Job:
             settings=settings,
             device=device,
             activations=activations,
+            max_shard_size=max_shard_size,
             trust_remote_code=trust_remote_code,
         )
 
@@ -233,3 +241,8 @@ def absolute(name: str | Path) -> str:
     """The absolute path of something that exists, or the name as it is."""
     path = Path(name).expanduser()
     return str(path.absolute()) if path.exists() else str(name)
+
+
+def public_name(name: str) -> str:
+    """What may be told of something that `absolute` named: of a path, its last part only."""
+    return Path(os.path.normpath(name)).name if Path(name).is_absolute() else name

@@ -19,6 +19,7 @@ from .errors import CMoEError, RequestError
 from .evaluate import evaluate
 from .figures import STYLE, check_drawing
 from .partial import as_json
+from .paths import check_apart, remove, resolved
 from .plan import carved_config
 from .settings import Settings, absolute
 from .texts import absolute_text
@@ -256,8 +257,10 @@ class Store:
     def __init__(
         self, folder: str | Path, protocol: Protocol, device: str, *, overwrite: bool
     ) -> None:
-        self.folder = Path(folder).expanduser().absolute()
+        self.folder = resolved(folder)
         self.file = self.folder / "sweep.json"
+        inputs = {"the model": protocol.model, "the calibration text": protocol.calibration}
+        check_apart(self.folder, {**inputs, "the text to measure on": protocol.text})
         # Figures of other versions or of another machine cannot stand in the same table.
         self.protocol = {**asdict(protocol), "device": device, "versions": versions()}
         self.measured: dict[str, dict[str, Any]] = {}
@@ -268,7 +271,7 @@ class Store:
                 raise RequestError(
                     f"{self.folder.name} exists already and holds no sweep: choose another folder."
                 )
-            shutil.rmtree(self.folder)
+            remove(self.folder.iterdir())
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -120,6 +120,12 @@ def find_file(source: str | Path) -> tuple[Path, str | None] | None:
     return None
 
 
+def text_file(source: str | Path | None) -> Path | None:
+    """The file that a source is, if it is one."""
+    found = None if source is None else find_file(source)
+    return None if found is None else found[0]
+
+
 def text_name(source: str | Path) -> str:
     """A source as it may be told to others: a file by its bare name."""
     return Path(source).name if find_file(source) is not None else str(source)

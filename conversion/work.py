@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder in which a conversion grows, one shard for each finished layer.
+"""The folder in which a conversion grows, one part for each finished layer, joined at the end.
 
-    OUT.partial/model-*.safetensors         finished shards: 0 outside the layers, then one a layer
+    OUT.partial/model*.safetensors          what is joined already, when all layers are finished
     OUT.partial/work/settings.json          what was asked for, of which source, by which versions
     OUT.partial/work/windows.safetensors    the calibration windows: no text is read a second time
-    OUT.partial/work/manifest.json          what is finished: hash of each shard, figures of layers
+    OUT.partial/work/manifest.json          what is finished: hash of each file, figures of layers
+    OUT.partial/work/rest.safetensors       the part outside the layers
+    OUT.partial/work/layer-N.safetensors    the part of a finished layer
     OUT.partial/work/states-N.safetensors   hidden states that enter layer N, the next one
     OUT.partial/work/conversion.log         the same for people
 
-The manifest is written last: whenever the process dies, it names only what is whole.
+The manifest is written last: whenever the process dies, it names only what is whole. A part goes
+when all its tensors are in joined files, which takes the disk of one more of these.
 """
 
 import json
@@ -22,6 +25,8 @@ from safetensors.torch import save_file
 
 from .errors import CMoEError
 from .partial import PartialFolder, as_json, sha256_of
+from .paths import remove
+from .shards import file_names, index_of, join, packed
 from .stored import WEIGHTS_INDEX
 
 MANIFEST = "manifest.json"
@@ -39,7 +44,10 @@ class WorkFolder(PartialFolder):
         """Figures of the finished layers."""
         self.seconds = 0.0
         """Time spent on them, in all sessions."""
-        self._shards: dict[str, dict[str, Any]] = {}
+        self._parts: dict[str, dict[str, Any]] = {}
+        """By number: 0 is outside the layers."""
+        self._joined: dict[str, dict[str, Any]] = {}
+        """By the name of the file."""
         self._states: dict[str, Any] | None = None
         self._since = time.perf_counter()
 
@@ -59,39 +67,44 @@ class WorkFolder(PartialFolder):
         if (self.private / MANIFEST).is_file():
             manifest = json.loads((self.private / MANIFEST).read_text(encoding="utf-8"))
             self.figures, self.seconds = manifest["layers"], manifest["seconds"]
-            self._shards, self._states = manifest["shards"], manifest["states"]
-        whole = {record["file"]: record["sha256"] for record in self._shards.values()}
-        if self._states is not None:
-            whole["work/" + self._states["file"]] = self._states["sha256"]
-        for name, sha256 in whole.items():
-            path = self.folder / name
+            self._parts, self._states = manifest["parts"], manifest["states"]
+            self._joined = manifest["joined"]
+        records = [*self._needed(), *([self._states] if self._states else [])]
+        whole = {self.private / record["file"]: record["sha256"] for record in records}
+        whole |= {self.folder / name: record["sha256"] for name, record in self._joined.items()}
+        for path, sha256 in whole.items():
             if not path.is_file() or sha256_of(path) != sha256:
                 raise CMoEError(
                     f"{path.name} of the unfinished conversion is missing or damaged: it cannot "
                     "be resumed. Start again with --overwrite."
                 )
-        for path in [*self.folder.iterdir(), *self.private.glob("states-*")]:
-            if path != self.private and str(path.relative_to(self.folder)) not in whole:
-                path.unlink()  # was being written when the process died
+        found = [*self.folder.iterdir(), *self.private.glob("*.safetensors*")]
+        remove(path for path in found if path != self.private and path not in whole)
 
-    def write_rest(self, tensors: dict[str, torch.Tensor], shards: int) -> None:
-        """Write the shard of the tensors outside the layers, unless that is done already."""
-        if "0" not in self._shards:
-            self._write_shard(0, shards, tensors)
+    def _needed(self) -> list[dict[str, Any]]:
+        """The parts of which something is not joined yet, in order."""
+        parts = [self._parts[number] for number in sorted(self._parts, key=int)]
+        joined = {name for record in self._joined.values() for name in record["tensors"]}
+        return [part for part in parts if part["tensors"].keys() - joined]
+
+    def write_rest(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Write the tensors outside the layers, unless that is done already."""
+        if "0" not in self._parts:
+            self._write_part(0, "rest", tensors)
             self._write_manifest()
 
     def write_layer(
         self,
         index: int,
-        shards: int,
+        layers: int,
         tensors: dict[str, torch.Tensor],
         figures: dict[str, Any],
         states: dict[str, torch.Tensor],
     ) -> None:
         """Write a finished layer, and the hidden states that enter the next one."""
-        self._write_shard(index + 1, shards, tensors)
+        self._write_part(index + 1, f"layer-{index}", tensors)
         former, self._states = self._states, None
-        if index + 2 < shards:
+        if index + 1 < layers:
             path = self.private / f"states-{index + 1}.safetensors"
             self.replace(path, lambda new: save_file(states, new))
             self._states = {"file": path.name, "sha256": sha256_of(path)}
@@ -109,15 +122,14 @@ class WorkFolder(PartialFolder):
         ) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
-    def _write_shard(self, number: int, shards: int, tensors: dict[str, torch.Tensor]) -> None:
-        path = self.folder / f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    def _write_part(self, number: int, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        path = self.private / f"{name}.safetensors"
+        tensors = {name: tensors[name].contiguous().cpu() for name in sorted(tensors)}
         self.replace(path, lambda new: save_file(tensors, new, metadata={"format": "pt"}))
-        self._shards[str(number)] = {
+        self._parts[str(number)] = {
             "file": path.name,
             "sha256": sha256_of(path),
-            "tensors": sorted(tensors),
-            "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+            "tensors": {name: tensor.nbytes for name, tensor in tensors.items()},
         }
 
     def _write_manifest(self) -> None:
@@ -125,19 +137,31 @@ class WorkFolder(PartialFolder):
         self.seconds += now - self._since
         self._since = now
         manifest = {
-            "shards": self._shards,
+            "parts": self._parts,
+            "joined": self._joined,
             "states": self._states,
             "layers": self.figures,
             "seconds": self.seconds,
         }
         self.replace(self.private / MANIFEST, as_json(manifest))
 
-    def write_index(self) -> None:
-        """Write the index of all shards."""
-        records = self._shards.values()
-        where = {tensor: record["file"] for record in records for tensor in record["tensors"]}
-        size = sum(record["bytes"] for record in records)
-        self.write_json(
-            WEIGHTS_INDEX,
-            {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))},
-        )
+    def join(self, limit: int) -> None:
+        """Make files of at most `limit` bytes of the parts, with an index if there are several."""
+        sizes = [self._parts[number]["tensors"] for number in sorted(self._parts, key=int)]
+        plan = packed(sizes, limit)
+        files = dict(zip(file_names(len(plan)), plan, strict=True))
+        for name, tensors in files.items():
+            if name not in self._joined:
+                self._join(name, tensors)
+        if len(files) > 1:
+            every = {name: size for part in sizes for name, size in part.items()}
+            self.write_json(WEIGHTS_INDEX, index_of(files, every))
+
+    def _join(self, name: str, tensors: list[str]) -> None:
+        before = self._needed()
+        sources = [self.private / part["file"] for part in before]
+        self.replace(self.folder / name, lambda new: join(new, sources, tensors))
+        self._joined[name] = {"sha256": sha256_of(self.folder / name), "tensors": tensors}
+        self._write_manifest()
+        remaining = self._needed()
+        remove(self.private / part["file"] for part in before if part not in remaining)

@@ -19,7 +19,7 @@ FILES = {
     "modeling_cmoe.py",
     "conversion.json",
     "generation_config.json",
-    "model.safetensors.index.json",
+    "model.safetensors",
     "README.md",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -29,16 +29,10 @@ FILES = {
 @pytest.mark.parametrize("notation", [(2, 2, 8), (0, 2, 8), (3, 0, 8)])
 def test_the_folder_is_complete(dense, carve, notation):
     folder = carve(dense, notation)
-    shards = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
-    assert {path.name for path in folder.iterdir()} == FILES | shards
+    assert {path.name for path in folder.iterdir()} == FILES
     assert not list(folder.parent.glob("*.partial"))
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    stored = {}
-    for shard in shards:
-        with safe_open(folder / shard, framework="pt") as opened:
-            assert opened.metadata() == {"format": "pt"}
-            stored.update(dict.fromkeys(opened.keys(), shard))
-    assert index["weight_map"] == stored
+    with safe_open(folder / "model.safetensors", framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"] == {
         "AutoConfig": "configuration_cmoe.CMoELlamaConfig",

@@ -50,9 +50,9 @@ def online(hub, monkeypatch):
 
 
 @pytest.fixture
-def folder(carved, tmp_path):
-    """A carved model that a test may damage."""
-    return shutil.copytree(carved, tmp_path / "mine")
+def folder(dense, carve, tmp_path):
+    """A carved model in two shards that a test may damage."""
+    return shutil.copytree(carve(dense, max_shard_size="600KB"), tmp_path / "mine")
 
 
 def contents(folder):
@@ -155,7 +155,7 @@ def test_the_same_command_goes_on_where_it_stopped(online, folder):
 
 
 def test_what_the_hub_has_is_compared(online, folder):
-    for name in ("config.json", "model-00002-of-00003.safetensors"):
+    for name in ("config.json", "model-00002-of-00002.safetensors"):
         online.reset()
         online.spoiled = name
         with pytest.raises(CMoEError, match=f"does not have what was sent: {name}"):
@@ -252,19 +252,19 @@ def damage(folder, what):
         with open(folder / "modeling_cmoe.py", "a") as file:
             file.write("\nimport os\n")
     elif what == "no shard":
-        (folder / "model-00002-of-00003.safetensors").unlink()
+        (folder / "model-00002-of-00002.safetensors").unlink()
     elif what == "cut shard":
-        path = folder / "model-00002-of-00003.safetensors"
+        path = folder / "model-00002-of-00002.safetensors"
         path.write_bytes(path.read_bytes()[:-10])
     elif what == "stray shard":
         save_file({"x": torch.ones(1)}, folder / "model.safetensors")
     elif what == "no tensor":
-        path = folder / "model-00002-of-00003.safetensors"
+        path = folder / "model-00002-of-00002.safetensors"
         tensors = load_file(path)
         del tensors["model.layers.0.mlp.gate.linear_weight"]
         save_file(tensors, path)
     elif what == "other shape":
-        path = folder / "model-00002-of-00003.safetensors"
+        path = folder / "model-00002-of-00002.safetensors"
         tensors = load_file(path)
         tensors["model.layers.0.mlp.gate.scale"] = torch.zeros(3)
         save_file(tensors, path)
@@ -287,7 +287,7 @@ def damage(folder, what):
         ("no card", "needs a card"),
         ("no code", "modeling_cmoe.py is missing"),
         ("other code", "not the file whose SHA-256 the card"),
-        ("no shard", "shard model-00002-of-00003.safetensors is missing"),
+        ("no shard", "shard model-00002-of-00002.safetensors is missing"),
         ("cut shard", "corrupt or truncated"),
         ("stray shard", "model.safetensors is not a shard of this model"),
         ("no tensor", "names 1 tensors that no shard has"),
@@ -332,7 +332,7 @@ def test_nothing_private_is_published(online, folder, monkeypatch, name, text, p
 
 
 def test_a_path_in_the_metadata_of_weights_is_found(online, folder):
-    path = folder / "model-00003-of-00003.safetensors"
+    path = folder / "model-00002-of-00002.safetensors"
     save_file(load_file(path), path, metadata={"format": "pt", "from": "/home/jane/llama"})
     refused(run(folder, NAME, "--license", "mit", "--base-model", "org/dense"), 2, "local path")
 

@@ -34,6 +34,9 @@ TrustRemoteCode = Annotated[
 SequenceLength = Annotated[
     int | None, typer.Option(help="Tokens per window; default 2,048 or the model's context.")
 ]
+MaxShardSize = Annotated[
+    str, typer.Option(help="Of a file of weights, for example 500MB or 2GiB; one file up to it.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
 
 

@@ -18,6 +18,7 @@ from ..errors import RequestError
 from ..plan import Plan, plan
 from ..recover import Recovery, recover, resume_recovery
 from ..settings import Options, absolute
+from ..shards import MAX_SHARD_SIZE
 from ..texts import absolute_text
 from ..tuning import SCHEDULES, Tuning
 from .common import (
@@ -28,6 +29,7 @@ from .common import (
     Device,
     Experts,
     Json,
+    MaxShardSize,
     Overwrite,
     Recipe,
     Revision,
@@ -148,6 +150,7 @@ def convert_command(
         ),
     ] = "auto",
     revision: Revision = None,
+    max_shard_size: MaxShardSize = MAX_SHARD_SIZE,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     resume_it: Annotated[
@@ -179,6 +182,7 @@ def convert_command(
             dtype=dtype,
             activations=activations,
             revision=revision,
+            max_shard_size=max_shard_size,
             trust_remote_code=trust_remote_code,
         )
         if resume_it:
@@ -304,6 +308,7 @@ def recover_command(
         str | None, typer.Option(help="float32 or bfloat16; default the checkpoint's precision.")
     ] = None,
     device: Device = None,
+    max_shard_size: MaxShardSize = MAX_SHARD_SIZE,
     trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
     resume_it: Annotated[
@@ -317,7 +322,9 @@ def recover_command(
     with reporting(debug):
         if resume_it:
             if out is not None or overwrite:
-                raise RequestError("--resume takes the output folder only: cmoe recover OUT.")
+                raise RequestError(
+                    "--resume takes the output folder only: cmoe recover OUT --resume."
+                )
             result = resume_recovery(model)
         elif out is None:
             raise RequestError("say where to: cmoe recover MODEL OUT.")
@@ -350,6 +357,7 @@ def recover_command(
                 ),
                 dtype=dtype,
                 device=device,
+                max_shard_size=max_shard_size,
                 trust_remote_code=trust_remote_code,
                 overwrite=overwrite,
             )

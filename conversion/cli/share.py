@@ -9,11 +9,13 @@ import typer
 from ..export import ARCHITECTURES, export
 from ..publish import publish
 from ..serve import serve
+from ..shards import MAX_SHARD_SIZE
 from ..upgrade import upgrade
 from ..verify import verify
 from .common import (
     Debug,
     Json,
+    MaxShardSize,
     Overwrite,
     SequenceLength,
     TrustRemoteCode,
@@ -38,6 +40,7 @@ def export_command(
     ] = None,
     samples: Annotated[int, typer.Option(help="Windows of that text.")] = 8,
     sequence_length: SequenceLength = None,
+    max_shard_size: MaxShardSize = MAX_SHARD_SIZE,
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -51,6 +54,7 @@ def export_command(
             refit_router=refit_router,
             samples=samples,
             sequence_length=sequence_length,
+            max_shard_size=max_shard_size,
             overwrite=overwrite,
         )
     rows = {

@@ -49,6 +49,25 @@ def tensor_parallel_plan(
     return {name: how for name, how in plan.items() if ".mlp." not in name} | ffn
 
 
+def with_legacy_keys(config: PreTrainedConfig, written: dict[str, Any]) -> dict[str, Any]:
+    """What is written of a configuration, and the same under the names of transformers 4.
+
+    Engines of that time do not look for `rope_parameters` and take another theta without a word.
+    Parameters by type of layer have no older form.
+    """
+    older = {"torch_dtype": written["dtype"]} if written.get("dtype") is not None else {}
+    rope = dict(written.get("rope_parameters") or {})
+    if "rope_theta" in rope:
+        neox = config.model_type.endswith("gpt_neox")
+        older["rotary_emb_base" if neox else "rope_theta"] = rope.pop("rope_theta")
+        if "partial_rotary_factor" in rope:
+            part = rope.pop("partial_rotary_factor")
+            older["rotary_pct" if neox else "partial_rotary_factor"] = part
+        if rope.get("rope_type", "default") != "default":
+            older["rope_scaling"] = rope
+    return written | older
+
+
 @strict
 class CMoEConfig(PreTrainedConfig):
     """What carving adds to the configuration of a dense family.
@@ -92,6 +111,8 @@ class CMoEConfig(PreTrainedConfig):
     """Return the router scores of every layer with each forward pass."""
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if getattr(self, "rope_parameters", None):
+            kwargs.pop("rope_scaling", None)  # the older name of the same, which else would win
         super().__post_init__(**kwargs)
         self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size // 8
         if self.shared_expert_intermediate_size < 0:
@@ -127,6 +148,10 @@ class CMoEConfig(PreTrainedConfig):
             "AutoModel": f"modeling_cmoe.{family}Model",
             "AutoModelForCausalLM": f"modeling_cmoe.{family}ForCausalLM",
         }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is written to `config.json`."""
+        return with_legacy_keys(self, super().to_diff_dict())
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any

@@ -1,0 +1,159 @@
+"""Files of weights: one up to a size, numbered ones above, whatever happens while they are made."""
+
+import json
+
+import pytest
+import torch
+from refusal import refused
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from test_bad_input import run
+from test_output import command
+from test_written_files import recover
+from transformers import AutoModelForCausalLM
+
+from cmoe_hf.conversion import convert, plan, resume
+from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.work import WorkFolder
+
+INDEX = "model.safetensors.index.json"
+FEW = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}
+FEW |= {"shared": 2, "active": 2, "experts": 8}
+
+
+def weights(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("model*.safetensors*")}
+
+
+def sizes(folder):
+    """Bytes of the tensors in each file, and the largest tensor's."""
+    found, largest = {}, 0
+    for path in sorted(folder.glob("*.safetensors")):
+        nbytes = [tensor.nbytes for tensor in load_file(path).values()]
+        found[path.name], largest = sum(nbytes), max(largest, *nbytes)
+    return found, largest
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_small_model_is_one_file_as_the_library_would_write_it(dense, carve, tmp_path, dtype):
+    carved = carve(dense, dtype=dtype)
+    assert command("export", carve(dense), tmp_path / "native").exit_code == 0
+    for folder in (carved, tmp_path / "native"):
+        assert weights(folder).keys() == {"model.safetensors"}
+        path = folder / "model.safetensors"
+        assert path.read_bytes() == save(load_file(path), metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("size", ["600KB", "100 KiB", "20kb", 1])
+def test_a_large_one_is_several_files_of_the_size_asked_for(dense, carve, carved, tmp_path, size):
+    limit = {"600KB": 600_000, "100 KiB": 102_400, "20kb": 20_000, 1: 1}[size]
+    folders = [carve(dense, max_shard_size=size), tmp_path / "native", tmp_path / "tuned"]
+    option = ["--max-shard-size", size]
+    assert command("export", carved, folders[1], *option).exit_code == 0
+    if size == "600KB":
+        assert recover(carved, folders[2], *option).exit_code == 0
+    else:
+        del folders[2]
+    for folder in folders:
+        found, largest = sizes(folder)
+        assert len(found) > 1 and all(size <= max(limit, largest) for size in found.values())
+        numbers = range(1, len(found) + 1)
+        assert list(found) == [f"model-{n:05d}-of-{len(found):05d}.safetensors" for n in numbers]
+        index = json.loads((folder / INDEX).read_text())
+        assert index["metadata"]["total_size"] == sum(found.values())
+        for name in found:
+            with safe_open(folder / name, framework="pt") as shard:
+                assert shard.metadata() == {"format": "pt"}
+                assert {index["weight_map"].pop(tensor) for tensor in shard.keys()} == {name}  # noqa: SIM118
+        assert not index["weight_map"]
+        _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values())
+    assert weights(carve(dense, max_shard_size=size)) == weights(folders[0])
+
+
+def test_the_files_do_not_change_the_tensors(dense, carve, carved, tensors, tmp_path):
+    split = tensors(carve(dense, max_shard_size="50KB"))
+    whole = tensors(carved)
+    assert whole.keys() == split.keys()
+    assert all(torch.equal(whole[name], split[name]) for name in whole)
+    for name, size in (("one", "5GB"), ("many", "50KB")):
+        result = command("export", carved, tmp_path / name, "--max-shard-size", size)
+        assert result.exit_code == 0, result.stderr
+    one, many = tensors(tmp_path / "one"), tensors(tmp_path / "many")
+    assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
+
+
+@pytest.mark.parametrize("after", ["before", "after"])
+@pytest.mark.parametrize("size", ["5GB", "150KB"])
+def test_stopped_at_any_write_it_resumes_to_the_same_bytes(
+    dense, carve, tmp_path, monkeypatch, size, after
+):
+    """Stopped before or after each write, also of each joined file; no layer is carved again."""
+    expected = carve(dense, max_shard_size=size)
+    extra, replace, stopped = 0, WorkFolder.replace, []
+    size_of_all = sum(path.stat().st_size for path in expected.glob("*.safetensors"))
+
+    def stop(self, path, content):
+        nonlocal extra
+        if after == "after":
+            replace(self, path, content)
+        if path.name not in stopped:
+            stopped.append(path.name)
+            raise KeyboardInterrupt
+        if after == "before":
+            replace(self, path, content)
+        files = [it for it in tmp_path.rglob("*.safetensors") if "states" not in it.name]
+        extra = max(extra, sum(it.stat().st_size for it in files) - size_of_all)
+
+    monkeypatch.setattr(WorkFolder, "replace", stop)
+    monkeypatch.setattr(WorkFolder, "finished", "something")  # nothing is removed at an error
+    written, write = [], WorkFolder.write_layer
+
+    def count(self, index, *others):
+        write(self, index, *others)
+        written.append(index)
+
+    monkeypatch.setattr(WorkFolder, "write_layer", count)
+    for _ in range(40):
+        try:
+            if (tmp_path / "out.partial" / "work" / "settings.json").is_file():
+                resume(tmp_path / "out")
+            else:
+                convert(dense, tmp_path / "out", **FEW, max_shard_size=size)
+            break
+        except KeyboardInterrupt:
+            assert not (tmp_path / "out").exists()
+    assert {"rest.safetensors", "layer-1.safetensors", *weights(expected)} <= set(stopped)
+    assert weights(tmp_path / "out") == weights(expected)
+    assert written == [0, 1]
+    headers, rest = 20_000, 2 * 1024 * 64 * 4  # embedding and head, larger than a file of 150 KB
+    assert 0 < extra < headers + (size_of_all if size == "5GB" else 150_000 + rest)
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
+
+
+def test_a_size_that_is_none(dense, carved, no_leftovers):
+    for size in ("0", "5 apples", "-1GB", ""):
+        phrase = "cannot have the size"
+        refused(run(dense, no_leftovers, "--max-shard-size", size), 2, phrase, "5GB, 500MB or 2GiB")
+        refused(command("export", carved, no_leftovers, "--max-shard-size", size), 2, phrase)
+        refused(recover(carved, no_leftovers, "--max-shard-size", size), 2, phrase)
+
+
+def test_the_size_is_frozen_and_counted(dense, tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "join", stop)
+        assert run(dense, tmp_path / "out", "--max-shard-size", "600KB").exit_code == 1
+    result = command("convert", tmp_path / "out", "--resume", "--max-shard-size", "1GB")
+    refused(result, 2, "max_shard_size was '600KB'")
+    result = command("convert", tmp_path / "out", "--resume", "--max-shard-size", "600KB")
+    assert result.exit_code == 0, result.stderr
+    few = {**FEW, "samples": 1, "sequence_length": 16}
+    small, large = (
+        plan(dense, tmp_path / "new", **few, max_shard_size=size) for size in ("100KB", "5GB")
+    )
+    size = (dense / "model.safetensors").stat().st_size
+    assert large.work_bytes - size < large.work_bytes - small.work_bytes < size
+    assert large.work_bytes >= size
