@@ -84,7 +84,7 @@ class Carried:
                 raise RequestError(f"config.json cannot be written again: {error}") from error
             if "auto_map" not in stated:
                 write(files, Path(trial))
-                if function(AutoTokenizer.from_pretrained(trial)) != function(tokenizer):
+                if not serves(Path(trial), tokenizer):
                     wanted = type(tokenizer).__name__
                     stated["tokenizer_class"] = _OLD_NAMES.get(wanted, wanted)
                     files[TOKENIZER_CONFIG] = _as_json(stated)
@@ -109,10 +109,17 @@ def carried(folder: Path, *others: str) -> Carried:
     return Carried(files, read_card(folder))
 
 
-def function(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a tokenizer does, in a form that can be compared."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return type(tokenizer).__name__ if backend is None else backend.to_str()
+def serves(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether what loads from a folder does the same as a tokenizer."""
+
+    def function(of: PreTrainedTokenizerBase) -> str:
+        backend = getattr(of, "backend_tokenizer", None)
+        return type(of).__name__ if backend is None else backend.to_str()
+
+    try:
+        return function(AutoTokenizer.from_pretrained(folder)) == function(tokenizer)
+    except Exception:  # whatever the library's parsers raise: the class it takes is the wrong one
+        return False
 
 
 def _content(path: Path) -> bytes:
