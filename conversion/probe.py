@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging
 
 GENERATED = 32
 POSITIONS = 4
@@ -49,18 +50,7 @@ def probe(
         recorded tokens fall short of the likeliest ones, None without them.
     """
     with tempfile.TemporaryDirectory() as offloaded:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            device_map=placement(Path(folder)),
-            offload_folder=offloaded,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-        model, info = loaded
-        if wrong := {kind: found for kind, found in info.items() if found}:
-            raise ValueError(f"tensors are not those that it needs: {wrong}")
-        model.eval()
+        model = load(Path(folder), offloaded, trust_remote_code=trust_remote_code)
         # Greedy and without an end: whatever the repository's own settings are.
         model.generation_config = GenerationConfig(pad_token_id=0)
         first = prompts[0]
@@ -84,6 +74,28 @@ def probe(
                 "recorded": None if recorded is None else shortfall(model, first, recorded),
             },
         }
+
+
+def load(folder: Path, offloaded: str, *, trust_remote_code: bool) -> Any:
+    """The model in float32, without a bar. Raises `ValueError` if tensors are missing or too many."""
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            device_map=placement(folder),
+            offload_folder=offloaded,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    model, info = loaded
+    if wrong := {kind: found for kind, found in info.items() if found}:
+        raise ValueError(f"tensors are not those that it needs: {wrong}")
+    return model.eval()
 
 
 def placement(folder: Path) -> dict[str, str] | None:

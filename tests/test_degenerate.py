@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -190,5 +190,7 @@ def test_a_layer_that_writes_nothing(check, family, recipe):
     windows=st.sampled_from([(4, 64), (1, 8), (1, 1)]),
     shape=st.sampled_from([(2, 6, 8), (2, 2, 8), (0, 8, 8), (1, 0, 2), (0, 1, 4), (3, 1, 4)]),
 )
+@example(family="qwen3-moe", fault=certain, recipe="refined", windows=(4, 64), shape=(2, 6, 8))
+@example(family="llama-2", fault=constant, recipe="refined", windows=(1, 1), shape=(1, 0, 2))
 def test_degenerate_layers(check, family, fault, recipe, windows, shape):
     check(family, fault, recipe, windows, shape)
