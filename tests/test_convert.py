@@ -159,7 +159,11 @@ def test_conversion_json_records_what_made_the_model(carved):
     assert report["versions"]["torch"] == torch.__version__
     assert report["source"] == {"name": "llama-2", "revision": None}
     assert report["result"]["notation"] == "S2A2E8"
-    assert report["result"]["carving_ratio"] > 1
+    carving, bare = (
+        sum(layer["seconds"][name] for layer in report["layers"])
+        for name in ("carving_pass", "bare_forward")
+    )
+    assert report["result"]["carving_ratio"] == pytest.approx(carving / bare)
 
 
 @pytest.mark.thorough

@@ -51,6 +51,7 @@ def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.library
 def test_what_learns_moves_and_nothing_else(carved, recovered, tensors):
     before, after = tensors(carved), tensors(recovered[0])
     assert before.keys() == after.keys()
@@ -266,6 +267,7 @@ def test_without_bias_puts_it_back(recovered):
         assert torch.equal(gate.balance_bias, bias_N) and bias_N.any()
 
 
+@pytest.mark.library
 def test_interrupted_it_resumes_to_the_same_curve(carved, recovered, dense, tmp_path, tensors):
     """In this process; the next test kills one."""
     steps = []

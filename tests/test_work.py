@@ -15,6 +15,8 @@ from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION
 from cmoe_hf.conversion.work import WorkFolder
 
+CHANCE = random.SystemRandom()
+"""Kills come at other moments in every run; everything else is seeded."""
 SHAPE = {"shared": 2, "active": 2, "experts": 8}
 FEW = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}
 
@@ -57,7 +59,7 @@ def test_killed_at_random_moments_it_resumes_to_the_same_bytes(processes, dense,
     assert contents(tmp_path / "again") == expected
     for moment in range(5):
         output = tmp_path / f"killed-{moment}"
-        kill_after(processes, random.uniform(0, duration), output=output, **arguments)
+        kill_after(processes, CHANCE.uniform(0, duration), output=output, **arguments)
         finish(output, **arguments)
         assert contents(output) == expected
         assert not (output / "work").exists()
@@ -75,7 +77,7 @@ def test_a_larger_model_killed_again_and_again(processes, embedded, tmp_path):
             process = processes.Process(target=killable.resume_it, args=(begun, tmp_path / "out"))
             process.start()
             assert begun.wait(300)
-            time.sleep(random.uniform(0, 1.5))
+            time.sleep(CHANCE.uniform(0, 1.5))
             process.kill()
             process.join()
     finish(tmp_path / "out", model=embedded, **options)
