@@ -13,7 +13,8 @@ PINS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED := $(PIP) --no-deps --require-hashes --requirement
-PYTEST := -m pytest -n $(JOBS)
+# Each worker takes whole files: what a file's tests share is made once.
+PYTEST := -m pytest -n $(JOBS) --dist loadfile
 # Laid over the environment: another transformers and what it needs.
 LOWEST := $(VENV)-lowest
 NEWEST := $(VENV)-newest

@@ -77,7 +77,7 @@ def probe(
 
 
 def load(folder: Path, offloaded: str, *, trust_remote_code: bool) -> Any:
-    """The model in float32, without a bar. Raises `ValueError` if tensors are missing or too many."""
+    """The model in float32, loaded without a bar. Raises `ValueError` if tensors are missing."""
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -43,7 +43,7 @@ from .routing import active_routers, count_loads, imbalance, is_biased, without_
 from .scores import CARD_FILE
 from .settings import absolute, public_name
 from .shards import MAX_SHARD_SIZE, shard_bytes
-from .texts import absolute_text, open_text, text_file, text_name
+from .texts import absolute_text, open_text, text_file
 from .tuning import Tuning, check_peft, check_sharding, last_checkpoint, tune
 from .verify import write_fingerprint
 
@@ -504,8 +504,8 @@ def complete(
     del figures["output"]
     report = {
         "tuning": asdict(tuning),
-        "training": text_name(request.training),
-        "text": text_name(request.text),
+        "training": public_name(request.training),
+        "text": public_name(request.text),
         "teacher": request.teacher and public_name(request.teacher),
         "control": request.control and public_name(request.control),
         "training_text_tokens": ready.text_tokens,

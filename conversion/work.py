@@ -16,6 +16,7 @@ when all its tensors are in joined files, which takes the disk of one more of th
 
 import json
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ class WorkFolder(PartialFolder):
                     f"{path.name} of the unfinished conversion is missing or damaged: it cannot "
                     "be resumed. Start again with --overwrite."
                 )
-        found = [*self.folder.iterdir(), *self.private.glob("*.safetensors*")]
+        written = (self.private.glob(name) for name in ("rest.*", "layer-*", "states-*"))
+        found = [*self.folder.iterdir(), *chain.from_iterable(written)]
         remove(path for path in found if path != self.private and path not in whole)
 
     def _needed(self) -> list[dict[str, Any]]:

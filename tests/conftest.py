@@ -114,6 +114,19 @@ def make_dense(once: Callable[..., Path]) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def own_dense(
+    make_dense: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """The same, as a folder that a test may damage."""
+
+    def make(family: str = "llama-2", **changes: object) -> Path:
+        folder = make_dense(family, **changes)
+        return Path(shutil.copytree(folder, tmp_path_factory.mktemp("own") / family))
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def dense(make_dense: Callable[..., Path]) -> Path:
     """The pico model most tests use. Read only."""
     return make_dense()

@@ -100,9 +100,9 @@ FAULTS = [
 
 
 @pytest.fixture(scope="module")
-def models(make_dense):
+def models(own_dense):
     """Models of small weights: rounding must not hide what is wrong."""
-    return {family: make_dense(family) for family in ("llama-2", "pythia", "qwen3-moe")}
+    return {family: own_dense(family) for family in ("llama-2", "pythia", "qwen3-moe")}
 
 
 @pytest.fixture(scope="module")

@@ -42,9 +42,9 @@ def rename(folder, change):
 
 @pytest.mark.parametrize("family", ["llama-2", "pythia"])
 def test_a_head_that_differs_from_the_embedding_is_kept(
-    make_dense, tmp_path, edit_config, token_ids, tensors, family
+    own_dense, tmp_path, edit_config, token_ids, tensors, family
 ):
-    folder = make_dense(family)
+    folder = own_dense(family)
     edit_config(folder, tie_word_embeddings=True)
     out, difference = carved_whole(folder, tmp_path / "out", token_ids)
     assert difference < 1e-4
@@ -55,9 +55,9 @@ def test_a_head_that_differs_from_the_embedding_is_kept(
 @pytest.mark.parametrize("family", ["llama-3", "pythia"])
 @pytest.mark.parametrize("names", ["both", "head alone"])
 def test_a_head_that_equals_the_embedding_is_stored_once(
-    make_dense, tmp_path, token_ids, tensors, family, names
+    own_dense, tmp_path, token_ids, tensors, family, names
 ):
-    folder = make_dense(family, tie_word_embeddings=True)
+    folder = own_dense(family, tie_word_embeddings=True)
     embedding = "gpt_neox.embed_in.weight" if family == "pythia" else "model.embed_tokens.weight"
     head = "embed_out.weight" if family == "pythia" else "lm_head.weight"
 
@@ -73,8 +73,8 @@ def test_a_head_that_equals_the_embedding_is_stored_once(
 
 
 @pytest.mark.parametrize(("family", "head"), [("llama-2", "lm_head"), ("pythia", "embed_out")])
-def test_a_head_that_is_neither_there_nor_tied(make_dense, no_leftovers, family, head):
-    folder = make_dense(family)
+def test_a_head_that_is_neither_there_nor_tied(own_dense, no_leftovers, family, head):
+    folder = own_dense(family)
     change_weights(folder, lambda stored: stored.pop(f"{head}.weight"))
     refused(run(folder, no_leftovers), 2, "no head (lm_head.weight)", "tie_word_embeddings")
 
@@ -196,8 +196,8 @@ def test_types_that_cannot_be_carved(dense_copy, no_leftovers, dtype, named, nam
     refused(run(dense_copy, no_leftovers), 2, name, f"stored as {named}", "F32, F16, BF16")
 
 
-def test_types_of_buffers_that_are_not_stored_again(make_dense, carve, tmp_path, same_tensors):
-    folder = make_dense("pythia")
+def test_types_of_buffers_that_are_not_stored_again(own_dense, carve, tmp_path, same_tensors):
+    folder = own_dense("pythia")
     plain = carve(folder)
     mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
     buffer = "gpt_neox.layers.0.attention.bias"
@@ -213,10 +213,10 @@ def test_types_of_buffers_that_are_not_stored_again(make_dense, carve, tmp_path,
     ("family", "prefix"), [("llama-2", "model."), ("llama-3", "model."), ("pythia", "gpt_neox.")]
 )
 def test_the_prefix_of_the_base_model_may_be_missing(
-    make_dense, carve, tmp_path, same_tensors, family, prefix
+    own_dense, carve, tmp_path, same_tensors, family, prefix
 ):
     """As saved by the model without a head, into which a head was put, or to which it is tied."""
-    folder = make_dense(family)
+    folder = own_dense(family)
     plain = carve(folder)
     rename(folder, lambda name: name.removeprefix(prefix))
     assert run(folder, tmp_path / "out").exit_code == 0
@@ -249,17 +249,17 @@ def test_a_tensor_under_two_names(dense_copy, no_leftovers):
     ],
 )
 @pytest.mark.parametrize("family", ["llama-3", "pythia"])
-def test_a_model_saved_inside_a_wrapper(make_dense, no_leftovers, family, prefix, wrapper):
-    folder = make_dense(family)
+def test_a_model_saved_inside_a_wrapper(own_dense, no_leftovers, family, prefix, wrapper):
+    folder = own_dense(family)
     rename(folder, lambda name: prefix + name)
     refused(run(folder, no_leftovers), 2, wrapper, "Unwrap it")
 
 
 @pytest.mark.parametrize("family", ["qwen3-moe", "olmoe"])
 def test_packed_experts_are_those_that_go_one_by_one(
-    make_dense, carve, tmp_path, same_tensors, family
+    own_dense, carve, tmp_path, same_tensors, family
 ):
-    folder = make_dense(family)
+    folder = own_dense(family)
     packed = Path(shutil.copytree(folder, tmp_path / "packed"))
     (packed / "model.safetensors").unlink()
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -270,8 +270,8 @@ def test_packed_experts_are_those_that_go_one_by_one(
     assert same_tensors(tmp_path / "out", carve(folder))
 
 
-def test_no_more_of_packed_experts_is_read_than_one(make_dense, tmp_path):
-    folder = make_dense("qwen3-moe")
+def test_no_more_of_packed_experts_is_read_than_one(own_dense, tmp_path):
+    folder = own_dense("qwen3-moe")
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(folder, save_original_format=False)
     expert = open_source(folder).read_expert(1, 3)
@@ -296,8 +296,8 @@ def test_no_more_of_packed_experts_is_read_than_one(make_dense, tmp_path):
         (lambda packed: packed[:, :-1], "[95, 64]"),
     ],
 )
-def test_packed_experts_of_another_size(make_dense, no_leftovers, change, phrase):
-    folder = make_dense("qwen3-moe")
+def test_packed_experts_of_another_size(own_dense, no_leftovers, change, phrase):
+    folder = own_dense("qwen3-moe")
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, save_original_format=False)
     name = "model.layers.1.mlp.experts.gate_up_proj"
     change_weights(folder, lambda stored: stored.update({name: change(stored[name]).contiguous()}))
@@ -328,9 +328,9 @@ def test_packed_experts_of_another_size(make_dense, no_leftovers, change, phrase
     ],
 )
 def test_a_configuration_that_the_library_cannot_build(
-    make_dense, no_leftovers, edit_config, family, field, value
+    own_dense, no_leftovers, edit_config, family, field, value
 ):
-    folder = make_dense(family)
+    folder = own_dense(family)
     edit_config(folder, **{field: value})
     if field == "rope_scaling":
         edit_config(folder, rope_parameters=None)
@@ -356,15 +356,15 @@ def test_a_configuration_that_the_library_cannot_build(
     ],
 )
 def test_a_configuration_that_its_family_cannot_have(
-    make_dense, no_leftovers, edit_config, family, field, value
+    own_dense, no_leftovers, edit_config, family, field, value
 ):
-    folder = make_dense(family)
+    folder = own_dense(family)
     edit_config(folder, **{field: value})
     refused(run(folder, no_leftovers, "--dry-run"), 2, "config.json of", "not usable", field)
 
 
-def test_a_window_that_is_switched_off_may_be_anything(make_dense, tmp_path, edit_config):
-    folder = make_dense("qwen2")
+def test_a_window_that_is_switched_off_may_be_anything(own_dense, tmp_path, edit_config):
+    folder = own_dense("qwen2")
     edit_config(folder, use_sliding_window=False, sliding_window=0)
     assert run(folder, tmp_path / "out").exit_code == 0
 
@@ -375,8 +375,8 @@ def test_a_window_that_is_switched_off_may_be_anything(make_dense, tmp_path, edi
 @pytest.mark.parametrize(
     "family", ["llama-2", "llama-3", "pythia", "gpt-neox-sequential", "qwen2", "qwen3-moe", "olmoe"]
 )
-def test_the_plan_counts_what_runs(make_dense, tmp_path, family):
-    folder = make_dense(family)
+def test_the_plan_counts_what_runs(own_dense, tmp_path, family):
+    folder = own_dense(family)
     planned = plan(folder, tmp_path / "out", shared=2, active=2, experts=8, **FEW)
     dense = AutoModelForCausalLM.from_pretrained(folder)
     assert planned.parameters == sum(parameter.numel() for parameter in dense.parameters())
