@@ -54,7 +54,12 @@ def test_continue_with_peft(run_example, embedded, carve, calibration_text, tmp_
 
 @pytest.mark.parametrize(
     "rows",
-    [("refined, no refit", "static"), ("refined for an oracle", "refined, split by layer")],
+    [
+        ("refined, no refit", "static"),
+        pytest.param(
+            ("refined for an oracle", "refined, split by layer"), marks=pytest.mark.thorough
+        ),
+    ],
 )
 def test_the_reference_tables_can_be_reproduced(
     run_example, embedded, calibration_text, held_out, capsys, tmp_path, rows
@@ -86,6 +91,7 @@ def test_a_random_checkpoint_of_a_shape_is_planned_and_converted(run_example, tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 def test_the_embedded_default_can_be_trained(run_example, tmp_path):
     run_example("train_embedded_default.py", tmp_path / "assets", "--steps", "2")
     folder = tmp_path / "assets" / "llama-pydoc"

@@ -82,6 +82,7 @@ def test_linear_layers_and_experts_are_stored_in_8_bits(repo, quantised, tensors
     assert 2.8 * projections < saved < 3 * projections  # of 4 bytes; the scales take the rest
 
 
+@pytest.mark.thorough
 def test_it_loads_with_the_same_logits_in_a_process_without_the_package(
     quantised, token_ids, tmp_path
 ):

@@ -34,6 +34,9 @@ def sizes(folder):
     return found, largest
 
 
+MORE_STOPS = [("5GB", "before"), ("150KB", "before"), ("150KB", "after")]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_small_model_is_one_file_as_the_library_would_write_it(dense, carve, tmp_path, dtype):
     carved = carve(dense, dtype=dtype)
@@ -83,8 +86,13 @@ def test_the_files_do_not_change_the_tensors(dense, carve, carved, tensors, tmp_
     assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
 
 
-@pytest.mark.parametrize("after", ["before", "after"])
-@pytest.mark.parametrize("size", ["5GB", "150KB"])
+@pytest.mark.parametrize(
+    ("size", "after"),
+    [
+        ("5GB", "after"),
+        *(pytest.param(*it, marks=pytest.mark.thorough) for it in MORE_STOPS),
+    ],
+)
 def test_stopped_at_any_write_it_resumes_to_the_same_bytes(
     dense, carve, tmp_path, monkeypatch, size, after
 ):

@@ -178,6 +178,7 @@ def test_killed_between_the_last_two_renames(unfinished, carved):
     assert [path.name for path in unfinished.parent.glob("out*")] == ["out"]
 
 
+@pytest.mark.thorough
 def test_two_conversions_into_the_same_folder(processes, dense, tmp_path):
     begun = processes.Event()
     process = processes.Process(target=killable.hold, args=(begun, tmp_path / "out"))
@@ -194,6 +195,7 @@ def test_two_conversions_into_the_same_folder(processes, dense, tmp_path):
     assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
+@pytest.mark.thorough
 def test_a_full_disk_leaves_a_folder_that_can_be_resumed(processes, dense, carved, tmp_path):
     queue = processes.Queue()
     arguments = {"model": dense, "output": tmp_path / "out", **SHAPE, **FEW}

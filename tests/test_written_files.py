@@ -135,6 +135,7 @@ def llama_tokenizer(folder, **settings):
     ]
 
 
+@pytest.mark.library
 @pytest.mark.parametrize("family", ["llama-2", "qwen2", "mistral"])
 @pytest.mark.parametrize("stated", ["LlamaTokenizer", "PreTrainedTokenizerFast", None])
 def test_the_tokenizer_is_the_source_s(make_dense, carve, tmp_path, family, stated):
@@ -252,6 +253,7 @@ ROPES = {
 OLDER = ("rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "partial_rotary_factor")
 
 
+@pytest.mark.library
 @pytest.mark.parametrize("kind", ROPES)
 def test_the_configuration_speaks_to_older_engines_too(make_dense, carve, tmp_path, caplog, kind):
     rope, expected = ROPES[kind]
