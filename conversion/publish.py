@@ -28,6 +28,7 @@ from huggingface_hub.hf_api import RepoFile, RepoFolder
 from tqdm import tqdm
 
 from .card import stated
+from .carried import read_card
 from .errors import CMoEError, RequestError
 from .partial import sha256_of
 from .scores import CARD_FILE, replace_text
@@ -164,7 +165,7 @@ def vetted_card(
     check_complete(folder)
     if CARD_FILE not in names:
         raise RequestError(f"{folder.name} has no {CARD_FILE}: a model needs a card.")
-    text = (folder / CARD_FILE).read_text(encoding="utf-8")
+    text = read_card(folder)
     card = stated(text, licence=licence, base_model=base_model) if licence or base_model else text
     check_card(folder, card)
     check_private(folder, names, card, known={repository.partition("/")[0]})

@@ -20,6 +20,7 @@ import cmoe_hf
 from cmoe_hf import CMoEConfig
 
 from .card import renewed_card
+from .carried import read_card
 from .checkpoint import find_model, from_hub, load_tokenizer, read_json
 from .errors import CMoEError, RequestError
 from .partial import PartialFolder, sha256_of
@@ -114,8 +115,7 @@ def upgrade_folder(folder: Path, trusted: bool) -> Upgrade:
         code = work.write_code(type(config))
         write_record(folder, work, renewed=any(differ(folder, work.folder, REMOTE_CODE)))
         if (folder / CARD_FILE).is_file():
-            card = (folder / CARD_FILE).read_text(encoding="utf-8")
-            work.write_text(CARD_FILE, renewed_card(card, code))
+            work.write_text(CARD_FILE, renewed_card(read_card(folder), code))
         found = checked(folder, work, old)
         after = {name: sha256_of(work.folder / name) for name in before}
         if after != before:

@@ -347,3 +347,12 @@ def test_hidden_files_stay_here(online, folder):
 
 def test_git_and_the_server_agree_on_names():
     assert git_oid(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
+
+
+def test_a_card_whose_metadata_cannot_be_read_gets_what_the_publisher_states(online, folder):
+    (folder / "README.md").write_text("---\nlicense: [mit\nbase: {\n---\nHello\n")
+    with pytest.raises(RequestError, match="states no licence"):
+        publish(folder, NAME)
+    publish(folder, NAME, **STATED)
+    card = (folder / "README.md").read_text()
+    assert "license: apache-2.0" in card and "Hello" in card

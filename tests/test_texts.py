@@ -243,6 +243,7 @@ def test_of_a_large_text_only_a_prefix_is_calibrated_on(dense, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     given, grown = json.loads(done.stderr.strip().splitlines()[-1])
+    given = [length for length in given if length > 1000]  # not the prompts of the fingerprint
     assert sum(given) == 3_000_000 and max(given) <= PIECE_CHARACTERS
     assert grown < 1e9  # as one string, this text would take ten
     assert "only the first 3,000,000 characters of large.txt are read" in done.stderr
