@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import cmoe_hf
@@ -33,7 +32,6 @@ class Piece:
     uses: set[str]
 
 
-@cache
 def code_of(family: type[CMoEConfig]) -> dict[str, str]:
     """The Python files, by name, that models of a family need beside their weights."""
     classes = [entry.rpartition(".")[2] for entry in family.local_auto_map().values()]

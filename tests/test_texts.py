@@ -30,6 +30,7 @@ from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
 from cmoe_hf.conversion.evaluate import perplexity
 from cmoe_hf.conversion.texts import documents, hub_rows
+from cmoe_hf.conversion.verify import PROMPTS
 
 SHAPE = {"shared": 2, "active": 2, "experts": 8, "samples": 4, "sequence_length": 64}
 PARAGRAPHS = CALIBRATION.read_text(encoding="utf-8").split("\n\n")
@@ -243,7 +244,8 @@ def test_of_a_large_text_only_a_prefix_is_calibrated_on(dense, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     given, grown = json.loads(done.stderr.strip().splitlines()[-1])
-    given = [length for length in given if length > 1000]  # not the prompts of the fingerprint
+    assert given[-2:] == [*map(len, PROMPTS)]  # of the fingerprint
+    del given[-2:]
     assert sum(given) == 3_000_000 and max(given) <= PIECE_CHARACTERS
     assert grown < 1e9  # as one string, this text would take ten
     assert "only the first 3,000,000 characters of large.txt are read" in done.stderr
