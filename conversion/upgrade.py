@@ -23,7 +23,7 @@ from .card import renewed_card
 from .carried import read_card
 from .checkpoint import find_model, from_hub, load_tokenizer, read_json
 from .errors import CMoEError, RequestError
-from .partial import PartialFolder, sha256_of
+from .partial import SETTINGS, PartialFolder, sha256_of
 from .publish import publish
 from .scores import CARD_FILE
 from .selection import REMOTE_CODE
@@ -67,6 +67,15 @@ class UpgradeFolder(PartialFolder):
     def read_finished(self) -> None:
         """There is nothing to take up."""
 
+    def _refuse_contents(self) -> None:
+        begun = self.private / SETTINGS
+        if begun.is_file() and read_json(begun).get("work") != self.noun:
+            raise RequestError(
+                f"{self.folder.name} beside the model holds unfinished work, which an upgrade would "
+                "remove: complete it with --resume, or remove it."
+            )
+        super()._refuse_contents()
+
 
 def upgrade(model: str | Path, *, trust_remote_code: bool = False) -> Upgrade:
     """Renew the Python files, the configuration, the card and the fingerprint of a repository.
@@ -107,6 +116,7 @@ def upgrade_folder(folder: Path, trusted: bool) -> Upgrade:
             f"{folder.name} is a {config.model_type} model, not a carved one: it has no code of "
             "ours to renew."
         )
+    UpgradeFolder(folder, overwrite=True).check({})
     old = old_outcome(folder, trusted)
     before = {path.name: sha256_of(path) for path in sorted(folder.glob("*.safetensors"))}
     with UpgradeFolder.create(folder, {}, overwrite=True) as work:

@@ -22,6 +22,7 @@ from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.errors import CMoEError, RequestError
 from cmoe_hf.conversion.partial import sha256_of
 from cmoe_hf.conversion.selection import code_of_type
+from cmoe_hf.conversion.work import WorkFolder
 from cmoe_hf.modeling_cmoe import TESTED
 
 pytestmark = pytest.mark.library
@@ -182,6 +183,19 @@ def test_an_upgrade_that_was_killed_at_its_last_step_goes_on(carved_copy):
     carved_copy.rename(carved_copy.with_name("carved.replaced"))
     assert upgrade(carved_copy).changed == []
     assert [path.name for path in carved_copy.parent.iterdir()] == ["carved"]
+
+
+def test_an_upgrade_removes_no_unfinished_work(carved_copy):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        WorkFolder.create(carved_copy, {}, overwrite=True) as work,
+    ):
+        work.write_rest({"x": torch.ones(1)})
+        work.figures.append({})
+        raise KeyboardInterrupt
+    kept = {path: path.read_bytes() for path in work.folder.rglob("*.safetensors")}
+    refused(invoke("upgrade", carved_copy), 2, "carved.partial beside the model", "--resume")
+    assert kept and {path: path.read_bytes() for path in kept} == kept
 
 
 def test_only_carved_models_are_upgraded(dense):
