@@ -71,8 +71,8 @@ class UpgradeFolder(PartialFolder):
         begun = self.private / SETTINGS
         if begun.is_file() and read_json(begun).get("work") != self.noun:
             raise RequestError(
-                f"{self.folder.name} beside the model holds unfinished work, which an upgrade would "
-                "remove: complete it with --resume, or remove it."
+                f"{self.folder.name} beside the model holds unfinished work, which an upgrade "
+                "would remove: complete it with --resume, or remove it."
             )
         super()._refuse_contents()
 
