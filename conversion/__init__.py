@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turn dense language models into CMoE models, and measure them."""
 
-from .benchmark import Benchmark, benchmark
+from .carve.recipe import RECIPES, Recipe
+from .carve.settings import Options, Settings
 from .convert import Conversion, convert, resume
 from .demo import Demo, demo
 from .errors import CMoEError, RequestError
-from .evaluate import Evaluation, evaluate
-from .export import Export, export
+from .measure.benchmark import Benchmark, benchmark
+from .measure.evaluate import Evaluation, evaluate
+from .measure.tasks import TaskEvaluation, TaskResult, evaluate_tasks
 from .plan import Plan, plan
-from .publish import Publication, publish
-from .recipe import RECIPES, Recipe
-from .recover import Recovery, recover, resume_recovery
-from .report import Report, report
-from .serve import serve
-from .settings import Options, Settings
-from .sweep import Sweep, sweep
-from .tasks import TaskEvaluation, TaskResult, evaluate_tasks
-from .tuning import Tuning
-from .upgrade import Upgrade, upgrade
-from .verify import Verification, verify
+from .share.export import Export, export
+from .share.publish import Publication, publish
+from .share.serve import serve
+from .share.upgrade import Upgrade, upgrade
+from .share.verify import Verification, verify
+from .show.report import Report, report
+from .show.sweep import Sweep, sweep
+from .tune.recover import Recovery, recover, resume_recovery
+from .tune.tuning import Tuning
 
 __all__ = [
     "RECIPES",

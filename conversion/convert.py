@@ -16,18 +16,18 @@ from tqdm import tqdm
 import cmoe_hf
 from cmoe_hf import CMoEHierarchicalConfig
 
-from .calibration import keep_windows, kept_windows
-from .card import model_card
-from .decoder import Storage, Streams
+from .carve.decoder import Storage, Streams
+from .carve.hierarchy import carve_model as carve_moe
+from .carve.pipeline import carve_model
+from .carve.settings import Job, Options, shard_bytes
+from .carve.shape import parent_config, width_warning
 from .device import DTYPES, peak_memory_bytes, versions
 from .errors import RequestError
-from .hierarchy import carve_model as carve_moe
-from .pipeline import carve_model
-from .plan import Prepared, check_disk, parent_config, prepare, read_by, settled, width_warning
-from .settings import Job, Options
-from .shards import shard_bytes
-from .verify import CONVERSION, fingerprint_of
-from .work import WorkFolder
+from .folder.card import model_card
+from .folder.fingerprint import CONVERSION, fingerprint_of
+from .folder.windows import keep_windows, kept_windows
+from .folder.work import WorkFolder
+from .plan import Prepared, check_disk, prepare, read_by, settled
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import pipeline
 
 from .convert import convert
-from .evaluate import evaluate
+from .measure.evaluate import evaluate
 
 ASSETS = Path(__file__).parent / "assets"
 MODEL = ASSETS / "llama-pydoc"

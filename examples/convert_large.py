@@ -32,10 +32,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from cmoe_hf.conversion.architectures import ARCHITECTURES
-from cmoe_hf.conversion.checkpoint import one_by_one
 from cmoe_hf.conversion.demo import CALIBRATION, MODEL
-from cmoe_hf.conversion.shapes import SHAPES
+from cmoe_hf.conversion.measure.shapes import SHAPES
+from cmoe_hf.conversion.source.architectures import ARCHITECTURES
+from cmoe_hf.conversion.source.checkpoint import one_by_one
 
 MOE_SHAPES = {
     "qwen3-30b-a3b": {

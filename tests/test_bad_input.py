@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
-from cmoe_hf.conversion.checkpoint import open_source
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION
 from cmoe_hf.conversion.errors import CMoEError
+from cmoe_hf.conversion.source.checkpoint import open_source
 
 
 def run(model, out, *options, shared=2, active=2, experts=8):
@@ -421,7 +421,7 @@ def test_interrupted_it_leaves_nothing_that_looks_finished(embedded, tmp_path):
     out = tmp_path / "out"
     script = (
         "import sys, signal, os\n"
-        "from cmoe_hf.conversion import cli, work\n"
+        "from cmoe_hf.conversion import cli\nfrom cmoe_hf.conversion.folder import work\n"
         "write = work.WorkFolder.write_rest\n"
         "def interrupt(self, *arguments):\n"
         "    write(self, *arguments)\n"

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from cmoe_hf import CMoELlamaForCausalLM
 from cmoe_hf.conversion import RequestError, benchmark
-from cmoe_hf.conversion.benchmark import Point, remarks
+from cmoe_hf.conversion.carve.settings import Settings
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.roofline import Rates, Work, ffn_work, measure_rates, model_work
-from cmoe_hf.conversion.settings import Settings
-from cmoe_hf.conversion.shapes import SHAPES, dense_config, shape_config
+from cmoe_hf.conversion.measure.benchmark import Point, remarks
+from cmoe_hf.conversion.measure.roofline import Rates, Work, ffn_work, measure_rates, model_work
+from cmoe_hf.conversion.measure.shapes import SHAPES, dense_config, shape_config
 
 FEW = {"tokens": (1, 20), "prefill": (24,), "batch": (2,), "context": 8, "rounds": 3}
 FEW_OPTIONS = ["--tokens", "1,20", "--prefill", "24", "--batch", "2", "--context", "8"]

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmoe_hf.conversion import RequestError
-from cmoe_hf.conversion.calibration import consecutive_windows, random_windows
-from cmoe_hf.conversion.texts import open_text
+from cmoe_hf.conversion.source.calibration import consecutive_windows, random_windows
+from cmoe_hf.conversion.source.texts import open_text
 
 DOCUMENTS = ["First document.", "Second, with é.", "Third."]
 

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2MoeForCausalL
 from typer.testing import CliRunner
 
 from cmoe_hf.conversion import RequestError, evaluate, export
-from cmoe_hf.conversion.calibration import tokenize
+from cmoe_hf.conversion.carve.router import linear_router
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION
-from cmoe_hf.conversion.linearise import expert_energies, linear_routers
-from cmoe_hf.conversion.router import linear_router
-from cmoe_hf.conversion.routing import sparse_blocks
+from cmoe_hf.conversion.measure.routing import sparse_blocks
+from cmoe_hf.conversion.share.linearise import expert_energies, linear_routers
+from cmoe_hf.conversion.source.calibration import tokenize
 
 pytestmark = pytest.mark.library
 

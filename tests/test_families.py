@@ -14,9 +14,9 @@ from test_bad_input import run
 from transformers import AutoModelForCausalLM
 
 import cmoe_hf
-from cmoe_hf.conversion.architectures import ARCHITECTURES
-from cmoe_hf.conversion.checkpoint import open_source
-from cmoe_hf.conversion.decoder import AttentionHalf
+from cmoe_hf.conversion.carve.decoder import AttentionHalf
+from cmoe_hf.conversion.source.architectures import ARCHITECTURES
+from cmoe_hf.conversion.source.checkpoint import open_source
 
 pytestmark = pytest.mark.library
 

@@ -27,13 +27,13 @@ from cmoe_hf.conversion import (
     publish,
     recover,
 )
-from cmoe_hf.conversion.calibration import random_windows, tokenize
+from cmoe_hf.conversion.carve.recipe import RECIPES
+from cmoe_hf.conversion.carve.refit import ridge_for
+from cmoe_hf.conversion.carve.router import log_energy_router
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION, MODEL
-from cmoe_hf.conversion.recipe import RECIPES
-from cmoe_hf.conversion.refit import ridge_for
-from cmoe_hf.conversion.router import log_energy_router
-from cmoe_hf.conversion.routing import replace_router, routing_blocks
+from cmoe_hf.conversion.measure.routing import replace_router, routing_blocks
+from cmoe_hf.conversion.source.calibration import random_windows, tokenize
 from cmoe_hf.modeling_cmoe import CMoEHierarchicalBlock
 
 pytestmark = pytest.mark.library

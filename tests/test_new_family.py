@@ -18,8 +18,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cmoe_hf.conversion.architectures import ARCHITECTURES
 from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.source.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
 SECTION = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Add a model family\n")[1]

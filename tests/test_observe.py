@@ -7,15 +7,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cmoe_hf.conversion import CMoEError
-from cmoe_hf.conversion import observe as observing
-from cmoe_hf.conversion.observe import (
+from cmoe_hf.conversion.show import observe as observing
+from cmoe_hf.conversion.measure.routing import imbalance, sparse_blocks
+from cmoe_hf.conversion.show.observe import (
     HIDDEN_BINS,
     observe,
     observe_sample,
     rate_histogram,
     token_texts,
 )
-from cmoe_hf.conversion.routing import imbalance, sparse_blocks
 
 MARKED = 10
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from cmoe_hf.conversion.partition import (
+from cmoe_hf.conversion.carve.partition import (
     assign_balanced,
     cluster_means,
     distances,
@@ -18,7 +18,7 @@ from cmoe_hf.conversion.partition import (
     partition_by_contributions,
     partition_by_marks,
 )
-from cmoe_hf.conversion.profile import activation_marks, activation_rates, energies
+from cmoe_hf.conversion.carve.profile import activation_marks, activation_rates, energies
 
 
 def random_marks(tokens, width, k, seed):

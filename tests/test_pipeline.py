@@ -9,9 +9,9 @@ from families import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cmoe_hf.conversion import convert, evaluate
-from cmoe_hf.conversion.calibration import random_windows, tokenize
+from cmoe_hf.conversion.carve.recipe import RECIPES
 from cmoe_hf.conversion.demo import CALIBRATION
-from cmoe_hf.conversion.recipe import RECIPES
+from cmoe_hf.conversion.source.calibration import random_windows, tokenize
 
 BACKENDS = ["eager", "batched_mm", "grouped_mm"]
 

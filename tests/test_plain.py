@@ -13,11 +13,11 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 
 from cmoe_hf import CMoEGPTNeoXConfig, CMoEGPTNeoXForCausalLM
 from cmoe_hf.conversion import benchmark, evaluate
-from cmoe_hf.conversion.partition import Partition
-from cmoe_hf.conversion.profile import cosines
-from cmoe_hf.conversion.refit import active_blocks, down_projected, refit_down
-from cmoe_hf.conversion.roofline import Work, ffn_work
-from cmoe_hf.conversion.router import representative_router
+from cmoe_hf.conversion.carve.partition import Partition
+from cmoe_hf.conversion.carve.profile import cosines
+from cmoe_hf.conversion.carve.refit import active_blocks, down_projected, refit_down
+from cmoe_hf.conversion.carve.router import representative_router
+from cmoe_hf.conversion.measure.roofline import Work, ffn_work
 from cmoe_hf.modeling_cmoe import CMoERouter
 
 pytestmark = pytest.mark.library

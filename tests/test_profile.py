@@ -6,7 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import normalize, silu
 
-from cmoe_hf.conversion.profile import activation_marks, activation_rates, activations, cosines
+from cmoe_hf.conversion.carve.profile import (
+    activation_marks,
+    activation_rates,
+    activations,
+    cosines,
+)
 
 
 @given(st.integers(1, 30), st.integers(1, 20), st.integers(0, 99), st.data())

@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 from cmoe_hf.conversion import RequestError, Tuning, convert, recover, resume_recovery
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
-from cmoe_hf.conversion.evaluate import perplexity
-from cmoe_hf.conversion.routing import active_routers, count_loads, imbalance, without_bias
-from cmoe_hf.conversion.tuning import divergence, move_bias
+from cmoe_hf.conversion.measure.evaluate import perplexity
+from cmoe_hf.conversion.measure.routing import active_routers, count_loads, imbalance, without_bias
+from cmoe_hf.conversion.tune.tuning import divergence, move_bias
 
 TEXTS = {"training": CALIBRATION, "text": SHORT}
 FEW = {"samples": 16, "sequence_length": 64}

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmoe_hf.conversion.partition import Partition
-from cmoe_hf.conversion.refit import active_blocks, down_projected, refit_down
+from cmoe_hf.conversion.carve.partition import Partition
+from cmoe_hf.conversion.carve.refit import active_blocks, down_projected, refit_down
 
 
 def problem(tokens, shape, hidden, seed, keep=0.6):

@@ -19,14 +19,14 @@ from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
 from cmoe_hf.conversion import CMoEError, RequestError, report
-from cmoe_hf.conversion.calibration import consecutive_windows, tokenize
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import HELD_OUT
-from cmoe_hf.conversion.evaluate import evaluate
-from cmoe_hf.conversion.observe import observe
-from cmoe_hf.conversion.routing import sparse_blocks
+from cmoe_hf.conversion.measure.evaluate import evaluate
+from cmoe_hf.conversion.measure.routing import sparse_blocks
+from cmoe_hf.conversion.show.observe import observe
+from cmoe_hf.conversion.source.calibration import consecutive_windows, tokenize
 
-REPORT = importlib.import_module("cmoe_hf.conversion.report")
+REPORT = importlib.import_module("cmoe_hf.conversion.show.report")
 LENGTH, WINDOWS = 64, 4
 QUICK = ["--text", HELD_OUT, "--sequence-length", LENGTH, "--windows", WINDOWS]
 QUICK_ARGUMENTS = {"text": HELD_OUT, "sequence_length": LENGTH, "windows": WINDOWS}

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import cmoe_hf
-from cmoe_hf.conversion.card import stated_hashes
-from cmoe_hf.conversion.partial import sha256_of
-from cmoe_hf.conversion.selection import REMOTE_CODE
+from cmoe_hf.conversion.folder.card import stated_hashes
+from cmoe_hf.conversion.folder.partial import sha256_of
+from cmoe_hf.conversion.folder.selection import REMOTE_CODE
 
 HERE = Path(cmoe_hf.__file__).parent
 LIBRARIES = re.compile(r"(torch|transformers|typing|huggingface_hub\.dataclasses)(\.|$)")

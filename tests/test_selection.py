@@ -9,7 +9,7 @@ from families import FAMILIES
 from test_safety import offences
 
 import cmoe_hf
-from cmoe_hf.conversion.selection import code_of, select
+from cmoe_hf.conversion.folder.selection import code_of, select
 
 MODULE = '''\
 """What it is."""

@@ -17,13 +17,13 @@ from transformers.utils import logging
 from typer.testing import CliRunner
 
 from cmoe_hf.conversion import CMoEError, Tuning, recover
+from cmoe_hf.conversion.carve.decoder import Storage
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.decoder import Storage
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
-from cmoe_hf.conversion.partial import as_json
-from cmoe_hf.conversion.recover import RecoveryFolder
-from cmoe_hf.conversion.vetting import check_private
-from cmoe_hf.conversion.work import WorkFolder
+from cmoe_hf.conversion.folder.partial import as_json
+from cmoe_hf.conversion.folder.work import WorkFolder
+from cmoe_hf.conversion.share.vetting import check_private
+from cmoe_hf.conversion.tune.recover import RecoveryFolder
 
 
 def cli(*arguments):

@@ -12,8 +12,8 @@ from test_bad_input import change_weights, run
 from transformers import AutoModelForCausalLM
 
 from cmoe_hf.conversion import convert, plan
-from cmoe_hf.conversion.checkpoint import open_source
 from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.source.checkpoint import open_source
 
 FEW = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}
 

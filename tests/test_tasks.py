@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from cmoe_hf.conversion import CMoEError, evaluate, evaluate_tasks
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.tasks import PAPER_TASKS, chosen_metric, stock_tasks
+from cmoe_hf.conversion.measure.tasks import PAPER_TASKS, chosen_metric, stock_tasks
 
 FOLDER = Path(__file__).parent / "task"
 OWN = ["--include-path", "."]

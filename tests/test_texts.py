@@ -21,16 +21,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from cmoe_hf.conversion import evaluate
-from cmoe_hf.conversion.calibration import (
+from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
+from cmoe_hf.conversion.measure.evaluate import perplexity
+from cmoe_hf.conversion.folder.fingerprint import PROMPTS
+from cmoe_hf.conversion.source.calibration import (
     PIECE_CHARACTERS,
     cut,
     tokenize,
 )
-from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
-from cmoe_hf.conversion.evaluate import perplexity
-from cmoe_hf.conversion.texts import documents, hub_rows
-from cmoe_hf.conversion.verify import PROMPTS
+from cmoe_hf.conversion.source.texts import documents, hub_rows
 
 SHAPE = {"shared": 2, "active": 2, "experts": 8, "samples": 4, "sequence_length": 64}
 PARAGRAPHS = CALIBRATION.read_text(encoding="utf-8").split("\n\n")
@@ -213,7 +213,8 @@ def sized(path, characters):
 COUNTING = """
 import json, resource, sys
 from transformers import PreTrainedTokenizerFast as Tokenizer
-from cmoe_hf.conversion import calibration, cli, plan
+from cmoe_hf.conversion import cli, plan
+from cmoe_hf.conversion.source import calibration
 call, given = Tokenizer.__call__, []
 def count(self, text, *arguments, **options):
     given.append(len(text))
@@ -276,7 +277,7 @@ def test_of_a_quick_look_no_more_is_read_than_it_takes(dense, tmp_path):
 def pieces_of(text, whole, size):
     """By `cut`, however the text arrives."""
     ways = [[text], list(text), [text[i : i + 7] for i in range(0, len(text), 7)]]
-    with patch("cmoe_hf.conversion.calibration.PIECE_CHARACTERS", size):
+    with patch("cmoe_hf.conversion.source.calibration.PIECE_CHARACTERS", size):
         [pieces] = {tuple(cut(iter(chunks), whole)) for chunks in ways}
     return pieces
 
@@ -301,8 +302,8 @@ def test_a_long_text_measures_in_pieces_and_says_so(dense, tmp_path, monkeypatch
     text.write_text(HELD_OUT.read_text(encoding="utf-8")[:20_000])
     whole = evaluate(dense, text=text, sequence_length=64)
     assert not [it for it in caplog.records if "pieces" in it.getMessage()]
-    monkeypatch.setattr("cmoe_hf.conversion.calibration.WHOLE_CHARACTERS", 10_000)
-    monkeypatch.setattr("cmoe_hf.conversion.calibration.PIECE_CHARACTERS", 3_000)
+    monkeypatch.setattr("cmoe_hf.conversion.source.calibration.WHOLE_CHARACTERS", 10_000)
+    monkeypatch.setattr("cmoe_hf.conversion.source.calibration.PIECE_CHARACTERS", 3_000)
     pieces = evaluate(dense, text=text, sequence_length=64)
     assert "text.txt has 10,000 characters or more: it is tokenised in pieces" in caplog.text
     assert pieces.perplexity == pytest.approx(whole.perplexity, rel=0.02)

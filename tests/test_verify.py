@@ -16,13 +16,14 @@ from transformers import AutoModelForCausalLM
 from transformers.masking_utils import create_causal_mask
 from typer.testing import CliRunner
 
-from cmoe_hf.conversion import export, probe, publish, upgrade, verify
-from cmoe_hf.conversion.card import stated_hashes
+from cmoe_hf.conversion import export, publish, upgrade, verify
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.errors import CMoEError, RequestError
-from cmoe_hf.conversion.partial import sha256_of
-from cmoe_hf.conversion.selection import code_of_type
-from cmoe_hf.conversion.work import WorkFolder
+from cmoe_hf.conversion.folder import probe
+from cmoe_hf.conversion.folder.card import stated_hashes
+from cmoe_hf.conversion.folder.partial import sha256_of
+from cmoe_hf.conversion.folder.selection import code_of_type
+from cmoe_hf.conversion.folder.work import WorkFolder
 from cmoe_hf.modeling_cmoe import TESTED
 
 pytestmark = pytest.mark.library

@@ -12,9 +12,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from ..carve.recipe import RECIPES
 from ..errors import CMoEError
-from ..recipe import RECIPES
-from ..strict import to_json
+from ..folder.strict import to_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -11,16 +11,15 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from ..carve.settings import MAX_SHARD_SIZE, Options, absolute
 from ..convert import convert, resume
 from ..demo import demo
 from ..device import DTYPES
 from ..errors import RequestError
 from ..plan import Plan, plan
-from ..recover import Recovery, recover, resume_recovery
-from ..settings import Options, absolute
-from ..shards import MAX_SHARD_SIZE
-from ..texts import absolute_text
-from ..tuning import SCHEDULES, Tuning
+from ..source.texts import absolute_text
+from ..tune.recover import Recovery, recover, resume_recovery
+from ..tune.tuning import SCHEDULES, Tuning
 from .common import (
     Active,
     Change,

@@ -10,12 +10,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..benchmark import LABELS, Benchmark, benchmark, check_plot, plot
 from ..device import DTYPES
 from ..errors import RequestError
-from ..evaluate import ROUTERS, Evaluation, evaluate
-from ..shapes import SHAPES
-from ..tasks import TaskEvaluation, evaluate_tasks
+from ..measure.benchmark import LABELS, Benchmark, benchmark
+from ..measure.evaluate import ROUTERS, Evaluation, evaluate
+from ..measure.shapes import SHAPES
+from ..measure.tasks import TaskEvaluation, evaluate_tasks
+from ..show.figures import check_plot, plot
 from .common import (
     Active,
     Debug,

@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from ..export import ARCHITECTURES, export
-from ..publish import publish
-from ..serve import serve
-from ..shards import MAX_SHARD_SIZE
-from ..upgrade import upgrade
-from ..verify import verify
+from ..carve.settings import MAX_SHARD_SIZE
+from ..share.export import ARCHITECTURES, export
+from ..share.publish import publish
+from ..share.serve import serve
+from ..share.upgrade import upgrade
+from ..share.verify import verify
 from .common import (
     Debug,
     Json,

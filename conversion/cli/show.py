@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..device import DTYPES
-from ..report import report
-from ..sweep import GRID, SPEEDS, Sweep, sweep
+from ..show.report import report
+from ..show.sweep import GRID, SPEEDS, Sweep, sweep
 from .common import (
     Debug,
     Device,

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From marks to shared neurons and balanced routed experts (paper, section 4.2, A.3).
+
+Shape suffixes: T tokens, F dense FFN width, S shared neurons, R routed neurons, N routed
+experts, M neurons of one expert, K marks per token.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import ot
+import torch
+from scipy.sparse import csr_array
+
+from ..errors import CMoEError
+
+CLUSTERING_TOKENS = 4096
+"""More tokens than this do not make better clusters of contributions, measured."""
+
+
+class Partition(NamedTuple):
+    """Which neuron goes where. Every neuron of the FFN is in exactly one place."""
+
+    shared_S: torch.Tensor
+    """Shared neurons, ascending, int64."""
+    experts_NM: torch.Tensor
+    """Neurons of each routed expert, ascending in each row, int64."""
+    representatives_N: torch.Tensor | None
+    """The neuron that stands for each expert in the paper's router, int64."""
+    iterations: int
+    """Assignments solved until the clusters stood still, or the limit."""
+    pinned: int = 0
+    """How many of the first experts run for every token, as if they were shared."""
+
+
+def partition_by_marks(
+    marks_TK: torch.Tensor,
+    score_F: torch.Tensor,
+    *,
+    shared: int,
+    experts: int,
+    metric: str = "l2",
+    max_iterations: int = 20,
+) -> Partition:
+    """Divide the neurons into `shared` always-on ones and `experts` equal clusters (section 4.2).
+
+    The shared neurons are those of the highest scores, in the paper the activation rates
+    (eq. 16). The others are clustered by balanced k-means over their columns of the mark matrix,
+    seeded with the highest of them (eq. 17-21). Ties go to the lower index, so that the result
+    is reproducible.
+    """
+    order_F, shared_S, routed_R = split_by_score(score_F, shared)
+    columns_TR = mark_matrix(marks_TK, len(score_F))[:, routed_R.numpy()]
+    seeds_N = np.searchsorted(routed_R.numpy(), order_F[shared : shared + experts].numpy())
+
+    centroids_TN = columns_TR[:, seeds_N].toarray()
+    label_R, iterations, settled = np.full(len(routed_R), -1), 0, False
+    while iterations < max_iterations and not settled:
+        previous_R = label_R
+        label_R = assign_balanced(distances(columns_TR, centroids_TN, metric))
+        centroids_TN = cluster_means(columns_TR, label_R, experts)
+        settled = np.array_equal(label_R, previous_R)
+        iterations += 1
+
+    members_NM = np.argsort(label_R, kind="stable").reshape(experts, -1)
+    # Eq. 7: the member nearest to the mean of its cluster.
+    nearest_RN = distances(columns_TR, centroids_TN, metric)
+    member_distance_NM = nearest_RN[members_NM, np.arange(experts)[:, None]]
+    chosen_N = members_NM[np.arange(experts), member_distance_NM.argmin(axis=1)]
+    return Partition(
+        shared_S=shared_S,
+        experts_NM=routed_R[torch.from_numpy(members_NM)],
+        representatives_N=routed_R[torch.from_numpy(chosen_N)],
+        iterations=iterations,
+    )
+
+
+def partition_by_contributions(
+    h_TF: torch.Tensor,
+    down_HF: torch.Tensor,
+    score_F: torch.Tensor,
+    *,
+    shared: int,
+    experts: int,
+    pinned: int = 0,
+    max_iterations: int = 8,
+) -> Partition:
+    """The same division from what the neurons write, |h_j| * ||w_down,j||, instead of rare marks.
+
+    Balanced k-means over the centred contributions of each neuron, not normalised: neurons that
+    are active together share an expert, and so do neurons that write much, which lets the router
+    leave out experts that write little. It starts from the order of the scores.
+
+    The first `pinned` experts are not clustered: they take the best neurons that are not shared.
+    """
+    neurons = (len(score_F) - shared) // experts  # of one expert
+    if pinned:
+        inner = partition_by_contributions(
+            h_TF,
+            down_HF,
+            score_F,
+            shared=shared + pinned * neurons,
+            experts=experts - pinned,
+            max_iterations=max_iterations,
+        )
+        order_F, shared_S, _ = split_by_score(score_F, shared)
+        best_PM = order_F[shared : shared + pinned * neurons].view(pinned, neurons)
+        experts_NM = torch.cat([best_PM.sort(dim=1).values, inner.experts_NM])
+        return Partition(shared_S, experts_NM, None, inner.iterations, pinned)
+    order_F, shared_S, routed_R = split_by_score(score_F, shared)
+    sample_TF = h_TF[:: max(1, len(h_TF) // CLUSTERING_TOKENS)]
+    # One row a neuron: sums over rows, and products with a few columns, are fast in this layout.
+    columns_RT = sample_TF[:, routed_R].T.contiguous().abs_()
+    columns_RT *= down_HF.norm(dim=0)[routed_R].unsqueeze(1)
+    columns_RT -= columns_RT.mean(dim=1, keepdim=True)
+    square_R1 = columns_RT.square().sum(dim=1, keepdim=True)
+    # Less is rounding: the neurons write the same, or nothing, and any clusters are right.
+    least = (1e-6 * square_R1.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+    items = len(routed_R)
+
+    rank_R = torch.empty(items, dtype=torch.int64)
+    rank_R[torch.searchsorted(routed_R, order_F[shared:])] = torch.arange(items)
+    label_R, iterations, settled = rank_R * experts // items, 0, False
+    while iterations < max_iterations and not settled:
+        centroids_NT = columns_RT.new_zeros(experts, columns_RT.shape[1])
+        centroids_NT.index_add_(0, label_R.to(columns_RT.device), columns_RT)
+        centroids_NT *= experts / items
+        inner_RN = columns_RT @ centroids_NT.T
+        cost_RN = square_R1 + centroids_NT.square().sum(dim=1) - 2 * inner_RN
+        previous_R = label_R
+        # Scaled: the solver's tolerance is absolute.
+        scaled_RN = (cost_RN / cost_RN.mean().clamp_min(least)).cpu().double().numpy()
+        label_R = torch.from_numpy(assign_balanced(scaled_RN))
+        settled = torch.equal(label_R, previous_R)
+        iterations += 1
+    members_NM = label_R.argsort(stable=True).view(experts, -1)
+    return Partition(shared_S, routed_R[members_NM], None, iterations)
+
+
+def split_by_score(
+    score_F: torch.Tensor, shared: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Neurons by falling score; the first `shared` of them; the others, both ascending."""
+    order_F = torch.argsort(score_F, descending=True, stable=True)
+    return order_F, order_F[:shared].sort().values, order_F[shared:].sort().values
+
+
+def mark_matrix(marks_TK: torch.Tensor, width: int) -> csr_array:
+    """The paper's binary matrix A (T, F) from the indices of its ones, sparse, float64."""
+    tokens, k = marks_TK.shape
+    ones = np.ones(tokens * k)
+    starts = np.arange(0, tokens * k + 1, k)
+    return csr_array((ones, marks_TK.flatten().numpy(), starts), shape=(tokens, width))
+
+
+def distances(columns_TR: csr_array, centroids_TN: np.ndarray, metric: str) -> np.ndarray:
+    """Distance of every binary column to every centroid in [0, 1], (R, N) float64.
+
+    `"l2"` is eq. 18, `"l1"` the released code. For a column with n ones and inner product p
+    with the centroid, |a - c|_1 = n + sum(c) - 2 p and |a - c|_2^2 = n + sum(c^2) - 2 p: one
+    sparse product gives both, and no dense T x R matrix is formed.
+    """
+    ones_R1 = columns_TR.sum(axis=0)[:, None]
+    inner_RN = columns_TR.T @ centroids_TN
+    if metric == "l1":
+        return ones_R1 + centroids_TN.sum(axis=0) - 2 * inner_RN
+    squared_RN = ones_R1 + np.square(centroids_TN).sum(axis=0) - 2 * inner_RN
+    return np.sqrt(squared_RN.clip(min=0))  # rounding may fall below zero
+
+
+def assign_balanced(cost_RN: np.ndarray) -> np.ndarray:
+    """Assign R items to N clusters of exactly R / N items at the least total cost, (R,) int64.
+
+    The assignment problem of eq. 20, solved exactly as a transportation problem between R
+    sources of mass 1 and N sinks of mass R / N: the same optimum as the square assignment with
+    every centroid repeated R / N times, without its R x R matrix.
+    """
+    items, clusters = cost_RN.shape
+    capacity = items // clusters
+    plan_RN = ot.emd(
+        np.ones(items),
+        np.full(clusters, float(capacity)),
+        np.ascontiguousarray(cost_RN),
+        numItermax=10_000_000,
+        check_marginals=False,
+    )
+    label_R = plan_RN.argmax(axis=1)
+    if not np.array_equal(np.bincount(label_R, minlength=clusters), np.full(clusters, capacity)):
+        raise CMoEError(
+            f"the balanced assignment of {items} neurons to {clusters} experts did not converge. "
+            "Please report this with conversion.json of a smaller model."
+        )
+    return label_R
+
+
+def cluster_means(columns_TR: csr_array, label_R: np.ndarray, clusters: int) -> np.ndarray:
+    """Mean column of every cluster, (T, N) float64 (eq. 21). Balance leaves none empty."""
+    items = len(label_R)
+    weight = np.full(items, clusters / items)
+    membership_RN = csr_array((weight, (np.arange(items), label_R)), shape=(items, clusters))
+    return (columns_TR @ membership_RN).toarray()

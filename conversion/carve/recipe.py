@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of choices: what the paper, its released code and ours do differently."""
+
+import math
+from dataclasses import dataclass, fields
+
+from cmoe_hf.configuration_cmoe import ROUTER_TYPES
+
+from ..errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The choices in which the paper, its released code (method, section 11.1) and ours differ."""
+
+    cosine_profile: bool = False
+    """Mark neurons by products of cosines instead of by their true activations."""
+    importance: str = "rate"
+    """What makes a neuron shared: its activation `"rate"`, or the `"energy"` of what it writes."""
+    clusters: str = "marks"
+    """Cluster neurons by their `"marks"`, or by their `"contributions"` to the output."""
+    metric: str = "l2"
+    """Distance between columns of marks: `"l2"` or `"l1"`."""
+    max_iterations: int = 20
+    """Assignments of the balanced clustering."""
+    router: str = "representative"
+    """`"representative"` neurons, or `"linear"`: a ridge regression of the experts' energies."""
+    absolute_score: bool = False
+    """Route by |s| instead of s."""
+    normalised_rows: bool = False
+    """Scale the rows of the representative router to length 1."""
+    router_ridge: float = 0.5
+    """Strength of the linear router's ridge, relative to a mean squared input feature."""
+    refit: bool = False
+    """Refit the down projections under the routing."""
+    refit_ridge: float = 0.003
+    """Strength of the refit's ridge, relative to a mean squared activation. It is for ten
+    calibration tokens a neuron and more; with fewer it is raised, see `refit.ridge_for`."""
+    error_correction: bool = False
+    """Let the refit aim at the dense model's hidden states, which also undoes what earlier layers
+    got wrong, instead of at the dense FFN's output."""
+
+    competition: str = "parent"
+    """In a MoE that is carved again: whether the experts of one `"parent"` compete, or those of all
+    parents of a `"token"`."""
+
+    pinned: int = 0
+    """Active experts that run for every token: those of the most important neurons."""
+    adaptive_split: bool = False
+    """Choose `pinned` for each layer on held-out calibration tokens."""
+    routed_by: str = "router"
+    """Who routes while calibrating: the `"router"`, an `"oracle"` (the experts of largest sum |h|)
+    or a `"random"` choice. For comparisons: the model keeps its router."""
+
+    @property
+    def needs_dense_stream(self) -> bool:
+        """Whether the dense model runs beside the carved one."""
+        return self.refit and self.error_correction
+
+    def __post_init__(self) -> None:
+        """Raises `RequestError` for a choice that does not exist or goes with no other."""
+        for choice in fields(self):
+            kind = type(choice.default)
+            value = getattr(self, choice.name)
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise RequestError(
+                    f"the recipe's {choice.name} is {value!r}; it must be of type {kind.__name__}."
+                )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RequestError(f"the recipe's {choice.name} is {value}; it must be finite.")
+        for name, known in _KNOWN_CHOICES.items():
+            if getattr(self, name) not in known:
+                raise RequestError(
+                    f"the recipe's {name} is {getattr(self, name)!r}; it can be {', '.join(known)}."
+                )
+        if self.router == "representative" and self.clusters != "marks":
+            raise RequestError(
+                "a representative router needs clusters of marks: change both, or neither."
+            )
+        if self.pinned < 0:
+            raise RequestError("the recipe's pinned cannot be negative.")
+        if (self.pinned or self.adaptive_split) and self.clusters != "contributions":
+            raise RequestError(
+                "a budget (pinned experts, an adaptive split) needs clusters of contributions: "
+                "use --recipe refined, or say --shared and --active."
+            )
+        if self.adaptive_split and not self.refit:
+            raise RequestError("a budget compares refitted layers: leave the refit on.")
+        if min(self.max_iterations, self.router_ridge, self.refit_ridge) <= 0:
+            raise RequestError("the recipe's max_iterations and ridges must be above 0.")
+
+
+_KNOWN_CHOICES = {
+    "importance": ("rate", "energy"),
+    "clusters": ("marks", "contributions"),
+    "metric": ("l1", "l2"),
+    "router": ROUTER_TYPES,
+    "competition": ("parent", "token"),
+    "routed_by": ("router", "oracle", "random"),
+}
+
+RECIPES: dict[str, Recipe] = {
+    # arXiv 2502.04416v3 as written.
+    "paper": Recipe(),
+    # The authors' code, where it differs.
+    "released": Recipe(
+        cosine_profile=True,
+        metric="l1",
+        max_iterations=1,
+        absolute_score=True,
+        normalised_rows=True,
+    ),
+    # Ours: the best we know without gradient descent.
+    "refined": Recipe(
+        importance="energy",
+        clusters="contributions",
+        max_iterations=8,
+        router="linear",
+        competition="token",
+        refit=True,
+        error_correction=True,
+    ),
+}

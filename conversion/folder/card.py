@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card of a carved repository."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from cmoe_hf import CMoEConfig, CMoEHierarchicalConfig
+
+from ..source.checkpoint import Source
+
+_BODY = """\
+# {title}
+
+[{base}]({base_link}) carved into a sparse Mixture of Experts of shape **{notation}**: of
+{experts} experts, {shared} shared ones always run and a router picks {active} of the other
+{routed} for every token. {activation:.1%} of the FFN neurons run (FFN sparsity {sparsity:.1%}).
+Carving rearranges the neurons of the dense model and drops none.{refitted}{split} {untrained}
+{parents}
+
+## How to load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+repo = "{title}"  # the Hub id or the folder of this repository
+model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)
+```
+
+{code}
+
+## How it was made
+
+| | |
+|---|---|
+| method | CMoE, [arXiv 2502.04416](https://arxiv.org/abs/2502.04416), recipe `{recipe}` |
+| source revision | {revision} |
+| calibration | {tokens:,} tokens of `{calibration}` ({samples} windows of {length}), seed {seed} |
+| neurons marked per token | {k_act} |
+| software | cmoe-hf {cmoe_hf}, torch {torch}, transformers {transformers} |
+| time | {seconds:.0f} s on {device}; carving pass {ratio:.2f} x the bare forward pass |
+
+## What was measured
+
+{measured}
+
+Perplexity is not measured by the conversion: run `cmoe evaluate` on this repository with
+`--baseline` and the dense model. Per-layer figures are in `conversion.json`.
+
+## Licence
+
+{licence}
+"""
+
+_MEASURED = """\
+On the calibration tokens, with all earlier layers carved: error of the carved FFN's output
+relative to the dense FFN's (norm of the difference over norm), share of the marks that the shared
+expert holds, routed experts that always run, and the busiest and idlest routed expert's share of
+tokens.
+
+| layer | relative error | marks on shared | always run | busiest expert | idlest expert |
+|---|---|---|---|---|---|
+{rows}"""
+
+_MEASURED_PARENTS = """\
+On the calibration tokens, with all earlier layers carved: error of the layer's output relative to
+the source's (norm of the difference over norm), how many calibration tokens its rarest and its
+busiest expert saw, and which experts saw too few and are kept whole.
+
+| layer | relative error | fewest tokens | most tokens | kept whole |
+|---|---|---|---|---|
+{rows}"""
+
+_PARENTS = """
+The source is a mixture of {parents} experts itself, of which {picked} run for a token. Its router
+is kept, each of its experts is carved, and the figures above are those within one of them{flat}. Of
+those kept whole, which are listed below if there are any, everything runs.
+"""
+
+_FLAT = """ on
+average: what was carved from the {picked} experts of a token competes for the same places"""
+
+_SPLIT = """ In each layer
+a number of the routed experts, listed below, always run: the others were better left to the router
+on held-out calibration tokens."""
+
+_REFITTED = " Their down projections were\nrefitted to the calibration text by least squares."
+
+
+_CODE = """\
+`trust_remote_code=True` runs the two Python files of this repository. They use no network, no files
+and no other process. With `pip install cmoe-hf` and `import cmoe_hf` it is not needed.
+
+| file | SHA-256 |
+|---|---|
+{rows}"""
+
+FIGURES, CODE = "cmoe report", "remote code"
+"""Sections that can be replaced: comments around them bear these names."""
+
+_NO_LICENCE = "The source states no licence; its terms, whatever they are, apply to this model."
+_UNTRAINED = "No gradient\ndescent was used."
+_TRAINED = "Afterwards the\nmodel was [fine-tuned](#recovery)."
+
+_RECOVERY = """\
+## Recovery
+
+LoRA fine-tuning of attention, experts, gate scales and balance biases, merged: {steps} steps on
+{tokens:,} tokens of `{training}`, rank {rank}, learning rate {rate:g}{teacher}. Perplexity on
+`{text}`, in the same run:
+
+| | before | after |
+|---|---|---|
+{rows}
+
+All settings, loads and losses are in `recovery.json`.
+
+"""
+
+
+_NATIVE = """\
+## Stock architecture
+
+This repository is the carved model as `{architecture}`: it needs no remote code, neither
+`trust_remote_code=True` nor the two Python files. Its logits differ from those of the carved model
+by at most {difference:.2g} on random tokens.{refitted}
+
+"""
+_REFITTED_ROUTER = """ Its routers are not those described above: they
+were replaced by linear ones, fitted to a calibration text."""
+
+
+def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -> str:
+    """The card of a carved repository after a recovery. `report` is the content of recovery.json
+    and `code` the hashes of the Python files.
+
+    Expects a card by `model_card`; in another one, the section is added at the end. Results and
+    figures of the model before are left out.
+    """
+    tuning, result = report["tuning"], report["result"]
+    rows = [("carved", result["perplexity_before"], result["perplexity_after"])]
+    if result["perplexity_after_without_bias"] is not None:
+        rows.append(("carved, balance biases zero", None, result["perplexity_after_without_bias"]))
+    if report["control"] is not None:
+        dense = (result["control_before"], result["control_after"])
+        rows.append((f"dense `{report['control']}`, tuned by the same recipe", *dense))
+    section = _RECOVERY.format(
+        steps=result["steps"],
+        tokens=result["training_tokens"],
+        training=report["training"],
+        rank=tuning["rank"],
+        rate=tuning["learning_rate"],
+        teacher=f", distilled from `{report['teacher']}`" if report["teacher"] else "",
+        text=report["text"],
+        rows="\n".join(
+            f"| {name} | {'' if before is None else f'{before:.2f}'} | {after:.2f} |"
+            for name, before, after in rows
+        ),
+    )
+    parsed = ModelCard(card, ignore_metadata_errors=True)
+    parsed.data.eval_results = None  # type: ignore[attr-defined]
+    card = without_section(str(parsed), FIGURES).replace(_UNTRAINED, _TRAINED)
+    card = renewed_card(card, code)
+    body, licence, rest = card.rpartition("## Licence")
+    return body + section + licence + rest if licence else f"{card.rstrip()}\n\n{section}"
+
+
+def native_card(card: str, architecture: str, difference: float, *, refitted: bool) -> str:
+    """The card of a model exported to a stock architecture."""
+    parsed = ModelCard(card, ignore_metadata_errors=True)
+    parsed.data.eval_results = None  # type: ignore[attr-defined]
+    tags = getattr(parsed.data, "tags", None) or []
+    parsed.data.tags = [tag for tag in tags if tag != "custom_code"]  # type: ignore[attr-defined]
+    card = without_section(without_section(str(parsed), FIGURES), CODE)
+    card = card.replace(", trust_remote_code=True", "")
+    body, licence, rest = card.rpartition("## Licence")
+    section = _NATIVE.format(
+        architecture=architecture,
+        difference=difference,
+        refitted=_REFITTED_ROUTER if refitted else "",
+    )
+    return body + section + licence + rest if licence else f"{card.rstrip()}\n\n{section}"
+
+
+def marked(name: str) -> tuple[str, str]:
+    """The comments around a section that can be replaced."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def with_section(card: str, name: str, section: str) -> str:
+    """The card with this section, in place of an older one or at the end."""
+    begin, end = marked(name)
+    before, found, rest = card.partition(begin)
+    _, closed, after = rest.partition(end)
+    section = f"{begin}\n\n{section}\n\n{end}"
+    if found and closed:
+        return before + section + after
+    return card.rstrip("\n") + "\n\n" + section + "\n"
+
+
+def without_section(card: str, name: str) -> str:
+    """The card without this section."""
+    begin, end = marked(name)
+    before, found, rest = card.partition(begin)
+    _, closed, after = rest.partition(end)
+    return before.rstrip("\n") + "\n" + after if found and closed else card
+
+
+def code_section(code: Mapping[str, str]) -> str:
+    """What the Python files are, and their hashes."""
+    return _CODE.format(rows="\n".join(f"| `{name}` | `{code[name]}` |" for name in code))
+
+
+def renewed_card(card: str, code: Mapping[str, str]) -> str:
+    """The card with the hashes of other Python files, if it states any."""
+    return with_section(card, CODE, code_section(code)) if marked(CODE)[0] in card else card
+
+
+def stated_hashes(card: str) -> dict[str, str]:
+    """File name to the SHA-256 that a card states for it."""
+    return dict(re.findall(r"^\| `([^`]+)` \| `([0-9a-f]{64})` \|$", card, flags=re.MULTILINE))
+
+
+def stated(card: str, *, licence: str | None, base_model: str | None) -> str:
+    """The card with what the publisher knows and the source's folder did not say."""
+    parsed = ModelCard(card, ignore_metadata_errors=True)
+    if base_model is not None:
+        parsed.data.base_model = base_model  # type: ignore[attr-defined]
+    text = str(parsed)
+    if licence is not None:
+        parsed.data.license = licence  # type: ignore[attr-defined]
+        text = str(parsed).replace(_NO_LICENCE, f"As stated by the publisher: `{licence}`.")
+    return text
+
+
+def model_card(
+    source: Source,
+    config: CMoEConfig,
+    report: dict[str, Any],
+    code: Mapping[str, str],
+    licence: dict[str, Any],
+) -> str:
+    """Text of README.md: metadata block and body. `report` is the content of conversion.json,
+    `code` the hashes of the Python files and `licence` the fields of the source's card."""
+    data = ModelCardData(
+        base_model=source.name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["cmoe", "moe", "mixture-of-experts", "sparse", "custom_code"],
+        **licence,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n" + _BODY.format(
+        code=with_section("", CODE, code_section(code)).strip(),
+        **_shape(config),
+        **_provenance(source, report),
+        measured=_measured(config, report["layers"]),
+        licence=_licence_sentence(licence),
+    )
+
+
+def _shape(config: CMoEConfig) -> dict[str, Any]:
+    routed = config.num_experts // config.num_parents
+    return {
+        "parents": _parents(config) if isinstance(config, CMoEHierarchicalConfig) else "",
+        "notation": config.notation,
+        "shared": config.num_shared,
+        "active": config.num_experts_per_tok // config.num_parents_per_tok,
+        "routed": routed,
+        "experts": config.num_shared + routed,
+        "activation": config.activation_ratio,
+        "sparsity": 1 - config.activation_ratio,
+    }
+
+
+def _parents(config: CMoEHierarchicalConfig) -> str:
+    picked = config.num_parents_per_tok
+    flat = _FLAT.format(picked=picked) if config.flat_routing else ""
+    return _PARENTS.format(parents=config.num_parents, picked=picked, flat=flat)
+
+
+def _provenance(source: Source, report: dict[str, Any]) -> dict[str, Any]:
+    calibration, result = report["calibration"], report["result"]
+    on_hub = source.revision is not None
+    return {
+        "title": f"{source.name.rpartition('/')[2]}-CMoE-{result['notation']}",
+        "base": source.name,
+        "base_link": f"https://huggingface.co/{source.name}" if on_hub else "#how-it-was-made",
+        "recipe": report["settings"]["recipe"],
+        "refitted": _REFITTED if report["recipe"]["refit"] else "",
+        "untrained": _UNTRAINED,
+        "split": _SPLIT if report["recipe"]["adaptive_split"] else "",
+        "revision": source.revision or "a local folder, no revision known",
+        "tokens": calibration["tokens"],
+        "calibration": calibration["source"],
+        "samples": calibration["samples"],
+        "length": calibration["sequence_length"],
+        "seed": report["settings"]["seed"],
+        "k_act": report["settings"]["k_act"],
+        **{name: report["versions"][name] for name in ("cmoe_hf", "torch", "transformers")},
+        "seconds": result["seconds"],
+        "device": report["device"],
+        "ratio": result["carving_ratio"],
+    }
+
+
+def _measured(config: CMoEConfig, layers: list[dict[str, Any]]) -> str:
+    rows = []
+    for index, layer in enumerate(layers):
+        row = f"| {index} | {layer['relative_output_error']:.3f} "
+        if isinstance(config, CMoEHierarchicalConfig):
+            counts = layer["tokens_of_parents"]
+            kept = ", ".join(map(str, layer["kept_parents"])) or "none"
+            rows.append(f"{row}| {min(counts):,} | {max(counts):,} | {kept} |")
+        else:
+            loads = layer["expert_loads"]
+            rows.append(
+                f"{row}| {layer['marks_on_shared']:.1%} | {layer['pinned_experts']} "
+                f"| {max(loads):.1%} | {min(loads):.1%} |"
+            )
+    table = _MEASURED_PARENTS if isinstance(config, CMoEHierarchicalConfig) else _MEASURED
+    return table.format(rows="\n".join(rows))
+
+
+def _licence_sentence(licence: dict[str, Any]) -> str:
+    if not licence:
+        return _NO_LICENCE
+    name = licence.get("license_name") or licence["license"]
+    return f"As the source: `{name}`."

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a new repository takes over from a model's folder, read before the work begins.
+
+After hours of work nothing of it can be missing, unreadable or changed. Contents stay as they are,
+byte for byte, but for entries of JSON files that tell where something was on somebody's machine.
+"""
+
+import fnmatch
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from ..errors import RequestError
+from ..source.checkpoint import HUB_ID, LEGAL_FILES, TOKENIZER_FILES, read_json
+from .scores import CARD_FILE
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_PLACE = re.compile(r"(path|file|dir|folder)$")
+"""How entries end that may tell where something was."""
+_OLD_NAMES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+"""Of classes that transformers 4 calls otherwise."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Files of a model that go with it, and its card."""
+
+    files: dict[str, bytes]
+    """Contents by name, relative to the folder."""
+    card: str
+    """Text of the card, with metadata that can be read or none; empty if there is no card."""
+
+    @property
+    def licence(self) -> dict[str, Any]:
+        """Licence fields of the card; empty if it states none."""
+        if not self.card:
+            return {}
+        data = ModelCard(self.card, ignore_metadata_errors=True).data.to_dict()
+        return {
+            key: data[key] for key in ("license", "license_name", "license_link") if key in data
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files."""
+        return sum(map(len, self.files.values()))
+
+    def beside(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> "Carried":
+        """The files as they serve beside another configuration, which is saved here for trial.
+
+        Where the class of the tokenizer follows from the source's model type, which may overrule
+        what the files say, and beside the new type it would do something else, it is stated. There
+        is a generation configuration in any case.
+        """
+        files = dict(self.files)
+        stated = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
+        with tempfile.TemporaryDirectory() as trial:
+            try:
+                config.save_pretrained(trial)
+                if GENERATION_CONFIG_NAME not in files:
+                    GenerationConfig.from_model_config(config).save_pretrained(trial)
+                    files[GENERATION_CONFIG_NAME] = (
+                        Path(trial) / GENERATION_CONFIG_NAME
+                    ).read_bytes()
+            except ValueError as error:  # of the library's validators
+                raise RequestError(f"config.json cannot be written again: {error}") from error
+            if "auto_map" not in stated:
+                write(files, Path(trial))
+                if not serves(Path(trial), tokenizer):
+                    wanted = type(tokenizer).__name__
+                    stated["tokenizer_class"] = _OLD_NAMES.get(wanted, wanted)
+                    files[TOKENIZER_CONFIG] = _as_json(stated)
+        return replace(self, files=files)
+
+
+def carried(folder: Path, *others: str) -> Carried:
+    """Read the tokenizer, the generation configuration, the legal files, `others` and the card.
+
+    Raises `RequestError` for a file that cannot be read, or is no JSON though it is called so.
+    """
+    files = {}
+    patterns = (*TOKENIZER_FILES, GENERATION_CONFIG_NAME, *LEGAL_FILES, *others)
+    for path in sorted(folder.iterdir()):  # glob would pass over links that lead nowhere
+        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns):
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if not file.is_dir():
+                    files[file.relative_to(folder).as_posix()] = _content(file)
+    if TOKENIZER_CONFIG in files:
+        for file in tokenizer_code(folder):
+            files[file.name] = _content(file)
+    return Carried(files, read_card(folder))
+
+
+def serves(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether what loads from a folder does the same as a tokenizer."""
+
+    def function(of: PreTrainedTokenizerBase) -> str:
+        backend = getattr(of, "backend_tokenizer", None)
+        return type(of).__name__ if backend is None else backend.to_str()
+
+    try:
+        return function(AutoTokenizer.from_pretrained(folder)) == function(tokenizer)
+    except Exception:  # whatever the library's parsers raise: the class it takes is the wrong one
+        return False
+
+
+def _content(path: Path) -> bytes:
+    """What is in a file, without what tells a local path."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RequestError(
+            f"{path.name} in {path.parent} goes with the model and cannot be read "
+            f"({error.strerror}). Restore it, or remove it."
+        ) from error
+    if path.suffix != ".json":
+        return content
+    entries = read_json(path)
+    kept = {name: value for name, value in entries.items() if not is_place(name, value)}
+    return content if len(kept) == len(entries) else _as_json(kept)
+
+
+def _as_json(entries: dict[str, Any]) -> bytes:
+    return (json.dumps(entries, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def is_place(name: str, value: object) -> bool:
+    """Whether an entry tells where something was on a machine: a path, and not a Hub id."""
+    if not isinstance(value, str) or not _PLACE.search(name) or HUB_ID.fullmatch(value):
+        return False
+    return "/" in value or "\\" in value or bool(PureWindowsPath(value).drive)
+
+
+def tokenizer_code(folder: Path) -> Iterator[Path]:
+    """The Python files of a tokenizer that brings its own; whoever asks has trusted them."""
+    entries = read_json(folder / TOKENIZER_CONFIG).get("auto_map") or {}
+    classes = entries.get("AutoTokenizer") if isinstance(entries, dict) else entries
+    classes = [classes] if isinstance(classes, str) else classes or []
+    for name in dict.fromkeys(filter(None, classes)):
+        if "--" not in name:  # else it stays in another repository
+            path = folder / f"{name.partition('.')[0]}.py"
+            yield path
+            yield from map(Path, get_relative_import_files(path))
+
+
+def write(files: dict[str, bytes], folder: Path) -> None:
+    """Write files into a folder."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def read_card(folder: Path) -> str:
+    """The card of a model, empty if it has none. Metadata that cannot be read is left out."""
+    path = folder / CARD_FILE
+    if path.is_dir() or not os.path.lexists(path):
+        return ""
+    content = _content(path)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        logger.warning("%s of %s is not UTF-8 (%s): read as Latin-1.", CARD_FILE, folder, error)
+        text = content.decode("latin-1")
+    text = text.replace("\r\n", "\n")
+    try:
+        ModelCard(text, ignore_metadata_errors=True)
+    except Exception as error:  # of the YAML parser and of the library, which builds on it
+        reason = " ".join(str(error).split())
+        logger.warning(
+            "the metadata of %s in %s cannot be read (%s): no licence counts as stated.",
+            *(CARD_FILE, folder, reason),
+        )
+        text = REGEX_YAML_BLOCK.sub("", text, count=1).lstrip("\n")
+    return text

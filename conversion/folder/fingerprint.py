@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a repository says of itself in `conversion.json`, so that others can see that it holds.
+
+Likeliest tokens, log-probabilities and greedy tokens, computed by `probe` when it is made.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from ..device import versions
+from ..errors import CMoEError
+from ..source.stored import read_json
+from . import probe
+from .partial import PartialFolder
+
+CONVERSION = "conversion.json"
+
+
+PROMPTS = (
+    "A model that is carved goes on with a sentence as it did on the day it was made, and so",
+    "Left of this one there is padding:",
+)
+
+
+LONGEST_PROMPT = 48
+
+
+TOLERANCE = 1e-3
+"""Of log-probabilities in float32. A cache that is forgotten changes them by more than 1."""
+
+
+def fingerprint_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The fingerprint of a repository that was written just now.
+
+    Raises `CMoEError` if it generates something else with a cache or a batch than without.
+    """
+    prompts = prompts_for(folder, tokenizer)
+    found = computed(folder, folder.name, prompts, None)
+    if wrong := inconsistencies(found):
+        raise CMoEError(
+            f"the model that was written is not usable under transformers "
+            f"{versions()['transformers']}: {'; '.join(wrong)}. If the source is sound, install a "
+            "version that cmoe-hf has been tested with, and go on."
+        )
+    names = ("likeliest", "log_probabilities", "generated")
+    return {"prompts": prompts, **{name: found[name] for name in names}}
+
+
+def write_fingerprint(
+    source: Path, work: PartialFolder, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """The `conversion.json` of a folder made from a carved one: its record, another fingerprint."""
+    record = read_json(source / CONVERSION) if (source / CONVERSION).is_file() else {}
+    record["fingerprint"] = fingerprint_of(work.folder, tokenizer)
+    work.write_json(CONVERSION, record)
+
+
+def stated_fingerprint(folder: Path) -> dict[str, Any] | None:
+    """What the folder says of itself; None for a repository of an older release."""
+    if not (folder / CONVERSION).is_file():
+        return None
+    return read_json(folder / CONVERSION).get("fingerprint")
+
+
+def prompts_for(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of two sentences of different lengths, within the model's context."""
+    context = AutoConfig.from_pretrained(folder).max_position_embeddings
+    longest = min(LONGEST_PROMPT, context - probe.GENERATED)
+    ids = [tokenizer(prompt)["input_ids"][:longest] for prompt in PROMPTS]
+    ids[1] = ids[1][: len(ids[0]) - 1]
+    return ids
+
+
+def computed(
+    folder: Path, name: str, prompts: list[list[int]], recorded: list[int] | None
+) -> dict[str, Any]:
+    """What `probe` finds in this process. Raises `CMoEError` if the model cannot be loaded."""
+    try:
+        return probe.probe(folder, prompts, recorded=recorded)
+    except Exception as error:  # the library raises whatever its readers raise
+        raise unloadable(name, str(error)) from error
+
+
+def unloadable(name: str, reason: str) -> CMoEError:
+    """That a model cannot be run at all, with the last line of the reason."""
+    lines = [line for line in reason.strip().splitlines() if line.strip()] or ["no reason given"]
+    return CMoEError(
+        f"{name} cannot be run under transformers {versions()['transformers']}: {lines[-1]}"
+    )
+
+
+def inconsistencies(found: dict[str, Any]) -> list[str]:
+    """Ways to generate that differ from the plain forward pass, in words."""
+    differences = found["differences"]
+    if not math.isfinite(differences["cached"]):
+        return ["its logits are not finite numbers"]
+    words = {
+        "cached": "it generates something else with the cache than without",
+        "padded": "a batch padded on the left gives something else than its sequences alone",
+    }
+    return [  # `not <=`: a NaN is no agreement either
+        f"{told} (log-probabilities differ by {differences[name]:.2g})"
+        for name, told in words.items()
+        if not differences[name] <= TOLERANCE
+    ]
+
+
+def changes(found: dict[str, Any], stated: dict[str, Any]) -> list[str]:
+    """What is not as the fingerprint says, in words."""
+    pairs = zip(found["log_probabilities"], stated["log_probabilities"], strict=True)
+    moved = [max(abs(a - b) for a, b in zip(*pair, strict=True)) for pair in pairs]
+    told = []
+    if not sorted(moved)[len(moved) // 2] <= TOLERANCE:
+        told.append(f"its likeliest tokens have other log-probabilities (by {max(moved):.2g})")
+    recorded = found["differences"]["recorded"]
+    if not recorded <= TOLERANCE:
+        told.append(
+            f"it no longer generates what it did (log-probabilities miss by {recorded:.2g})"
+        )
+    return told

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where an output lies, and what must not lie there: every verb that writes a folder asks here.
+
+Paths are compared after all links are followed, and by what the file system says they are: two
+names of one folder are one folder.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ..errors import RequestError
+
+MOUNTS = Path("/proc/self/mountinfo")
+"""Linux tells here what is mounted; `os.path.ismount` misses a folder bound to its own disk."""
+
+
+def resolved(path: str | Path) -> Path:
+    """Where a path leads: a link to a folder stays a link, and the work lands in the folder.
+
+    Raises `RequestError` for a link that leads to itself, and for the root.
+    """
+    try:
+        found = Path(path).expanduser().resolve()
+    except (OSError, RuntimeError) as error:
+        raise RequestError(f"{path} cannot be an output folder: {error}.") from error
+    if not found.name:
+        raise RequestError(f"{path} cannot be an output folder: give a folder in it.")
+    return found
+
+
+def check_apart(output: Path, inputs: Mapping[str, str | Path | None], *others: Path) -> None:
+    """Refuse an output that is, holds or lies in something that the work reads.
+
+    Args:
+        output: The folder to create, resolved.
+        inputs: What is read, by what to call it. What is not on this disk is passed over.
+        others: Further folders that the work empties or removes.
+
+    Raises:
+        RequestError: The work would destroy what it reads.
+    """
+    for what, name in inputs.items():
+        path = None if name is None else Path(name).expanduser()
+        if path is None or not os.path.exists(path):
+            continue
+        if same(output, path):
+            raise RequestError(f"the output folder is {what} itself. Choose another one.")
+        if lies_in(output, path):
+            raise RequestError(f"the output folder {output} lies in {what}. Choose another one.")
+        parts = [path, *path.iterdir()] if path.is_dir() else [path]  # which may be links
+        for folder in (output, *others):
+            if any(lies_in(part, folder) for part in parts):
+                raise RequestError(
+                    f"{what} lies in {folder}, which the work would replace. Choose another "
+                    "output folder, or move it."
+                )
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to the same file or folder."""
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them does not exist
+        return False
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or lies in it, by whatever names."""
+    places = (path.absolute(), path.resolve())  # where its name is, and where it leads
+    return any(same(it, folder) for place in places for it in (place, *place.parents))
+
+
+def check_place(*folders: Path) -> None:
+    """Refuse folders that cannot be created, or be given another name. Raises `RequestError`."""
+    mounted = mount_points()
+    for folder in folders:
+        if os.path.ismount(folder) or folder in mounted:
+            raise RequestError(
+                f"{folder} is a mount point (a volume), which cannot be replaced as a whole: give "
+                f"a folder in it, for example {folder / 'model'}."
+            )
+        for point in mounted:
+            if folder in point.parents and os.path.exists(folder):
+                raise RequestError(
+                    f"{folder} holds a mount point ({point}): unmount it, or choose another "
+                    "output folder."
+                )
+        parent = next(place for place in folder.parents if os.path.exists(place))
+        if not parent.is_dir():
+            raise RequestError(f"cannot create {folder.name}: {parent} is not a folder.")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise RequestError(f"cannot create {folder.name}: {parent} cannot be written to.")
+
+
+def mount_points() -> set[Path]:
+    """Where something is mounted, as far as this system tells."""
+    try:
+        lines = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return set()
+    return {Path(unescaped(line.split(" ")[4])) for line in lines}
+
+
+def unescaped(name: str) -> str:
+    r"""A name of the kernel's table, in which a space is \040."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), name)
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files, links and whole folders."""
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

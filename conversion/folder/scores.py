@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measured figures, written into a model's folder: `evaluation.json` and the card's metadata.
+
+A record is a dictionary with `task` (a task of the harness, or the name of a text), `metric`,
+`value`, and whatever else a reader needs to measure the same again. It holds no path.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCard
+
+from ..device import versions
+from ..errors import RequestError
+from ..source.checkpoint import find_model
+from .strict import to_json
+
+RESULTS_FILE = "evaluation.json"
+CARD_FILE = "README.md"
+CONDITIONS = {
+    "few_shot": "{}-shot",
+    "limit": "first {} documents only",
+    "sequence_length": "windows of {} tokens",
+    "windows": "first {} windows only",
+}
+"""Fields of a record that the card tells beside the task, and how."""
+
+
+def check_card(model: str | Path) -> Path:
+    """The folder of a model whose card can take figures. Raises `RequestError`."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise RequestError(
+            f"--card writes into a local folder, and {model} is none: download the model first."
+        )
+    if not (folder / CARD_FILE).is_file():
+        raise RequestError(f"{folder.name} has no {CARD_FILE} that --card could write into.")
+    try:
+        _recorded(folder)
+        ModelCard.load(folder / CARD_FILE)
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise RequestError(
+            f"{RESULTS_FILE} or the metadata of {CARD_FILE} in {folder.name} cannot be read: "
+            f"{error}. Repair it, or leave --card out."
+        ) from error
+    return folder
+
+
+def write_card(
+    folder: Path,
+    records: Sequence[dict[str, Any]],
+    *,
+    baseline: str | Path | None,
+    dtype: str | None,
+    device: torch.device,
+    **libraries: str,
+) -> None:
+    """Add records to the folder; they replace older ones of the same task and metric.
+
+    Args:
+        folder: A folder that `check_card` returned.
+        records: What was measured.
+        baseline: The model measured beside it; its name is noted, not its path.
+        dtype: The precision asked for, None for that of the checkpoints.
+        device: Where it was measured; its type is noted.
+        libraries: Further names and versions of software beside those of `versions`.
+    """
+    circumstances = {
+        "baseline": find_model(baseline)[1] if baseline is not None else None,
+        "dtype": dtype or "as stored",
+        "device": device.type,
+        "versions": {**versions(), **libraries},
+    }
+    new = {(record["task"], record["metric"]): {**record, **circumstances} for record in records}
+    kept = [it for it in _recorded(folder) if (it["task"], it["metric"]) not in new]
+    content = {"results": [*kept, *new.values()]}
+    replace_text(folder / RESULTS_FILE, to_json(content, indent=2) + "\n")
+
+    card = ModelCard.load(folder / CARD_FILE)
+    told = card.data.eval_results or []
+    told = [it for it in told if (it.dataset_type, it.metric_type) not in new]
+    card.data.eval_results = [*told, *map(eval_result, new.values())]
+    card.data.model_name = card.data.model_name or folder.resolve().name
+    replace_text(folder / CARD_FILE, str(card))
+
+
+def eval_result(record: dict[str, Any]) -> EvalResult:
+    """A record in the Hub's terms; its conditions are in the name that people see."""
+    task = record["task"]
+    conditions = {name: record[name] for name in CONDITIONS if record.get(name) is not None}
+    told = ", ".join(CONDITIONS[name].format(value) for name, value in conditions.items())
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=task,
+        dataset_name=f"{task} ({told})" if told else task,
+        dataset_args=conditions or None,
+        metric_type=record["metric"],
+        metric_value=record["value"],
+    )
+
+
+def _recorded(folder: Path) -> list[dict[str, Any]]:
+    """The records that the folder has already."""
+    path = folder / RESULTS_FILE
+    if not path.is_file():
+        return []
+    records = json.loads(path.read_text(encoding="utf-8"))["results"]
+    for record in records:
+        record["task"], record["metric"]  # KeyError here, not after hours of measuring
+    return records
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is either the old or the new one, never half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8", newline="")  # line ends as the card has them
+    partial.replace(path)

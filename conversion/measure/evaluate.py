@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `evaluate`: perplexity, dense beside carved, and how good the router is.
+
+Shape suffixes: B windows of a batch, W windows, L tokens of one window.
+"""
+
+import math
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..device import check_dtype, find_device
+from ..errors import CMoEError, RequestError
+from ..folder.scores import check_card, write_card
+from ..source.calibration import check_vocabulary, consecutive_windows, read_tokens
+from ..source.checkpoint import fetch_model, find_model, load_tokenizer
+from ..source.texts import open_text, text_name
+from .routing import replace_router, routing_blocks, watch_router
+
+ROUTERS = ("own", "oracle", "random")
+BATCH_TOKENS = 4096
+HIGHEST_LOSS = math.log(sys.float_info.max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What was measured; the keys of `cmoe evaluate --json`."""
+
+    perplexity: float
+    tokens: int
+    """Predicted tokens, L - 1 of every window."""
+    sequence_length: int
+    windows: int | None
+    """Only so many, from the beginning of the text; None for all of it."""
+    baseline_perplexity: float | None
+    """Of the dense model on the same windows, None without `baseline`."""
+    router: str
+    """Who routed: `"own"`, `"oracle"` or `"random"`."""
+    router_oracle_agreement: float | None
+    """Share of tokens, averaged over layers, whose experts are exactly the oracle's choice, the
+    ones of largest sum |h|. None for a model that does not route, and for a replaced router."""
+    router_chance_agreement: float | None
+    """The same for a router that picks at random: 1 / C(Nr, A)."""
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    baseline: str | Path | None = None,
+    text: str | Path = "wikitext2",
+    sequence_length: int | None = None,
+    windows: int | None = None,
+    router: str = "own",
+    seed: int = 0,
+    card: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> Evaluation:
+    """Measure the perplexity of a model, and of its dense baseline in the same run.
+
+    The text is tokenised once with the model's tokenizer, in pieces if it has
+    `calibration.WHOLE_CHARACTERS` or more, and cut into consecutive windows; the last partial one
+    is dropped. Perplexity is exp of the mean negative log-likelihood over the L - 1 predicted
+    tokens of every window.
+
+    Args:
+        model: Folder or Hub id of a carved or dense model.
+        baseline: Folder or Hub id of the dense model; it must share the tokenizer.
+        text: Text file, `wikitext2`, `c4` or a Hub data set (their test parts).
+        sequence_length: Window length in tokens, default 2,048 or the model's context.
+        windows: Only the first ones, for a quick look: no more of the text is read than they take.
+        router: `"own"`, or replace it in `model`: `"oracle"` runs the experts of largest
+            sum |h| (a bound, not a usable router), `"random"` any.
+        seed: Seed of the random router.
+        card: Write the result into `evaluation.json` and the card in the model's folder.
+        dtype: Precision to compute in, default that of each checkpoint.
+        device: Where to compute, default the accelerator if there is one.
+        trust_remote_code: Run Python code that comes with the model. CMoE repositories need it
+            only where this package is not installed.
+
+    Raises:
+        RequestError: The request cannot be satisfied.
+        CMoEError: A model or text cannot be reached, or yields NaN.
+    """
+    if router not in ROUTERS:
+        raise RequestError(f"there is no router {router!r}; choose one of {', '.join(ROUTERS)}.")
+    if windows is not None and windows < 1:
+        raise RequestError(f"--windows is {windows}; it must be at least 1.")
+    check_dtype(dtype)
+    where = find_device(device)
+    folder = check_card(model) if card else None
+    if card and router != "own":
+        raise RequestError(f"--card tells what the model itself does, not with router {router!r}.")
+    opened = open_text(text, part="test")
+    carved, tokenizer = load_model(model, dtype, where, trust_remote_code)
+    length = sequence_length or min(2048, carved.config.max_position_embeddings)
+    if length < 2:
+        raise RequestError(f"--sequence-length is {length}: a window needs at least 2 tokens.")
+    least = None if windows is None else windows * length
+    read = read_tokens(opened, tokenizer, carved.config.vocab_size, least_tokens=least)
+    windows_WL = consecutive_windows(read.ids, length=length)[:windows]
+
+    carved_perplexity, own, chance = measure_routing(carved, windows_WL, router, seed)
+    baseline_perplexity = None
+    if baseline is not None:
+        del carved  # one model in memory at a time
+        dense, dense_tokenizer = load_model(baseline, dtype, where, trust_remote_code)
+        if dense_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise RequestError(
+                f"{baseline} has another vocabulary than {model}: their perplexities cannot be "
+                "compared. Give the model that was carved as the baseline."
+            )
+        check_vocabulary(windows_WL, dense.config.vocab_size)
+        baseline_perplexity = perplexity(dense, windows_WL, description="baseline")
+    result = Evaluation(
+        perplexity=carved_perplexity,
+        tokens=windows_WL.shape[0] * (length - 1),
+        sequence_length=length,
+        windows=windows,
+        baseline_perplexity=baseline_perplexity,
+        router=router,
+        router_oracle_agreement=own,
+        router_chance_agreement=chance,
+    )
+    if folder is not None:
+        record = perplexity_record(result, text)
+        write_card(folder, [record], baseline=baseline, dtype=dtype, device=where)
+    return result
+
+
+def perplexity_record(result: Evaluation, text: str | Path) -> dict[str, Any]:
+    """A measured perplexity for `scores.write_card`: a text file by its bare name."""
+    return {
+        "task": text_name(text),
+        "metric": "perplexity",
+        "value": result.perplexity,
+        "baseline_value": result.baseline_perplexity,
+        "tokens": result.tokens,
+        "sequence_length": result.sequence_length,
+        "windows": result.windows,
+        "router_oracle_agreement": result.router_oracle_agreement,
+        "router_chance_agreement": result.router_chance_agreement,
+    }
+
+
+def measure_routing(
+    model: PreTrainedModel, windows_WL: torch.Tensor, router: str, seed: int
+) -> tuple[float, float | None, float | None]:
+    """Perplexity under a router, agreement of the model's own one with the oracle, and chance.
+
+    The agreement is None for a replaced router; both are None for a model that does not route.
+    """
+    routed = routing_blocks(model)
+    if not routed:
+        if router != "own":
+            raise RequestError(f"the model does not route, so it cannot have a router {router!r}.")
+        return perplexity(model, windows_WL, description="model"), None, None
+    agreements = []
+    with ExitStack() as stack:
+        for index, block in enumerate(routed):
+            if router == "own":
+                agreements.append(stack.enter_context(watch_router(block)))
+            else:
+                stack.enter_context(replace_router(block, router, seed + index))
+        measured = perplexity(model, windows_WL, description="model")
+    own = _mean([_mean(layer) for layer in agreements]) if agreements else None
+    return measured, own, 1 / math.comb(*routed[0].gate.choice)
+
+
+def load_model(
+    model: str | Path, dtype: str | None, device: torch.device, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in evaluation mode, and its tokenizer."""
+    folder, name, commit = find_model(model)
+    if commit is not None:
+        folder = fetch_model(name, commit)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # the library raises whatever its readers raise
+        reason = str(error).strip().splitlines()[0]
+        raise CMoEError(f"{name} cannot be loaded: {reason}") from error
+    loaded.to(device)  # type: ignore[arg-type]
+    return loaded.eval(), tokenizer
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel, windows_WL: torch.Tensor, *, description: str = "perplexity"
+) -> float:
+    """exp of the mean negative log-likelihood of the L - 1 predicted tokens of every window.
+
+    Raises `CMoEError` if the model yields NaN.
+    """
+    windows, length = windows_WL.shape
+    total = 0.0
+    batches = windows_WL.split(max(1, BATCH_TOKENS // length))
+    for ids_BL in tqdm(batches, desc=description, disable=None):
+        ids_BL = ids_BL.to(model.device)
+        logits = model(input_ids=ids_BL, use_cache=False).logits[:, :-1].float()
+        nll = F.cross_entropy(logits.flatten(0, 1), ids_BL[:, 1:].flatten(), reduction="sum")
+        total += nll.item()
+    if not math.isfinite(total):
+        raise CMoEError(
+            "the model yields NaN on this text: its weights are damaged or its precision "
+            "overflows. Try --dtype float32."
+        )
+    mean = total / (windows * (length - 1))
+    if mean > HIGHEST_LOSS:
+        raise CMoEError(
+            f"the model's mean loss on this text is {mean:.3g}: no number is as large as its "
+            "perplexity. Its weights are damaged, or it is another model's tokenizer."
+        )
+    return math.exp(mean)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

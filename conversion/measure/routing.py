@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Watch, or replace, the routers of a carved model while it runs.
+
+Shape suffixes: T tokens, H hidden size, N routed experts, K active experts, M neurons of an expert,
+Q = 2M.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from cmoe_hf.modeling_cmoe import CMoEHierarchicalBlock, CMoERouter, CMoESparseMoeBlock
+
+from ..carve.router import agreement
+from ..errors import RequestError
+from ..source.checkpoint import read_json
+
+PINNED = 1.0
+"""A balance bias above this always wins: probabilities are below 1. Pinned experts have 2."""
+
+
+HIERARCHICAL = (
+    "the model is a carved MoE, of which only perplexity and routing can be measured yet: use "
+    "`cmoe evaluate`."
+)
+Block = CMoESparseMoeBlock | CMoEHierarchicalBlock
+
+
+def sparse_blocks(model: PreTrainedModel) -> list[CMoESparseMoeBlock]:
+    """The carved FFNs of a model in the order of its layers; none for a dense model.
+
+    Raises `RequestError` for a hierarchical model.
+    """
+    if any(isinstance(block, CMoEHierarchicalBlock) for block in model.modules()):
+        raise RequestError(HIERARCHICAL)
+    return [block for block in model.modules() if isinstance(block, CMoESparseMoeBlock)]
+
+
+def check_flat(folder: Path) -> None:
+    """Raises `RequestError` for a hierarchical model, before its weights are loaded."""
+    if "num_parents" in read_json(folder / "config.json"):
+        raise RequestError(HIERARCHICAL)
+
+
+def routing_blocks(model: PreTrainedModel) -> list[Block]:
+    """The carved FFNs and MoEs that choose something, in the order of the layers."""
+    blocks = [block for block in model.modules() if isinstance(block, Block)]
+    return [block for block in blocks if block.gate.top_k > 0]
+
+
+def active_routers(model: nn.Module) -> list[CMoERouter]:
+    """The routers that choose something, in the order of the layers."""
+    routers = [module for module in model.modules() if isinstance(module, CMoERouter)]
+    return [router for router in routers if router.top_k > 0]
+
+
+def is_biased(router: CMoERouter) -> bool:
+    """Whether a balance bias other than that of a pinned expert has moved."""
+    bias_N = router.balance_bias
+    return bool(bias_N[bias_N <= PINNED].any())
+
+
+@contextmanager
+def without_bias(model: nn.Module) -> Iterator[None]:
+    """Set the balance biases to zero for a while, but for those of pinned experts."""
+    biases = [router.balance_bias for router in active_routers(model)]
+    kept = [bias_N.clone() for bias_N in biases]
+    for bias_N in biases:
+        bias_N[bias_N <= PINNED] = 0
+    try:
+        yield
+    finally:
+        for bias_N, before_N in zip(biases, kept, strict=True):
+            bias_N.copy_(before_N)
+
+
+@contextmanager
+def count_loads(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Count how many tokens choose each expert, (N,) int64 for each routing layer in order."""
+    gates = active_routers(model)
+    loads = [torch.zeros_like(gate.balance_bias, dtype=torch.int64) for gate in gates]
+
+    def counter(load_N: torch.Tensor) -> Callable[..., None]:
+        def count(gate: CMoERouter, inputs: tuple[torch.Tensor], output: Any) -> None:
+            load_N.add_(torch.bincount(output[2].flatten(), minlength=len(load_N)))
+
+        return count
+
+    with ExitStack() as stack:
+        for gate, load_N in zip(gates, loads, strict=True):
+            stack.callback(gate.register_forward_hook(counter(load_N)).remove)
+        yield loads
+
+
+def imbalance(load_N: torch.Tensor, bias_N: torch.Tensor) -> float:
+    """Coefficient of variation (standard deviation over mean) of the loads of one layer.
+
+    Pinned experts always run and do not count. 0 is perfect balance.
+    """
+    load_N = load_N[bias_N.to(load_N.device) <= PINNED].double()
+    if len(load_N) < 2 or load_N.sum() == 0:
+        return 0.0
+    return (load_N.std(correction=0) / load_N.mean()).item()
+
+
+@contextmanager
+def watch_router(block: Block) -> Iterator[list[float]]:
+    """Collect, batch by batch, how often the block's own router picks the oracle's experts."""
+    collected: list[float] = []
+
+    def compare(gate: CMoERouter, inputs: tuple[torch.Tensor], output: Any) -> None:
+        oracle_TK = gate.pick(routed_mass(block, inputs[0]), inputs[0])
+        _, running = gate.choice
+        collected.append(agreement(output[2].view(-1, running), oracle_TK.view(-1, running)))
+
+    handle = block.gate.register_forward_hook(compare)
+    try:
+        yield collected
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def replace_router(block: Block, router: str, seed: int) -> Iterator[None]:
+    """Let the oracle, or chance, choose the experts of a block; gate weights follow the choice."""
+    generator = torch.Generator().manual_seed(seed)
+    value_of: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "oracle": lambda x_TH: routed_mass(block, x_TH),
+        "random": lambda x_TH: torch.rand(
+            len(x_TH), block.experts.num_experts, generator=generator
+        ).to(x_TH.device),
+    }
+
+    def merit(
+        probability: torch.Tensor, index: torch.Tensor | None, x_TH: torch.Tensor
+    ) -> torch.Tensor:
+        value_TN = value_of[router](x_TH)
+        return value_TN if index is None else value_TN.gather(1, index.flatten(1)).view_as(index)
+
+    block.gate.merit = merit  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del block.gate.merit
+
+
+def routed_mass(block: Block, x_TH: torch.Tensor) -> torch.Tensor:
+    """Sum of |h| of every routed expert for every token, (T, N): all of them are computed.
+
+    In a carved MoE multiplied by the weight of its parent.
+    """
+    masses = []
+    for expert in range(block.experts.num_experts):  # quantised weights cannot be iterated
+        masses.append(block.experts.hidden(expert, x_TH).abs().float().sum(dim=1))
+    mass_TN = torch.stack(masses, dim=1)
+    if isinstance(block, CMoEHierarchicalBlock):
+        weight_TP, parent_TP = block.gate.parents(x_TH)
+        weight_TQ = mass_TN.new_zeros(len(x_TH), len(block.gate.parent_weight))
+        weight_TQ.scatter_(1, parent_TP, weight_TP.float())
+        mass_TN = mass_TN * weight_TQ.repeat_interleave(block.gate.per_parent, dim=1)
+    return mass_TN

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of a known shape with random weights: for timing, where the weights do not matter."""
+
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+from ..carve.settings import Settings
+from ..carve.shape import carved_config
+from ..errors import RequestError
+from ..source.architectures import ARCHITECTURES
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "llama-3.2-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "llama-2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "llama-2-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+"""What is to be known of a model to time it with random weights. The vocabulary is 32,000."""
+
+
+def shape_config(shape: str, layers: int | None, settings: Settings) -> PreTrainedConfig:
+    """Configuration of a carved model of a known shape. Raises `RequestError`."""
+    if shape not in SHAPES:
+        raise RequestError(f"there is no shape {shape!r}; choose one of {', '.join(SHAPES)}.")
+    dense = LlamaConfig(**SHAPES[shape])
+    if layers is not None:
+        dense.num_hidden_layers = layers
+    return carved_config(dense, ARCHITECTURES["llama"], settings)
+
+
+def dense_config(carved: PreTrainedConfig) -> PreTrainedConfig:
+    """Configuration of the dense model of a carved one's shape."""
+    row = next(
+        row for row in ARCHITECTURES.values() if row.cmoe_config.model_type == carved.model_type
+    )
+    known = row.dense_config().to_dict().keys() - {"model_type", "architectures"}
+    return row.dense_config(
+        **{name: value for name, value in carved.to_dict().items() if name in known}
+    )
+
+
+def check_memory(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises `RequestError` if a dense and a carved model of this shape would not fit."""
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    needed = 2 * parameters * dtype.itemsize
+    free = psutil.virtual_memory().available
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    if needed > free:
+        raise RequestError(
+            f"two models of this shape need {needed / 1e9:.1f} GB of memory, but {free / 1e9:.1f} "
+            "GB are free: lower --layers."
+        )
+
+
+def random_model(
+    config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model with random weights, made where it will run."""
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)

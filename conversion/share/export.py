@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `export`: the same function as a stock architecture, without remote code.
+
+A carved Llama, Mistral or Qwen2 with a linear router is a Qwen2-MoE with other numbers in it. What
+differs:
+
+* attention: Qwen2-MoE has biases on q, k and v, as Qwen2; for the others they are zero.
+* shared expert: its output passes a gate sigmoid(x w). With w = 0 that is 1/2, and the down
+  projection is doubled.
+* routing weights: ours are 1, those of Qwen2-MoE are the softmax over the experts, renormalised
+  over the A chosen ones. With A = 1 that is exactly 1. With more, the router is scaled by a tiny
+  power of two, which leaves the order of the scores alone and makes every weight 1/A but for `TINY`
+  times the spread of the scores; the down projections of the experts are multiplied by A.
+
+Qwen2-MoE has no norms on q and k: a carved Qwen3 becomes a Qwen3-MoE, by the same routing. That one
+has no shared expert, nor anything that always runs, so that only shapes S0 can be represented.
+
+Shape suffixes: T tokens, H hidden size, N routed experts, M neurons of an expert, Q = 2M.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+from transformers.utils import CONFIG_NAME
+
+from cmoe_hf import CMoEConfig, CMoEHierarchicalConfig
+from cmoe_hf.configuration_cmoe import with_legacy_keys
+from cmoe_hf.modeling_cmoe import CMoERouter, attention_types
+
+from ..carve.recipe import Recipe
+from ..carve.settings import MAX_SHARD_SIZE, shard_bytes
+from ..errors import RequestError
+from ..folder.card import native_card
+from ..folder.carried import carried
+from ..folder.fingerprint import write_fingerprint
+from ..folder.partial import PartialFolder
+from ..folder.scores import CARD_FILE
+from ..folder.shards import Entry, file_names, index_of, packed, raw, write_shard
+from ..measure.routing import PINNED
+from ..source.calibration import random_windows, read_tokens
+from ..source.checkpoint import fetch_model, find_model, load_tokenizer
+from ..source.stored import WEIGHTS_INDEX, read_json
+from ..source.texts import open_text, text_file
+from .linearise import linear_routers
+
+ARCHITECTURES = {
+    "cmoe_llama": "qwen2_moe",
+    "cmoe_mistral": "qwen2_moe",
+    "cmoe_qwen2": "qwen2_moe",
+    "cmoe_qwen3": "qwen3_moe",
+}
+"""Which stock architecture each family can become."""
+TINY = 2.0**-13
+"""Scale of the router where more than one expert runs. A smaller one would round close scores of a
+float32 softmax to ties, a larger one would make the weights uneven."""
+COMPARED_TOKENS = 64
+NO_SHARED = 8
+"""Neurons, all zero, of the shared expert that Qwen2-MoE insists on, where there is none."""
+
+
+SAME_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_dropout",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_experts_per_tok",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "dtype",
+)
+"""Of the configuration; they mean the same in both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What was written; the keys of `cmoe export --json`."""
+
+    output: str
+    architecture: str
+    dtype: str
+    max_abs_logit_difference: float
+    """Between the logits of both models, in the precision of the checkpoint, on random tokens."""
+    routing_agreement: float
+    """Share of these tokens, over all layers, for which both choose the same experts."""
+    refitted_router: bool
+    """Whether the router was replaced: then the function is another, and both figures tell how
+    far."""
+
+
+def export(
+    model: str | Path,
+    output: str | Path,
+    *,
+    architecture: str | None = None,
+    refit_router: str | Path | None = None,
+    samples: int = 8,
+    sequence_length: int | None = None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+) -> Export:
+    """Write a carved model as a stock architecture that loads without remote code.
+
+    Args:
+        model: Folder or Hub id of a carved model with a linear router and no fine-tuned gates.
+        output: Folder to create.
+        architecture: `"qwen2_moe"` or `"qwen3_moe"`, default the one of the family.
+        refit_router: Calibration text (as for `convert`) to which linear routers are fitted, in
+            place of routers that the architecture does not have.
+        samples: Calibration windows.
+        sequence_length: Tokens of each, default 2,048 or the model's context.
+        max_shard_size: Of a file of weights, see `convert`.
+        overwrite: Replace an existing model repository at `output`.
+
+    Raises:
+        RequestError: The architecture cannot represent the model; the message says why.
+        CMoEError: The model cannot be reached or is damaged.
+    """
+    limit = shard_bytes(max_shard_size)
+    known = sorted(set(ARCHITECTURES.values()))
+    if architecture is not None and architecture not in known:
+        raise RequestError(
+            f"there is no export to {architecture!r}; choose one of {', '.join(known)}."
+        )
+    folder, name, commit = find_model(model)
+    config = AutoConfig.from_pretrained(folder)
+    architecture = architecture or ARCHITECTURES.get(config.model_type, known[0])
+    check_config(config, name, architecture, refit=refit_router is not None)
+    if commit is not None:
+        folder = fetch_model(name, commit)
+    shards = sorted(folder.glob("*.safetensors"))
+    check_gates(shards)
+    tokenizer = load_tokenizer(folder)
+    native = native_config(config, architecture)
+    kept = carried(folder).beside(native, tokenizer)
+    work = ExportFolder(output, overwrite=overwrite)
+    work.check(
+        {
+            "the carved model": folder,
+            "the calibration text": text_file(refit_router),
+        }
+    )
+    routers = None
+    if refit_router is not None:
+        ids = read_tokens(open_text(refit_router), tokenizer, config.vocab_size).ids
+        length = sequence_length or min(2048, config.max_position_embeddings)
+        windows_WL = random_windows(ids, samples=samples, length=length, seed=0)
+        routers = fitted_routers(folder, windows_WL)
+    with ExportFolder.create(output, {"model": name}, overwrite=overwrite) as work:
+        write_shards(shards, config, work, routers, limit)
+        native.save_pretrained(work.folder)
+        written = read_json(work.folder / CONFIG_NAME)
+        work.write_json(CONFIG_NAME, dict(sorted(with_legacy_keys(native, written).items())))
+        work.write_files(kept.files)
+        write_fingerprint(folder, work, tokenizer)
+        difference, agreement = compare(folder, work.folder, config)
+        result = Export(
+            output=str(work.output),
+            architecture=architecture,
+            dtype=str(config.dtype).removeprefix("torch."),
+            max_abs_logit_difference=difference,
+            routing_agreement=agreement,
+            refitted_router=routers is not None,
+        )
+        if kept.card:
+            text = native_card(kept.card, architecture, difference, refitted=routers is not None)
+            work.write_text(CARD_FILE, text)
+    return result
+
+
+class ExportFolder(PartialFolder):
+    """An export's folder. It takes a minute or two: interrupted, it starts again."""
+
+    command = "export"
+    noun = "export"
+    finished = ""
+    resume_hint = ""
+
+    def read_finished(self) -> None:
+        """There is nothing to take up."""
+
+
+def check_config(config: PreTrainedConfig, name: str, architecture: str, *, refit: bool) -> None:
+    """Raises `RequestError` for what the configuration alone forbids."""
+    if not isinstance(config, CMoEConfig):
+        raise RequestError(f"{name} is a {config.model_type} model, not a carved one.")
+    if isinstance(config, CMoEHierarchicalConfig):
+        raise RequestError(
+            f"{name} is a carved MoE: no stock architecture has routers within experts. Its own "
+            "code loads wherever trust_remote_code may be given."
+        )
+    reasons = []
+    possible = ARCHITECTURES.get(config.model_type)
+    if not config.has_gate:
+        reasons.append("no stock architecture has experts with biases and without a gate")
+    elif possible is None:
+        reasons.append(f"nobody has said what stock architecture a {config.model_type} can become")
+    elif architecture != possible:
+        reasons.append(f"a {config.model_type} can only become {possible}")
+    if architecture == "qwen3_moe" and config.shared_expert_intermediate_size:
+        reasons.append("it has a shared expert, and Qwen3-MoE has none: carve with --shared 0")
+    if architecture == "qwen3_moe" and "sliding_attention" in attention_types(config):
+        reasons.append("some of its layers attend in a sliding window")
+    if config.router_type != "linear" and not refit:
+        reasons.append(
+            f"its router is {config.router_type}, products of neurons, where {architecture} has "
+            "a matrix: pass --refit-router with a calibration text to fit one"
+        )
+    if config.router_absolute_score and not refit:
+        reasons.append("its router takes absolute values")
+    if config.num_experts_per_tok == 0:
+        reasons.append("it does not route")
+    if reasons:
+        raise RequestError(f"{name} cannot be a {architecture}: {'; '.join(reasons)}.")
+
+
+def check_gates(shards: list[Path]) -> None:
+    """Raises `RequestError` for gate scales, balance biases or attention biases of the output."""
+    found: dict[str, int] = {}
+    for name, tensor in read_tensors(shards, "mlp.gate.scale", "mlp.gate.balance_bias"):
+        kind = name.rpartition(".")[2]
+        if kind == "balance_bias" and (tensor > PINNED).any():
+            kind = "pinned experts (--budget)"
+        if tensor.any():
+            found[kind] = found.get(kind, 0) + 1
+    for _, tensor in read_tensors(shards, "o_proj.bias"):
+        if tensor.any():
+            found["attention output biases"] = found.get("attention output biases", 0) + 1
+    if found:
+        listed = ", ".join(f"{kind} in {layers} layers" for kind, layers in found.items())
+        raise RequestError(
+            f"the model has {listed}: stock architectures have no place for them. Export a model "
+            "as carved with --shared and --active, or recover it with --router-learning-rate 0 "
+            "and --bias-speed 0."
+        )
+
+
+def read_tensors(shards: list[Path], *suffixes: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors whose names end so."""
+    for path in shards:
+        with safe_open(path, framework="pt", backend="pread") as shard:
+            for name in shard.keys():  # noqa: SIM118 - not a dict, cannot be iterated
+                if name.endswith(suffixes):
+                    yield name, shard.get_tensor(name)
+
+
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """One tensor of a file."""
+    with safe_open(path, framework="pt", backend="pread") as shard:
+        return shard.get_tensor(name)
+
+
+def fitted_routers(folder: Path, windows_WL: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Linear routers for a carved model, by the names of their tensors."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    weights = linear_routers(model, windows_WL, ridge=Recipe.router_ridge)
+    names = [name for name, module in model.named_modules() if isinstance(module, CMoERouter)]
+    return {
+        f"{name}.linear_weight": weight_NH.to(model.dtype)
+        for name, weight_NH in zip(names, weights, strict=True)
+    }
+
+
+def native_config(config: CMoEConfig, architecture: str) -> PreTrainedConfig:
+    """The configuration of the same model as a stock one."""
+    same: dict[str, Any] = {
+        name: getattr(config, name) for name in SAME_FIELDS if hasattr(config, name)
+    }
+    same["norm_topk_prob"] = True
+    if architecture == "qwen3_moe":
+        return Qwen3MoeConfig(
+            **same, attention_bias=config.attention_bias, architectures=["Qwen3MoeForCausalLM"]
+        )
+    types = attention_types(config)
+    return Qwen2MoeConfig(
+        **same,
+        shared_expert_intermediate_size=config.shared_expert_intermediate_size or NO_SHARED,
+        layer_types=types,
+        use_sliding_window="sliding_attention" in types,
+        sliding_window=getattr(config, "sliding_window", None),
+        architectures=["Qwen2MoeForCausalLM"],
+    )
+
+
+def write_shards(
+    shards: list[Path],
+    config: CMoEConfig,
+    work: ExportFolder,
+    routers: dict[str, torch.Tensor] | None,
+    limit: int,
+) -> None:
+    """Rename and scale all tensors, one in memory at a time; `routers` replace others."""
+
+    def native(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        router, _, part = name.rpartition(".")
+        if routers is not None and router.endswith("mlp.gate"):
+            if part != "scale":  # every router has one, whatever its kind
+                return {}
+            name = f"{router}.linear_weight"
+            tensor = routers[name].to(tensor.device)
+        return native_tensors(name, tensor, config)
+
+    parts: list[dict[str, Entry]] = []
+    origins: dict[str, tuple[Path, str]] = {}
+    for path in shards:
+        parts.append({})
+        with safe_open(path, framework="pt") as shard:  # mapped: nothing is read for this
+            for name in shard.keys():  # noqa: SIM118 - not a dict, cannot be iterated
+                for new, tensor in native(name, shard.get_tensor(name).to("meta")).items():
+                    parts[-1][new], origins[new] = Entry.of(tensor), (path, name)
+    entries = {name: entry for part in parts for name, entry in part.items()}
+    plan = packed([{name: part[name].nbytes for name in part} for part in parts], limit)
+    files = dict(zip(file_names(len(plan)), plan, strict=True))
+    for file, names in tqdm(files.items(), desc="exporting", unit="file", disable=None):
+        here = {name: entries[name] for name in names}
+        read = dict.fromkeys(origins[name] for name in names)
+        pieces = (
+            (new, [raw(tensor)])
+            for path, name in read
+            for new, tensor in native(name, read_tensor(path, name)).items()
+            if new in here
+        )
+        work.replace(work.folder / file, partial(write_shard, entries=here, pieces=pieces))
+    if len(files) > 1:
+        sizes = {name: entry.nbytes for name, entry in entries.items()}
+        work.write_json(WEIGHTS_INDEX, index_of(files, sizes))
+
+
+def native_tensors(name: str, tensor: torch.Tensor, config: CMoEConfig) -> dict[str, torch.Tensor]:
+    """What a tensor becomes, by the names that Qwen2-MoE and Qwen3-MoE have on the Hub."""
+    block, _, part = name.rpartition("mlp.")
+    block += "mlp."
+    active = config.num_experts_per_tok
+    if part in ("gate.scale", "gate.balance_bias") or name.endswith("o_proj.bias"):
+        return {}
+    if part == "gate.linear_weight":
+        found = {f"{block}gate.weight": tensor * (1 if active == 1 else TINY)}
+        if config.model_type == "cmoe_qwen3":
+            return found
+        hidden = config.hidden_size
+        found[f"{block}shared_expert_gate.weight"] = tensor.new_zeros(1, hidden)
+        if config.shared_expert_intermediate_size == 0:
+            for projection, shape in {
+                "gate_proj": (NO_SHARED, hidden),
+                "up_proj": (NO_SHARED, hidden),
+                "down_proj": (hidden, NO_SHARED),
+            }.items():
+                found[f"{block}shared_expert.{projection}.weight"] = tensor.new_zeros(shape)
+        return found
+    if part == "experts.gate_up_proj":
+        found = {}
+        for expert, gate_up_QH in enumerate(tensor):
+            gate_MH, up_MH = gate_up_QH.chunk(2)
+            found[f"{block}experts.{expert}.gate_proj.weight"] = gate_MH.contiguous()
+            found[f"{block}experts.{expert}.up_proj.weight"] = up_MH.contiguous()
+        return found
+    if part == "experts.down_proj":
+        return {
+            f"{block}experts.{expert}.down_proj.weight": down_HM * active
+            for expert, down_HM in enumerate(tensor)
+        }
+    if part == "shared_expert.down_proj.weight":
+        return {name: tensor * 2}
+    if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) and lacks_bias(config):
+        return {name: tensor, name.removesuffix("weight") + "bias": tensor.new_zeros(len(tensor))}
+    return {name: tensor}
+
+
+def lacks_bias(config: CMoEConfig) -> bool:
+    """Whether q, k and v have no biases, and Qwen2-MoE wants some."""
+    if ARCHITECTURES[config.model_type] != "qwen2_moe" or config.model_type == "cmoe_qwen2":
+        return False
+    return not getattr(config, "attention_bias", False)
+
+
+@torch.no_grad()
+def compare(carved: Path, native: Path, config: CMoEConfig) -> tuple[float, float]:
+    """Precision, largest difference of the logits, and agreement of the routers."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (1, COMPARED_TOKENS), generator=generator)
+    logits, choices = [], []
+    for folder in (carved, native):  # one model in memory at a time
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype).eval()
+        chosen: list[torch.Tensor] = []
+
+        def record(gate: nn.Module, inputs: Any, output: Any, kept: list = chosen) -> None:
+            kept.append(output[2].sort().values)
+
+        for module in loaded.modules():
+            if isinstance(module, CMoERouter | Qwen2MoeTopKRouter | Qwen3MoeTopKRouter):
+                module.register_forward_hook(record)
+        logits.append(loaded(ids, use_cache=False).logits.float())
+        choices.append(torch.cat(chosen))
+        del loaded
+    same_T = (choices[0] == choices[1]).all(dim=1)
+    return (logits[0] - logits[1]).abs().max().item(), same_T.double().mean().item()

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fit a linear router to every layer of a carved model that has another kind.
+
+Shape suffixes: W windows, L tokens of a window, T tokens, H hidden size, N routed experts.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from cmoe_hf.modeling_cmoe import ExpertsLoop, run_expert
+
+from ..carve.refit import solve_shifted
+from ..measure.routing import sparse_blocks
+
+
+@torch.no_grad()
+def linear_routers(
+    model: PreTrainedModel, windows_WL: torch.Tensor, *, ridge: float
+) -> list[torch.Tensor]:
+    """Router weights (N, H) float32 of each layer, as `router.linear_router` fits them.
+
+    Of the tokens only sums are kept, so that all layers fit while the model runs once. Each sees
+    what the model's own routing makes of the layers before it.
+
+    Args:
+        model: A carved model.
+        windows_WL: Calibration windows, int64.
+        ridge: Relative to the mean square of an input feature.
+    """
+    sums = [Sums(block.experts) for block in sparse_blocks(model)]
+    with ExitStack() as stack:
+        for block, here in zip(sparse_blocks(model), sums, strict=True):
+            stack.callback(block.register_forward_pre_hook(here.hook()).remove)
+        for window_L in tqdm(windows_WL, desc="fitting routers", unit="window", disable=None):
+            model(window_L[None].to(model.device), use_cache=False, logits_to_keep=1)
+    return [here.router(ridge) for here in sums]
+
+
+class Sums:
+    """What the regression of one layer needs to know of the tokens."""
+
+    def __init__(self, experts: ExpertsLoop) -> None:
+        self.experts = experts
+        hidden, device = experts.hidden_dim, experts.down_proj.device
+        self.gram_HH = torch.zeros(hidden, hidden, device=device)
+        self.cross_HN = torch.zeros(hidden, experts.num_experts, device=device)
+        self.sum_H = torch.zeros(hidden, device=device)
+        self.tokens = 0
+
+    def hook(self) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
+        """Adds the tokens that enter a block."""
+
+        def add(block: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+            x_TH = inputs[0].reshape(-1, inputs[0].shape[-1])
+            energy_TN = expert_energies(self.experts, x_TH)
+            x_TH = x_TH.float()
+            self.gram_HH += x_TH.T @ x_TH
+            self.cross_HN += x_TH.T @ (energy_TN - energy_TN.mean(dim=1, keepdim=True))
+            self.sum_H += x_TH.sum(dim=0)
+            self.tokens += len(x_TH)
+
+        return add
+
+    def router(self, ridge: float) -> torch.Tensor:
+        """The weights; their scores have unit variance over tokens and experts."""
+        gram_HH = self.gram_HH.clone()  # solving changes it
+        shift = max(ridge * gram_HH.diagonal().mean().item(), 1e-30)
+        weight_HN = solve_shifted(gram_HH, self.cross_HN, shift)
+        count = self.tokens * weight_HN.shape[1]
+        square = (weight_HN * (self.gram_HH @ weight_HN)).sum() / count
+        mean = (self.sum_H @ weight_HN).sum() / count
+        deviation = (square - mean.square()).clamp_min(1e-30).sqrt()
+        return (weight_HN / deviation).T.contiguous()
+
+
+def expert_energies(experts: ExpertsLoop, x_TH: torch.Tensor) -> torch.Tensor:
+    """Squared length of what every expert would add for every token, (T, N) float32."""
+    energies = [
+        run_expert(experts, expert, x_TH).float().square().sum(dim=1)
+        for expert in range(experts.num_experts)
+    ]
+    return torch.stack(energies, dim=1)

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `publish`: a model's folder becomes a repository of the Hub, whole or not at all.
+
+Before anything is sent, the folder is checked (`vetting`); afterwards size and hash of every file
+on the Hub are compared with what is here. Uploads go through `HfApi.upload_folder`: what has
+arrived is not sent again, so that the same command goes on after whatever stopped it.
+"""
+
+import fnmatch
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile, RepoFolder
+from tqdm import tqdm
+
+from ..errors import CMoEError, RequestError
+from ..folder.card import stated
+from ..folder.carried import read_card
+from ..folder.partial import sha256_of
+from ..folder.scores import CARD_FILE, replace_text
+from .verify import verify
+from .vetting import check_card, check_complete, check_private, files_to_publish
+
+Answer = TypeVar("Answer")
+LOADABLE = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx"),
+    *("*.py", "*.json", "*.jinja", "*.model", "*.txt"),
+)
+"""Files that a loader may pick up: left over from another model they would be mixed with this."""
+WAITS = (1, 2, 4, 8, 16, 32)
+"""Seconds before each further attempt, where the server does not say how long."""
+LONGEST_WAIT = 600
+"""Seconds beyond which a server's Retry-After is no invitation to wait."""
+HIDDEN = [".*", "*/.*"]
+MESSAGE = "Upload a CMoE model"
+GO_ON = "Run the same command again: what has arrived is not sent twice."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """What was published, or would be; the keys of `cmoe publish --json`."""
+
+    url: str
+    """Of the repository, branch or pull request."""
+    commit: str | None
+    """None for a dry run."""
+    repository: str
+    revision: str
+    private: bool
+    files: int
+    bytes: int
+    replaced: list[str]
+    """Files of the repository that were overwritten because they differed."""
+    deleted: list[str]
+    left: list[str]
+    """Files of the repository that are not part of this model and stay."""
+    dry_run: bool
+
+
+@dataclass(frozen=True)
+class Target:
+    """A repository of the Hub as it is before anything is sent."""
+
+    exists: bool
+    private: bool
+    files: dict[str, RepoFile]
+
+
+def publish(
+    folder: str | Path,
+    repository: str,
+    *,
+    public: bool = False,
+    revision: str | None = None,
+    pull_request: bool = False,
+    replace: bool = False,
+    licence: str | None = None,
+    base_model: str | None = None,
+    dry_run: bool = False,
+    trust_remote_code: bool = False,
+) -> Publication:
+    """Upload a model's folder to the Hub, and compare what the Hub then has.
+
+    Args:
+        folder: A carved, recovered or exported model.
+        repository: OWNER/NAME. It is created if need be.
+        public: Create it public, not private. An existing one stays what it is.
+        revision: Branch to upload to, created if need be, or `refs/pr/N`; default `main`.
+        pull_request: Open a (draft) pull request instead of changing the branch.
+        replace: Delete files of the repository that belong to another model.
+        licence: Licence for the card, where it states none.
+        base_model: Hub id of the dense model for the card.
+        dry_run: Check everything and say what would be sent.
+        trust_remote_code: Run the folder's code even if no release of this project has written it.
+
+    Raises:
+        RequestError: The folder is not fit to be published, or the Hub refuses the request.
+        CMoEError: The Hub cannot be reached, or has something else afterwards.
+    """
+    here = Path(folder).expanduser()
+    if not here.is_dir():
+        raise RequestError(f"there is no folder {folder}.")
+    if repository.count("/") != 1:
+        raise RequestError(f"{repository!r} is not the name of a repository: give OWNER/NAME.")
+    if pull_request and revision is not None:
+        raise RequestError("a pull request goes to main: give either --pr or --revision.")
+    names = files_to_publish(here)
+    card = vetted_card(here, names, repository, licence=licence, base_model=base_model)
+    if not (found := verify(here, trust_remote_code=trust_remote_code)).as_carved:
+        raise RequestError(f"{found.line} Renew its code with `cmoe upgrade`, or carve it again.")
+    api, branch, commit = HfApi(), revision or "main", None
+    with explained(repository):
+        patiently(api.whoami)
+        target = look(api, repository, branch)
+        foreign = sorted(set(target.files) - set(names) - {".gitattributes"})
+        in_the_way = [name for name in foreign if is_loadable(name)]
+        if in_the_way and not replace:
+            raise RequestError(
+                f"{repository} holds files of another model, which would be mixed with this one: "
+                f"{', '.join(in_the_way)}. Pass --replace to delete them, or choose another name."
+            )
+        same = set(names) & set(target.files)
+        replaced = sorted(name for name in same if differs(here, target.files[name]))
+        if not dry_run:
+            if licence or base_model:  # nobody asked for another card otherwise
+                replace_text(here / CARD_FILE, card)
+            if not target.exists:
+                patiently(partial(api.create_repo, repository, private=not public, exist_ok=True))
+            branch = prepare(api, repository, branch, pull_request)
+            commit = send(api, repository, branch, here, in_the_way)
+            compare(api, repository, commit, here, names)
+    return Publication(
+        url=url_of(api, repository, branch),
+        commit=commit,
+        repository=repository,
+        revision=branch,
+        private=target.private if target.exists else not public,
+        files=len(names),
+        bytes=sum((here / name).stat().st_size for name in names),
+        replaced=replaced,
+        deleted=in_the_way,
+        left=[name for name in foreign if name not in in_the_way],
+        dry_run=dry_run,
+    )
+
+
+def vetted_card(
+    folder: Path, names: list[str], repository: str, *, licence: str | None, base_model: str | None
+) -> str:
+    """Check everything that can be checked here; return the text that the card is to have."""
+    check_complete(folder)
+    if CARD_FILE not in names:
+        raise RequestError(f"{folder.name} has no {CARD_FILE}: a model needs a card.")
+    text = read_card(folder)
+    card = stated(text, licence=licence, base_model=base_model) if licence or base_model else text
+    check_card(folder, card)
+    check_private(folder, names, card, known={repository.partition("/")[0]})
+    return card
+
+
+def look(api: HfApi, repository: str, branch: str) -> Target:
+    """The repository as it is."""
+    try:
+        info = patiently(partial(api.model_info, repository))
+    except RepositoryNotFoundError as error:
+        if error.response.status_code == 401:
+            raise
+        return Target(False, True, {})
+    entries: list[RepoFile | RepoFolder] = []
+    for revision in (branch, "main"):  # a new branch starts as main
+        try:
+            entries = patiently(partial(list_files, api, repository, revision))
+            break
+        except RevisionNotFoundError:
+            continue
+    return Target(True, bool(info.private), by_name(entries))
+
+
+def list_files(api: HfApi, repository: str, revision: str) -> list[RepoFile | RepoFolder]:
+    """Everything in a revision, with sizes and hashes."""
+    return list(api.list_repo_tree(repository, recursive=True, revision=revision))
+
+
+def by_name(entries: list[RepoFile | RepoFolder]) -> dict[str, RepoFile]:
+    """The files among the entries."""
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def prepare(api: HfApi, repository: str, branch: str, pull_request: bool) -> str:
+    """Make the branch or the pull request; return the revision to upload to."""
+    if pull_request:  # not repeated: a lost answer would open a second one
+        return str(api.create_pull_request(repository, MESSAGE).git_reference)
+    if branch != "main" and not branch.startswith("refs/"):
+        patiently(partial(api.create_branch, repository, branch=branch, exist_ok=True))
+    return branch
+
+
+def send(api: HfApi, repository: str, branch: str, folder: Path, delete: list[str]) -> str:
+    """Upload the folder and delete these files; return the commit."""
+    upload = partial(
+        api.upload_folder,
+        repo_id=repository,
+        folder_path=folder,
+        revision=branch,
+        commit_message=MESSAGE,
+        ignore_patterns=HIDDEN,
+        delete_patterns=delete or None,
+    )
+    return str(patiently(upload).oid)
+
+
+def compare(api: HfApi, repository: str, commit: str, folder: Path, names: list[str]) -> None:
+    """Compare size and hash of every file with the Hub's. Raises `CMoEError`."""
+    there = by_name(patiently(partial(list_files, api, repository, commit)))
+    bar = tqdm(names, desc="comparing with the Hub", unit="file", disable=None)
+    wrong = [name for name in bar if name not in there or differs(folder, there[name])]
+    if wrong:
+        raise CMoEError(
+            f"{repository} does not have what was sent: {', '.join(wrong)} differ at commit "
+            f"{commit[:7]}. Do not use it. {GO_ON}"
+        )
+
+
+def differs(folder: Path, file: RepoFile) -> bool:
+    """Whether a file of the Hub differs from the folder's: by size, then by hash."""
+    path = folder / file.path
+    if path.stat().st_size != file.size:
+        return True
+    if file.lfs is not None:
+        return sha256_of(path) != file.lfs.sha256
+    content = path.read_bytes()
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
+    return blob.hexdigest() != file.blob_id
+
+
+def is_loadable(name: str) -> bool:
+    """Whether a loader would look at this file of a repository."""
+    return "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in LOADABLE)
+
+
+def url_of(api: HfApi, repository: str, branch: str) -> str:
+    """Where people find it."""
+    base = f"{api.endpoint}/{repository}"
+    if branch.startswith("refs/pr/"):
+        return f"{base}/discussions/{branch.rpartition('/')[2]}"
+    return base if branch == "main" else f"{base}/tree/{branch}"
+
+
+def patiently(call: Callable[[], Answer]) -> Answer:
+    """Repeat a request that the Hub answers with 429 or 5xx, or that the network loses.
+
+    The library repeats only some of its requests. All that go through here can be repeated without
+    harm: an upload of what is there already makes no second commit.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return call()
+        except Exception as error:
+            if wait is None or not is_passing(error):
+                raise
+            told = retry_after(error)
+            if told is not None and told > LONGEST_WAIT:
+                raise
+            time.sleep(wait if told is None else told)
+    raise AssertionError("unreachable")
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether trying again may help."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code == 429 or error.response.status_code >= 500
+    # The library's own client is httpx or httpx2, depending on its version.
+    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+
+
+def retry_after(error: BaseException) -> float | None:
+    """Seconds that the server asks to wait."""
+    headers: Any = getattr(getattr(error, "response", None), "headers", {})
+    told = headers.get("Retry-After", "")
+    return float(told) if told.isdigit() else None
+
+
+@contextmanager
+def explained(repository: str) -> Iterator[None]:
+    """Failures of the Hub become one clear line."""
+    try:
+        yield
+    except CMoEError:
+        raise
+    except Exception as error:  # of the Hub's library, of its HTTP library, of its threads
+        cause = error
+        while not isinstance(cause, HfHubHTTPError) and isinstance(cause.__cause__, Exception):
+            cause = cause.__cause__
+        raise explanation(cause, repository) from error
+
+
+def explanation(error: Exception, repository: str) -> CMoEError:
+    """What a failure of the Hub means."""
+    login = "Log in with `hf auth login`, or set HF_TOKEN, with a token that may write."
+    if isinstance(error, LocalTokenNotFoundError):
+        return RequestError(f"the Hub needs a token, and none was found. {login}")
+    if isinstance(error, HFValidationError):
+        return RequestError(f"{repository!r} is not a valid name on the Hub: {error}")
+    if not isinstance(error, HfHubHTTPError):
+        return CMoEError(f"the upload to {repository} broke off: {error}. {GO_ON}")
+    status = error.response.status_code
+    if status == 401:
+        return RequestError(
+            f"the Hub does not accept the token: it has expired or is wrong. {login}"
+        )
+    if status == 403:
+        return RequestError(f"the token may not write to {repository}. {login}")
+    if status == 429 or status >= 500:
+        return CMoEError(f"the Hub answered {status} to {repository} again and again. {GO_ON}")
+    told = error.server_message or f"status {status}"
+    return RequestError(f"the Hub refuses {repository}: {told}")

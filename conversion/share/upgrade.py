@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `upgrade`: today's code in a repository that an older release has carved.
+
+The new folder grows beside the old one, shares its weights, and takes its place when it has been
+verified: the repository is the old or the new one, never a mixture.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig
+
+import cmoe_hf
+from cmoe_hf import CMoEConfig
+
+from ..errors import CMoEError, RequestError
+from ..folder.card import renewed_card
+from ..folder.carried import read_card
+from ..folder.fingerprint import (
+    CONVERSION,
+    changes,
+    computed,
+    fingerprint_of,
+    prompts_for,
+    stated_fingerprint,
+)
+from ..folder.partial import SETTINGS, PartialFolder, sha256_of
+from ..folder.scores import CARD_FILE
+from ..folder.selection import REMOTE_CODE
+from ..source.checkpoint import find_model, from_hub, load_tokenizer, read_json
+from .publish import publish
+from .verify import Verification, computed_elsewhere, runs_here, verify
+
+REWRITTEN = ("config.json", CONVERSION, CARD_FILE, *REMOTE_CODE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Upgrade:
+    """What was done; the keys of `cmoe upgrade --json`."""
+
+    output: str
+    """The folder, or the address of the pull request."""
+    changed: list[str]
+    """Files that are others now; empty if the repository was up to date."""
+    weights: dict[str, str]
+    """SHA-256 of the weights' files, the same before and after."""
+    verification: str
+    """What `verify` says of the result, in one line."""
+
+
+class UpgradeFolder(PartialFolder):
+    """The folder of an upgrade: it takes a moment, so that it starts again if interrupted."""
+
+    command = "upgrade"
+    noun = "upgrade"
+    finished = ""
+
+    def read_finished(self) -> None:
+        """There is nothing to take up."""
+
+    def _refuse_contents(self) -> None:
+        begun = self.private / SETTINGS
+        if begun.is_file() and read_json(begun).get("work") != self.noun:
+            raise RequestError(
+                f"{self.folder.name} beside the model holds unfinished work, which an upgrade "
+                "would remove: complete it with --resume, or remove it."
+            )
+        super()._refuse_contents()
+
+
+def upgrade(model: str | Path, *, trust_remote_code: bool = False) -> Upgrade:
+    """Renew the Python files, the configuration, the card and the fingerprint of a repository.
+
+    Weights stay what they are, to the byte. A repository without a fingerprint is compared with
+    what its old code computes without a cache, if that still runs.
+
+    Args:
+        model: Folder of a carved or recovered model, or its Hub id: then a pull request is opened.
+        trust_remote_code: Run old code that no release of this project has written.
+
+    Raises:
+        RequestError: It is no carved model.
+        CMoEError: The result would compute something else; nothing was changed.
+    """
+    output = Path(model).expanduser().absolute()
+    replaced = output.with_name(output.name + ".replaced")
+    if not output.exists() and replaced.is_dir():
+        replaced.rename(output)  # an upgrade was killed between its last two steps
+    folder, name, commit = find_model(model)
+    if commit is None:
+        return upgrade_folder(folder.resolve(), trust_remote_code)
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / name.rpartition("/")[2]
+        from_hub(snapshot_download, name, commit, local_dir=copy)
+        shutil.rmtree(copy / ".cache", ignore_errors=True)
+        done = upgrade_folder(copy, trust_remote_code)
+        if not done.changed:
+            return replace(done, output=name)
+        return replace(done, output=publish(copy, name, pull_request=True).url)
+
+
+def upgrade_folder(folder: Path, trusted: bool) -> Upgrade:
+    """The same for a local folder."""
+    config = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, CMoEConfig):
+        raise RequestError(
+            f"{folder.name} is a {config.model_type} model, not a carved one: it has no code of "
+            "ours to renew."
+        )
+    UpgradeFolder(folder, overwrite=True).check({})
+    old = old_outcome(folder, trusted)
+    before = {path.name: sha256_of(path) for path in sorted(folder.glob("*.safetensors"))}
+    with UpgradeFolder.create(folder, {}, overwrite=True) as work:
+        share_files(folder, work.folder)
+        config.save_pretrained(work.folder)
+        code = work.write_code(type(config))
+        write_record(folder, work, renewed=any(differ(folder, work.folder, REMOTE_CODE)))
+        if (folder / CARD_FILE).is_file():
+            work.write_text(CARD_FILE, renewed_card(read_card(folder), code))
+        found = checked(folder, work, old)
+        after = {name: sha256_of(work.folder / name) for name in before}
+        if after != before:
+            raise CMoEError(f"the weights of {folder.name} changed on the disk meanwhile.")
+        changed = list(differ(folder, work.folder, sorted(REWRITTEN)))
+    return Upgrade(output=str(folder), changed=changed, weights=after, verification=found.line)
+
+
+def differ(old: Path, new: Path, names: Iterable[str]) -> Iterator[str]:
+    """The names of those files that are not the same in both folders, or only in one."""
+    for name in names:
+        contents = [
+            at.read_bytes() if (at := folder / name).is_file() else None for folder in (old, new)
+        ]
+        if contents[0] != contents[1]:
+            yield name
+
+
+def old_outcome(folder: Path, trusted: bool) -> dict[str, Any] | None:
+    """What the old code computes; None where the fingerprint says it, or it does not run."""
+    if stated_fingerprint(folder) or runs_here(folder, trusted=trusted):
+        return None
+    try:
+        prompts = prompts_for(folder, load_tokenizer(folder))
+        return computed_elsewhere(folder, folder.name, prompts, None)
+    except CMoEError:
+        return None  # of what broke it the upgrade is the mend
+
+
+def share_files(folder: Path, target: Path) -> None:
+    """Hard links, or copies where there can be none, of all files that are not written anew."""
+    for path in folder.rglob("*"):
+        relative = path.relative_to(folder)
+        if path.is_dir() and not path.is_symlink():
+            (target / relative).mkdir(parents=True, exist_ok=True)
+        elif relative.as_posix() not in REWRITTEN:
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, target / relative, follow_symlinks=False)
+            except OSError:
+                shutil.copy2(path, target / relative, follow_symlinks=False)
+
+
+def write_record(folder: Path, work: UpgradeFolder, *, renewed: bool) -> None:
+    """`conversion.json` with a fingerprint and, if the code is `renewed`, by which release."""
+    record = read_json(folder / CONVERSION) if (folder / CONVERSION).is_file() else {}
+    if renewed:
+        record["upgraded_to"] = [*record.get("upgraded_to", []), cmoe_hf.__version__]
+    if not record.get("fingerprint"):
+        record["fingerprint"] = fingerprint_of(work.folder, load_tokenizer(folder))
+    work.write_json(CONVERSION, record)
+
+
+def checked(folder: Path, work: UpgradeFolder, old: dict[str, Any] | None) -> Verification:
+    """Verify the new folder, also against what the old code computes. Raises `CMoEError`."""
+    found = replace(verify(work.folder), model=folder.name)
+    differences = list(found.differences)
+    if old is not None:
+        stated = read_json(work.folder / CONVERSION)["fingerprint"]
+        new = computed(work.folder, folder.name, stated["prompts"], stated["generated"])
+        differences += changes(new, {**stated, "log_probabilities": old["log_probabilities"]})
+    if differences:
+        raise CMoEError(f"{folder.name} was not upgraded: {'; '.join(differences)}.")
+    return found

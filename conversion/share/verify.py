@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `verify`: does a repository still compute what it did when it was made.
+
+Every repository carries a fingerprint of itself in `conversion.json`, see `probe`. It is computed
+again under whatever is installed, and generation with a cache and in a padded batch is compared
+with the plain forward pass.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+
+from ..device import versions
+from ..errors import RequestError
+from ..folder import probe
+from ..folder.fingerprint import (
+    changes,
+    computed,
+    inconsistencies,
+    prompts_for,
+    stated_fingerprint,
+    unloadable,
+)
+from ..folder.partial import sha256_of
+from ..folder.selection import code_of_type
+from ..source.checkpoint import fetch_model, find_model, load_tokenizer, read_json
+
+RELEASED = Path(__file__).parent.parent / "assets" / "released.json"
+"""SHA-256 and name of each Python file that a release has put into repositories: they are ours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What was found; the keys of `cmoe verify --json`."""
+
+    model: str
+    as_carved: bool
+    differences: list[str]
+    """What is not as it should be, in words; empty if everything is."""
+    fingerprint: bool
+    """Whether the repository has one. Without, only its ways to generate were compared."""
+    versions: dict[str, str]
+
+    @property
+    def line(self) -> str:
+        """The same in one line."""
+        where = f"{self.model} under transformers {self.versions['transformers']}"
+        if self.differences:
+            return f"not as carved: {where}: {'; '.join(self.differences)}."
+        if self.fingerprint:
+            return f"as carved: {where}."
+        return f"consistent: {where}; it has no fingerprint to tell whether it is as carved."
+
+
+def verify(model: str | Path, *, trust_remote_code: bool = False) -> Verification:
+    """Compare what a repository computes with its fingerprint, and its ways to generate.
+
+    Its own code runs, in a process of its own, unless it is the code of this release.
+
+    Args:
+        model: Folder or Hub id of a carved, recovered or exported model.
+        trust_remote_code: Run code that no release of this project has written.
+
+    Raises:
+        RequestError: There is no such model, or its code is not to be trusted.
+        CMoEError: It cannot be loaded at all.
+    """
+    folder, name, commit = find_model(model)
+    if commit is not None:
+        folder = fetch_model(name, commit, code=True)
+    stated = stated_fingerprint(folder)
+    prompts = stated["prompts"] if stated else prompts_for(folder, load_tokenizer(folder))
+    recorded = stated["generated"] if stated else None
+    if runs_here(folder, trusted=trust_remote_code):
+        found = computed(folder, name, prompts, recorded)
+    else:
+        found = computed_elsewhere(folder, name, prompts, recorded)
+    differences = [*inconsistencies(found), *(changes(found, stated) if stated else [])]
+    return Verification(
+        model=name,
+        as_carved=not differences,
+        differences=differences,
+        fingerprint=stated is not None,
+        versions=versions(),
+    )
+
+
+def runs_here(folder: Path, *, trusted: bool) -> bool:
+    """Whether the code of a repository is that of this release, or it has none.
+
+    Raises `RequestError` for code that is neither ours nor trusted.
+    """
+    config = read_json(folder / "config.json")
+    code = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.py"))}
+    today = code_of_type(config.get("model_type"))
+    if not code or {name: path.read_text("utf-8") for name, path in code.items()} == today:
+        return True
+    ours = read_json(RELEASED)
+    foreign = [name for name, path in code.items() if ours.get(sha256_of(path)) != name]
+    modules = {f"{entry.partition('.')[0]}.py" for entry in (config.get("auto_map") or {}).values()}
+    foreign += sorted(modules - code.keys())
+    if foreign and not trusted:
+        raise RequestError(
+            f"{', '.join(foreign)} of {folder.name} was not written by any release of cmoe-hf. "
+            "Pass --trust-remote-code if you have read it and agree that it runs."
+        )
+    return False
+
+
+def computed_elsewhere(
+    folder: Path, name: str, prompts: list[list[int]], recorded: list[int] | None
+) -> dict[str, Any]:
+    """What `probe` finds where this package is not imported: the repository's own code runs."""
+    request = json.dumps({"prompts": prompts, "recorded": recorded})
+    with tempfile.TemporaryDirectory() as temporary:
+        result = Path(temporary) / "result.json"
+        # Without -P the rooms of this package would be taken for modules of the standard library.
+        done = subprocess.run(
+            [sys.executable, "-P", probe.__file__, str(folder.resolve()), request, str(result)],
+            env={**os.environ, "HF_MODULES_CACHE": temporary, "HF_HOME": constants.HF_HOME},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise unloadable(name, done.stderr)
+        return json.loads(result.read_text(encoding="utf-8"))

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens inside a carved model while it reads: pure measurement, nothing of a batch is kept.
+
+Which neurons fire, who carries the activation, how the router loads its experts, and where the
+tokens of a sample go.
+
+Shape suffixes: W windows, L tokens of one window, T tokens, H hidden size, F dense FFN width
+(shared neurons first, then expert by expert), N routed experts, K active experts.
+"""
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cmoe_hf.modeling_cmoe import CMoERouter, CMoESparseMoeBlock
+
+from ..carve.profile import activation_marks
+from ..carve.router import agreement, oracle_choice
+from ..errors import CMoEError
+from ..measure.evaluate import perplexity
+from ..measure.routing import PINNED, imbalance, sparse_blocks
+
+MARKED = 10
+"""Neurons that a token marks, the paper's K_a."""
+BINS_PER_DECADE = 6
+"""Every bin then holds a whole number of marks: 1, 2, 3, 4, 5 to 6, 7 to 9, 10 to 14, ..."""
+HIDDEN_BINS = 49
+"""Odd: the middle bin lies around 0."""
+HIDDEN_QUANTILE = 0.999
+"""Share of the first tokens' |h| that the histogram is wide enough for."""
+CHUNK_VALUES = 2**23
+"""Hidden values that are computed at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """Counts between ascending edges, shared and routed neurons apart."""
+
+    edges: list[float]
+    """One more than there are bins."""
+    shared: list[int]
+    routed: list[int]
+    outside_shared: int
+    """What lies beyond the edges."""
+    outside_routed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mass:
+    """Who holds which share of sum |h| over all tokens and neurons; the three add up to 1."""
+
+    shared: float
+    """The shared expert."""
+    ran: float
+    """The routed experts that the router chose."""
+    idle: float
+    """The other routed experts: what routing leaves out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerObservation:
+    """What one layer did. The figures of routing are empty or None if it does not route."""
+
+    activation_rates: Histogram
+    """Neurons by the share of tokens that mark them; those outside were never marked."""
+    hidden_values: Histogram
+    """Values of h, over tokens and neurons."""
+    hidden_low: float
+    hidden_high: float
+    mass: Mass
+    pinned: list[int]
+    """Routed experts that always run."""
+    loads: list[float]
+    """Share of the tokens that run each routed expert."""
+    loads_unbiased: list[float]
+    """The same without the balance bias. Pinned experts stay pinned: that balances nothing."""
+    imbalance: float | None
+    """Coefficient of variation of the loads, see `routing.imbalance`."""
+    imbalance_unbiased: float | None
+    oracle_agreement: float | None
+    """Share of the tokens whose experts are exactly those of largest sum |h|."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What a model did on a text."""
+
+    perplexity: float
+    tokens: int
+    """Tokens seen, all L of every window."""
+    marked: int
+    """Neurons that each token marks."""
+    layers: list[LayerObservation]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRoutes:
+    """Which experts one layer's router chose for each token, with what weight: (T, K) lists."""
+
+    experts: list[list[int]]
+    """Best first. Pinned ones come last: they say nothing about the token."""
+    probabilities: list[list[float]]
+    """softmax(s) over all routed experts."""
+    weights: list[list[float]]
+    """Gate weights 1 + softmax(s) * u."""
+
+
+def observe(model: PreTrainedModel, windows_WL: torch.Tensor) -> Observation:
+    """Run a carved model over windows of a text and watch every layer.
+
+    Raises `CMoEError` if the model yields NaN or infinite activations.
+    """
+    with ExitStack() as stack:
+        watches = [LayerWatch(block) for block in sparse_blocks(model)]
+        for watch in watches:
+            stack.callback(watch.block.register_forward_pre_hook(watch).remove)
+        measured = perplexity(model, windows_WL, description="observing")
+    return Observation(
+        perplexity=measured,
+        tokens=windows_WL.numel(),
+        marked=watches[0].marked,
+        layers=[watch.result() for watch in watches],
+    )
+
+
+class LayerWatch:
+    """Adds up what one block does; a forward pre-hook that computes all of its neurons."""
+
+    def __init__(self, block: CMoESparseMoeBlock) -> None:
+        self.block = block
+        shared, experts, bias_N = block.shared_expert, block.experts, block.gate.balance_bias
+        self.shared = 0 if shared is None else shared.up_proj.weight.shape[0]
+        self.width = self.shared + experts.num_experts * experts.intermediate_dim
+        self.marked = min(MARKED, self.width)
+        self.pins_N = torch.where(bias_N > PINNED, bias_N, 0)
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=bias_N.device)
+
+        self.marks_F = zeros(self.width)
+        self.hidden = [zeros(HIDDEN_BINS + 1), zeros(HIDDEN_BINS + 1)]  # shared, routed
+        self.load_N, self.unbiased_N = zeros(len(bias_N)), zeros(len(bias_N))
+        self.limit, self.low, self.high = 0.0, math.inf, -math.inf
+        self.mass = [0.0, 0.0, 0.0]  # in the order of `Mass`
+        self.tokens, self.agreed = 0, 0.0
+
+    def __call__(self, block: CMoESparseMoeBlock, inputs: tuple[torch.Tensor, ...]) -> None:
+        """Count the tokens that enter the block."""
+        for x_TH in inputs[0].flatten(0, -2).split(max(1, CHUNK_VALUES // self.width)):
+            h_TF = hidden_values(block, x_TH)
+            self.tokens += len(x_TH)
+            self.marks_F += counted(activation_marks(h_TF, self.marked), self.width)
+            self.add_hidden(h_TF)
+            shared = h_TF[:, : self.shared].abs().sum().item()
+            routed_TNM = h_TF[:, self.shared :].unflatten(1, (len(self.load_N), -1))
+            mass_TN = routed_TNM.abs().sum(dim=2)
+            ran = self.add_routing(x_TH, mass_TN) if block.gate.top_k else 0.0
+            parts = (shared, ran, mass_TN.sum().item() - ran)
+            self.mass = [total + part for total, part in zip(self.mass, parts, strict=True)]
+
+    def add_hidden(self, h_TF: torch.Tensor) -> None:
+        """Count hidden values. Raises `CMoEError` if one is not finite."""
+        low, high = (end.item() for end in h_TF.aminmax())
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise CMoEError(
+                "the model yields NaN or infinite activations on this text: its weights are "
+                "damaged or its precision overflows. Try --dtype float32."
+            )
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        if self.limit == 0:
+            size_T = h_TF.abs().flatten()
+            limit = size_T.kthvalue(math.ceil(HIDDEN_QUANTILE * len(size_T))).values.item()
+            self.limit = 1.001 * limit or 1.0  # that value itself lies inside
+        for count_B, part_TF in zip(self.hidden, h_TF.tensor_split([self.shared], 1), strict=True):
+            position_TF = (part_TF / self.limit + 1) * (HIDDEN_BINS / 2)
+            bin_TF = position_TF.floor().clamp(-1, HIDDEN_BINS).long()
+            bin_TF[bin_TF < 0] = HIDDEN_BINS  # both ends are outside
+            count_B += counted(bin_TF, HIDDEN_BINS + 1)
+
+    def add_routing(self, x_TH: torch.Tensor, mass_TN: torch.Tensor) -> float:
+        """Count what the router chooses, with its bias and without; return the mass that ran."""
+        gate = self.block.gate
+        score_TN, _, index_TK = gate.forward(x_TH)  # past other hooks
+        probability_TN = score_TN.softmax(dim=1, dtype=torch.float32)
+        unbiased_TK = (probability_TN + self.pins_N).topk(gate.top_k, dim=1).indices
+        self.load_N += counted(index_TK, len(self.load_N))
+        self.unbiased_N += counted(unbiased_TK, len(self.load_N))
+        oracle_TK = oracle_choice(mass_TN, gate.top_k)
+        self.agreed += agreement(index_TK, oracle_TK) * len(x_TH)
+        return mass_TN.gather(1, index_TK).sum().item()
+
+    def result(self) -> LayerObservation:
+        """The sums as shares of tokens, neurons or mass."""
+        bias_N, whole = self.block.gate.balance_bias.cpu(), max(sum(self.mass), 1e-30)
+        load_N, unbiased_N = self.load_N.cpu(), self.unbiased_N.cpu()
+        routes = self.block.gate.top_k > 0
+        shared, ran, idle = (part / whole for part in self.mass)
+        step = 2 * self.limit / HIDDEN_BINS
+        edges = [-self.limit + step * index for index in range(HIDDEN_BINS + 1)]
+        return LayerObservation(
+            activation_rates=rate_histogram(self.marks_F.cpu(), self.shared, self.tokens),
+            hidden_values=histogram(edges, *self.hidden),
+            hidden_low=self.low,
+            hidden_high=self.high,
+            mass=Mass(shared=shared, ran=ran, idle=idle),
+            pinned=(bias_N > PINNED).nonzero().flatten().tolist() if routes else [],
+            loads=(load_N / self.tokens).tolist() if routes else [],
+            loads_unbiased=(unbiased_N / self.tokens).tolist() if routes else [],
+            imbalance=imbalance(load_N, bias_N) if routes else None,
+            imbalance_unbiased=imbalance(unbiased_N, bias_N) if routes else None,
+            oracle_agreement=self.agreed / self.tokens if routes else None,
+        )
+
+
+def hidden_values(block: CMoESparseMoeBlock, x_TH: torch.Tensor) -> torch.Tensor:
+    """Hidden activations of all neurons, (T, F) float32, whether they run or not."""
+    shared, experts = block.shared_expert, block.experts
+    parts = []
+    if shared is not None:
+        parts.append(shared.hidden(x_TH))
+    # Quantised weights cannot be iterated.
+    parts += [experts.hidden(expert, x_TH) for expert in range(experts.num_experts)]
+    return torch.cat(parts, dim=1).float()
+
+
+def counted(index: torch.Tensor, size: int) -> torch.Tensor:
+    """How often each number below `size` occurs, (size,) int64."""
+    return torch.bincount(index.flatten(), minlength=size)
+
+
+def rate_histogram(marks_F: torch.Tensor, shared: int, tokens: int) -> Histogram:
+    """Neurons by their activation rate, in logarithmic bins from one mark to one per token."""
+    bins = max(1, math.ceil(BINS_PER_DECADE * math.log10(tokens) - 1e-9))
+    starts = [10 ** (index / BINS_PER_DECADE) for index in range(bins)]
+    limits = torch.tensor(starts, dtype=torch.float64) * (1 - 1e-9)
+    # 0 stands for never marked; it becomes the last, outside the edges.
+    bin_F = (torch.bucketize(marks_F.double(), limits, right=True) - 1) % (bins + 1)
+    parts = (counted(part, bins + 1) for part in bin_F.tensor_split([shared]))
+    return histogram([*(start / tokens for start in starts), 1.0], *parts)
+
+
+def histogram(edges: list[float], shared_B: torch.Tensor, routed_B: torch.Tensor) -> Histogram:
+    """Counts of the bins, the last of which holds what is outside."""
+    *shared, outside_shared = shared_B.tolist()
+    *routed, outside_routed = routed_B.tolist()
+    return Histogram(
+        edges=edges,
+        shared=shared,
+        routed=routed,
+        outside_shared=outside_shared,
+        outside_routed=outside_routed,
+    )
+
+
+@torch.no_grad()
+def observe_sample(model: PreTrainedModel, ids_T: torch.Tensor) -> list[TokenRoutes]:
+    """Where each layer that routes sends the tokens of a short text."""
+    layers: list[TokenRoutes] = []
+
+    def record(gate: CMoERouter, inputs: tuple[torch.Tensor], output: Any) -> None:
+        score_TN, weight_TK, index_TK = output
+        probability_TK = score_TN.softmax(dim=1, dtype=torch.float32).gather(1, index_TK)
+        # Probabilities are below 1: pinned experts fall behind the others.
+        merit_TK = gate.balance_bias[index_TK] + probability_TK
+        merit_TK -= 4 * (gate.balance_bias[index_TK] > PINNED)
+        order_TK = merit_TK.argsort(dim=1, descending=True, stable=True)
+        layers.append(
+            TokenRoutes(
+                experts=index_TK.gather(1, order_TK).tolist(),
+                probabilities=probability_TK.gather(1, order_TK).tolist(),
+                weights=weight_TK.float().gather(1, order_TK).tolist(),
+            )
+        )
+
+    with ExitStack() as stack:
+        for block in sparse_blocks(model):
+            stack.callback(block.gate.register_forward_hook(record).remove)
+        model(input_ids=ids_T[None].to(model.device), use_cache=False)
+    return layers
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids_T: torch.Tensor) -> list[str]:
+    """What each token adds to the text; nothing for one that is only a part of a character."""
+    texts, before = [], ""
+    for end in range(1, len(ids_T) + 1):
+        # Decoded together: alone, tokens lose the spaces before them and shared characters.
+        text = "".join(tokenizer.decode(ids_T[:end], clean_up_tokenization_spaces=False))
+        whole = text.rstrip("\ufffd")
+        texts.append(whole[len(before) :])
+        before = whole
+    return texts

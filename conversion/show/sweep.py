@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `sweep`: quality and speed over a grid of shapes, dense and static pruning beside."""
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..carve.settings import Settings, absolute
+from ..carve.shape import carved_config
+from ..convert import convert, resume
+from ..device import device_name, find_device, versions
+from ..errors import CMoEError, RequestError
+from ..folder.partial import as_json
+from ..folder.paths import check_apart, remove, resolved
+from ..folder.work import WorkFolder
+from ..measure.benchmark import benchmark
+from ..measure.evaluate import evaluate
+from ..source.checkpoint import open_source
+from ..source.texts import absolute_text
+from .figures import STYLE, check_drawing
+
+GRID = ("S1A1E8", "S1A3E8", "S2A2E8", "S1A5E8", "S3A3E8")
+SPEEDS = {"ffn": "FFN, 1 token", "prefill": "prefill", "decode": "decoding 1 sequence"}
+_NOTATION = re.compile(r"S(\d+)A(\d+)E(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How every shape is made and measured; all rows of a sweep share it."""
+
+    model: str
+    recipe: str
+    calibration: str
+    samples: int | None
+    text: str
+    sequence_length: int | None
+    seed: int
+    rounds: int
+    """Timed runs of each point; 0 measures no speed."""
+    dtype: str | None
+    device: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One shape: what it is worth and what it costs."""
+
+    notation: str
+    static: bool
+    """Static pruning: as many neurons, always the same ones."""
+    activation_ratio: float
+    perplexity: float
+    router_oracle_agreement: float | None
+    router_chance_agreement: float | None
+    speedup: dict[str, float]
+    """Speed relative to dense by the names of `SPEEDS`; empty if it was not measured."""
+    roofline_speedup: dict[str, float]
+    seconds: float
+    """Of the conversion."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """The whole curve; the keys of `cmoe sweep --json`."""
+
+    output: str
+    model: str
+    dense_perplexity: float
+    rows: list[Row]
+    device: str
+    versions: dict[str, str]
+
+
+def sweep(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    grid: Sequence[str] = GRID,
+    recipe: str = "refined",
+    calibration: str | Path = "wikitext2",
+    samples: int | None = None,
+    text: str | Path = "wikitext2",
+    sequence_length: int | None = None,
+    seed: int = 0,
+    rounds: int = 7,
+    dtype: str | None = None,
+    device: str | None = None,
+    keep: bool = False,
+    overwrite: bool = False,
+) -> Sweep:
+    """Convert, evaluate and time every shape of a grid, and static pruning at equal activation.
+
+    What is measured is written to `output` row by row: interrupted, or called with a larger grid,
+    it measures only what is missing. The rows are in `sweep.json` and `sweep.md`, drawn in
+    `sweep.png`.
+
+    Args:
+        model: Folder or Hub id of a dense model.
+        output: Folder for the results, default the model's name with `-sweep`.
+        grid: Shapes in the paper's notation, for example `S3A3E8`.
+        recipe: See `convert`, as are `calibration`, `samples`, `seed` and `dtype`.
+        text: Text to measure perplexity on.
+        sequence_length: Tokens of a window, for calibration and evaluation.
+        rounds: Timed runs of each point, dense and carved in turn; 0 measures no speed.
+        device: Where to compute, default the accelerator if there is one.
+        keep: Keep the carved models in `output`.
+        overwrite: Forget what was measured before.
+
+    Raises:
+        RequestError: The request cannot be satisfied; nothing was started.
+        CMoEError: The work failed; the finished rows are kept.
+    """
+    if rounds < 0:
+        raise RequestError(f"rounds is {rounds}: it cannot be negative.")
+    protocol = Protocol(
+        model=absolute(model),
+        recipe=recipe,
+        calibration=absolute_text(calibration),
+        samples=samples,
+        text=absolute_text(text),
+        sequence_length=sequence_length,
+        seed=seed,
+        rounds=rounds,
+        dtype=dtype,
+        device=device,
+    )
+    check_drawing("a sweep")
+    where = device_name(find_device(device))
+    source = open_source(model)
+    if rounds and source.architecture.router is not None:
+        raise RequestError("the speed of a carved MoE cannot be measured yet: pass --rounds 0.")
+    shapes = with_static([shape_of(notation, recipe) for notation in grid])
+    for shape in shapes:
+        carved_config(source.config, source.architecture, shape)  # refuses what does not fit
+    name = source.name.rpartition("/")[2]
+    store = Store(output or f"{name}-sweep", protocol, where, overwrite=overwrite)
+    for shape in tqdm([None, *shapes], desc="sweep", unit="model", disable=None):
+        key = "dense" if shape is None else shape.notation
+        if key not in store.measured:
+            folder = store.folder / key
+            store.add(key, measure(protocol, shape, folder))
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
+    result = Sweep(
+        output=str(store.folder),
+        model=source.name,
+        dense_perplexity=store.measured["dense"]["perplexity"],
+        rows=[Row(**store.measured[shape.notation]) for shape in shapes],
+        device=where,
+        versions=versions(),
+    )
+    (store.folder / "sweep.md").write_text(as_markdown(result), encoding="utf-8")
+    plot_sweep(result, store.folder / "sweep.png")
+    return result
+
+
+def shape_of(notation: str, recipe: str) -> Settings:
+    """`S3A3E8` as settings. Raises `RequestError` for another text or an impossible shape."""
+    found = _NOTATION.fullmatch(notation.strip())
+    if found is None:
+        raise RequestError(f"{notation!r} is not a shape such as S3A3E8.")
+    shared, active, experts = map(int, found.groups())
+    return Settings(shared=shared, active=active, experts=experts, recipe=recipe)
+
+
+def with_static(shapes: Sequence[Settings]) -> list[Settings]:
+    """The shapes, each once, with static pruning at every activation ratio among them."""
+    unique: dict[str, Settings] = {}
+    for shape in shapes:
+        total = shape.shared + shape.active
+        static = Settings(shared=total, active=0, experts=shape.experts, recipe=shape.recipe)
+        ratio = total / shape.experts
+        if any(not other.active and _ratio(other) == ratio for other in unique.values()):
+            static = shape
+        unique |= {each.notation: each for each in (shape, static)}
+    return sorted(unique.values(), key=lambda shape: (_ratio(shape), shape.shared))
+
+
+def _ratio(shape: Settings) -> float:
+    return (shape.shared + shape.active) / shape.experts
+
+
+def measure(protocol: Protocol, shape: Settings | None, folder: Path) -> dict[str, Any]:
+    """Perplexity of the dense model; or, carved into `folder`, the `Row` of a shape."""
+    windows: dict[str, Any] = {
+        "text": protocol.text,
+        "sequence_length": protocol.sequence_length,
+        "device": protocol.device,
+    }
+    if shape is None:
+        return {"perplexity": evaluate(protocol.model, dtype=protocol.dtype, **windows).perplexity}
+    seconds = carve(protocol, shape, folder)
+    quality = evaluate(folder, **windows)
+    speed = time_it(protocol, folder) if protocol.rounds else {}
+    return asdict(
+        Row(
+            notation=shape.notation,
+            static=shape.active == 0,
+            activation_ratio=_ratio(shape),
+            perplexity=quality.perplexity,
+            router_oracle_agreement=quality.router_oracle_agreement,
+            router_chance_agreement=quality.router_chance_agreement,
+            speedup={name: pair[0] for name, pair in speed.items()},
+            roofline_speedup={name: pair[1] for name, pair in speed.items()},
+            seconds=seconds,
+        )
+    )
+
+
+def carve(protocol: Protocol, shape: Settings, folder: Path) -> float:
+    """Convert, or go on with it; return the seconds that it took."""
+    if (folder / "conversion.json").is_file():  # interrupted while it was measured
+        return json.loads((folder / "conversion.json").read_text())["result"]["seconds"]
+    if (WorkFolder(folder).private / "settings.json").is_file():
+        return resume(folder).seconds
+    return convert(
+        protocol.model,
+        folder,
+        shared=shape.shared,
+        active=shape.active,
+        experts=shape.experts,
+        recipe=protocol.recipe,
+        calibration=protocol.calibration,
+        samples=protocol.samples,
+        sequence_length=protocol.sequence_length,
+        seed=protocol.seed,
+        dtype=protocol.dtype,
+        device=protocol.device,
+    ).seconds
+
+
+def time_it(protocol: Protocol, folder: Path) -> dict[str, tuple[float, float]]:
+    """Speed relative to dense, and the roofline's, by the names of `SPEEDS`."""
+    timed = benchmark(
+        folder,
+        baseline=protocol.model,
+        tokens=[1],
+        prefill=[256],
+        batch=[1],
+        context=64,
+        rounds=protocol.rounds,
+        device=protocol.device,
+    )
+    points = {name: getattr(timed, name)[0] for name in SPEEDS}
+    return {name: (point.speedup, point.roofline_speedup) for name, point in points.items()}
+
+
+class Store:
+    """`sweep.json`: the protocol and what is measured, written after every row."""
+
+    def __init__(
+        self, folder: str | Path, protocol: Protocol, device: str, *, overwrite: bool
+    ) -> None:
+        self.folder = resolved(folder)
+        self.file = self.folder / "sweep.json"
+        inputs = {"the model": protocol.model, "the calibration text": protocol.calibration}
+        check_apart(self.folder, {**inputs, "the text to measure on": protocol.text})
+        # Figures of other versions or of another machine cannot stand in the same table.
+        self.protocol = {**asdict(protocol), "device": device, "versions": versions()}
+        self.measured: dict[str, dict[str, Any]] = {}
+        if self.file.is_file() and not overwrite:
+            self._read()
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            if not (overwrite and self.file.is_file()):
+                raise RequestError(
+                    f"{self.folder.name} exists already and holds no sweep: choose another folder."
+                )
+            remove(self.folder.iterdir())
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(f"cannot create {self.folder.name}: {error.strerror}.") from error
+
+    def _read(self) -> None:
+        try:
+            stored = json.loads(self.file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CMoEError(f"{self.file} is damaged: start again with --overwrite.") from error
+        for name, value in self.protocol.items():
+            if stored["protocol"].get(name) != value:
+                raise RequestError(
+                    f"{name} was {stored['protocol'].get(name)!r} in the sweep that "
+                    f"{self.folder.name} holds and is {value!r} now: choose another folder, or "
+                    "start again with --overwrite."
+                )
+        self.measured = stored["measured"]
+
+    def add(self, key: str, figures: dict[str, Any]) -> None:
+        """Keep the figures of one model."""
+        self.measured[key] = figures
+        new = self.file.with_suffix(".new")
+        content = {"protocol": self.protocol, "measured": self.measured}
+        new.write_text(as_json(content), encoding="utf-8")
+        new.replace(self.file)
+
+
+def as_markdown(result: Sweep) -> str:
+    """The rows as a table."""
+    head = ["shape", "runs", "perplexity", "oracle agreement (chance)", *SPEEDS.values()]
+    lines = [head, ["---"] * len(head)]
+    lines.append(["dense", "100 %", f"{result.dense_perplexity:.2f}", "", *["1"] * len(SPEEDS)])
+    for row in result.rows:
+        own, chance = row.router_oracle_agreement, row.router_chance_agreement
+        lines.append(
+            [
+                f"{row.notation}, static" if row.static else row.notation,
+                f"{row.activation_ratio:.1%}".replace("%", " %"),
+                f"{row.perplexity:.2f}",
+                "" if own is None else f"{own:.3f} ({chance:.3f})",
+                *(
+                    f"{row.speedup[name]:.2f} ({row.roofline_speedup[name]:.2f})"
+                    if row.speedup
+                    else ""
+                    for name in SPEEDS
+                ),
+            ]
+        )
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    made = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    return (
+        f"# {result.model}: quality and speed\n\n{table}\n\nSpeed is relative to dense, in "
+        f"brackets the roofline's. {result.device}; {made}.\n"
+    )
+
+
+def plot_sweep(result: Sweep, path: Path) -> None:
+    """Perplexity, and speed if it was measured, against the activation ratio."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    timed = [row for row in result.rows if row.speedup]
+    panels = 2 if timed else 1
+    with pyplot.rc_context(STYLE):
+        figure, [axes] = pyplot.subplots(1, panels, figsize=(5 * panels, 4), squeeze=False)
+        plot_quality(axes[0], result)
+        if timed:
+            plot_speed(axes[1], timed)
+        for axis in axes:
+            axis.set_xlabel("activation ratio: share of the FFN neurons that run")
+            axis.set_xlim(0, 1)
+            axis.legend()
+        figure.suptitle(f"{result.model}, {result.device}")
+        figure.tight_layout()
+        figure.savefig(path, dpi=150, metadata={"Software": None})
+        pyplot.close(figure)
+
+
+def plot_quality(axis: Any, result: Sweep) -> None:
+    """Perplexity: carved models as points, static pruning and dense as lines."""
+    carved = [row for row in result.rows if not row.static]
+    static = [row for row in result.rows if row.static]
+    x, y = [row.activation_ratio for row in static], [row.perplexity for row in static]
+    axis.plot(x, y, "s--", label="static pruning")
+    x, y = [row.activation_ratio for row in carved], [row.perplexity for row in carved]
+    axis.plot(x, y, "o", label="carved")
+    for row in carved:
+        place = (row.activation_ratio, row.perplexity)
+        axis.annotate(row.notation, place, (6, 4), textcoords="offset points", fontsize=7)
+    axis.axhline(result.dense_perplexity, color="black", linewidth=1, label="dense")
+    axis.margins(y=0.1)
+    axis.set_ylabel("perplexity")
+
+
+def plot_speed(axis: Any, rows: list[Row]) -> None:
+    """Speed relative to dense: carved models as points, static pruning and dense as lines."""
+    for index, (name, label) in enumerate(SPEEDS.items()):
+        for static, style in {False: "o", True: "s--"}.items():
+            drawn = [row for row in rows if row.static == static]
+            x = [row.activation_ratio for row in drawn]
+            y = [row.speedup[name] for row in drawn]
+            what = f"{label}, static" if static else label
+            axis.plot(x, y, style, color=f"C{index}", markersize=5, label=what)
+    axis.axhline(1, color="black", linewidth=1, label="dense")
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("speed relative to dense")

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a text to windows of tokens.
+
+Shape suffixes: W windows, L tokens of one window.
+"""
+
+import hashlib
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import RequestError
+from .texts import BLOCK, Text
+
+WHOLE_CHARACTERS = 12_000_000
+"""A text of fewer is tokenised as one string, at some 200 bytes of memory for each. All of
+WikiText-2 has fewer, and so have most files."""
+PIECE_CHARACTERS = 1_000_000
+"""A longer one is tokenised in pieces of so many."""
+CHARACTERS_PER_TOKEN = 8
+"""More than there are on average, so that a prefix of a text has enough tokens."""
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What was read of a text, as a model sees it."""
+
+    ids: torch.Tensor
+    """One row, int64."""
+    characters: int
+    """How many they are made of."""
+    is_whole: bool
+    """Whether the text ends there."""
+    sha256: str
+    """Of the characters."""
+
+
+def read_tokens(
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    *,
+    most_characters: int = sys.maxsize,
+    least_tokens: int | None = None,
+) -> Tokens:
+    """Tokenise a text: as one string, or in pieces if it has `WHOLE_CHARACTERS` or more.
+
+    Args:
+        text: What to read.
+        tokenizer: The model's.
+        vocabulary: Tokens that the model knows.
+        most_characters: Read no further.
+        least_tokens: Go in pieces from the beginning, and stop when there are so many.
+
+    Raises `RequestError` for a text that cannot be read, or a token that the model does not know.
+    """
+    prefix = Prefix(text.chunks, most_characters)
+    whole = WHOLE_CHARACTERS if least_tokens is None else PIECE_CHARACTERS
+    pieces: list[torch.Tensor] = []
+    with closing(text.chunks):
+        for piece in cut(iter(prefix), whole):
+            pieces.append(tokenize(tokenizer, piece, begins=not pieces))
+            if least_tokens is not None and sum(map(len, pieces)) >= least_tokens:
+                break
+    ids = torch.cat(pieces)
+    check_vocabulary(ids, vocabulary)
+    if prefix.is_cut:
+        logger.warning(
+            "only the first %s characters of %s are read.", f"{most_characters:,}", text.name
+        )
+    elif least_tokens is None and len(pieces) > 1:
+        logger.warning(
+            "%s has %s characters or more: it is tokenised in pieces, cut at line ends.",
+            *(text.name, f"{WHOLE_CHARACTERS:,}"),
+        )
+    return Tokens(ids, prefix.characters, prefix.is_whole, prefix.sha256.hexdigest())
+
+
+class Prefix:
+    """The beginning of a text, in blocks, and what was read of it so far."""
+
+    def __init__(self, chunks: Iterator[str], most: int) -> None:
+        self.chunks, self.most = chunks, most
+        self.characters = 0
+        self.sha256 = hashlib.sha256()
+        self.is_whole = self.is_cut = False
+
+    def __iter__(self) -> Iterator[str]:
+        for chunk in self.chunks:
+            for start in range(0, len(chunk), BLOCK):
+                block = chunk[start : start + BLOCK]
+                room = self.most - self.characters
+                self.is_cut = len(block) > room
+                self.characters += min(len(block), room)
+                self.sha256.update(block[:room].encode())
+                yield block[:room]
+                if self.is_cut:
+                    return
+        self.is_whole = True
+
+
+def cut(chunks: Iterator[str], whole: int) -> Iterator[str]:
+    """A text as one string if it has fewer than `whole` characters, else as pieces of at most
+    `PIECE_CHARACTERS`, cut behind the last line end in each, or before its last space."""
+    text, limit = "", whole
+    parts: list[str] = []
+    size = 0
+    for chunk in chunks:
+        parts.append(chunk)
+        size += len(chunk)
+        if size < limit:
+            continue
+        text = "".join(parts)
+        while len(text) > PIECE_CHARACTERS:
+            end = text.rfind("\n", 0, PIECE_CHARACTERS) + 1
+            end = end or max(text.rfind(" ", 0, PIECE_CHARACTERS), 0) or PIECE_CHARACTERS
+            yield text[:end]
+            text = text[end:]
+        parts, size, limit = [text], len(text), PIECE_CHARACTERS
+    if size:
+        yield "".join(parts)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, begins: bool = True) -> torch.Tensor:
+    """A string as one row of token ids, int64; with special tokens where a text begins."""
+    # verbose=False: a text longer than the model's context is what we want here.
+    ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=begins)
+    return ids["input_ids"][0].to(torch.int64)
+
+
+def check_vocabulary(ids: torch.Tensor, vocabulary: int) -> None:
+    """Raises `RequestError` if a model of so many tokens does not know one of these."""
+    if len(ids) and ids.max() >= vocabulary:
+        raise RequestError(
+            f"the tokenizer gives token {int(ids.max())}, but the model's vocabulary has "
+            f"{vocabulary}: it is the tokenizer of another model."
+        )
+
+
+def random_windows(
+    ids: torch.Tensor, *, samples: int, length: int, seed: int, least: float = 1.0
+) -> torch.Tensor:
+    """`samples` windows of `length` tokens at random offsets, (W, L) int64.
+
+    Raises `RequestError` if the text has fewer than `least` times `samples * length` tokens.
+    """
+    needed = max(int(least * samples * length), length + 1)
+    if len(ids) < needed:
+        raise RequestError(
+            f"the text has {len(ids):,} tokens, but {samples} windows of {length} need "
+            f"{needed:,}. Give more text, or lower --samples or --sequence-length."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(ids) - length + 1, (samples,), generator=generator)
+    return torch.stack([ids[start : start + length] for start in starts.tolist()])
+
+
+def consecutive_windows(ids: torch.Tensor, *, length: int) -> torch.Tensor:
+    """Consecutive windows of `length` tokens, (W, L); the last partial one is dropped.
+
+    Raises `RequestError` if there is not one whole window.
+    """
+    count = len(ids) // length
+    if count == 0:
+        raise RequestError(
+            f"the text has {len(ids):,} tokens, fewer than one window of {length}. Give more "
+            "text or a lower --sequence-length."
+        )
+    return ids[: count * length].view(count, length)

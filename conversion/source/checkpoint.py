@@ -1,0 +1,438 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds, checks and reads dense checkpoints.
+
+Weights are only ever read from safetensors, by the names that the library has for them.
+"""
+
+import hashlib
+import logging
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..errors import CMoEError, RequestError
+from .architectures import Architecture, find_architecture
+from .library import dense_config, dense_shapes
+from .stored import CARVABLE, Stored, read_headers, read_json, read_tensors
+
+HEAD = "lm_head.weight"
+"""What the library calls the head of every family."""
+ADAPTER = "adapter_config.json"
+MERGE = (
+    "Merge the adapter into its model first: load both with PEFT, call merge_and_unload(), and "
+    "save_pretrained the result with the tokenizer."
+)
+WRAPPERS = {
+    "_orig_mod.": ("torch.compile", "model._orig_mod"),
+    "_fsdp_wrapped_module.": ("FSDP", "gather the full state dict"),
+    "_checkpoint_wrapped_module.": ("activation checkpointing", "the model inside it"),
+    "module.": ("DistributedDataParallel", "model.module"),
+    "base_model.model.": ("PEFT", "model.merge_and_unload()"),
+}
+"""Parts of names that wrappers add: whose they are, and how to get at the model inside."""
+LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model*", "tokenizer_config.json", "tekken.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.json", "chat_template.jinja", "additional_chat_templates"),
+)
+"""Files and folders; what a tokenizer has of them."""
+SOURCE_FILES = (
+    *("*.safetensors", "*.json", "*.jinja", "README.md"),
+    *TOKENIZER_FILES,
+    *LEGAL_FILES,
+)
+logger = logging.getLogger(__name__)
+Shapes = dict[str, list[int]]
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dense checkpoint whose files are complete and agree with its configuration."""
+
+    folder: Path
+    name: str
+    """Hub id, or the bare name of a local folder: never a path."""
+    revision: str | None
+    """Commit of a Hub repository; None for a local folder."""
+    architecture: Architecture
+    config: PreTrainedConfig
+    tensors: dict[str, Stored]
+    """Where the dense model's tensors lie, by the library's names; experts one by one."""
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The named tensors, as stored. Raises `CMoEError` for one that is not finite."""
+        tensors = {}
+        for name, tensor in read_tensors({name: self.tensors[name] for name in names}):
+            if not torch.isfinite(tensor).all():
+                raise CMoEError(
+                    f"tensor {name} in {self.tensors[name].path.name} has NaN or infinite values: "
+                    "the source checkpoint is damaged. Download it again or choose another."
+                )
+            tensors[name] = tensor
+        return tensors
+
+    def read_layer(self, index: int, *, without_experts: bool = False) -> dict[str, torch.Tensor]:
+        """The tensors of one decoder layer, named relative to the layer."""
+        prefix = self.architecture.layer_prefix.format(index)
+        experts = prefix + self.architecture.expert_prefix.partition("{")[0]
+        tensors = self.read(
+            name
+            for name in self.tensors
+            if name.startswith(prefix) and not (without_experts and name.startswith(experts))
+        )
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def read_expert(self, index: int, number: int) -> dict[str, torch.Tensor]:
+        """The tensors of one expert of a MoE's layer, named relative to the expert."""
+        row = self.architecture
+        prefix = row.layer_prefix.format(index) + row.expert_prefix.format(number)
+        names = [name for name in (row.gate, row.up, row.down) if name is not None]
+        tensors = self.read(prefix + name for name in names)
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+    def read_rest(self) -> dict[str, torch.Tensor]:
+        """The tensors outside the decoder layers: embedding, final norm, head."""
+        prefix = self.architecture.layer_prefix.partition("{")[0]
+        return self.read(name for name in self.tensors if not name.startswith(prefix))
+
+    def digest(self) -> str:
+        """SHA-256 of all tensors. Reads everything once: a NaN is found now, not hours later."""
+        total = hashlib.sha256()
+        names = sorted(self.tensors, key=lambda name: (self.tensors[name].path, name))
+        for name in tqdm(names, desc="checking the weights", unit="tensor", disable=None):
+            [tensor] = self.read([name]).values()
+            total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            total.update(tensor.flatten().view(torch.uint8).numpy().data)
+        return total.hexdigest()
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in all tensors."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    @property
+    def layer_parameters(self) -> int:
+        """Number of values in one decoder layer."""
+        prefix = self.architecture.layer_prefix.format(0)
+        inside = (tensor for name, tensor in self.tensors.items() if name.startswith(prefix))
+        return sum(math.prod(tensor.shape) for tensor in inside)
+
+    @property
+    def ffn_parameters(self) -> int:
+        """Number of values that the neurons of one FFN, or of one expert of a MoE, hold together.
+
+        An output bias belongs to none of them.
+        """
+        row = self.architecture
+        prefix = row.layer_prefix.format(0) + (row.expert_prefix.format(0) if row.router else "")
+        names = [name for name in (row.gate, row.up, row.up_bias, row.down) if name is not None]
+        return sum(math.prod(self.tensors[prefix + name].shape) for name in names)
+
+    def nbytes(self, dtype: torch.dtype | None) -> int:
+        """Size in bytes in the given precision, or as stored."""
+        if dtype is not None:
+            return self.parameters * dtype.itemsize
+        return sum(
+            math.prod(tensor.shape) * CARVABLE[tensor.dtype].itemsize
+            for tensor in self.tensors.values()
+        )
+
+
+def find_model(model: str | Path, *, revision: str | None = None) -> tuple[Path, str, str | None]:
+    """Locate a model: (folder, name, commit). Only `config.json` of a Hub model is fetched.
+
+    Raises `RequestError` if there is no such folder or repository, or it is gated, and
+    `CMoEError` if the Hub cannot be reached.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise RequestError(
+                f"folder {folder} has no config.json: it is not a model."
+                + (f" It holds {ADAPTER}. {MERGE}" if (folder / ADAPTER).is_file() else "")
+            )
+        return folder, folder.resolve().name, None
+    if folder.exists() or not HUB_ID.fullmatch(str(model)):
+        raise RequestError(f"{model} is neither a folder nor the id of a Hub repository.")
+    config = Path(from_hub(hf_hub_download, str(model), revision, filename="config.json"))
+    return config.parent, str(model), config.parent.name
+
+
+def fetch_model(name: str, revision: str | None, *, code: bool = False) -> Path:
+    """Download the files of a Hub model that a conversion or an evaluation needs."""
+    patterns = [*SOURCE_FILES, *(["*.py"] if code else [])]
+    return Path(from_hub(snapshot_download, name, revision, allow_patterns=patterns))
+
+
+def from_hub(download: Any, name: str, revision: str | None, **arguments: Any) -> str:
+    """Call a download function of huggingface_hub; its failures become one clear line."""
+    where = f"{name} at revision {revision}" if revision else name
+    try:
+        return download(name, revision=revision, **arguments)
+    except GatedRepoError as error:
+        raise RequestError(
+            f"{name} is gated. Ask for access at its page on the Hub, then log in with "
+            "`hf auth login` or set HF_TOKEN."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise RequestError(f"{name} exists on the Hub, but has no revision {revision}.") from error
+    except RepositoryNotFoundError as error:
+        raise RequestError(
+            f"there is no folder and no Hub repository named {name}. Check the spelling; if it "
+            "is private, log in with `hf auth login`."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CMoEError(
+            f"cannot reach the Hub, and {where} is not in the local cache. Check the connection "
+            "and HF_HUB_OFFLINE, or give a local folder."
+        ) from error
+    except EntryNotFoundError as error:
+        raise RequestError(f"{where} has no config.json: it is not a model.") from error
+    except HFValidationError as error:
+        raise RequestError(f"{name} is neither a folder nor a valid Hub id.") from error
+    except Exception as error:  # of the HTTP library, which differs between versions
+        raise CMoEError(
+            f"cannot reach the Hub for {where}: {error}. Check the connection, or give a local "
+            "folder."
+        ) from error
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises `RequestError` if there is none."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise RequestError(
+            f"{folder.name} has no tokenizer (neither tokenizer.json nor tokenizer.model). Copy "
+            "the tokenizer files of the model into the folder."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the library raises whatever its parsers raise
+        raise RequestError(f"the tokenizer of {folder.name} cannot be loaded: {error}") from error
+
+
+def open_source(
+    model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Source:
+    """Find a dense checkpoint and check its files against its configuration.
+
+    Checks, in order of cost: the family is supported, no code comes with the checkpoint, every
+    shard is there and whole, every tensor has the shape that the configuration asks for, none is
+    missing or unknown.
+
+    With `trust_remote_code`, code may come with it. That of a tokenizer will run; that of a model
+    does not, the model is taken for one of the library's family.
+    """
+    folder, name, commit = find_model(model, revision=revision)
+    architecture = find_architecture(read_json(folder / "config.json"), folder)
+    check_code(folder, name, trust_remote_code)
+    if commit is not None:
+        folder = fetch_model(name, revision, code=trust_remote_code)
+        check_code(folder, name, trust_remote_code)
+    if (folder / ADAPTER).is_file():
+        raise RequestError(
+            f"{name} has {ADAPTER} beside its weights: the library would add the adapter to them, "
+            f"and a carved model would lack it. {MERGE}"
+        )
+    config = dense_config(architecture, folder, name)
+    shapes = dense_shapes(architecture, config, name)
+    if architecture.router is not None:
+        shapes = one_by_one(architecture, shapes)
+    tensors = named_tensors(architecture, config, read_headers(folder), shapes)
+    return Source(folder, name, commit, architecture, config, tensors)
+
+
+def one_by_one(row: Architecture, shapes: Shapes) -> Shapes:
+    """The experts' tensors as checkpoints have them, where the library packs those of a layer."""
+    inside = row.expert_prefix.partition("{")[0]
+    found = {name: shape for name, shape in shapes.items() if inside not in name}
+    for packed in shapes.keys() - found.keys():
+        _, rows, columns = shapes[packed]
+        for name, _, _, parts in experts_in(row, packed, shapes[packed]):
+            found[name] = [rows // parts, columns]
+    return found
+
+
+def check_code(folder: Path, name: str, trusted: bool) -> None:
+    """Raises `RequestError` for a source that carries code, unless it is trusted."""
+    for file in ("config.json", "tokenizer_config.json"):
+        entries = read_json(folder / file).get("auto_map") if (folder / file).is_file() else None
+        if not entries:
+            continue
+        if not trusted:
+            raise RequestError(
+                f"{name} carries Python code of its own (auto_map in {file}). A conversion runs "
+                "that of a tokenizer, and ignores that of a model, which it takes for an ordinary "
+                "one of its family: pass --trust-remote-code if you have read it and agree."
+            )
+        if file == "config.json":
+            logger.warning("the Python code of %s is not run: it is taken as stock.", name)
+
+
+def named_tensors(
+    row: Architecture, config: PreTrainedConfig, stored: Mapping[str, Stored], shapes: Shapes
+) -> dict[str, Stored]:
+    """The stored tensors by the names that the dense model has for them.
+
+    Args:
+        row: The family.
+        config: Of the dense model. Its `tie_word_embeddings` becomes false, as the library's does,
+            where the files have a head that differs from the embedding.
+        stored: By the names in the files.
+        shapes: Of the dense model's tensors, an expert at a time.
+
+    Raises `RequestError` for what the library would not load in full, or carving would lose.
+    """
+    tensors: dict[str, Stored] = {}
+    for key, tensor in stored.items():
+        if key.endswith(row.ignored_suffixes):
+            continue
+        for own, part in unpacked(row, key, tensor):
+            name = library_name(row, own, shapes)
+            if name in tensors:
+                raise RequestError(
+                    f"tensors {tensors[name].key} and {key} both stand for {name}: nobody can say "
+                    "which one counts. Remove one, or download again."
+                )
+            tensors[name] = part
+    check_wrapping(sorted(tensors.keys() - shapes.keys()))
+    check_types(tensors)
+    if config.tie_word_embeddings:
+        tie_head(row, config, tensors)
+    expected = dict(shapes)
+    if config.tie_word_embeddings:
+        del expected[HEAD]
+    check_shapes(config, tensors, expected)
+    return tensors
+
+
+def unpacked(row: Architecture, key: str, tensor: Stored) -> Iterator[tuple[str, Stored]]:
+    """A tensor by its name, or the experts' parts of one that has all of a layer's experts."""
+    inside = row.expert_prefix.partition("{")[0]
+    packed = key.endswith((f"{inside}gate_up_proj", f"{inside}down_proj"))
+    if row.router is None or not packed or len(tensor.shape) != 3:
+        yield key, tensor
+        return
+    for name, *place in experts_in(row, key, tensor.shape):
+        yield name, tensor.of_expert(*place)
+
+
+def experts_in(
+    row: Architecture, packed: str, shape: list[int]
+) -> Iterator[tuple[str, int, int, int]]:
+    """What a packed tensor (experts, rows, columns) holds, as if it were not packed.
+
+    Name, number of the expert, and which of how many parts that lie below each other.
+    """
+    inside = row.expert_prefix.partition("{")[0]
+    layer, _, name = packed.partition(inside)
+    parts = [row.down] if name == "down_proj" else [row.gate, row.up]
+    for number in range(shape[0]):
+        for place, part in enumerate(parts):
+            yield f"{layer}{row.expert_prefix.format(number)}{part}", number, place, len(parts)
+
+
+def library_name(row: Architecture, key: str, known: Collection[str]) -> str:
+    """What the dense model calls a tensor of a file, by the rules of the library's loader.
+
+    A file may have an old name of the head, and the prefix of the model without a head once too
+    often or not at all.
+    """
+    if key == row.head:
+        return HEAD
+    prefix = row.dense_model.base_model_prefix + "."
+    candidates = (key.removeprefix(prefix), prefix + key)
+    return next((name for name in candidates if name in known), key)
+
+
+def tie_head(row: Architecture, config: PreTrainedConfig, tensors: dict[str, Stored]) -> None:
+    """Leave out a head that equals the embedding to which the configuration ties it.
+
+    As in the library's loader either may be missing, and if both are there and differ, they are
+    not tied.
+    """
+    if HEAD not in tensors:
+        return
+    if row.embedding not in tensors:
+        tensors[row.embedding] = tensors.pop(HEAD)
+        return
+    both = {name: tensors[name] for name in (row.embedding, HEAD)}
+    alike = both[HEAD].shape == both[row.embedding].shape
+    if alike and torch.equal(*(value for _, value in read_tensors(both))):
+        del tensors[HEAD]
+        return
+    config.tie_word_embeddings = False
+    logger.warning(
+        "%s differs from the embedding, although config.json ties them: both are kept, as the "
+        "library does, and the carved model does not tie them.",
+        tensors[HEAD].key,
+    )
+
+
+def check_wrapping(unknown: list[str]) -> None:
+    """Raises `RequestError` for names that come from a wrapper around the model."""
+    for name in unknown:
+        for prefix, (wrapper, remedy) in WRAPPERS.items():
+            if f".{prefix}" in f".{name}":
+                raise RequestError(
+                    f"tensor {name} has {prefix!r} in its name: the model was saved inside a "
+                    f"wrapper, {wrapper}, and the library would not find its weights. Unwrap it "
+                    f"({remedy}), and save it again with save_pretrained."
+                )
+
+
+def check_types(tensors: Mapping[str, Stored]) -> None:
+    """Raises `RequestError` for weights of a type in which neurons cannot be moved and refitted."""
+    for tensor in tensors.values():
+        if tensor.dtype not in CARVABLE:
+            raise RequestError(
+                f"tensor {tensor.key} is stored as {tensor.dtype}, and only {', '.join(CARVABLE)} "
+                "can be carved. Use the checkpoint from before it was quantised, or save it again "
+                "in one of these types."
+            )
+
+
+def check_shapes(config: PreTrainedConfig, tensors: Mapping[str, Stored], expected: Shapes) -> None:
+    """Raises `RequestError` unless the tensors are those expected, of the same shapes."""
+    missing = sorted(expected.keys() - tensors.keys())
+    unknown = sorted(tensors.keys() - expected.keys())
+    if missing == [HEAD]:
+        raise RequestError(
+            f"the checkpoint has no head ({HEAD}), and config.json does not tie it to the "
+            "embedding: the library would make one up at random. Save the whole model, or set "
+            "tie_word_embeddings to true if it shares the embedding."
+        )
+    if missing:
+        raise RequestError(
+            f"the checkpoint lacks {len(missing)} tensors that its configuration asks for, "
+            f"{missing[0]} among them. A shard or its index is damaged: download it again."
+        )
+    if unknown:
+        raise RequestError(
+            f"the checkpoint holds {len(unknown)} tensors that a {config.model_type} model does "
+            f"not have, {tensors[unknown[0]].key} among them. Carving would lose them, so it is "
+            "refused."
+        )
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise RequestError(
+                f"tensor {tensors[name].key} has shape {tensors[name].shape}, but config.json asks "
+                f"for {shape}. The configuration and the weights are not of the same model."
+            )

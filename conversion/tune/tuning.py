@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA fine-tuning of a carved or a dense model with the same recipe (paper, sections 4.3 and 5.1).
+
+Shape suffixes: W windows, L tokens of one window, T tokens, V vocabulary, N routed experts.
+"""
+
+import copy
+import importlib.util
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import torch.nn.functional as F
+from accelerate.utils import parse_flag_from_env
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from tqdm import tqdm
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from cmoe_hf.modeling_cmoe import CMoERouter, ExpertsLoop
+
+from ..errors import CMoEError, RequestError
+from ..measure.routing import PINNED, active_routers, count_loads
+
+LINEAR_LAYERS = [
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX
+]
+SCHEDULES = ("constant", "linear", "cosine")
+CHECKPOINTS = 10
+"""Checkpoints of one training run; the last two are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How a model is tuned; the defaults are the paper's (section 5.1) and its code's."""
+
+    samples: int = 2048
+    """Training windows, at random offsets of the text."""
+    sequence_length: int | None = None
+    """Tokens of a window; by default 2,048, or the model's context if that is shorter."""
+    epochs: float = 1.0
+    batch_size: int = 2
+    """Windows of one optimiser step, over all processes."""
+    micro_batch_size: int | None = None
+    """Windows that one process runs at a time; by default its share of `batch_size`."""
+    rank: int = 8
+    alpha: int = 32
+    learning_rate: float = 5.95e-5
+    """Of the LoRA factors, with Adam."""
+    router_learning_rate: float = 1e-3
+    """Of the gate scale u, and of the router if that is trained."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    schedule: str = "constant"
+    """Of both learning rates: one of `SCHEDULES`."""
+    warmup_steps: int = 0
+    bias_speed: float = 1e-3
+    """Change of the balance bias in the first optimiser step; 0 leaves it alone. It falls linearly
+    to 0: at a constant speed, the loads of the last few batches would decide."""
+    train_router: bool = False
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them."""
+    seed: int = 0
+    """Of the windows' offsets and order, and of the LoRA factors."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained. Raises `RequestError`."""
+        for name in ("samples", "batch_size", "rank", "alpha", "epochs", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise RequestError(f"{name} is {getattr(self, name)}: it must be above 0.")
+        for name in ("router_learning_rate", "bias_speed", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise RequestError(f"{name} is {getattr(self, name)}: it cannot be negative.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise RequestError(f"{name} is {getattr(self, name)}: it must be in [0, 1).")
+        if self.sequence_length is not None and self.sequence_length < 2:
+            raise RequestError("sequence_length must be at least 2: one token predicts the next.")
+        if self.schedule not in SCHEDULES:
+            raise RequestError(
+                f"there is no schedule {self.schedule!r}; choose one of {', '.join(SCHEDULES)}."
+            )
+        self.split(1)
+
+    def split(self, processes: int) -> tuple[int, int]:
+        """Windows of one forward pass on each process, and passes of one optimiser step."""
+        micro = self.micro_batch_size or max(1, self.batch_size // processes)
+        if micro < 1 or self.batch_size % (micro * processes):
+            raise RequestError(
+                f"batch_size {self.batch_size} cannot be split into {processes} processes with "
+                f"{micro} windows at a time: make it a multiple of {max(micro, 1) * processes}."
+            )
+        return micro, self.batch_size // (micro * processes)
+
+    def steps(self, windows: int) -> int:
+        """Optimiser steps over that many windows."""
+        return math.ceil(math.ceil(windows / self.batch_size) * self.epochs)
+
+
+def check_peft() -> None:
+    """Refuse to start without the extra. Raises `RequestError`."""
+    if importlib.util.find_spec("peft") is None:
+        raise RequestError(
+            'fine-tuning needs PEFT: install it with `pip install "cmoe-hf[train]"`.'
+        )
+
+
+def check_sharding() -> None:
+    """Refuse a launch that shards the model in a way that cannot be trained.
+
+    Raises:
+        RequestError: FSDP1 flattens trained and frozen parameters into one. The loading that spares
+            memory leaves all processes but the first without weights, and knows no buffers.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise RequestError("this is FSDP version 1: LoRA needs `fsdp_version: 2`.")
+    if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise RequestError("FSDP needs `fsdp_cpu_ram_efficient_loading: false` here.")
+
+
+def tune(
+    model: PreTrainedModel,
+    windows_WL: torch.Tensor,
+    tuning: Tuning,
+    folder: Path,
+    *,
+    teacher: PreTrainedModel | None = None,
+    description: str = "tuning",
+) -> tuple[PreTrainedModel, list[dict[str, float]]]:
+    """Train LoRA on attention and FFN, the gate scale u and the balance bias, and merge them.
+
+    Goes on from the last whole checkpoint in `folder`, if there is one.
+
+    Args:
+        model: Carved or dense; it is changed.
+        windows_WL: Training windows, int64.
+        tuning: How to train.
+        folder: Where the checkpoints go.
+        teacher: Learn its next-token distribution instead of the text's next tokens.
+        description: Of the progress bar.
+
+    Returns:
+        The merged model, of the same class and precision, and a list of `step` and `loss`.
+
+    Raises:
+        CMoEError: The loss is NaN or infinite, or a checkpoint cannot be written.
+    """
+    dtype = model.dtype
+    if tuning.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    adapted = with_adapters(model, tuning)
+    micro, passes = tuning.split(accelerate.PartialState().num_processes)
+    steps = tuning.steps(len(windows_WL))
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=model.device.type == "cpu",
+        bf16=dtype == torch.bfloat16,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=passes,
+        num_train_epochs=tuning.epochs,
+        learning_rate=tuning.learning_rate,
+        lr_scheduler_type=tuning.schedule,
+        warmup_steps=tuning.warmup_steps,
+        max_grad_norm=0.0,
+        seed=tuning.seed,
+        save_steps=max(1, steps // CHECKPOINTS),
+        save_total_limit=2,
+        logging_steps=max(1, steps // 100),
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # no nn.DataParallel: `accelerate launch` splits
+    trainer = LoRATrainer(adapted, arguments, windows_WL, tuning, teacher)
+    empty = without_data(adapted) if trainer.is_fsdp_enabled else None
+    trainer.add_callback(Progress(description))
+    try:
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    except OSError as error:
+        raise CMoEError(f"cannot write a checkpoint: {error}.") from error
+    losses = [row for row in trainer.state.log_history if "loss" in row]
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if empty is not None:
+        trained = gathered(trained, empty)
+    merged = trained.merge_and_unload().to(dtype).eval()
+    for module in merged.modules():
+        if isinstance(module, CMoERouter):
+            module.balance_bias = module.balance_bias.float()
+    return merged, [{"step": row["step"], "loss": row["loss"]} for row in losses]
+
+
+def without_data(model: nn.Module) -> nn.Module:
+    """A copy with the parameters on the meta device: they have shapes and types only."""
+    empty = {
+        id(parameter): nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, empty)
+
+
+def gathered(sharded: nn.Module, empty: nn.Module) -> nn.Module:
+    """The whole model on every process, from one of which each process holds a part (FSDP2).
+
+    The sharded one cannot become whole again in place: its layers go on splitting themselves.
+    """
+    options = StateDictOptions(full_state_dict=True)
+    empty.load_state_dict(get_model_state_dict(sharded, options=options), assign=True)
+    empty.tie_weights()  # type: ignore[operator]
+    return empty
+
+
+def with_adapters(model: PreTrainedModel, tuning: Tuning) -> nn.Module:
+    """The model with LoRA factors, and with routers of which u (and W on request) can learn.
+
+    PEFT freezes every parameter that is not an adapter. The routers are therefore declared as
+    modules to save: they train, and their u, W and balance bias are part of every checkpoint.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(tuning.seed)
+    routed = any(isinstance(module, CMoERouter) for module in model.modules())
+    packed = {
+        f"{'.'.join(path.split('.')[-2:])}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, ExpertsLoop)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    }
+    config = LoraConfig(
+        r=tuning.rank,
+        lora_alpha=tuning.alpha,
+        target_modules=LINEAR_LAYERS,
+        target_parameters=sorted(packed) or None,
+        modules_to_save=["gate"] if routed else None,
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config)
+    for module in adapted.modules():
+        if isinstance(module, CMoERouter):
+            for name, parameter in module.named_parameters():
+                learns = name == "scale" or tuning.train_router
+                parameter.requires_grad &= learns and module.top_k > 0
+                if parameter.requires_grad:  # 16 bits would swallow the small steps
+                    parameter.data = parameter.data.float()
+    return adapted
+
+
+class LoRATrainer(Trainer):
+    """Two learning rates, two objectives, and expert loads counted while the loss is computed."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        arguments: TrainingArguments,
+        windows_WL: torch.Tensor,
+        tuning: Tuning,
+        teacher: PreTrainedModel | None,
+    ) -> None:
+        dataset = [{"input_ids": ids_L, "labels": ids_L} for ids_L in windows_WL]
+        super().__init__(model=model, args=arguments, train_dataset=dataset)
+        # All windows are equally long: the mean over micro-batches is the mean over tokens.
+        self.model_accepts_loss_kwargs = False
+        self.tuning = tuning
+        self.teacher = teacher
+        self.loads: list[torch.Tensor] = []
+        """Of this optimiser step so far, on this process."""
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)  # they print on standard output
+        if tuning.bias_speed > 0:
+            self.add_callback(BalanceBias(self))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Adam without weight decay: LoRA factors at one learning rate, routers at another."""
+        if self.optimizer is None:
+            lora: list[nn.Parameter] = []
+            routers: list[nn.Parameter] = []
+            for name, parameter in (model or self.model).named_parameters():  # type: ignore
+                if parameter.requires_grad:
+                    (lora if ".lora_" in name else routers).append(parameter)
+            groups: list[dict[str, Any]] = [{"params": lora}]
+            if routers:
+                groups.append({"params": routers, "lr": self.tuning.router_learning_rate})
+            betas = (self.tuning.adam_beta1, self.tuning.adam_beta2)
+            self.optimizer = torch.optim.Adam(groups, lr=self.tuning.learning_rate, betas=betas)
+        return self.optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], *arguments: Any, **options: Any
+    ) -> Any:
+        """Mean negative log-likelihood, or mean divergence from the teacher, of a micro-batch.
+
+        The loads are counted here, not in the backward pass: there gradient checkpointing runs
+        the routers again.
+        """
+        with count_loads(model) as loads:
+            outputs = model(**inputs, use_cache=False)
+        former = self.loads or [torch.zeros_like(load_N) for load_N in loads]
+        self.loads = [old_N + new_N for old_N, new_N in zip(former, loads, strict=True)]
+        loss = outputs.loss
+        if self.teacher is not None:
+            with torch.no_grad():
+                target_TV = self.teacher(inputs["input_ids"], use_cache=False).logits.flatten(0, 1)
+            loss = divergence(outputs.logits.flatten(0, 1), target_TV)
+        if not torch.isfinite(loss):
+            raise CMoEError(
+                f"the loss is {loss.item()} after {self.state.global_step} steps: lower the "
+                "learning rate, or check the training text and the weights."
+            )
+        return loss
+
+
+def divergence(logits_TV: torch.Tensor, target_TV: torch.Tensor) -> torch.Tensor:
+    """Mean Kullback-Leibler divergence KL(target || model) in nats per token."""
+    log_TV = logits_TV.float().log_softmax(dim=1)
+    target_log_TV = target_TV.float().log_softmax(dim=1)
+    return F.kl_div(log_TV, target_log_TV, reduction="batchmean", log_target=True)
+
+
+class BalanceBias(TrainerCallback):
+    """Moves every balance bias once per optimiser step (paper, section 4.3)."""
+
+    def __init__(self, trainer: LoRATrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Loads of all micro-batches and processes decide, then counting starts anew."""
+        assert self.trainer.model is not None
+        loads, self.trainer.loads = self.trainer.loads, []
+        speed = self.trainer.tuning.bias_speed * (1 - (state.global_step - 1) / state.max_steps)
+        for router, load_N in zip(active_routers(self.trainer.model), loads, strict=True):
+            load_N = accelerate.utils.reduce(load_N.clone(), reduction="sum")
+            move_bias(router.balance_bias, load_N, speed)
+
+
+@torch.no_grad()
+def move_bias(bias_N: torch.Tensor, load_N: torch.Tensor, speed: float) -> None:
+    """In place: up by `speed` where the load is below the mean, down where it is above.
+
+    Pinned experts stay as they are and do not count; no other bias may grow into a pin.
+    """
+    free_N = bias_N <= PINNED
+    load_N = load_N.to(bias_N.device, torch.float32)
+    step_N = speed * (load_N[free_N].mean() - load_N[free_N]).sign()
+    bias_N[free_N] = (bias_N[free_N] + step_N).clamp(-PINNED, PINNED)
+
+
+class Progress(TrainerCallback):
+    """A progress bar on standard error, none where that is not a terminal."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self.bar: tqdm | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start where a checkpoint left off."""
+        hidden = None if state.is_world_process_zero else True
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.description,
+            unit="step",
+            disable=hidden,
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """One step further."""
+        assert self.bar is not None
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the loss."""
+        if self.bar is not None and "loss" in state.log_history[-1]:
+            self.bar.set_postfix(loss=f"{state.log_history[-1]['loss']:.3f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the full bar on the screen."""
+        assert self.bar is not None
+        self.bar.close()
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; the library writes the state of its trainer last."""
+    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except ValueError:
+            continue  # cut off while it was written
+        return str(path)
+    return None
