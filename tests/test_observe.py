@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cmoe_hf.conversion import CMoEError
-from cmoe_hf.conversion.show import observe as observing
 from cmoe_hf.conversion.measure.routing import imbalance, sparse_blocks
+from cmoe_hf.conversion.show import observe as observing
 from cmoe_hf.conversion.show.observe import (
     HIDDEN_BINS,
     observe,
