@@ -212,3 +212,9 @@ def test_json_has_the_promised_keys(carved, tmp_path):
     assert result.exit_code == 0, result.stderr
     printed = json.loads(result.stdout)
     assert {"output", "architecture", "max_abs_logit_difference"} <= printed.keys()
+
+
+def test_experts_that_grouped_kernels_cannot_run_are_exported(dense, carve, tmp_path):
+    """12 neurons in 16 bits are no multiple of 16 bytes."""
+    result = export(carve(dense, dtype="bfloat16"), tmp_path / "native")
+    assert result.dtype == "bfloat16" and result.max_abs_logit_difference < 0.1

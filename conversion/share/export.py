@@ -407,7 +407,11 @@ def compare(carved: Path, native: Path, config: CMoEConfig) -> tuple[float, floa
     ids = torch.randint(config.vocab_size, (1, COMPARED_TOKENS), generator=generator)
     logits, choices = [], []
     for folder in (carved, native):  # one model in memory at a time
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=config.dtype).eval()
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=config.dtype,
+            experts_implementation="eager",  # of any width: grouped kernels want 16 bytes
+        ).eval()
         chosen: list[torch.Tensor] = []
 
         def record(gate: nn.Module, inputs: Any, output: Any, kept: list = chosen) -> None:
