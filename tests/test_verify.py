@@ -104,7 +104,9 @@ def test_a_nan_is_no_agreement(carved_copy):
     assert not verify(carved_copy).as_carved
 
 
-def test_large_models_are_read_from_the_disk(carved, monkeypatch):
+@pytest.mark.parametrize("family", ["llama-2", "pythia", "qwen3-moe"])
+def test_large_models_are_read_from_the_disk(make_dense, carve, monkeypatch, family):
+    carved = carve(make_dense(family))
     monkeypatch.setattr(probe, "IN_MEMORY", 0)
     assert probe.placement(carved)["model.layers"] == "disk"
     assert verify(carved).as_carved
