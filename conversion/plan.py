@@ -27,6 +27,7 @@ from .folder.work import WorkFolder
 from .measure.roofline import best_seconds
 from .source.calibration import CHARACTERS_PER_TOKEN, WHOLE_CHARACTERS, random_windows, read_tokens
 from .source.checkpoint import Source, load_tokenizer, open_source
+from .source.loading import window_length
 from .source.texts import open_text, text_file
 
 
@@ -141,7 +142,7 @@ def calibration_windows(
     prefix: the record says so.
     """
     context = source.config.max_position_embeddings
-    length = settings.sequence_length or min(2048, context)
+    length = window_length(source.config, settings.sequence_length)
     if length > context:
         raise RequestError(
             f"--sequence-length {length} is longer than the model's context of {context} tokens."

@@ -24,8 +24,8 @@ from ..device import DTYPES, check_dtype, device_name, find_device, versions
 from ..errors import RequestError
 from ..source.calibration import WHOLE_CHARACTERS, read_tokens
 from ..source.checkpoint import find_model
+from ..source.loading import load_model
 from ..source.texts import open_text
-from .evaluate import load_model
 from .roofline import Work, ffn_work, measure_rates, model_work, synchronize
 from .routing import check_flat, sparse_blocks
 from .shapes import check_memory, dense_config, random_model, shape_config

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..device import check_dtype, find_device
 from ..errors import CMoEError, RequestError
 from ..folder.scores import check_card, write_card
 from ..source.calibration import check_vocabulary, consecutive_windows, read_tokens
-from ..source.checkpoint import fetch_model, find_model, load_tokenizer
+from ..source.loading import load_model, window_length
 from ..source.texts import open_text, text_name
 from .routing import replace_router, routing_blocks, watch_router
 
@@ -101,7 +101,7 @@ def evaluate(
         raise RequestError(f"--card tells what the model itself does, not with router {router!r}.")
     opened = open_text(text, part="test")
     carved, tokenizer = load_model(model, dtype, where, trust_remote_code)
-    length = sequence_length or min(2048, carved.config.max_position_embeddings)
+    length = window_length(carved.config, sequence_length)
     if length < 2:
         raise RequestError(f"--sequence-length is {length}: a window needs at least 2 tokens.")
     least = None if windows is None else windows * length
@@ -173,25 +173,6 @@ def measure_routing(
         measured = perplexity(model, windows_WL, description="model")
     own = _mean([_mean(layer) for layer in agreements]) if agreements else None
     return measured, own, 1 / math.comb(*routed[0].gate.choice)
-
-
-def load_model(
-    model: str | Path, dtype: str | None, device: torch.device, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in evaluation mode, and its tokenizer."""
-    folder, name, commit = find_model(model)
-    if commit is not None:
-        folder = fetch_model(name, commit)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # the library raises whatever its readers raise
-        reason = str(error).strip().splitlines()[0]
-        raise CMoEError(f"{name} cannot be loaded: {reason}") from error
-    loaded.to(device)  # type: ignore[arg-type]
-    return loaded.eval(), tokenizer
 
 
 @torch.no_grad()

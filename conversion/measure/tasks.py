@@ -27,7 +27,7 @@ from ..device import check_dtype, find_device
 from ..errors import CMoEError, RequestError
 from ..folder.scores import check_card, write_card
 from ..source.checkpoint import find_model
-from .evaluate import load_model
+from ..source.loading import load_model
 
 logger = logging.getLogger(__name__)
 

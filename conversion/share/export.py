@@ -55,6 +55,7 @@ from ..folder.shards import Entry, file_names, index_of, packed, raw, write_shar
 from ..measure.routing import PINNED
 from ..source.calibration import random_windows, read_tokens
 from ..source.checkpoint import fetch_model, find_model, load_tokenizer
+from ..source.loading import window_length
 from ..source.stored import WEIGHTS_INDEX, read_json
 from ..source.texts import open_text, text_file
 from .linearise import linear_routers
@@ -170,7 +171,7 @@ def export(
     routers = None
     if refit_router is not None:
         ids = read_tokens(open_text(refit_router), tokenizer, config.vocab_size).ids
-        length = sequence_length or min(2048, config.max_position_embeddings)
+        length = window_length(config, sequence_length)
         windows_WL = random_windows(ids, samples=samples, length=length, seed=0)
         routers = fitted_routers(folder, windows_WL)
     with ExportFolder.create(output, {"model": name}, overwrite=overwrite) as work:

@@ -16,7 +16,8 @@ from transformers.utils.import_utils import is_serve_available
 import cmoe_hf
 
 from ..errors import RequestError
-from ..source.checkpoint import fetch_model, find_model, load_tokenizer
+from ..source.checkpoint import load_tokenizer
+from ..source.loading import model_folder
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +38,7 @@ def serve(model: str | Path, options: Sequence[str] = ()) -> None:
         raise RequestError("serving needs more packages: pip install 'cmoe-hf[serve]'.")
     if "@" in str(model):
         raise RequestError(f"{model}: the server takes what follows an @ for a revision.")
-    folder, name, commit = find_model(model)
-    if commit is not None:
-        folder = fetch_model(name, commit)
+    folder, name = model_folder(model)
     if load_tokenizer(folder).chat_template is None:
         logger.warning(
             "%s has no chat template: /v1/completions works, /v1/chat/completions does not.", name

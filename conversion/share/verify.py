@@ -30,7 +30,8 @@ from ..folder.fingerprint import (
 )
 from ..folder.partial import sha256_of
 from ..folder.selection import code_of_type
-from ..source.checkpoint import fetch_model, find_model, load_tokenizer, read_json
+from ..source.checkpoint import load_tokenizer, read_json
+from ..source.loading import model_folder
 
 RELEASED = Path(__file__).parent.parent / "assets" / "released.json"
 """SHA-256 and name of each Python file that a release has put into repositories: they are ours."""
@@ -72,9 +73,7 @@ def verify(model: str | Path, *, trust_remote_code: bool = False) -> Verificatio
         RequestError: There is no such model, or its code is not to be trusted.
         CMoEError: It cannot be loaded at all.
     """
-    folder, name, commit = find_model(model)
-    if commit is not None:
-        folder = fetch_model(name, commit, code=True)
+    folder, name = model_folder(model, code=True)
     stated = stated_fingerprint(folder)
     prompts = stated["prompts"] if stated else prompts_for(folder, load_tokenizer(folder))
     recorded = stated["generated"] if stated else None

@@ -21,10 +21,10 @@ from ..errors import CMoEError, RequestError
 from ..folder.card import FIGURES, with_section
 from ..folder.strict import to_json
 from ..measure.benchmark import name_of
-from ..measure.evaluate import load_model
 from ..measure.routing import check_flat, sparse_blocks
 from ..source.calibration import consecutive_windows, read_tokens, tokenize
 from ..source.checkpoint import fetch_model, find_model
+from ..source.loading import load_model, window_length
 from ..source.texts import Text, open_text
 from .figures import FILES, check_drawing, draw_figures
 from .observe import Observation, observe, observe_sample, token_texts
@@ -149,8 +149,7 @@ def text_windows(
     most: int,
 ) -> torch.Tensor:
     """The first windows of the text, (W, L). Raises `RequestError` if it is too short."""
-    if length is None:
-        length = min(2048, model.config.max_position_embeddings)
+    length = window_length(model.config, length)
     if length < 2:
         raise RequestError(f"--sequence-length is {length}: a window needs at least 2 tokens.")
     read = read_tokens(text, tokenizer, model.config.vocab_size, least_tokens=most * length)

@@ -34,10 +34,11 @@ from ..folder.fingerprint import write_fingerprint
 from ..folder.partial import SETTINGS, PartialFolder, as_json, sha256_of
 from ..folder.scores import CARD_FILE
 from ..folder.windows import keep_windows, kept_windows
-from ..measure.evaluate import load_model, perplexity
+from ..measure.evaluate import perplexity
 from ..measure.routing import active_routers, count_loads, imbalance, is_biased, without_bias
 from ..source.calibration import consecutive_windows, random_windows, read_tokens
-from ..source.checkpoint import fetch_model, find_model, load_tokenizer
+from ..source.checkpoint import load_tokenizer
+from ..source.loading import load_model, model_folder, window_length
 from ..source.texts import absolute_text, open_text, text_file
 from .tuning import Tuning, check_peft, check_sharding, last_checkpoint, tune
 
@@ -216,7 +217,7 @@ def prepare(request: Request, tuning: Tuning, kept: Texts | None = None) -> Read
             "the text to measure on is the text to train on: its perplexity would say nothing. "
             "Give another --text."
         )
-    folder = model_folder(request.model)
+    folder, _ = model_folder(request.model)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=request.trust_remote_code)
     if not isinstance(config, CMoEConfig):
         raise RequestError(
@@ -226,13 +227,13 @@ def prepare(request: Request, tuning: Tuning, kept: Texts | None = None) -> Read
     tokenizer = load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
     vocabulary = config.vocab_size
     for dense in filter(None, {request.teacher, request.control}):
-        where, trusted = model_folder(dense), request.trust_remote_code
+        (where, _), trusted = model_folder(dense), request.trust_remote_code
         known = AutoConfig.from_pretrained(where, trust_remote_code=trusted).vocab_size
         vocabulary = min(vocabulary, known)
         other = load_tokenizer(where, trust_remote_code=trusted)
         if other.get_vocab() != tokenizer.get_vocab():
             raise RequestError(f"{dense} has another vocabulary than {request.model}.")
-    length = tuning.sequence_length or min(2048, config.max_position_embeddings)
+    length = window_length(config, tuning.sequence_length)
     texts = kept or read_texts(request, tuning, tokenizer, vocabulary, length)
     return Ready(folder, device, tokenizer, *texts, carried(folder))
 
@@ -267,12 +268,6 @@ def read_by(request: Request, ready: Ready) -> dict[str, str | Path | None]:
 def on_cpus() -> bool:
     """Whether processes compute on CPUs; untold, accelerate would take each for the only one."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-
-
-def model_folder(model: str) -> Path:
-    """Where the files of a model are, downloaded if need be."""
-    folder, name, commit = find_model(model)
-    return folder if commit is None else fetch_model(name, commit)
 
 
 def check_disk(folder: Path, work: PartialFolder) -> None:
