@@ -4,6 +4,8 @@
 import platform
 import resource
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -74,3 +76,26 @@ def peak_memory_bytes(device: torch.device) -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak *= 1 if sys.platform == "darwin" else 1024
     return peak + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """For example `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def best_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The shortest of several runs after a first one; of fewer if they take long."""
+    seconds: list[float] = []
+    while len(seconds) < 2 or (len(seconds) < 12 and sum(seconds) < 1):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -19,12 +19,11 @@ from .carve.decoder import BATCH_TOKENS
 from .carve.partition import CLUSTERING_TOKENS
 from .carve.settings import CALIBRATION_TOKENS, Job, Options, Settings, shard_bytes
 from .carve.shape import carved_config, width_warning
-from .device import DTYPES, find_device
+from .device import DTYPES, best_seconds, find_device
 from .errors import RequestError
 from .folder.carried import Carried, carried
 from .folder.selection import code_of
 from .folder.work import WorkFolder
-from .measure.roofline import best_seconds
 from .source.calibration import CHARACTERS_PER_TOKEN, WHOLE_CHARACTERS, random_windows, read_tokens
 from .source.checkpoint import Source, load_tokenizer, open_source
 from .source.loading import window_length

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..errors import CMoEError
+from .linalg import solve_shifted
 from .partition import Partition
 
 
@@ -146,19 +146,3 @@ def token_gram(blocks: Sequence[Block], like_TH: torch.Tensor) -> torch.Tensor:
 def transposed_product(blocks: Sequence[Block], right_TH: torch.Tensor) -> torch.Tensor:
     """Z^T R, (F, H), neurons in the order of the blocks."""
     return torch.cat([block.z_UM.T @ right_TH[block.tokens_U] for block in blocks])
-
-
-def solve_shifted(gram_XX: torch.Tensor, right_XH: torch.Tensor, shift: float) -> torch.Tensor:
-    """(G + shift I)^-1 R by Cholesky; reads the lower triangle of G, and changes its diagonal."""
-    added = 0.0
-    for wanted in (shift * 100**attempt for attempt in range(5)):
-        gram_XX.diagonal().add_(wanted - added)
-        factor_XX, failed = torch.linalg.cholesky_ex(gram_XX)
-        if not failed:
-            return torch.cholesky_solve(right_XH, factor_XX)
-        # Rounding can push the smallest eigenvalues below zero; a stronger ridge lifts them.
-        added = wanted
-    raise CMoEError(
-        "the refit's Gram matrix is not positive definite even with a strong ridge. Give more "
-        "calibration text, or use --recipe paper."
-    )

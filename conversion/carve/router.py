@@ -6,7 +6,7 @@ Shape suffixes: T tokens, H hidden size, F dense FFN width, N routed experts, K 
 
 import torch
 
-from .refit import solve_shifted
+from .linalg import lower_gram, quadratic_form, solve_shifted
 
 
 def representative_router(
@@ -87,31 +87,6 @@ def output_energies(
             energy_T = quadratic_form(h_TM, down_HM.T @ down_HM)
         energies.append(energy_T)
     return torch.stack(energies, dim=1)
-
-
-def quadratic_form(h_TM: torch.Tensor, gram_MM: torch.Tensor) -> torch.Tensor:
-    """h G hᵀ of every row, (T,), for a symmetric G: what is left of the diagonal counts twice."""
-    energy_T = h_TM.new_zeros(len(h_TM))
-    for rows in strips(gram_MM.shape[0]):
-        half_MI = gram_MM[:, rows].clone()
-        half_MI[rows] /= 2
-        product_TI = h_TM[:, : rows.stop] @ half_MI[: rows.stop]
-        energy_T += 2 * product_TI.mul_(h_TM[:, rows]).sum(dim=1)
-    return energy_T
-
-
-def lower_gram(x_TH: torch.Tensor) -> torch.Tensor:
-    """x^T x, (H, H), of which only the lower triangle is filled."""
-    gram_HH = x_TH.new_zeros(x_TH.shape[1], x_TH.shape[1])
-    for rows in strips(x_TH.shape[1]):
-        gram_HH[rows, : rows.stop] = x_TH[:, rows].T @ x_TH[:, : rows.stop]
-    return gram_HH
-
-
-def strips(size: int) -> list[slice]:
-    """A range in up to four parts: half a symmetric product costs five eighths of it this way."""
-    step = max(64, -(-size // 4))
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def oracle_choice(mass_TN: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -20,13 +20,13 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from cmoe_hf.modeling_cmoe import cache_name
 
 from ..carve.settings import Settings, absolute, public_name
-from ..device import DTYPES, check_dtype, device_name, find_device, versions
+from ..device import DTYPES, check_dtype, device_name, find_device, name_of, synchronize, versions
 from ..errors import RequestError
 from ..source.calibration import WHOLE_CHARACTERS, read_tokens
 from ..source.checkpoint import find_model
 from ..source.loading import load_model
 from ..source.texts import open_text
-from .roofline import Work, ffn_work, measure_rates, model_work, synchronize
+from .roofline import Work, ffn_work, measure_rates, model_work
 from .routing import check_flat, sparse_blocks
 from .shapes import check_memory, dense_config, random_model, shape_config
 
@@ -465,11 +465,6 @@ def dense_beside(
     dense, _ = load_model(baseline, name_of(carved.dtype), carved.device, trust_remote_code)
     check_same_shape(dense, carved, baseline)
     return dense
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """For example `float32`."""
-    return str(dtype).removeprefix("torch.")
 
 
 def choose_backend(model: PreTrainedModel, backend: str) -> None:

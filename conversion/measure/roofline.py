@@ -4,8 +4,6 @@
 Shape suffixes: T tokens, H hidden size, N routed experts, K active experts.
 """
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,6 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from cmoe_hf.modeling_cmoe import CMoESparseMoeBlock
+
+from ..device import best_seconds
 
 
 @dataclass(frozen=True)
@@ -54,24 +54,6 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     )
     product = best_seconds(lambda: left @ right, device)
     return Rates(long_QH.numel() * long_QH.element_size() / read, 2 * side**3 / product)
-
-
-def best_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The shortest of several runs after a first one; of fewer if they take long."""
-    seconds: list[float] = []
-    while len(seconds) < 2 or (len(seconds) < 12 and sum(seconds) < 1):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def ffn_work(block: torch.nn.Module, tokens: int, experts_hit: float) -> Work:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from cmoe_hf.modeling_cmoe import ExpertsLoop, run_expert
 
-from ..carve.refit import solve_shifted
+from ..carve.linalg import solve_shifted
 from ..measure.routing import sparse_blocks
 
 

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..device import check_dtype, find_device, versions
+from ..device import check_dtype, find_device, name_of, versions
 from ..errors import CMoEError, RequestError
 from ..folder.card import FIGURES, with_section
 from ..folder.strict import to_json
-from ..measure.benchmark import name_of
 from ..measure.routing import check_flat, sparse_blocks
 from ..source.calibration import consecutive_windows, read_tokens, tokenize
 from ..source.checkpoint import fetch_model, find_model

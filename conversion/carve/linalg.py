@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear algebra of symmetric matrices, of which half is computed.
+
+Shape suffixes: X equations, H hidden size, T tokens, M neurons, I of a part of them.
+"""
+
+import torch
+
+from ..errors import CMoEError
+
+
+def solve_shifted(gram_XX: torch.Tensor, right_XH: torch.Tensor, shift: float) -> torch.Tensor:
+    """(G + shift I)^-1 R by Cholesky; reads the lower triangle of G, and changes its diagonal."""
+    added = 0.0
+    for wanted in (shift * 100**attempt for attempt in range(5)):
+        gram_XX.diagonal().add_(wanted - added)
+        factor_XX, failed = torch.linalg.cholesky_ex(gram_XX)
+        if not failed:
+            return torch.cholesky_solve(right_XH, factor_XX)
+        # Rounding can push the smallest eigenvalues below zero; a stronger ridge lifts them.
+        added = wanted
+    raise CMoEError(
+        "the refit's Gram matrix is not positive definite even with a strong ridge. Give more "
+        "calibration text, or use --recipe paper."
+    )
+
+
+def quadratic_form(h_TM: torch.Tensor, gram_MM: torch.Tensor) -> torch.Tensor:
+    """h G hᵀ of every row, (T,), for a symmetric G: what is left of the diagonal counts twice."""
+    energy_T = h_TM.new_zeros(len(h_TM))
+    for rows in strips(gram_MM.shape[0]):
+        half_MI = gram_MM[:, rows].clone()
+        half_MI[rows] /= 2
+        product_TI = h_TM[:, : rows.stop] @ half_MI[: rows.stop]
+        energy_T += 2 * product_TI.mul_(h_TM[:, rows]).sum(dim=1)
+    return energy_T
+
+
+def lower_gram(x_TH: torch.Tensor) -> torch.Tensor:
+    """x^T x, (H, H), of which only the lower triangle is filled."""
+    gram_HH = x_TH.new_zeros(x_TH.shape[1], x_TH.shape[1])
+    for rows in strips(x_TH.shape[1]):
+        gram_HH[rows, : rows.stop] = x_TH[:, rows].T @ x_TH[:, : rows.stop]
+    return gram_HH
+
+
+def strips(size: int) -> list[slice]:
+    """A range in up to four parts: half a symmetric product costs five eighths of it this way."""
+    step = max(64, -(-size // 4))
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
