@@ -21,12 +21,11 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 
 import filelock
-from safetensors import SafetensorError
 
 from cmoe_hf import CMoEConfig
 
-from ..errors import CMoEError, RequestError
-from .paths import check_apart, check_place, remove, resolved
+from ..errors import RequestError
+from .paths import check_apart, check_place, remove, replace_file, resolved
 from .selection import code_of
 from .strict import to_json
 
@@ -232,18 +231,8 @@ class PartialFolder:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
     def replace(self, path: Path, content: str | bytes | Callable[[Path], Any]) -> None:
-        """Write a file under another name, to the disk, then give it its own."""
-        new = path.with_name(path.name + ".new")
-        if isinstance(content, str):
-            content = content.encode()
-        try:
-            new.write_bytes(content) if isinstance(content, bytes) else content(new)
-            with open(new, "rb") as file:
-                os.fsync(file.fileno())
-            new.replace(path)
-        except (OSError, SafetensorError) as error:
-            new.unlink(missing_ok=True)
-            raise CMoEError(f"cannot write {path.name} in {self.folder}: {error}.") from error
+        """`paths.replace_file`, for a file of this folder."""
+        replace_file(path, content)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write one JSON file of the repository."""

@@ -8,10 +8,13 @@ names of one folder are one folder.
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from ..errors import RequestError
+from safetensors import SafetensorError
+
+from ..errors import CMoEError, RequestError
 
 MOUNTS = Path("/proc/self/mountinfo")
 """Linux tells here what is mounted; `os.path.ismount` misses a folder bound to its own disk."""
@@ -107,6 +110,25 @@ def mount_points() -> set[Path]:
 def unescaped(name: str) -> str:
     r"""A name of the kernel's table, in which a space is \040."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), name)
+
+
+def replace_file(path: Path, content: str | bytes | Callable[[Path], Any]) -> None:
+    """Write a file under another name, to the disk, then give it its own: it is never half of it.
+
+    `content` may be a function that writes the file it is given. Raises `CMoEError`.
+    """
+    new = path.with_name(path.name + ".new")
+    if isinstance(content, str):
+        content = content.encode()
+    try:
+        new.write_bytes(content) if isinstance(content, bytes) else content(new)
+        with open(new, "rb") as file:
+            os.fsync(file.fileno())
+        new.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise CMoEError(f"cannot write {path.name} in {path.parent}: {error}.") from error
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def remove(paths: Iterable[Path]) -> None:

@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard
 from ..device import versions
 from ..errors import RequestError
 from ..source.checkpoint import find_model
+from .paths import replace_file
 from .strict import to_json
 
 RESULTS_FILE = "evaluation.json"
@@ -78,14 +79,14 @@ def write_card(
     new = {(record["task"], record["metric"]): {**record, **circumstances} for record in records}
     kept = [it for it in _recorded(folder) if (it["task"], it["metric"]) not in new]
     content = {"results": [*kept, *new.values()]}
-    replace_text(folder / RESULTS_FILE, to_json(content, indent=2) + "\n")
+    replace_file(folder / RESULTS_FILE, to_json(content, indent=2) + "\n")
 
     card = ModelCard.load(folder / CARD_FILE)
     told = card.data.eval_results or []
     told = [it for it in told if (it.dataset_type, it.metric_type) not in new]
     card.data.eval_results = [*told, *map(eval_result, new.values())]
     card.data.model_name = card.data.model_name or folder.resolve().name
-    replace_text(folder / CARD_FILE, str(card))
+    replace_file(folder / CARD_FILE, str(card))
 
 
 def eval_result(record: dict[str, Any]) -> EvalResult:
@@ -112,10 +113,3 @@ def _recorded(folder: Path) -> list[dict[str, Any]]:
     for record in records:
         record["task"], record["metric"]  # KeyError here, not after hours of measuring
     return records
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is either the old or the new one, never half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", newline="")  # line ends as the card has them
-    partial.replace(path)

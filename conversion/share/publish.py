@@ -31,7 +31,8 @@ from ..errors import CMoEError, RequestError
 from ..folder.card import stated
 from ..folder.carried import read_card
 from ..folder.partial import sha256_of
-from ..folder.scores import CARD_FILE, replace_text
+from ..folder.paths import replace_file
+from ..folder.scores import CARD_FILE
 from .verify import verify
 from .vetting import check_card, check_complete, check_private, files_to_publish
 
@@ -137,7 +138,7 @@ def publish(
         replaced = sorted(name for name in same if differs(here, target.files[name]))
         if not dry_run:
             if licence or base_model:  # nobody asked for another card otherwise
-                replace_text(here / CARD_FILE, card)
+                replace_file(here / CARD_FILE, card)
             if not target.exists:
                 patiently(partial(api.create_repo, repository, private=not public, exist_ok=True))
             branch = prepare(api, repository, branch, pull_request)

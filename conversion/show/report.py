@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..device import check_dtype, find_device, name_of, versions
 from ..errors import CMoEError, RequestError
 from ..folder.card import FIGURES, with_section
+from ..folder.paths import replace_file
 from ..folder.strict import to_json
 from ..measure.routing import check_flat, sparse_blocks
 from ..source.calibration import consecutive_windows, read_tokens, tokenize
@@ -307,11 +308,4 @@ def show_in_card(card: Path, figures: list[str], measured: dict[str, Any]) -> No
     told += "[report/index.html](report/index.html)."
     with open(card, encoding="utf-8", newline="") as file:  # line ends stay as they are
         text = with_section(file.read(), FIGURES, "\n\n".join(["## Figures", told, *images]))
-    new = card.with_name(card.name + ".new")
-    try:
-        new.write_text(text, encoding="utf-8", newline="")
-        new.replace(card)
-    except OSError as error:
-        raise CMoEError(f"cannot write {card.name}: {error.strerror}.") from error
-    finally:
-        new.unlink(missing_ok=True)
+    replace_file(card, text)

@@ -17,7 +17,7 @@ from ..convert import convert, resume
 from ..device import device_name, find_device, versions
 from ..errors import CMoEError, RequestError
 from ..folder.partial import as_json
-from ..folder.paths import check_apart, remove, resolved
+from ..folder.paths import check_apart, remove, replace_file, resolved
 from ..folder.work import WorkFolder
 from ..measure.benchmark import benchmark
 from ..measure.evaluate import evaluate
@@ -294,10 +294,8 @@ class Store:
     def add(self, key: str, figures: dict[str, Any]) -> None:
         """Keep the figures of one model."""
         self.measured[key] = figures
-        new = self.file.with_suffix(".new")
         content = {"protocol": self.protocol, "measured": self.measured}
-        new.write_text(as_json(content), encoding="utf-8")
-        new.replace(self.file)
+        replace_file(self.file, as_json(content))
 
 
 def as_markdown(result: Sweep) -> str:
