@@ -421,6 +421,7 @@ def test_interrupted_it_leaves_nothing_that_looks_finished(embedded, tmp_path):
     out = tmp_path / "out"
     script = (
         "import sys, signal, os\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored\n"
         "from cmoe_hf.conversion import cli\nfrom cmoe_hf.conversion.folder import work\n"
         "write = work.WorkFolder.write_rest\n"
         "def interrupt(self, *arguments):\n"
