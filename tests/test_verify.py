@@ -238,3 +238,15 @@ def test_a_hub_id_is_verified_and_upgraded_by_a_pull_request(hub, old, monkeypat
     hub.repositories["org/old"].commit("main", proposed)
     assert verify("org/old").as_carved
     hub.reset()
+
+
+def test_a_damaged_fingerprint_is_no_fingerprint(carved_copy):
+    record = json.loads((carved_copy / "conversion.json").read_text())
+    del record["fingerprint"]["generated"]
+    (carved_copy / "conversion.json").write_text(json.dumps(record))
+    refused(invoke("verify", carved_copy), 2, "the fingerprint in conversion.json")
+
+
+def test_a_tiny_context_is_enough(make_dense, carve):
+    carved = carve(make_dense(max_position_embeddings=32), sequence_length=32)
+    assert verify(carved).as_carved

@@ -11,23 +11,20 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ..device import versions
-from ..errors import CMoEError
+from ..errors import CMoEError, RequestError
 from ..source.stored import read_json
 from . import probe
 from .partial import PartialFolder
 
 CONVERSION = "conversion.json"
-
-
 PROMPTS = (
     "A model that is carved goes on with a sentence as it did on the day it was made, and so",
     "Left of this one there is padding:",
 )
-
-
-LONGEST_PROMPT = 48
-
-
+LENGTHS = (8, 48)
+"""Tokens of a prompt at least, in a model with a tiny context, and at most."""
+COMPUTED = ("likeliest", "log_probabilities", "generated")
+"""What of `probe` a fingerprint holds."""
 TOLERANCE = 1e-3
 """Of log-probabilities in float32. A cache that is forgotten changes them by more than 1."""
 
@@ -45,8 +42,7 @@ def fingerprint_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str
             f"{versions()['transformers']}: {'; '.join(wrong)}. If the source is sound, install a "
             "version that cmoe-hf has been tested with, and go on."
         )
-    names = ("likeliest", "log_probabilities", "generated")
-    return {"prompts": prompts, **{name: found[name] for name in names}}
+    return {"prompts": prompts, **{name: found[name] for name in COMPUTED}}
 
 
 def write_fingerprint(
@@ -59,16 +55,23 @@ def write_fingerprint(
 
 
 def stated_fingerprint(folder: Path) -> dict[str, Any] | None:
-    """What the folder says of itself; None for a repository of an older release."""
+    """What the folder says of itself; None for a repository of an older release.
+
+    Raises `RequestError` for a fingerprint that is none.
+    """
     if not (folder / CONVERSION).is_file():
         return None
-    return read_json(folder / CONVERSION).get("fingerprint")
+    stated = read_json(folder / CONVERSION).get("fingerprint")
+    if stated is not None and not {"prompts", *COMPUTED} <= stated.keys():
+        raise RequestError(f"the fingerprint in {CONVERSION} of {folder.name} is damaged.")
+    return stated
 
 
 def prompts_for(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of two sentences of different lengths, within the model's context."""
     context = AutoConfig.from_pretrained(folder).max_position_embeddings
-    longest = min(LONGEST_PROMPT, context - probe.GENERATED)
+    shortest, longest = LENGTHS
+    longest = max(shortest, min(longest, context - probe.GENERATED))
     ids = [tokenizer(prompt)["input_ids"][:longest] for prompt in PROMPTS]
     ids[1] = ids[1][: len(ids[0]) - 1]
     return ids

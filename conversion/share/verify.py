@@ -75,9 +75,13 @@ def verify(model: str | Path, *, trust_remote_code: bool = False) -> Verificatio
     """
     folder, name = model_folder(model, code=True)
     stated = stated_fingerprint(folder)
-    prompts = stated["prompts"] if stated else prompts_for(folder, load_tokenizer(folder))
-    recorded = stated["generated"] if stated else None
-    if runs_here(folder, trusted=trust_remote_code):
+    is_ours = runs_here(folder, trusted=trust_remote_code)
+    if stated:
+        prompts, recorded = stated["prompts"], stated["generated"]
+    else:
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        prompts, recorded = prompts_for(folder, tokenizer), None
+    if is_ours:
         found = computed(folder, name, prompts, recorded)
     else:
         found = computed_elsewhere(folder, name, prompts, recorded)
