@@ -45,7 +45,8 @@ newest: $(VENV)/installed-dev
 	$(PYTHON) -m venv $(NEWEST)
 	echo "$(abspath $(VENV))"/lib/python*/site-packages > $$(echo $(NEWEST)/lib/python*/site-packages)/locked.pth
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
-	    --upgrade-strategy eager --editable '.[dev]' "$(TORCH)" $(PINS)
+	    --upgrade-strategy eager --editable '.[dev]' "$(TORCH)"
+	$(if $(PINS),$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check $(PINS))
 	$(NEWEST)/bin/python $(PYTEST) -m "library and not thorough" $(TESTS)
 
 lint: $(VENV)/installed-dev
