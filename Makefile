@@ -24,7 +24,7 @@ NEWEST := $(VENV)-newest
 demo: $(VENV)/installed
 	$(BIN)/cmoe demo
 
-# What a change may break, in five minutes on two cores.
+# What a change is likely to break.
 test: $(VENV)/installed-dev
 	$(BIN)/python $(PYTEST) -m "not thorough" $(TESTS)
 	@echo "Left to \`make check\`: what is marked thorough (long trainings, kills, several processes)."

@@ -85,6 +85,7 @@ def test_it_generates_the_same_text(embedded, carve, tmp_path):
     assert torch.equal(*texts)
 
 
+@pytest.mark.thorough
 def test_it_loads_in_a_process_without_this_package(carved, token_ids, tmp_path):
     export(carved, tmp_path / "native")
     assert not list((tmp_path / "native").glob("*.py"))

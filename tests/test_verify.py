@@ -218,6 +218,7 @@ def test_the_tested_range_is_what_the_package_declares():
     assert declared == f"transformers>={low},<{major}.{minor + 1}"
 
 
+@pytest.mark.thorough
 def test_a_hub_id_is_verified_and_upgraded_by_a_pull_request(hub, old, monkeypatch):
     hub.reset()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
