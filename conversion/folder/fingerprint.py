@@ -111,13 +111,18 @@ def inconsistencies(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def moved(found: dict[str, Any], stated: dict[str, Any]) -> list[str]:
+    """Whether the likeliest tokens are not as likely as the fingerprint says, in words."""
+    pairs = zip(found["log_probabilities"], stated["log_probabilities"], strict=True)
+    by = [max(abs(a - b) for a, b in zip(*pair, strict=True)) for pair in pairs]
+    if sorted(by)[len(by) // 2] <= TOLERANCE:
+        return []
+    return [f"its likeliest tokens have other log-probabilities (by {max(by):.2g})"]
+
+
 def changes(found: dict[str, Any], stated: dict[str, Any]) -> list[str]:
     """What is not as the fingerprint says, in words."""
-    pairs = zip(found["log_probabilities"], stated["log_probabilities"], strict=True)
-    moved = [max(abs(a - b) for a, b in zip(*pair, strict=True)) for pair in pairs]
-    told = []
-    if not sorted(moved)[len(moved) // 2] <= TOLERANCE:
-        told.append(f"its likeliest tokens have other log-probabilities (by {max(moved):.2g})")
+    told = moved(found, stated)
     recorded = found["differences"]["recorded"]
     if not recorded <= TOLERANCE:
         told.append(

@@ -24,9 +24,8 @@ from ..folder.card import renewed_card
 from ..folder.carried import read_card
 from ..folder.fingerprint import (
     CONVERSION,
-    changes,
-    computed,
     fingerprint_of,
+    moved,
     prompts_for,
     stated_fingerprint,
 )
@@ -181,9 +180,8 @@ def checked(folder: Path, work: UpgradeFolder, old: dict[str, Any] | None) -> Ve
     found = replace(verify(work.folder), model=folder.name)
     differences = list(found.differences)
     if old is not None:
-        stated = read_json(work.folder / CONVERSION)["fingerprint"]
-        new = computed(work.folder, folder.name, stated["prompts"], stated["generated"])
-        differences += changes(new, {**stated, "log_probabilities": old["log_probabilities"]})
+        # The fingerprint is what the new code computed a moment ago.
+        differences += moved(old, read_json(work.folder / CONVERSION)["fingerprint"])
     if differences:
         raise CMoEError(f"{folder.name} was not upgraded: {'; '.join(differences)}.")
     return found
