@@ -259,6 +259,16 @@ class PartialFolder:
             self.replace(self.folder / name, content)
 
 
+class BriefFolder(PartialFolder):
+    """A folder of work that takes a moment: interrupted, it starts again."""
+
+    finished = ""
+    resume_hint = ""
+
+    def read_finished(self) -> None:
+        """There is nothing to take up."""
+
+
 def _names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
 

@@ -49,7 +49,7 @@ from ..errors import RequestError
 from ..folder.card import native_card
 from ..folder.carried import carried
 from ..folder.fingerprint import write_fingerprint
-from ..folder.partial import PartialFolder
+from ..folder.partial import BriefFolder
 from ..folder.scores import CARD_FILE
 from ..folder.shards import Entry, file_names, index_of, packed, raw, write_shard
 from ..measure.routing import PINNED
@@ -196,16 +196,11 @@ def export(
     return result
 
 
-class ExportFolder(PartialFolder):
-    """An export's folder. It takes a minute or two: interrupted, it starts again."""
+class ExportFolder(BriefFolder):
+    """An export's folder."""
 
     command = "export"
     noun = "export"
-    finished = ""
-    resume_hint = ""
-
-    def read_finished(self) -> None:
-        """There is nothing to take up."""
 
 
 def check_config(config: PreTrainedConfig, name: str, architecture: str, *, refit: bool) -> None:

@@ -29,7 +29,7 @@ from ..folder.fingerprint import (
     prompts_for,
     stated_fingerprint,
 )
-from ..folder.partial import SETTINGS, PartialFolder, sha256_of
+from ..folder.partial import SETTINGS, BriefFolder, sha256_of
 from ..folder.scores import CARD_FILE
 from ..folder.selection import REMOTE_CODE
 from ..source.checkpoint import find_model, from_hub, load_tokenizer, read_json
@@ -53,15 +53,11 @@ class Upgrade:
     """What `verify` says of the result, in one line."""
 
 
-class UpgradeFolder(PartialFolder):
-    """The folder of an upgrade: it takes a moment, so that it starts again if interrupted."""
+class UpgradeFolder(BriefFolder):
+    """The folder of an upgrade."""
 
     command = "upgrade"
     noun = "upgrade"
-    finished = ""
-
-    def read_finished(self) -> None:
-        """There is nothing to take up."""
 
     def _refuse_contents(self) -> None:
         begun = self.private / SETTINGS
