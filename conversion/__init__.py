@@ -2,7 +2,7 @@
 """Turn dense language models into CMoE models, and measure them."""
 
 from .carve.recipe import RECIPES, Recipe
-from .carve.settings import Options, Settings
+from .carve.settings import Settings
 from .convert import Conversion, convert, resume
 from .demo import Demo, demo
 from .errors import CMoEError, RequestError
@@ -28,7 +28,6 @@ __all__ = [
     "Demo",
     "Evaluation",
     "Export",
-    "Options",
     "Plan",
     "Publication",
     "Recipe",

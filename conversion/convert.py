@@ -4,9 +4,9 @@
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import psutil
 import torch
@@ -17,18 +17,20 @@ import cmoe_hf
 from cmoe_hf import CMoEHierarchicalConfig
 
 from .carve.decoder import Storage, Streams
-from .carve.hierarchy import carve_model as carve_moe
+from .carve.hierarchy import carve_moe
 from .carve.pipeline import carve_model
-from .carve.settings import Job, Options, shard_bytes
-from .carve.shape import parent_config, width_warning
+from .carve.settings import NORMAL, Settings, absolute, shard_bytes, with_settings
+from .carve.shape import width_warning
 from .device import DTYPES, peak_memory_bytes, versions
 from .errors import RequestError
 from .folder.card import model_card
 from .folder.fingerprint import CONVERSION, fingerprint_of
 from .folder.windows import keep_windows, kept_windows
 from .folder.work import WorkFolder
-from .plan import Prepared, check_disk, prepare, read_by, settled
+from .plan import Prepared, prepare, prepare_work
 
+DRIVERS = {"pipeline": carve_model, "hierarchy": carve_moe}
+"""What walks the layers, by the name in the family's row."""
 logger = logging.getLogger(__name__)
 
 
@@ -48,9 +50,8 @@ class Conversion:
     """Time of the carving pass over that of the bare forward pass."""
 
 
-def convert(
-    model: str | Path, output: str | Path, *, overwrite: bool = False, **options: Unpack[Options]
-) -> Conversion:
+@with_settings(Settings)
+def convert(model: str | Path, output: str | Path, settings: Settings) -> Conversion:
     """Carve the dense model `model` (folder or Hub id) into a CMoE repository at `output`.
 
     The repository grows in `output` + `.partial` and appears at `output` when it is complete. What
@@ -59,9 +60,8 @@ def convert(
     Args:
         model: Folder or Hub id of a supported dense model, with tokenizer and safetensors.
         output: Folder to create.
-        overwrite: Replace an existing model repository or unfinished conversion at `output`.
-        options: See `settings.Options`; `experts`, and `budget` or `shared` and `active`, must be
-            given.
+        settings: As keywords, the fields of `Settings`; `experts`, and `budget` or `shared` and
+            `active`, must be given.
 
     Returns:
         What was done, with times in seconds and memory in bytes.
@@ -70,19 +70,19 @@ def convert(
         RequestError: The request cannot be satisfied; nothing was started.
         CMoEError: The work failed; nothing was left at `output`.
     """
-    job = Job.of(model, **options)
-    prepared = prepare(job)
-    job = settled(job, prepared)
-    work = WorkFolder(output, overwrite=overwrite)
-    work.check(read_by(job, prepared))
-    check_disk(job, prepared, work)
+    prepared, work = prepare_work(model, output, settings)
     if warning := width_warning(prepared.config):
         logger.warning("%s", warning)
-    frozen = {"job": job.record(), "threads": torch.get_num_threads(), **fingerprint(prepared)}
-    frozen["calibration"] = prepared.calibration
-    with WorkFolder.create(output, frozen, overwrite=overwrite) as work:
+    frozen = {
+        "model": absolute(model),
+        "settings": prepared.settings.record(),
+        "threads": torch.get_num_threads(),
+        "calibration": prepared.calibration,
+        **determinants(prepared),
+    }
+    with WorkFolder.create(work.output, frozen, overwrite=settings.overwrite) as work:
         keep_windows(work, calibration=prepared.windows_WL)
-        return carve(job, prepared, work)
+        return carve(prepared, work)
 
 
 def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Conversion:
@@ -90,8 +90,8 @@ def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Co
 
     Args:
         output: The folder that the conversion was to create.
-        overrides: Settings that the caller believes to be in force, by their names in
-            `settings.Options`. They must be.
+        overrides: What the caller believes to be in force: `model`, and fields of `Settings` by
+            their names. They must be.
 
     Raises:
         RequestError: There is none, or something that determines the result is no longer the
@@ -99,9 +99,13 @@ def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Co
         CMoEError: The work failed again, or what was finished is damaged.
     """
     with WorkFolder.reopen(output) as work:
-        job = Job.from_record(work.settings["job"])
-        known = {**asdict(job.settings), **job.record()}
+        model, settings = work.settings["model"], Settings.from_record(work.settings["settings"])
+        known = {**vars(settings), **vars(settings.shape), "model": model}
         for name, value in (overrides or {}).items():
+            if name == "model":
+                value = absolute(value)
+            elif name in NORMAL:
+                value = getattr(replace(settings, **{name: value}), name)
             if value != known[name]:
                 raise RequestError(
                     f"{name} was {known[name]!r} when this conversion started and cannot become "
@@ -110,18 +114,18 @@ def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Co
         kept = None
         if (windows := kept_windows(work)) is not None:
             kept = (windows["calibration"], work.settings["calibration"])
-        prepared = prepare(job, kept)
-        work.check_apart(read_by(job, prepared))
-        work.check_unchanged(fingerprint(prepared))
+        prepared = prepare(model, settings, kept)
+        work.check_apart(prepared.read)
+        work.check_unchanged(determinants(prepared))
         threads = torch.get_num_threads()
         torch.set_num_threads(work.settings["threads"])  # their number changes the last bits
         try:
-            return carve(job, prepared, work)
+            return carve(prepared, work)
         finally:
             torch.set_num_threads(threads)
 
 
-def fingerprint(prepared: Prepared) -> dict[str, str]:
+def determinants(prepared: Prepared) -> dict[str, str]:
     """What besides the settings determines the result, under names that people understand."""
     ids = prepared.windows_WL.numpy().tobytes()
     return {
@@ -135,32 +139,31 @@ def fingerprint(prepared: Prepared) -> dict[str, str]:
 
 
 @torch.no_grad()
-def carve(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
+def carve(prepared: Prepared, work: WorkFolder) -> Conversion:
     """Carve the layers that are not finished yet, and complete the repository."""
-    source, config, settings = prepared.source, prepared.config, job.settings
-    storage = Storage(prepared.device, work.private if job.activations == "disk" else None)
+    source, settings, recipe = prepared.source, prepared.settings, prepared.recipe
+    row, total = source.architecture, prepared.config.num_hidden_layers
+    on_disk = settings.activations == "disk"
+    storage = Storage(prepared.device, work.private if on_disk else None)
     rest = source.read_rest()
-    named = {source.architecture.carved_name(name): tensor for name, tensor in rest.items()}
+    named = {row.carved_name(name): tensor for name, tensor in rest.items()}
     work.write_rest(in_dtype(named, settings.dtype))
-    states = work.read_states()
-    if states:
+    if states := work.read_states():
         streams = Streams.restored(states, storage)
     else:
-        embedding = rest[source.architecture.embedding]
-        streams = Streams.embedded(
-            embedding,
-            prepared.windows_WL,
-            storage,
-            dense=settings.choices.needs_dense_stream and source.architecture.router is None,
-        )
+        dense = recipe.needs_dense_stream and row.router is None
+        streams = Streams.embedded(rest[row.embedding], prepared.windows_WL, storage, dense=dense)
     del rest, named, states
-    how: dict[str, Any] = {"first": work.layers_done, "k_act": settings.k_act, "storage": storage}
-    if isinstance(config, CMoEHierarchicalConfig):
-        inner = parent_config(config, settings)
-        carved = carve_moe(source, streams, config, inner, settings.choices, **how)
-    else:
-        carved = carve_model(source, streams, config, settings.choices, **how)
-    total, done = config.num_hidden_layers, work.layers_done
+    carved = DRIVERS[row.driver](
+        source,
+        streams,
+        prepared.config,
+        recipe,
+        first=work.layers_done,
+        k_act=settings.k_act,
+        storage=storage,
+    )
+    done = work.layers_done
     with tqdm(total=total, initial=done, desc="carving", unit="layer", disable=None) as bar:
         for index, tensors, figures in carved:
             work.write_layer(
@@ -175,43 +178,34 @@ def carve(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
                 f"{figures['relative_output_error']:.4f}, carving pass "
                 f"{figures['seconds']['carving_pass']:.1f} s, memory {resident:.2f} GB"
             )
-    return complete(job, prepared, work)
+    return complete(prepared, work)
 
 
-def complete(job: Job, prepared: Prepared, work: WorkFolder) -> Conversion:
+def complete(prepared: Prepared, work: WorkFolder) -> Conversion:
     """Write everything beside the weights."""
-    if isinstance(prepared.config, CMoEHierarchicalConfig):
+    config, settings = prepared.config, prepared.settings
+    if isinstance(config, CMoEHierarchicalConfig):
         kept = [layer["kept_parents"] for layer in work.figures]
-        prepared.config.kept_parents = kept if any(kept) else None
-    work.join(shard_bytes(job.max_shard_size))
-    code = write_loading_files(work, prepared)
+        config.kept_parents = kept if any(kept) else None
+    work.join(shard_bytes(settings.max_shard_size))
+    config.save_pretrained(work.folder)
+    code = work.write_code(type(config))
+    work.write_files(prepared.carried.files)
     fingerprint = fingerprint_of(work.folder, prepared.tokenizer)
     result = Conversion(
         output=str(work.output),
-        notation=job.settings.notation,
-        activation_ratio=prepared.config.activation_ratio,
+        notation=settings.shape.notation,
+        activation_ratio=config.activation_ratio,
         calibration_tokens=prepared.windows_WL.numel(),
         seconds=work.seconds,
         peak_memory_bytes=peak_memory_bytes(prepared.device),
         **summary(work.figures),
     )
-    report = conversion_report(job, prepared, result, work.figures)
+    report = conversion_report(prepared, result, work.figures)
     work.write_json(CONVERSION, report | {"fingerprint": fingerprint})
-    licence = prepared.carried.licence
-    card = model_card(prepared.source, prepared.config, report, code, licence)
+    card = model_card(prepared.source, config, report, code, prepared.carried.licence)
     work.write_text("README.md", card)
     return result
-
-
-def write_loading_files(work: WorkFolder, prepared: Prepared) -> dict[str, str]:
-    """Everything beside the weights that a loader needs, and the source's legal files.
-
-    Returns the hashes of the Python files.
-    """
-    prepared.config.save_pretrained(work.folder)
-    code = work.write_code(type(prepared.config))
-    work.write_files(prepared.carried.files)
-    return code
 
 
 def summary(layers: list[dict[str, Any]]) -> dict[str, float]:
@@ -233,16 +227,22 @@ def in_dtype(tensors: dict[str, torch.Tensor], dtype: str | None) -> dict[str, t
 
 
 def conversion_report(
-    job: Job, prepared: Prepared, result: Conversion, layers: list[dict[str, Any]]
+    prepared: Prepared, result: Conversion, layers: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The content of `conversion.json`: no path, user name or token reaches it."""
     figures = asdict(result)
     del figures["output"]
-    source, calibration = prepared.source, prepared.calibration
+    source, settings, calibration = prepared.source, prepared.settings, prepared.calibration
+    said = ("budget", "samples", "sequence_length", "k_act", "seed", "dtype")
     return {
         "source": {"name": source.name, "revision": source.revision},
-        "settings": {**asdict(job.settings), "calibration": calibration["source"]},
-        "recipe": asdict(job.settings.choices),
+        "settings": {
+            **asdict(settings.shape),
+            **{name: getattr(settings, name) for name in said},
+            "recipe": prepared.recipe.title,
+            "calibration": calibration["source"],
+        },
+        "recipe": asdict(prepared.recipe),
         "calibration": calibration,
         "versions": versions(),
         "device": prepared.device.type,

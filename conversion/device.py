@@ -5,7 +5,8 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -99,3 +100,30 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was told."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+class Stopwatch:
+    """Seconds spent under each name. Of two names within each other, the inner one counts."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._names: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time what is done within."""
+        self._lap()
+        self._names.append(name)
+        yield
+        self._lap()
+        self._names.pop()
+
+    def _lap(self) -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        now = time.perf_counter()
+        if self._names:
+            name = self._names[-1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now

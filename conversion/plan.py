@@ -7,7 +7,7 @@ Counts are of one layer: T calibration tokens, H hidden size, F dense FFN width.
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import psutil
 import torch
@@ -17,7 +17,8 @@ from cmoe_hf import CMoEConfig
 
 from .carve.decoder import BATCH_TOKENS
 from .carve.partition import CLUSTERING_TOKENS
-from .carve.settings import CALIBRATION_TOKENS, Job, Options, Settings, shard_bytes
+from .carve.recipe import Recipe
+from .carve.settings import CALIBRATION_TOKENS, Settings, shard_bytes, with_settings
 from .carve.shape import carved_config, width_warning
 from .device import DTYPES, best_seconds, find_device
 from .errors import RequestError
@@ -65,10 +66,13 @@ class Plan:
     warnings: list[str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What a job needs, found and checked."""
+    """What a conversion needs, found and checked."""
 
+    settings: Settings
+    """With what they left open decided: the commit, and where activations are kept."""
+    recipe: Recipe
     source: Source
     config: CMoEConfig
     """Of the carved model."""
@@ -80,10 +84,17 @@ class Prepared:
     carried: Carried
     """What the carved model takes over from the source as it is."""
 
+    @property
+    def read(self) -> dict[str, str | Path | None]:
+        """What is read from this machine, by what to call it."""
+        return {
+            "the source checkpoint": self.source.folder,
+            "the calibration text": text_file(self.settings.calibration),
+        }
 
-def plan(
-    model: str | Path, output: str | Path, *, overwrite: bool = False, **options: Unpack[Options]
-) -> Plan:
+
+@with_settings(Settings)
+def plan(model: str | Path, output: str | Path, settings: Settings) -> Plan:
     """Say what `convert` with the same arguments would do, or refuse what it would refuse.
 
     Nothing is written. A Hub model is downloaded, as the conversion will need it.
@@ -92,44 +103,52 @@ def plan(
         RequestError: The request cannot be satisfied.
         CMoEError: The source checkpoint is damaged or cannot be reached.
     """
-    job = Job.of(model, **options)
-    prepared = prepare(job)
-    job = settled(job, prepared)
-    work = WorkFolder(output, overwrite=overwrite)
-    work.check(read_by(job, prepared))
-    check_disk(job, prepared, work)
+    prepared, work = prepare_work(model, output, settings)
     prepared.source.digest()
-    return estimate(job, prepared, work)
+    return estimate(prepared, work)
 
 
-def prepare(job: Job, kept: tuple[torch.Tensor, dict[str, Any]] | None = None) -> Prepared:
-    """Find and check all that a job needs, cheapest first: the text, unless what
+def prepare_work(
+    model: str | Path, output: str | Path, settings: Settings
+) -> tuple[Prepared, WorkFolder]:
+    """What a conversion needs, and the folder that it could be written to; nothing is yet."""
+    prepared = prepare(model, settings)
+    work = WorkFolder(output, overwrite=settings.overwrite)
+    work.check(prepared.read)
+    check_disk(prepared, work)
+    return prepared, work
+
+
+def prepare(
+    model: str | Path, settings: Settings, kept: tuple[torch.Tensor, dict[str, Any]] | None = None
+) -> Prepared:
+    """Find and check all that a conversion needs, cheapest first: the text, unless what
     `calibration_windows` made of it was `kept`. Raises `RequestError`."""
-    device = find_device(job.device)
-    trusted = job.trust_remote_code
-    source = open_source(job.model, revision=job.revision, trust_remote_code=trusted)
-    config = carved_config(source.config, source.architecture, job.settings)
+    device = find_device(settings.device)
+    trusted, recipe = settings.trust_remote_code, Recipe.of(settings.recipe)
+    source = open_source(model, revision=settings.revision, trust_remote_code=trusted)
+    row, shape = source.architecture, settings.shape
+    config = carved_config(source.config, row, shape, recipe, dtype=settings.dtype)
+    if settings.k_act > config.intermediate_size:
+        raise RequestError(
+            f"k_act is {settings.k_act}, but the FFN has only {config.intermediate_size} neurons. "
+            "Lower --k-act."
+        )
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trusted)
-    windows_WL, calibration = kept or calibration_windows(job.settings, source, tokenizer)
-    beside = carried(source.folder).beside(config, tokenizer)
-    return Prepared(source, config, tokenizer, windows_WL, calibration, device, beside)
-
-
-def settled(job: Job, prepared: Prepared) -> Job:
-    """The job with what it left open decided: the commit, and where activations are kept."""
-    return replace(
-        job,
-        revision=prepared.source.revision,
-        activations=place_of_activations(job, prepared),
+    windows_WL, calibration = kept or calibration_windows(settings, source, tokenizer)
+    prepared = Prepared(
+        settings=replace(settings, revision=source.revision),
+        recipe=recipe,
+        source=source,
+        config=config,
+        tokenizer=tokenizer,
+        windows_WL=windows_WL,
+        calibration=calibration,
+        device=device,
+        carried=carried(source.folder).beside(config, tokenizer),
     )
-
-
-def read_by(job: Job, prepared: Prepared) -> dict[str, str | Path | None]:
-    """What a job reads from this machine, by what to call it."""
-    return {
-        "the source checkpoint": prepared.source.folder,
-        "the calibration text": text_file(job.settings.calibration),
-    }
+    place = place_of_activations(prepared)
+    return replace(prepared, settings=replace(prepared.settings, activations=place))
 
 
 def calibration_windows(
@@ -163,10 +182,10 @@ def calibration_windows(
     }
 
 
-def check_disk(job: Job, prepared: Prepared, work: WorkFolder) -> None:
+def check_disk(prepared: Prepared, work: WorkFolder) -> None:
     """Raises `RequestError` if the finished and the working files would not fit."""
     parent, free = free_disk(work)
-    needed = disk_bytes(job, prepared) + work_bytes(job, prepared)
+    needed = disk_bytes(prepared) + work_bytes(prepared)
     if free < needed:
         raise RequestError(
             f"the conversion needs about {needed / 1e9:.1f} GB of disk, but {parent} has "
@@ -180,10 +199,10 @@ def free_disk(work: WorkFolder) -> tuple[Path, int]:
     return parent, shutil.disk_usage(parent).free
 
 
-def disk_bytes(job: Job, prepared: Prepared) -> int:
+def disk_bytes(prepared: Prepared) -> int:
     """Size of the finished repository: weights and router, tensor headers, and the small files."""
     source, config = prepared.source, prepared.config
-    dtype = DTYPES[job.settings.dtype] if job.settings.dtype else None
+    dtype = DTYPES[prepared.settings.dtype] if prepared.settings.dtype else None
     rows = 1 if config.router_type == "linear" else 2
     router = config.num_experts * (rows * config.hidden_size + 1) * 4
     code = sum(map(len, code_of(type(config)).values()))
@@ -192,23 +211,23 @@ def disk_bytes(job: Job, prepared: Prepared) -> int:
     return source.nbytes(dtype) + config.num_hidden_layers * per_layer + small
 
 
-def work_bytes(job: Job, prepared: Prepared) -> int:
+def work_bytes(prepared: Prepared) -> int:
     """Hidden states of two layers, in carved and dense stream, and activations kept on the disk; or
     what the finished layers take twice while they are joined: one file, and a layer cut in it."""
     tokens, config = prepared.windows_WL.numel(), prepared.config
     states = 2 * tokens * config.hidden_size * 4
     kept = tokens * (3 * config.hidden_size + config.intermediate_size) * 4
-    dtype = DTYPES[job.settings.dtype] if job.settings.dtype else None
-    size, limit = prepared.source.nbytes(dtype), shard_bytes(job.max_shard_size)
+    dtype = DTYPES[prepared.settings.dtype] if prepared.settings.dtype else None
+    size, limit = prepared.source.nbytes(dtype), shard_bytes(prepared.settings.max_shard_size)
     layer = size * prepared.source.layer_parameters // prepared.source.parameters
     joining = min(size, limit if layer <= limit else limit + layer)
-    return 2 * states + max(kept if job.activations == "disk" else 0, joining)
+    return 2 * states + max(kept if prepared.settings.activations == "disk" else 0, joining)
 
 
-def memory_bytes(job: Job, prepared: Prepared, on_disk: bool) -> int:
+def memory_bytes(prepared: Prepared, on_disk: bool) -> int:
     """Peak of the working memory: a layer's weights in float32 and its most greedy step, or what is
     outside the layers."""
-    source, config, recipe = prepared.source, prepared.config, job.settings.choices
+    source, config, recipe = prepared.source, prepared.config, prepared.recipe
     hidden, width = config.hidden_size, config.intermediate_size
     tokens = prepared.windows_WL.numel()
     layer = 4 * source.layer_parameters
@@ -236,14 +255,14 @@ def memory_bytes(job: Job, prepared: Prepared, on_disk: bool) -> int:
     return max(layer + kept + max(steps.values()), itemsize * outside + 3 * output)
 
 
-def estimate(job: Job, prepared: Prepared, work: WorkFolder) -> Plan:
-    """The plan of a settled job that nothing speaks against."""
-    source, config, settings = prepared.source, prepared.config, job.settings
+def estimate(prepared: Prepared, work: WorkFolder) -> Plan:
+    """The plan of a conversion that nothing speaks against."""
+    source, config, settings = prepared.source, prepared.config, prepared.settings
     tokens, width = prepared.windows_WL.numel(), config.intermediate_size
-    on_disk = job.activations == "disk"
+    on_disk = prepared.settings.activations == "disk"
     ffn = source.ffn_parameters * config.num_hidden_layers
     resident = psutil.Process().memory_info().rss
-    peak = resident + memory_bytes(job, prepared, on_disk)
+    peak = resident + memory_bytes(prepared, on_disk)
     available = resident + psutil.virtual_memory().available
     warnings = [warning] if (warning := width_warning(config)) else []
     if prepared.device.type == "cpu" and peak > available:
@@ -253,7 +272,7 @@ def estimate(job: Job, prepared: Prepared, work: WorkFolder) -> Plan:
         )
     return Plan(
         output=str(work.output),
-        notation=settings.notation,
+        notation=settings.shape.notation,
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         ffn_width=width,
@@ -264,32 +283,32 @@ def estimate(job: Job, prepared: Prepared, work: WorkFolder) -> Plan:
         - round(ffn * (config.num_parents - config.num_parents_per_tok * config.activation_ratio)),
         activation_ratio=config.activation_ratio,
         calibration_tokens=tokens,
-        refit_order=min(tokens, width) if settings.choices.refit else None,
+        refit_order=min(tokens, width) if prepared.recipe.refit else None,
         device=str(prepared.device),
-        activations=job.activations,
-        disk_bytes=disk_bytes(job, prepared),
-        work_bytes=work_bytes(job, prepared),
+        activations=prepared.settings.activations,
+        disk_bytes=disk_bytes(prepared),
+        work_bytes=work_bytes(prepared),
         disk_free_bytes=free_disk(work)[1],
         peak_memory_bytes=peak,
         memory_available_bytes=available,
-        seconds=seconds(job, prepared),
+        seconds=seconds(prepared),
         warnings=warnings,
     )
 
 
-def place_of_activations(job: Job, prepared: Prepared) -> str:
+def place_of_activations(prepared: Prepared) -> str:
     """`"memory"` or `"disk"`: on the disk if that was asked for or they would not fit."""
-    if job.activations != "auto":
-        return job.activations
+    if prepared.settings.activations != "auto":
+        return prepared.settings.activations
     if prepared.device.type != "cpu":
         return "memory"
     free = 0.9 * psutil.virtual_memory().available
-    return "disk" if memory_bytes(job, prepared, on_disk=False) > free else "memory"
+    return "disk" if memory_bytes(prepared, on_disk=False) > free else "memory"
 
 
-def seconds(job: Job, prepared: Prepared) -> float:
+def seconds(prepared: Prepared) -> float:
     """Operations of the conversion over the speed of one matrix product of its size."""
-    source, config, recipe = prepared.source, prepared.config, job.settings.choices
+    source, config, recipe = prepared.source, prepared.config, prepared.recipe
     hidden, width = config.hidden_size, config.intermediate_size
     tokens = prepared.windows_WL.numel()
     ratio = config.activation_ratio

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cmoe_hf import CMoELlamaForCausalLM
 from cmoe_hf.conversion import RequestError, benchmark
-from cmoe_hf.conversion.carve.settings import Settings
+from cmoe_hf.conversion.carve.shape import Shape
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.measure.benchmark import Point, remarks
 from cmoe_hf.conversion.measure.roofline import Rates, Work, ffn_work, measure_rates, model_work
@@ -160,7 +160,7 @@ def test_the_machine_is_measured():
 
 def small(shared, active):
     torch.manual_seed(0)
-    config = shape_config("tiny", 2, Settings(shared=shared, active=active, experts=8))
+    config = shape_config("tiny", 2, Shape(shared, active, 8))
     config.vocab_size = 100
     dense = LlamaForCausalLM(dense_config(config))
     return dense, CMoELlamaForCausalLM(config)

@@ -22,15 +22,17 @@ import torch
 from cmoe_hf import CMoEConfig, CMoEHierarchicalConfig
 from cmoe_hf.modeling_cmoe import CMoEHierarchicalRouter
 
+from ..device import Stopwatch
 from ..source.checkpoint import Source
 from ..source.library import AttentionHalf
-from .decoder import FFN, Profile, Stopwatch, Storage, Streams, attend
+from .decoder import Storage, Streams, attend, with_totals
+from .layer import FFN, Profile, build_router, divide, overflowed, relative_error, take_ffn
 from .partition import Partition
-from .pipeline import build_router, divide, overflowed, relative_error, take_ffn
 from .profile import activation_marks, activations
 from .recipe import Recipe
 from .refit import active_blocks, down_projected, refit_down, ridge_for
 from .router import log_energy_router, output_energies
+from .shape import parent_config
 
 FEWEST = 1 / 3
 """Tokens a neuron of a parent. With fewer, static pruning was as good as routing, measured."""
@@ -67,24 +69,23 @@ class CarvedParent:
     kept: bool
 
 
-def carve_model(
+def carve_moe(
     source: Source,
     streams: Streams,
-    config: CMoEHierarchicalConfig,
-    inner: CMoEConfig,
+    config: CMoEConfig,
     recipe: Recipe,
     *,
     first: int = 0,
     k_act: int,
     storage: Storage,
 ) -> Iterator[tuple[int, dict[str, torch.Tensor], dict[str, Any]]]:
-    """As `pipeline.carve_model`, for a MoE; `inner` is the configuration of one carved parent."""
-    names, router = source.architecture, source.architecture.router
-    assert router is not None  # the source is a MoE
-    hidden_WLH = streams.carved_WLH
-    windows, length, hidden = hidden_WLH.shape
-    attention = AttentionHalf(names, source.config, length, storage.device)
-    x_TH = storage.empty("inputs", windows * length, hidden)
+    """As `pipeline.carve_model`, for a MoE."""
+    row, router = source.architecture, source.architecture.router
+    assert router is not None and isinstance(config, CMoEHierarchicalConfig)  # so says the row
+    inner = parent_config(config, recipe)
+    hidden_TH = streams.carved_WLH.flatten(0, 1)
+    attention = AttentionHalf(row, source.config, streams.length, storage.device)
+    x_TH = storage.empty("inputs", streams.tokens, config.hidden_size)
     for index in range(first, config.num_hidden_layers):
         clock = Stopwatch()
         with clock("read"):
@@ -96,29 +97,32 @@ def carve_model(
             router_weight = layer.pop(router)
             attention.load(index, layer)
         with clock("forward"):
-            attend(attention, hidden_WLH, x_TH)
+            for tokens, x_BH in attend(attention, streams.carved_WLH):
+                x_TH[tokens] = x_BH
         if not bool(torch.isfinite(x_TH).all()):
             raise overflowed(index)
         gate = CMoEHierarchicalRouter(config).to(storage.device)
         gate.parent_weight.copy_(router_weight)
-        tensors, figures, y_TH = carve_layer(
+        tensors, figures, y_TH = carve_parents(
             source, index, gate, x_TH, inner, recipe, clock, k_act=k_act
         )
-        hidden_WLH += y_TH.view_as(hidden_WLH)
+        hidden_TH += y_TH
         attention.release()
         del layer, y_TH
-        figures["seconds"] = clock.report(1)  # the dense down projection ran for all tokens
+        # The dense down projection ran for all tokens: it is no sample.
+        figures["seconds"] = with_totals(clock.seconds, 1)
         rest["mlp.gate.parent_weight"] = rest.pop(router)
-        prefix = names.carved_name(names.layer_prefix.format(index))
         tensors = {
-            prefix + name: tensor if name.endswith("balance_bias") else tensor.to(stored_dtype)
+            row.carved_layer(index) + name: tensor
+            if name.endswith("balance_bias")
+            else tensor.to(stored_dtype)
             for name, tensor in (rest | tensors).items()
         }
         yield index, tensors, figures
         del tensors, rest
 
 
-def carve_layer(
+def carve_parents(
     source: Source,
     index: int,
     gate: CMoEHierarchicalRouter,
@@ -142,7 +146,7 @@ def carve_layer(
             parent = read_parent(source, index, number, inner, weight_TP, parent_TP)
         parents.append(divide_parent(index, parent, x_TH, inner, recipe, clock, k_act=k_act))
     with clock("router"):
-        take_up(gate, parents, parent.ffn)
+        load_router(gate, parents, parent.ffn)
         index_TX = gate(x_TH)[2]
         run_TX = torch.zeros(len(x_TH), len(gate.scale), dtype=torch.bool, device=x_TH.device)
         run_TX.scatter_(1, index_TX, True)
@@ -155,7 +159,7 @@ def carve_layer(
         run_UN = run_TX[parent.token_U, own_X]
         down_HF = finish_parent(parent, carved, x_TH, run_UN, recipe, clock, y_TH, dense_TH)
         with clock("slicing"):
-            for name, tensor in stored_tensors(parent.ffn, carved.partition, down_HF).items():
+            for name, tensor in parent_tensors(parent.ffn, carved.partition, down_HF).items():
                 stored.setdefault(name, []).append(tensor.to(parent.ffn.stored_dtype).cpu())
     if not bool(torch.isfinite(dense_TH).all()):  # of a parent that stays whole
         raise overflowed(index)
@@ -253,7 +257,7 @@ def divide_parent(
     return CarvedParent(parts, router, kept=False)
 
 
-def take_up(gate: CMoEHierarchicalRouter, parents: list[CarvedParent], ffn: FFN) -> None:
+def load_router(gate: CMoEHierarchicalRouter, parents: list[CarvedParent], ffn: FFN) -> None:
     """Give the router what was found for each parent, rounded as it will be stored."""
     gate.kept_parents = [number for number, carved in enumerate(parents) if carved.kept]
     for name, tensor in gate.state_dict().items():
@@ -265,7 +269,7 @@ def take_up(gate: CMoEHierarchicalRouter, parents: list[CarvedParent], ffn: FFN)
                 row.copy_(ffn.rounded(carved.router[name]))
 
 
-def stored_tensors(ffn: FFN, parts: Partition, down_HF: torch.Tensor) -> dict[str, torch.Tensor]:
+def parent_tensors(ffn: FFN, parts: Partition, down_HF: torch.Tensor) -> dict[str, torch.Tensor]:
     """The packed tensors of one parent."""
     assert ffn.gate_FH is not None  # of every family so far
     shared_S, experts_NM = parts.shared_S, parts.experts_NM

@@ -2,17 +2,20 @@
 """The table of choices: what the paper, its released code and ours do differently."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from cmoe_hf.configuration_cmoe import ROUTER_TYPES
 
 from ..errors import RequestError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Recipe:
     """The choices in which the paper, its released code (method, section 11.1) and ours differ."""
 
+    name: str = "paper"
+    """In `RECIPES`: of the recipe that it is, or that it differs from."""
     cosine_profile: bool = False
     """Mark neurons by products of cosines instead of by their true activations."""
     importance: str = "rate"
@@ -51,6 +54,38 @@ class Recipe:
     routed_by: str = "router"
     """Who routes while calibrating: the `"router"`, an `"oracle"` (the experts of largest sum |h|)
     or a `"random"` choice. For comparisons: the model keeps its router."""
+
+    @classmethod
+    def of(cls, recipe: "str | Recipe", **changes: Any) -> "Recipe":
+        """The recipe of that name, or another one, with some choices changed, for ablations.
+
+        Raises `RequestError` for what does not exist.
+        """
+        if isinstance(recipe, str):
+            if recipe not in RECIPES:
+                raise RequestError(
+                    f"there is no recipe {recipe!r}; choose one of {', '.join(RECIPES)}."
+                )
+            recipe = RECIPES[recipe]
+        known = {choice.name for choice in fields(cls)} - {"name"}
+        if unknown := sorted(changes.keys() - known):
+            raise RequestError(
+                f"a recipe has no choice {', '.join(unknown)}; it has {', '.join(sorted(known))}."
+            )
+        return replace(recipe, **changes)
+
+    def __repr__(self) -> str:
+        return repr(self.title)
+
+    @property
+    def title(self) -> str:
+        """Its name, and what was changed."""
+        changed = [
+            f"{choice.name} = {getattr(self, choice.name)}"
+            for choice in fields(self)
+            if getattr(self, choice.name) != getattr(RECIPES[self.name], choice.name)
+        ]
+        return f"{self.name} with {', '.join(changed)}" if changed else self.name
 
     @property
     def needs_dense_stream(self) -> bool:
@@ -104,6 +139,7 @@ RECIPES: dict[str, Recipe] = {
     "paper": Recipe(),
     # The authors' code, where it differs.
     "released": Recipe(
+        name="released",
         cosine_profile=True,
         metric="l1",
         max_iterations=1,
@@ -112,6 +148,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     # Ours: the best we know without gradient descent.
     "refined": Recipe(
+        name="refined",
         importance="energy",
         clusters="contributions",
         max_iterations=8,

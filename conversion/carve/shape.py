@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of a carved model: its configuration, and what speaks against it."""
+"""The shape of a carved model: S, A and E, and the configuration that they make of a dense one's.
+
+From here on sizes are read from the configuration, and behind the partition from the tensors.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Self
 
 from transformers import LlamaConfig, PreTrainedConfig
 
@@ -7,22 +14,103 @@ from cmoe_hf import CMoEConfig
 
 from ..errors import RequestError
 from ..source.architectures import ARCHITECTURES, Architecture
-from .settings import Settings
+from .recipe import Recipe
 
 
-def carved_config(dense: PreTrainedConfig, names: Architecture, settings: Settings) -> CMoEConfig:
+@dataclass(frozen=True)
+class Shape:
+    """How many experts there are and how many run, in the paper's notation for example `S3A3E8`.
+
+    Raises `RequestError` for what no model could have.
+    """
+
+    shared: int
+    """S: experts that always run, in the shared one."""
+    active: int
+    """A: routed experts run per token."""
+    experts: int
+    """E: S shared ones and E - S routed ones."""
+
+    def __post_init__(self) -> None:
+        """Refuse an impossible shape."""
+        running = self.shared + self.active
+        if self.shared < 0 or self.active < 0 or self.experts < 1:
+            raise RequestError(
+                f"S={self.shared}, A={self.active}, E={self.experts}: shared and active cannot "
+                "be negative, and there must be at least one expert."
+            )
+        if running > self.experts:
+            raise RequestError(
+                f"{self.notation} asks for {self.shared} shared + {self.active} active = "
+                f"{running} experts, but there are only {self.experts}. "
+                "Lower --shared or --active, or raise --experts."
+            )
+        if running == 0:
+            raise RequestError(
+                f"{self.notation} runs no neuron at all. Raise --shared or --active."
+            )
+        if self.shared == self.experts:
+            raise RequestError(
+                f"{self.notation} leaves nothing to route: with every expert shared it is the "
+                "dense model. Lower --shared."
+            )
+
+    @classmethod
+    def parse(cls, notation: str) -> Self:
+        """From the paper's notation. Raises `RequestError`."""
+        found = re.fullmatch(r"S(\d+)A(\d+)E(\d+)", notation.strip())
+        if found is None:
+            raise RequestError(f"{notation!r} is not a shape such as S3A3E8.")
+        return cls(*map(int, found.groups()))
+
+    @classmethod
+    def within(cls, budget: float, shared: int | None, experts: int) -> Self:
+        """That runs a share `budget` of the neurons, half of it shared unless that is said.
+
+        Raises `RequestError`.
+        """
+        running = round(budget * experts) if 0 < budget < 1 else 0
+        if not 0 < running < experts or abs(running - budget * experts) > 1e-6:
+            fitting = ", ".join(f"{count / experts:g}" for count in range(1, min(experts, 33)))
+            raise RequestError(
+                f"--budget {budget:g} is not a whole number of {experts} experts. It can be "
+                f"{fitting}; or change --experts."
+            )
+        shared = running // 2 if shared is None else shared
+        if shared > running:
+            raise RequestError(
+                f"--shared {shared} is more than the {running} experts that --budget {budget:g} "
+                "runs."
+            )
+        return cls(shared, running - shared, experts)
+
+    @property
+    def notation(self) -> str:
+        """The paper's name of the shape."""
+        return f"S{self.shared}A{self.active}E{self.experts}"
+
+    @property
+    def activation_ratio(self) -> float:
+        """Share of the FFN neurons that run."""
+        return (self.shared + self.active) / self.experts
+
+
+def carved_config(
+    dense: PreTrainedConfig,
+    row: Architecture,
+    shape: Shape,
+    recipe: Recipe,
+    *,
+    dtype: str | None = None,
+) -> CMoEConfig:
     """Configuration of the carved model. Raises `RequestError` for a shape that does not fit."""
-    width = getattr(dense, names.expert_width)
-    neurons, remainder = divmod(width, settings.experts)
+    width = getattr(dense, row.expert_width)
+    neurons, remainder = divmod(width, shape.experts)
     if remainder:
         fitting = [str(count) for count in range(2, min(width, 256) + 1) if width % count == 0]
         raise RequestError(
-            f"the FFN width {width} is not divisible by {settings.experts} experts: neurons "
+            f"the FFN width {width} is not divisible by {shape.experts} experts: neurons "
             f"would be lost. --experts can be {', '.join(fitting)}."
-        )
-    if settings.k_act > width:
-        raise RequestError(
-            f"k_act is {settings.k_act}, but the FFN has only {width} neurons. Lower --k-act."
         )
     kept = {
         key: value
@@ -30,37 +118,36 @@ def carved_config(dense: PreTrainedConfig, names: Architecture, settings: Settin
         if key not in ("model_type", "architectures", "auto_map", "transformers_version")
         and not key.startswith("_")
     }
-    if settings.dtype is not None:
-        kept["dtype"] = settings.dtype
+    if dtype is not None:
+        kept["dtype"] = dtype
     parents = picked = 1
-    if names.router is not None:
+    if row.router is not None:
         parents, picked = dense.num_experts, dense.num_experts_per_tok
-        check_hierarchical(settings)
+        check_hierarchical(recipe)
         kept |= {
             "num_parents": parents,
             "num_parents_per_tok": picked,
             "norm_parent_prob": kept.pop("norm_topk_prob", False),
-            "flat_routing": settings.choices.competition == "token",
+            "flat_routing": recipe.competition == "token",
             "intermediate_size": width,
         }
         kept.pop("num_local_experts", None)  # the library's other name of the same
-    return names.cmoe_config(
+    return row.cmoe_config(
         **kept
         | {
-            "architectures": [names.cmoe_model.__name__],
-            "num_experts": (settings.experts - settings.shared) * parents,
-            "num_experts_per_tok": settings.active * picked,
+            "architectures": [row.cmoe_model.__name__],
+            "num_experts": (shape.experts - shape.shared) * parents,
+            "num_experts_per_tok": shape.active * picked,
             "moe_intermediate_size": neurons,
-            "shared_expert_intermediate_size": settings.shared * neurons,
-            "router_type": settings.choices.router,
-            "router_absolute_score": settings.choices.absolute_score,
+            "shared_expert_intermediate_size": shape.shared * neurons,
+            "router_type": recipe.router,
+            "router_absolute_score": recipe.absolute_score,
         }
     )
 
 
-def check_hierarchical(settings: Settings) -> None:
+def check_hierarchical(recipe: Recipe) -> None:
     """Raises `RequestError` for choices that a MoE as the source does not have."""
-    recipe = settings.choices
     if recipe.pinned or recipe.adaptive_split:
         raise RequestError(
             "a budget chooses among the experts of a dense FFN; the source is a MoE. Say --shared "
@@ -75,14 +162,17 @@ def check_hierarchical(settings: Settings) -> None:
         raise RequestError(f"a MoE cannot be calibrated with routed_by {recipe.routed_by!r}.")
 
 
-def parent_config(config: CMoEConfig, settings: Settings) -> CMoEConfig:
+def parent_config(config: CMoEConfig, recipe: Recipe) -> CMoEConfig:
     """Configuration of one carved parent of a hierarchical model, as if it were a dense FFN."""
     dense = LlamaConfig(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         hidden_act=config.hidden_act,
     )
-    return carved_config(dense, ARCHITECTURES["llama"], settings)
+    routed = config.num_experts // config.num_parents
+    active = config.num_experts_per_tok // config.num_parents_per_tok
+    shape = Shape(config.num_shared, active, config.num_shared + routed)
+    return carved_config(dense, ARCHITECTURES["llama"], shape, recipe)
 
 
 def width_warning(config: CMoEConfig) -> str | None:

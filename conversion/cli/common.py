@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the commands share: options, how failures end, how results are printed."""
 
-from collections.abc import Callable, Iterator, Mapping
+import ast
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 import yaml
@@ -23,11 +26,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; defaul
 Shared = Annotated[int, typer.Option(help="Shared experts, always on (S).")]
 Active = Annotated[int, typer.Option(help="Routed experts run per token (A).")]
 Experts = Annotated[int, typer.Option(help="Experts in all (E); must divide the FFN width.")]
-Recipe = Annotated[str, typer.Option(help=f"Method: {', '.join(RECIPES)}.")]
-Change = Annotated[
-    list[str] | None,
-    typer.Option(help="Change one choice of the recipe, KEY=VALUE; repeatable. For ablations."),
-]
+RecipeName = Annotated[str, typer.Option(help=f"Method: {', '.join(RECIPES)}.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")
 ]
@@ -37,7 +36,6 @@ SequenceLength = Annotated[
 MaxShardSize = Annotated[
     str, typer.Option(help="Of a file of weights, for example 500MB or 2GiB; one file up to it.")
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -68,6 +66,65 @@ ConfigFile = Annotated[
         help="YAML or JSON file with options; the command line wins.",
     ),
 ]
+
+
+def field_texts(options: type) -> dict[str, str]:
+    """The docstring below each field of a dataclass, on one line."""
+    [tree] = ast.parse(inspect.getsource(options)).body
+    assert isinstance(tree, ast.ClassDef)
+    texts, name = {}, ""
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign):
+            name = ast.unparse(node.target)
+        elif name and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            texts[name] = " ".join(str(node.value.value).split())
+    return texts
+
+
+def with_options(
+    options: type, *, only: Collection[str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each field of a dataclass, or for some only.
+
+    Of a union, the first type is what the command line takes. The command gets those that were
+    given, by the command line or its --config file, as the dictionary `options`.
+    """
+    texts, hints = field_texts(options), get_type_hints(options)
+    own = {field.name: field for field in fields(options) if only is None or field.name in only}
+
+    def option(field: Field[Any]) -> inspect.Parameter:
+        [kind, *_] = get_args(hints[field.name]) or [hints[field.name]]
+        flag = [f"--{field.name.replace('_', '-')}"] if kind is bool else []
+        default = None if field.default is MISSING else field.default
+        taken: Any = kind | None if default is None else kind
+        annotation: Any = Annotated[taken, typer.Option(*flag, help=texts[field.name])]
+        return inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+        )
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def called(context: typer.Context, **arguments: Any) -> None:
+            values = {name: arguments.pop(name) for name in own}
+            given = {name: value for name, value in values.items() if is_given(context, name)}
+            command(context, options=given, **arguments)
+
+        signature = inspect.signature(command)
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in signature.parameters.items():
+            parameters += map(option, own.values()) if name == "options" else [parameter]
+        parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+        called.__annotations__ = {each.name: each.annotation for each in parameters}
+        vars(called)["__signature__"] = signature.replace(parameters=parameters)
+        return called
+
+    return decorate
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether the user said so: the value of an option is not its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 @contextmanager

@@ -11,18 +11,16 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from ..carve.settings import MAX_SHARD_SIZE, Options, absolute
+from ..carve.recipe import Recipe
+from ..carve.settings import MAX_SHARD_SIZE, Settings
 from ..convert import convert, resume
 from ..demo import demo
-from ..device import DTYPES
 from ..errors import RequestError
 from ..plan import Plan, plan
-from ..source.texts import absolute_text
 from ..tune.recover import Recovery, recover, resume_recovery
-from ..tune.tuning import SCHEDULES, Tuning
+from ..tune.tuning import Tuning
 from .common import (
     Active,
-    Change,
     ConfigFile,
     Debug,
     Device,
@@ -30,15 +28,14 @@ from .common import (
     Json,
     MaxShardSize,
     Overwrite,
-    Recipe,
-    Revision,
-    SequenceLength,
+    RecipeName,
     Shared,
     TrustRemoteCode,
     agreement,
     print_result,
     reporting,
     table_of,
+    with_options,
 )
 
 
@@ -70,7 +67,7 @@ def demo_command(
     shared: Shared = 3,
     active: Active = 3,
     experts: Experts = 8,
-    recipe: Recipe = "refined",
+    recipe: RecipeName = "refined",
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -105,53 +102,19 @@ def demo_command(
         Console().print(f"generated: {result.generated}", markup=False, highlight=False)
 
 
+@with_options(Settings)
 def convert_command(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a dense model.")],
     out: Annotated[
         Path | None, typer.Argument(help="Folder to create. With --resume, give only this one.")
     ] = None,
-    experts: Annotated[
-        int | None, typer.Option(help="Experts in all (E); must divide the FFN width.")
+    *,
+    options: dict[str, Any],
+    change: Annotated[
+        list[str] | None,
+        typer.Option(help="Change one choice of the recipe, KEY=VALUE; repeatable. For ablations."),
     ] = None,
-    shared: Annotated[int | None, typer.Option(help="Shared experts, always on (S).")] = None,
-    active: Annotated[int | None, typer.Option(help="Routed experts run per token (A).")] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the FFN neurons to run, instead of --active: each layer decides on "
-            "held-out calibration tokens how many of them always run."
-        ),
-    ] = None,
-    recipe: Recipe = "refined",
-    calibration: Annotated[
-        str,
-        typer.Option(
-            help="Text, JSONL or parquet file, wikitext2, c4, or dataset[:subset][:split][:column]."
-        ),
-    ] = "wikitext2",
-    samples: Annotated[
-        int | None, typer.Option(help="Calibration windows; default 16,384 tokens' worth.")
-    ] = None,
-    sequence_length: SequenceLength = None,
-    k_act: Annotated[int, typer.Option(help="Neurons marked per token (K_a).")] = 10,
-    seed: Annotated[int, typer.Option(help="Seed of the windows' offsets.")] = 0,
-    change: Change = None,
-    device: Device = None,
-    dtype: Annotated[
-        str | None, typer.Option(help=f"{', '.join(DTYPES)}; default the source's precision.")
-    ] = None,
-    activations: Annotated[
-        str,
-        typer.Option(
-            help="Where the calibration activations are kept: memory, disk, or auto: on the disk "
-            "if they would not fit into memory."
-        ),
-    ] = "auto",
-    revision: Revision = None,
-    max_shard_size: MaxShardSize = MAX_SHARD_SIZE,
-    trust_remote_code: TrustRemoteCode = False,
-    overwrite: Overwrite = False,
     resume_it: Annotated[
         bool,
         typer.Option("--resume", help="Go on with the unfinished conversion into OUT."),
@@ -165,39 +128,24 @@ def convert_command(
 ) -> None:
     """Carve MODEL into a CMoE repository at OUT, or go on with it: cmoe convert OUT --resume."""
     with reporting(debug):
-        options = Options(
-            experts=experts or 0,
-            shared=shared,
-            active=active,
-            budget=budget,
-            recipe=recipe,
-            changes=_changes(change or []),
-            calibration=calibration,
-            samples=samples,
-            sequence_length=sequence_length,
-            k_act=k_act,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            activations=activations,
-            revision=revision,
-            max_shard_size=max_shard_size,
-            trust_remote_code=trust_remote_code,
-        )
+        if change:
+            recipe = options.get("recipe", Settings.recipe)
+            options["recipe"] = Recipe.of(recipe, **_changes(change))
         if resume_it:
-            if dry_run or overwrite:
+            if dry_run or "overwrite" in options:
                 raise RequestError("--resume goes with neither --dry-run nor --overwrite.")
-            result = resume(model if out is None else out, _given(context, model, out, options))
+            named = {} if out is None else {"model": model}
+            result = resume(model if out is None else out, options | named)
         elif out is None:
             raise RequestError("say where to: cmoe convert MODEL OUT.")
-        elif experts is None:
+        elif "experts" not in options:
             raise RequestError("say into how many experts: --experts.")
         elif dry_run:
-            planned = plan(model, out, overwrite=overwrite, **options)
+            planned = plan(model, out, **options)
             print_result(planned, as_json, lambda: _plan_table(model, planned))
             return
         else:
-            result = convert(model, out, overwrite=overwrite, **options)
+            result = convert(model, out, **options)
     rows = {
         "output": result.output,
         "FFN neurons run per token": f"{result.activation_ratio:.1%}",
@@ -208,21 +156,6 @@ def convert_command(
         "peak memory": f"{result.peak_memory_bytes / 1e9:.2f} GB",
     }
     print_result(result, as_json, lambda: table_of(f"carved to {result.notation}", rows))
-
-
-def _given(
-    context: typer.Context, model: str, out: Path | None, options: Options
-) -> dict[str, Any]:
-    """What the command line says beside --resume, by the names of the settings."""
-    given = {
-        name: value
-        for name, value in options.items()
-        if (source := context.get_parameter_source("change" if name == "changes" else name))
-        and source.name != "DEFAULT"
-    }
-    if "calibration" in given:
-        given["calibration"] = absolute_text(str(given["calibration"]))
-    return given | ({} if out is None else {"model": absolute(model)})
 
 
 def _plan_table(model: str, planned: Plan) -> Table:
@@ -249,14 +182,14 @@ def _plan_table(model: str, planned: Plan) -> Table:
     return table_of(f"{model} to {planned.notation}: nothing was written", rows)
 
 
-_TUNING = Tuning()
-
-
+@with_options(Tuning)
 def recover_command(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a carved model.")],
     out: Annotated[
         Path | None, typer.Argument(help="Folder to create. With --resume, give only this one.")
     ] = None,
+    *,
     training: Annotated[
         str, typer.Option(help="Text to learn from: file, wikitext2, c4 or a Hub data set.")
     ] = "wikitext2",
@@ -267,42 +200,7 @@ def recover_command(
     control: Annotated[
         str | None, typer.Option(help="The dense model: tune it by the same recipe and compare.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Training windows.")] = _TUNING.samples,
-    sequence_length: SequenceLength = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the windows.")] = _TUNING.epochs,
-    batch_size: Annotated[
-        int, typer.Option(help="Windows of one optimiser step, over all processes.")
-    ] = _TUNING.batch_size,
-    micro_batch_size: Annotated[
-        int | None, typer.Option(help="Windows at a time on each process; default all it gets.")
-    ] = None,
-    rank: Annotated[int, typer.Option(help="Rank of the LoRA factors.")] = _TUNING.rank,
-    alpha: Annotated[int, typer.Option(help="LoRA scaling: alpha / rank.")] = _TUNING.alpha,
-    learning_rate: Annotated[
-        float, typer.Option(help="Of the LoRA factors.")
-    ] = _TUNING.learning_rate,
-    router_learning_rate: Annotated[
-        float, typer.Option(help="Of the gate scales u, and of trained routers.")
-    ] = _TUNING.router_learning_rate,
-    adam_beta1: Annotated[float, typer.Option()] = _TUNING.adam_beta1,
-    adam_beta2: Annotated[float, typer.Option()] = _TUNING.adam_beta2,
-    schedule: Annotated[
-        str, typer.Option(help=f"Of the learning rates: {', '.join(SCHEDULES)}.")
-    ] = _TUNING.schedule,
-    warmup_steps: Annotated[
-        int, typer.Option(help="Steps to reach the learning rates.")
-    ] = _TUNING.warmup_steps,
-    bias_speed: Annotated[
-        float,
-        typer.Option(help="First step of the balance biases; falls to 0. 0: leave them alone."),
-    ] = _TUNING.bias_speed,
-    train_router: Annotated[
-        bool, typer.Option("--train-router", help="Train the routers, too.")
-    ] = False,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of windows, order and LoRA factors.")] = 0,
+    options: dict[str, Any],
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16; default the checkpoint's precision.")
     ] = None,
@@ -335,25 +233,7 @@ def recover_command(
                 text=text,
                 teacher=teacher,
                 control=control,
-                tuning=Tuning(
-                    samples=samples,
-                    sequence_length=sequence_length,
-                    epochs=epochs,
-                    batch_size=batch_size,
-                    micro_batch_size=micro_batch_size,
-                    rank=rank,
-                    alpha=alpha,
-                    learning_rate=learning_rate,
-                    router_learning_rate=router_learning_rate,
-                    adam_beta1=adam_beta1,
-                    adam_beta2=adam_beta2,
-                    schedule=schedule,
-                    warmup_steps=warmup_steps,
-                    bias_speed=bias_speed,
-                    train_router=train_router,
-                    gradient_checkpointing=gradient_checkpointing,
-                    seed=seed,
-                ),
+                tuning=Tuning(**options),
                 dtype=dtype,
                 device=device,
                 max_shard_size=max_shard_size,

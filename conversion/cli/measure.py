@@ -27,6 +27,7 @@ from .common import (
     Shared,
     TrustRemoteCode,
     agreement,
+    is_given,
     print_result,
     reporting,
     table_of,
@@ -121,8 +122,7 @@ def evaluate_command(
 def _refuse(context: typer.Context, names: Sequence[str], reason: str) -> None:
     """Raises `RequestError` if one of these options was given."""
     for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
+        if is_given(context, name):
             raise RequestError(f"--{name.replace('_', '-')} {reason}")
 
 

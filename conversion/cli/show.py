@@ -2,25 +2,26 @@
 """The commands that draw."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..carve.settings import Settings
 from ..device import DTYPES
 from ..show.report import report
-from ..show.sweep import GRID, SPEEDS, Sweep, sweep
+from ..show.sweep import GRID, OPTIONS, SPEEDS, Sweep, sweep
 from .common import (
     Debug,
     Device,
     Json,
-    Recipe,
     SequenceLength,
     TrustRemoteCode,
     print_result,
     reporting,
     table_of,
+    with_options,
 )
 
 
@@ -70,31 +71,22 @@ def report_command(
     print_result(result, as_json, lambda: table_of(model, rows))
 
 
+@with_options(Settings, only=OPTIONS)
 def sweep_command(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a dense model.")],
     out: Annotated[
         Path | None, typer.Argument(help="Folder for the results; default MODEL's name + -sweep.")
     ] = None,
+    *,
     grid: Annotated[
         str, typer.Option(help="Shapes, separated by commas; static pruning is added.")
     ] = ",".join(GRID),
-    recipe: Recipe = "refined",
-    calibration: Annotated[
-        str, typer.Option(help="Text to calibrate on: file, wikitext2, c4 or a Hub data set.")
-    ] = "wikitext2",
-    samples: Annotated[
-        int | None, typer.Option(help="Calibration windows; default 16,384 tokens' worth.")
-    ] = None,
+    options: dict[str, Any],
     text: Annotated[str, typer.Option(help="Text to measure perplexity on.")] = "wikitext2",
-    sequence_length: SequenceLength = None,
-    seed: Annotated[int, typer.Option(help="Seed of the calibration windows' offsets.")] = 0,
     rounds: Annotated[
         int, typer.Option(help="Timed runs of each point, dense and carved in turn; 0 for none.")
     ] = 7,
-    dtype: Annotated[
-        str | None, typer.Option(help=f"{', '.join(DTYPES)}; default the source's precision.")
-    ] = None,
-    device: Device = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the carved models in OUT.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Forget what an earlier sweep in OUT measured.")
@@ -108,17 +100,11 @@ def sweep_command(
             model,
             out,
             grid=[notation for notation in grid.split(",") if notation.strip()],
-            recipe=recipe,
-            calibration=calibration,
-            samples=samples,
             text=text,
-            sequence_length=sequence_length,
-            seed=seed,
             rounds=rounds,
-            dtype=dtype,
-            device=device,
             keep=keep,
             overwrite=overwrite,
+            **options,
         )
     print_result(result, as_json, lambda: _sweep_table(result))
     if not as_json:

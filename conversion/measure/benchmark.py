@@ -19,7 +19,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from cmoe_hf.modeling_cmoe import cache_name
 
-from ..carve.settings import Settings, absolute, public_name
+from ..carve.settings import absolute, public_name
+from ..carve.shape import Shape
 from ..device import DTYPES, check_dtype, device_name, find_device, name_of, synchronize, versions
 from ..errors import RequestError
 from ..source.calibration import WHOLE_CHARACTERS, read_tokens
@@ -143,8 +144,8 @@ def benchmark(
     if shape is not None:
         if baseline is not None or text is not None:
             raise RequestError("--shape has random weights: leave out --baseline and --text.")
-        settings = Settings(shared=shared, active=active, experts=experts)
-        config, weights = shape_config(shape, layers, settings), DTYPES[dtype or "float32"]
+        weights = DTYPES[dtype or "float32"]
+        config = shape_config(shape, layers, Shape(shared, active, experts))
         check_memory(config, where, weights)
         carved = random_model(config, where, weights)
     else:

@@ -7,8 +7,8 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from ..carve.settings import Settings
-from ..carve.shape import carved_config
+from ..carve.recipe import RECIPES
+from ..carve.shape import Shape, carved_config
 from ..errors import RequestError
 from ..source.architectures import ARCHITECTURES
 
@@ -53,14 +53,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 """What is to be known of a model to time it with random weights. The vocabulary is 32,000."""
 
 
-def shape_config(shape: str, layers: int | None, settings: Settings) -> PreTrainedConfig:
-    """Configuration of a carved model of a known shape. Raises `RequestError`."""
-    if shape not in SHAPES:
-        raise RequestError(f"there is no shape {shape!r}; choose one of {', '.join(SHAPES)}.")
-    dense = LlamaConfig(**SHAPES[shape])
+def shape_config(name: str, layers: int | None, shape: Shape) -> PreTrainedConfig:
+    """Configuration of a carved model of a known dense one's sizes. Raises `RequestError`."""
+    if name not in SHAPES:
+        raise RequestError(f"there is no shape {name!r}; choose one of {', '.join(SHAPES)}.")
+    dense = LlamaConfig(**SHAPES[name])
     if layers is not None:
         dense.num_hidden_layers = layers
-    return carved_config(dense, ARCHITECTURES["llama"], settings)
+    return carved_config(dense, ARCHITECTURES["llama"], shape, RECIPES["refined"])
 
 
 def dense_config(carved: PreTrainedConfig) -> PreTrainedConfig:

@@ -2,7 +2,6 @@
 """The verb `sweep`: quality and speed over a grid of shapes, dense and static pruning beside."""
 
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,8 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..carve.recipe import Recipe
 from ..carve.settings import Settings, absolute
-from ..carve.shape import carved_config
+from ..carve.shape import Shape, carved_config
 from ..convert import convert, resume
 from ..device import device_name, find_device, versions
 from ..errors import CMoEError, RequestError
@@ -27,7 +27,8 @@ from .figures import STYLE, check_drawing
 
 GRID = ("S1A1E8", "S1A3E8", "S2A2E8", "S1A5E8", "S3A3E8")
 SPEEDS = {"ffn": "FFN, 1 token", "prefill": "prefill", "decode": "decoding 1 sequence"}
-_NOTATION = re.compile(r"S(\d+)A(\d+)E(\d+)")
+OPTIONS = ("recipe", "calibration", "samples", "sequence_length", "seed", "dtype", "device")
+"""Of the `Settings`: what all conversions of a sweep share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +36,15 @@ class Protocol:
     """How every shape is made and measured; all rows of a sweep share it."""
 
     model: str
-    recipe: str
-    calibration: str
-    samples: int | None
     text: str
-    sequence_length: int | None
-    seed: int
     rounds: int
     """Timed runs of each point; 0 measures no speed."""
-    dtype: str | None
-    device: str | None
+    options: dict[str, Any]
+    """Of each conversion."""
+
+    def of(self, shape: Shape) -> Settings:
+        """The settings of one conversion. Raises `RequestError`."""
+        return Settings(**asdict(shape), **self.options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,17 +82,11 @@ def sweep(
     output: str | Path | None = None,
     *,
     grid: Sequence[str] = GRID,
-    recipe: str = "refined",
-    calibration: str | Path = "wikitext2",
-    samples: int | None = None,
     text: str | Path = "wikitext2",
-    sequence_length: int | None = None,
-    seed: int = 0,
     rounds: int = 7,
-    dtype: str | None = None,
-    device: str | None = None,
     keep: bool = False,
     overwrite: bool = False,
+    **options: Any,
 ) -> Sweep:
     """Convert, evaluate and time every shape of a grid, and static pruning at equal activation.
 
@@ -104,13 +98,12 @@ def sweep(
         model: Folder or Hub id of a dense model.
         output: Folder for the results, default the model's name with `-sweep`.
         grid: Shapes in the paper's notation, for example `S3A3E8`.
-        recipe: See `convert`, as are `calibration`, `samples`, `seed` and `dtype`.
         text: Text to measure perplexity on.
-        sequence_length: Tokens of a window, for calibration and evaluation.
         rounds: Timed runs of each point, dense and carved in turn; 0 measures no speed.
-        device: Where to compute, default the accelerator if there is one.
         keep: Keep the carved models in `output`.
         overwrite: Forget what was measured before.
+        options: Of each conversion: those in `OPTIONS`, see `Settings`. The windows of the
+            evaluation are as long as those of the calibration.
 
     Raises:
         RequestError: The request cannot be satisfied; nothing was started.
@@ -118,33 +111,28 @@ def sweep(
     """
     if rounds < 0:
         raise RequestError(f"rounds is {rounds}: it cannot be negative.")
+    if unknown := options.keys() - set(OPTIONS):
+        raise TypeError(f"a sweep has no option {', '.join(sorted(unknown))}")
+    options["calibration"] = absolute_text(options.get("calibration", Settings.calibration))
     protocol = Protocol(
-        model=absolute(model),
-        recipe=recipe,
-        calibration=absolute_text(calibration),
-        samples=samples,
-        text=absolute_text(text),
-        sequence_length=sequence_length,
-        seed=seed,
-        rounds=rounds,
-        dtype=dtype,
-        device=device,
+        model=absolute(model), text=absolute_text(text), rounds=rounds, options=options
     )
     check_drawing("a sweep")
-    where = device_name(find_device(device))
+    where = device_name(find_device(options.get("device")))
     source = open_source(model)
     if rounds and source.architecture.router is not None:
         raise RequestError("the speed of a carved MoE cannot be measured yet: pass --rounds 0.")
-    shapes = with_static([shape_of(notation, recipe) for notation in grid])
+    shapes = with_static([Shape.parse(notation) for notation in grid])
     for shape in shapes:
-        carved_config(source.config, source.architecture, shape)  # refuses what does not fit
+        recipe = Recipe.of(protocol.of(shape).recipe)
+        carved_config(source.config, source.architecture, shape, recipe)  # refuses what cannot be
     name = source.name.rpartition("/")[2]
     store = Store(output or f"{name}-sweep", protocol, where, overwrite=overwrite)
-    for shape in tqdm([None, *shapes], desc="sweep", unit="model", disable=None):
-        key = "dense" if shape is None else shape.notation
+    for each in tqdm([None, *shapes], desc="sweep", unit="model", disable=None):
+        key = "dense" if each is None else each.notation
         if key not in store.measured:
             folder = store.folder / key
-            store.add(key, measure(protocol, shape, folder))
+            store.add(key, figures_of(protocol, each, folder))
             if not keep:
                 shutil.rmtree(folder, ignore_errors=True)
     result = Sweep(
@@ -160,49 +148,35 @@ def sweep(
     return result
 
 
-def shape_of(notation: str, recipe: str) -> Settings:
-    """`S3A3E8` as settings. Raises `RequestError` for another text or an impossible shape."""
-    found = _NOTATION.fullmatch(notation.strip())
-    if found is None:
-        raise RequestError(f"{notation!r} is not a shape such as S3A3E8.")
-    shared, active, experts = map(int, found.groups())
-    return Settings(shared=shared, active=active, experts=experts, recipe=recipe)
-
-
-def with_static(shapes: Sequence[Settings]) -> list[Settings]:
+def with_static(shapes: Sequence[Shape]) -> list[Shape]:
     """The shapes, each once, with static pruning at every activation ratio among them."""
-    unique: dict[str, Settings] = {}
+    unique: dict[str, Shape] = {}
     for shape in shapes:
-        total = shape.shared + shape.active
-        static = Settings(shared=total, active=0, experts=shape.experts, recipe=shape.recipe)
-        ratio = total / shape.experts
-        if any(not other.active and _ratio(other) == ratio for other in unique.values()):
+        static = Shape(shape.shared + shape.active, 0, shape.experts)
+        ratio = shape.activation_ratio
+        if any(not other.active and other.activation_ratio == ratio for other in unique.values()):
             static = shape
         unique |= {each.notation: each for each in (shape, static)}
-    return sorted(unique.values(), key=lambda shape: (_ratio(shape), shape.shared))
+    return sorted(unique.values(), key=lambda shape: (shape.activation_ratio, shape.shared))
 
 
-def _ratio(shape: Settings) -> float:
-    return (shape.shared + shape.active) / shape.experts
-
-
-def measure(protocol: Protocol, shape: Settings | None, folder: Path) -> dict[str, Any]:
+def figures_of(protocol: Protocol, shape: Shape | None, folder: Path) -> dict[str, Any]:
     """Perplexity of the dense model; or, carved into `folder`, the `Row` of a shape."""
     windows: dict[str, Any] = {
-        "text": protocol.text,
-        "sequence_length": protocol.sequence_length,
-        "device": protocol.device,
+        name: protocol.options.get(name) for name in ("sequence_length", "device")
     }
     if shape is None:
-        return {"perplexity": evaluate(protocol.model, dtype=protocol.dtype, **windows).perplexity}
-    seconds = carve(protocol, shape, folder)
-    quality = evaluate(folder, **windows)
+        dtype = protocol.options.get("dtype")
+        dense = evaluate(protocol.model, text=protocol.text, dtype=dtype, **windows)
+        return {"perplexity": dense.perplexity}
+    seconds = carve_into(folder, protocol, shape)
+    quality = evaluate(folder, text=protocol.text, **windows)
     speed = time_it(protocol, folder) if protocol.rounds else {}
     return asdict(
         Row(
             notation=shape.notation,
             static=shape.active == 0,
-            activation_ratio=_ratio(shape),
+            activation_ratio=shape.activation_ratio,
             perplexity=quality.perplexity,
             router_oracle_agreement=quality.router_oracle_agreement,
             router_chance_agreement=quality.router_chance_agreement,
@@ -213,26 +187,13 @@ def measure(protocol: Protocol, shape: Settings | None, folder: Path) -> dict[st
     )
 
 
-def carve(protocol: Protocol, shape: Settings, folder: Path) -> float:
+def carve_into(folder: Path, protocol: Protocol, shape: Shape) -> float:
     """Convert, or go on with it; return the seconds that it took."""
     if (folder / "conversion.json").is_file():  # interrupted while it was measured
         return json.loads((folder / "conversion.json").read_text())["result"]["seconds"]
     if (WorkFolder(folder).private / "settings.json").is_file():
         return resume(folder).seconds
-    return convert(
-        protocol.model,
-        folder,
-        shared=shape.shared,
-        active=shape.active,
-        experts=shape.experts,
-        recipe=protocol.recipe,
-        calibration=protocol.calibration,
-        samples=protocol.samples,
-        sequence_length=protocol.sequence_length,
-        seed=protocol.seed,
-        dtype=protocol.dtype,
-        device=protocol.device,
-    ).seconds
+    return convert(protocol.model, folder, **asdict(shape), **protocol.options).seconds
 
 
 def time_it(protocol: Protocol, folder: Path) -> dict[str, tuple[float, float]]:
@@ -245,7 +206,7 @@ def time_it(protocol: Protocol, folder: Path) -> dict[str, tuple[float, float]]:
         batch=[1],
         context=64,
         rounds=protocol.rounds,
-        device=protocol.device,
+        device=protocol.options.get("device"),
     )
     points = {name: getattr(timed, name)[0] for name in SPEEDS}
     return {name: (point.speedup, point.roofline_speedup) for name, point in points.items()}
@@ -259,10 +220,13 @@ class Store:
     ) -> None:
         self.folder = resolved(folder)
         self.file = self.folder / "sweep.json"
-        inputs = {"the model": protocol.model, "the calibration text": protocol.calibration}
-        check_apart(self.folder, {**inputs, "the text to measure on": protocol.text})
+        read = {"the model": protocol.model, "the text to measure on": protocol.text}
+        calibration = protocol.options["calibration"]
+        check_apart(self.folder, {**read, "the calibration text": calibration})
         # Figures of other versions or of another machine cannot stand in the same table.
-        self.protocol = {**asdict(protocol), "device": device, "versions": versions()}
+        said = {"model": protocol.model, "text": protocol.text, "rounds": protocol.rounds}
+        chosen = {name: protocol.options.get(name, getattr(Settings, name)) for name in OPTIONS}
+        self.protocol = {**said, **chosen, "device": device, "versions": versions()}
         self.measured: dict[str, dict[str, Any]] = {}
         if self.file.is_file() and not overwrite:
             self._read()

@@ -52,6 +52,8 @@ class Architecture:
     expert_prefix: str = "mlp.experts.{}."
     expert_width: str = "intermediate_size"
     """Field of the configuration."""
+    driver: str = "pipeline"
+    """The room of `carve` that walks its layers."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Beginnings of tensor names in checkpoints, and those of the CMoE classes."""
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
@@ -63,6 +65,10 @@ class Architecture:
             if name.startswith(dense):
                 return carved + name.removeprefix(dense)
         return name
+
+    def carved_layer(self, index: int) -> str:
+        """What the names of a layer's tensors begin with in the carved checkpoint."""
+        return self.carved_name(self.layer_prefix.format(index))
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -105,6 +111,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         rotary_embedding=qwen3_moe.Qwen3MoeRotaryEmbedding,
         cmoe_config=cmoe_hf.CMoEQwen3MoeConfig,
         cmoe_model=cmoe_hf.CMoEQwen3MoeForCausalLM,
+        driver="hierarchy",
         router="mlp.gate.weight",
         gate="gate_proj.weight",
         up="up_proj.weight",
@@ -118,6 +125,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         rotary_embedding=olmoe.OlmoeRotaryEmbedding,
         cmoe_config=cmoe_hf.CMoEOlmoeConfig,
         cmoe_model=cmoe_hf.CMoEOlmoeForCausalLM,
+        driver="hierarchy",
         router="mlp.gate.weight",
         gate="gate_proj.weight",
         up="up_proj.weight",

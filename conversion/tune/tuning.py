@@ -52,31 +52,38 @@ class Tuning:
     samples: int = 2048
     """Training windows, at random offsets of the text."""
     sequence_length: int | None = None
-    """Tokens of a window; by default 2,048, or the model's context if that is shorter."""
+    """Tokens per window; default 2,048 or the model's context."""
     epochs: float = 1.0
+    """Passes over the windows."""
     batch_size: int = 2
     """Windows of one optimiser step, over all processes."""
     micro_batch_size: int | None = None
-    """Windows that one process runs at a time; by default its share of `batch_size`."""
+    """Windows at a time on each process; default all it gets."""
     rank: int = 8
+    """Rank of the LoRA factors."""
     alpha: int = 32
+    """LoRA scaling: alpha / rank."""
     learning_rate: float = 5.95e-5
     """Of the LoRA factors, with Adam."""
     router_learning_rate: float = 1e-3
-    """Of the gate scale u, and of the router if that is trained."""
+    """Of the gate scales u, and of trained routers."""
     adam_beta1: float = 0.9
+    """Decay of Adam's mean."""
     adam_beta2: float = 0.95
+    """Decay of Adam's mean square."""
     schedule: str = "constant"
-    """Of both learning rates: one of `SCHEDULES`."""
+    """Of the learning rates: constant, linear, cosine."""
     warmup_steps: int = 0
+    """Steps to reach the learning rates."""
     bias_speed: float = 1e-3
-    """Change of the balance bias in the first optimiser step; 0 leaves it alone. It falls linearly
-    to 0: at a constant speed, the loads of the last few batches would decide."""
+    """First step of the balance biases; falls linearly to 0, or the loads of the last few batches
+    would decide. 0: leave them alone."""
     train_router: bool = False
+    """Train the routers, too."""
     gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them."""
+    """Less memory, more time: activations are computed twice."""
     seed: int = 0
-    """Of the windows' offsets and order, and of the LoRA factors."""
+    """Of windows, order and LoRA factors."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained. Raises `RequestError`."""

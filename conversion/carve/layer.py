@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One FFN: what it computes, into what it is divided, who is routed to, and what is stored of it.
+
+Shape suffixes: T tokens, H hidden size, F dense FFN width, G = F, or F + 1 with an output bias,
+N routed experts, K active experts or marked neurons per token, M neurons of one expert.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from transformers.activations import ACT2FN
+
+from cmoe_hf import CMoEConfig
+from cmoe_hf.modeling_cmoe import CMoERouter
+
+from ..errors import CMoEError
+from ..source.architectures import Architecture
+from .partition import Partition, partition_by_contributions, partition_by_marks
+from .profile import activation_rates, activations, cosines, energies
+from .recipe import Recipe
+from .router import linear_router, oracle_choice, output_energies, representative_router
+
+Empty = Callable[..., torch.Tensor]
+"""Makes an uninitialised float32 tensor of a name and a shape."""
+
+
+@dataclass
+class FFN:
+    """A dense FFN in float32: y = h downᵀ + down_bias with h = act(x gateᵀ) * (x upᵀ), or
+    h = act(x upᵀ + up_bias) where there is no gate."""
+
+    gate_FH: torch.Tensor | None
+    up_FH: torch.Tensor
+    down_HF: torch.Tensor
+    act: Callable[[torch.Tensor], torch.Tensor]
+    stored_dtype: torch.dtype
+    """Precision of the checkpoint: what is derived is rounded to it before it is used, so that
+    calibration sees what inference will see."""
+    up_bias_F: torch.Tensor | None = None
+    down_bias_H: torch.Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """Neurons, F."""
+        return len(self.up_FH)
+
+    @property
+    def is_biased(self) -> bool:
+        """Whether the output has a bias."""
+        return self.down_bias_H is not None
+
+    @cached_property
+    def down_with_bias(self) -> torch.Tensor:
+        """The down projection, (H, G): its bias is the column of a neuron that is always 1."""
+        if self.down_bias_H is None:
+            return self.down_HF
+        return torch.cat([self.down_HF, self.down_bias_H.unsqueeze(1)], dim=1)
+
+    def products(self, x_TH: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """x gateᵀ and x upᵀ + up_bias, (T, F) each."""
+        up_TF = x_TH @ self.up_FH.T
+        if self.up_bias_F is not None:
+            up_TF += self.up_bias_F
+        return (None if self.gate_FH is None else x_TH @ self.gate_FH.T), up_TF
+
+    def hidden(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """Hidden activations, (T, F)."""
+        return activations(*self.products(x_TH), self.act)
+
+    def cosine_hidden(
+        self, x_TH: torch.Tensor, gate_TF: torch.Tensor | None, up_TF: torch.Tensor
+    ) -> torch.Tensor:
+        """The same with products of lengths 1, (T, F), see `profile.cosines`."""
+        if self.gate_FH is not None and gate_TF is not None:
+            gate_TF = cosines(gate_TF, x_TH, self.gate_FH)
+        up_TF = cosines(up_TF, x_TH, self.up_FH, self.up_bias_F)
+        return activations(gate_TF, up_TF, self.act)
+
+    def output(self, h_TF: torch.Tensor) -> torch.Tensor:
+        """y of some hidden activations, (T, H)."""
+        y_TH = h_TF @ self.down_HF.T
+        return y_TH if self.down_bias_H is None else y_TH + self.down_bias_H
+
+    def rounded(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A derived weight as it will be loaded, in float32."""
+        return tensor.to(self.stored_dtype).float()
+
+
+@dataclass
+class Profile:
+    """What the calibration tokens do in one FFN. Overwritten layer by layer: the buffers are the
+    largest thing in memory, and touching new ones costs as much as some of the arithmetic."""
+
+    x_TH: torch.Tensor
+    """Inputs."""
+    h_TF: torch.Tensor
+    """Hidden activations."""
+    marks_TK: torch.Tensor
+    """Indices of the marked neurons, on the CPU."""
+
+    @classmethod
+    def empty(cls, tokens: int, hidden: int, width: int, k: int, empty: Empty) -> Self:
+        """Buffers for `tokens` tokens."""
+        return cls(
+            x_TH=empty("inputs", tokens, hidden),
+            h_TF=empty("hidden", tokens, width),
+            marks_TK=torch.empty(tokens, k, dtype=torch.int64),
+        )
+
+    @property
+    def k_act(self) -> int:
+        """Marked neurons per token."""
+        return self.marks_TK.shape[1]
+
+    def part(self, tokens: slice) -> Self:
+        """A view of some of the tokens."""
+        return type(self)(self.x_TH[tokens], self.h_TF[tokens], self.marks_TK[tokens])
+
+    def is_finite(self) -> bool:
+        """No NaN and no infinity: ATopK takes them for the largest, so the marked tell it all."""
+        marked_TK = self.h_TF.gather(1, self.marks_TK.to(self.h_TF.device))
+        return bool(torch.isfinite(marked_TK).all())
+
+
+def take_ffn(
+    row: Architecture, stored: dict[str, torch.Tensor], config: CMoEConfig, device: torch.device
+) -> tuple[FFN, dict[str, torch.Tensor]]:
+    """The FFN of some tensors, which are used up, and the others, in float32 on the device."""
+    stored_dtype = stored[row.up].dtype
+    layer = {}
+    for name in list(stored):  # one at a time: no second copy of the whole layer
+        layer[name] = stored.pop(name).to(device, torch.float32)
+    ffn = FFN(
+        gate_FH=layer.pop(row.gate) if row.gate else None,
+        up_FH=layer.pop(row.up),
+        down_HF=layer.pop(row.down),
+        act=ACT2FN[config.hidden_act],
+        stored_dtype=stored_dtype,
+        up_bias_F=layer.pop(row.up_bias) if row.up_bias else None,
+        down_bias_H=layer.pop(row.down_bias) if row.down_bias else None,
+    )
+    return ffn, layer
+
+
+def divide(ffn: FFN, profile: Profile, config: CMoEConfig, recipe: Recipe) -> Partition:
+    """Shared neurons and routed experts, by the recipe's importance and clusters."""
+    if recipe.importance == "energy":
+        score_F = energies(profile.h_TF, ffn.down_HF)
+    else:
+        score_F = activation_rates(profile.marks_TK, ffn.width)
+    shape = {
+        "shared": config.shared_expert_intermediate_size,
+        "experts": config.num_experts,
+        "max_iterations": recipe.max_iterations,
+    }
+    if recipe.clusters == "contributions":
+        return partition_by_contributions(
+            profile.h_TF, ffn.down_HF, score_F, pinned=recipe.pinned, **shape
+        )
+    return partition_by_marks(profile.marks_TK, score_F, metric=recipe.metric, **shape)
+
+
+def build_router(
+    ffn: FFN, profile: Profile, parts: Partition, recipe: Recipe
+) -> dict[str, torch.Tensor]:
+    """The router's parameters as they will be loaded, by the recipe's form."""
+    if recipe.router == "linear":
+        energy_TN = output_energies(profile.h_TF, ffn.down_HF, parts.experts_NM[parts.pinned :])
+        router = linear_router(profile.x_TH, energy_TN, ridge=recipe.router_ridge)
+    else:
+        assert parts.representatives_N is not None  # the recipe has been checked
+        router = representative_router(
+            ffn.gate_FH,
+            ffn.up_FH,
+            parts.representatives_N,
+            up_bias_F=ffn.up_bias_F,
+            normalise=recipe.normalised_rows,
+        )
+    # A pinned expert needs no score: its bias lies above every probability.
+    router = {
+        name: torch.cat([w.new_zeros(parts.pinned, *w.shape[1:]), ffn.rounded(w)])
+        for name, w in router.items()
+    }
+    bias_N = torch.zeros(len(parts.experts_NM), device=ffn.up_FH.device)
+    bias_N[: parts.pinned] = 2.0
+    return {**router, "balance_bias": bias_N}
+
+
+def running_experts(
+    router: dict[str, torch.Tensor],
+    profile: Profile,
+    parts: Partition,
+    config: CMoEConfig,
+    recipe: Recipe,
+) -> torch.Tensor:
+    """Which routed experts run for which token, (T, N) bool."""
+    if recipe.routed_by == "router":
+        index_TK = chosen_experts(router, profile.x_TH, config)
+    else:
+        if recipe.routed_by == "oracle":
+            mass_TN = torch.stack([profile.h_TF[:, m].abs().sum(1) for m in parts.experts_NM], 1)
+        else:
+            chance = torch.Generator().manual_seed(0)  # a resumed run must repeat it
+            mass_TN = torch.rand(len(profile.x_TH), config.num_experts, generator=chance)
+            mass_TN = mass_TN.to(profile.x_TH.device)
+        index_TK = oracle_choice(mass_TN, config.num_experts_per_tok)
+    run_TN = torch.zeros(len(index_TK), config.num_experts, dtype=torch.bool)
+    return run_TN.to(index_TK.device).scatter_(1, index_TK, True)
+
+
+def chosen_experts(
+    router: dict[str, torch.Tensor], x_TH: torch.Tensor, config: CMoEConfig
+) -> torch.Tensor:
+    """The experts that run for every token, (T, K) int64.
+
+    The model's own router decides, so that calibration sees what inference will see. Its gates
+    are 1: the learned scale is zero after carving.
+    """
+    module = CMoERouter(config).to(x_TH.device)
+    module.load_state_dict(router, strict=False)
+    _, _, index_TK = module(x_TH)
+    return index_TK
+
+
+@dataclass
+class CarvedLayer:
+    """The outcome for one layer."""
+
+    partition: Partition
+    router: dict[str, torch.Tensor]
+    """Parameters of the router as they will be loaded."""
+    down_HG: torch.Tensor
+    """The down projection, refitted or not, float32, in the dense order of neurons; with an output
+    bias as its last column."""
+    run_TN: torch.Tensor
+    """Which routed experts ran for the calibration tokens."""
+    y_TH: torch.Tensor
+    """Output of the carved FFN for the calibration tokens."""
+
+
+def stored_tensors(
+    row: Architecture, index: int, dense: dict[str, torch.Tensor], carved: CarvedLayer
+) -> dict[str, torch.Tensor]:
+    """The tensors of layer `index`, carved, in the checkpoint's precision."""
+    tensors = dict(dense)
+    parts = (row.gate, row.up, row.down, row.up_bias, row.down_bias)
+    gate_FH, up_FH, down_HF, up_bias_F, down_bias_H = (
+        None if part is None else tensors.pop(part) for part in parts
+    )
+    assert up_FH is not None and down_HF is not None  # every row names them
+    down_HG = carved.down_HG.to(down_HF)
+    shared_S, experts_NM = carved.partition.shared_S, carved.partition.experts_NM
+    inputs = {"gate_proj.weight": gate_FH, "up_proj.weight": up_FH, "up_proj.bias": up_bias_F}
+    if len(shared_S):
+        for name, rows_F in inputs.items():
+            if rows_F is not None:
+                tensors[f"mlp.shared_expert.{name}"] = rows_F[shared_S]
+        tensors["mlp.shared_expert.down_proj.weight"] = down_HG[:, shared_S]
+    if gate_FH is not None:
+        packed = [gate_FH[experts_NM], up_FH[experts_NM]]
+        tensors["mlp.experts.gate_up_proj"] = torch.cat(packed, dim=1)
+    else:
+        tensors["mlp.experts.up_proj"] = up_FH[experts_NM]
+    if up_bias_F is not None:
+        tensors["mlp.experts.up_proj_bias"] = up_bias_F[experts_NM]
+    tensors["mlp.experts.down_proj"] = down_HG.T[experts_NM].transpose(1, 2)
+    if down_bias_H is not None:
+        tensors["mlp.down_bias"] = down_HG[:, -1]
+    for name, weight in carved.router.items():
+        dtype = torch.float32 if name == "balance_bias" else up_FH.dtype
+        tensors[f"mlp.gate.{name}"] = weight.to(dtype)
+    tensors["mlp.gate.scale"] = torch.zeros(len(experts_NM), dtype=up_FH.dtype)
+    return {row.carved_layer(index) + name: tensor for name, tensor in tensors.items()}
+
+
+def layer_figures(carved: CarvedLayer, profile: Profile, sample_TH: torch.Tensor) -> dict[str, Any]:
+    """What `conversion.json` says about a layer. `sample_TH` is the dense FFN's output for the
+    first tokens."""
+    parts = carved.partition
+    rate_F = activation_rates(profile.marks_TK, profile.h_TF.shape[1])
+    quartiles = torch.linspace(0, 1, 5, dtype=rate_F.dtype)
+    names = ("min", "q25", "median", "q75", "max")
+    return {
+        "activation_rate": dict(zip(names, rate_F.quantile(quartiles).tolist(), strict=True)),
+        "marks_on_shared": rate_F[parts.shared_S].sum().item() / rate_F.sum().item(),
+        "shared_neurons": len(parts.shared_S),
+        "pinned_experts": parts.pinned,
+        # Order of the system that a refit solves, see refit.py.
+        "refit_order": min(profile.h_TF.shape),
+        "expert_sizes": [len(ids_M) for ids_M in parts.experts_NM],
+        "expert_loads": carved.run_TN.float().mean(dim=0).tolist(),
+        "clustering_iterations": parts.iterations,
+        "relative_output_error": relative_error(carved.y_TH[: len(sample_TH)], sample_TH),
+    }
+
+
+def relative_error(got_TH: torch.Tensor, wanted_TH: torch.Tensor) -> float:
+    """Length of the difference over that of what was wanted; 0, not NaN, if both are zero."""
+    return ((got_TH - wanted_TH).norm() / wanted_TH.norm().clamp_min(1e-30)).item()
+
+
+def overflowed(index: int) -> CMoEError:
+    """What to raise where finite weights yield activations that are not."""
+    return CMoEError(
+        f"layer {index} produces NaN or infinite activations on the calibration text, from finite "
+        "weights: the checkpoint overflows. Try another one."
+    )
