@@ -13,15 +13,17 @@ import json
 import logging
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from cmoe_hf.conversion import Evaluation, convert, evaluate
+from cmoe_hf.conversion import RECIPES, Evaluation, Recipe, convert, evaluate
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT, MODEL
 
+REFINED = RECIPES["refined"]
 WINDOW = 128
 COMMON = {
     "vocab_size": 1024,
@@ -76,22 +78,20 @@ def compare(family: str, shape: tuple[int, int, int], steps: int, folder: Path) 
     tokenizer.save_pretrained(dense)
     shared, active, experts = shape
     rows: dict[str, Any] = {"family": family, "shape": "S{}A{}E{}".format(*shape), "steps": steps}
-    for name, recipe, changes, split in (
-        ("all_active", "refined", {}, (shared, experts - shared)),  # must be the dense model
-        ("released", "released", {}, (shared, active)),
-        ("paper", "paper", {}, (shared, active)),
-        ("static", "refined", {"refit": False}, (shared + active, 0)),
-        ("refined", "refined", {}, (shared, active)),
+    for name, recipe, split in (
+        ("all_active", REFINED, (shared, experts - shared)),  # must be the dense model
+        ("released", RECIPES["released"], (shared, active)),
+        ("paper", RECIPES["paper"], (shared, active)),
+        ("static", replace(REFINED, refit=False), (shared + active, 0)),
+        ("refined", REFINED, (shared, active)),
     ):
         output = folder / f"{family}-{name}"
-        measured = carve(dense, output, (*split, experts), recipe, changes)
+        measured = carve(dense, output, (*split, experts), recipe)
         rows |= {"dense": measured.baseline_perplexity, name: measured.perplexity}
     return rows
 
 
-def carve(
-    source: Path, output: Path, shape: tuple[int, int, int], recipe: str, changes: dict[str, Any]
-) -> Evaluation:
+def carve(source: Path, output: Path, shape: tuple[int, int, int], recipe: Recipe) -> Evaluation:
     """Carve a model on the calibration text, and measure both on held-out text."""
     shared, active, experts = shape
     result = convert(
@@ -101,7 +101,6 @@ def carve(
         active=active,
         experts=experts,
         recipe=recipe,
-        changes=changes,
         calibration=CALIBRATION,
         samples=128,
         sequence_length=WINDOW,

@@ -13,14 +13,15 @@ import argparse
 import json
 import logging
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from compare_families import FAMILIES, WINDOW, carve, train
+from compare_families import FAMILIES, REFINED, WINDOW, carve, train
 from transformers import AutoTokenizer
 
-from cmoe_hf.conversion import evaluate
+from cmoe_hf.conversion import RECIPES, evaluate
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT, MODEL
 
 EXPERTS = 8
@@ -36,27 +37,27 @@ SOURCES: dict[str, dict[str, Any]] = {
     "olmoe": {**MOE, "intermediate_size": 96},
 }
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
-    "all_active": ("refined", {}),  # must be the source
-    "released": ("released", {}),
-    "paper": ("paper", {}),
-    "static": ("refined", {"refit": False}),
-    "static_refitted": ("refined", {}),
-    "refined_within_parents": ("refined", {"competition": "parent"}),
-    "refined_without_refit": ("refined", {"refit": False}),
-    "refined": ("refined", {}),
+    "all_active": REFINED,  # must be the source
+    "released": RECIPES["released"],
+    "paper": RECIPES["paper"],
+    "static": replace(REFINED, refit=False),
+    "static_refitted": REFINED,
+    "refined_within_parents": replace(REFINED, competition="parent"),
+    "refined_without_refit": replace(REFINED, refit=False),
+    "refined": REFINED,
 }
 
 
 def compare(source: Path, active: int, folder: Path) -> dict[str, Any]:
     """Perplexity of all rows at one activation ratio, 2 A / E."""
     rows: dict[str, Any] = {"notation": f"S{active}A{active}E{EXPERTS}"}
-    for name, (recipe, changes) in ROWS.items():
+    for name, recipe in ROWS.items():
         shape = (active, active, EXPERTS)
         if name.startswith("static"):
             shape = (2 * active, 0, EXPERTS)
         elif name == "all_active":
             shape = (active, EXPERTS - active, EXPERTS)
-        measured = carve(source, folder / name, shape, recipe, changes)
+        measured = carve(source, folder / name, shape, recipe)
         rows |= {"source": measured.baseline_perplexity, name: measured.perplexity}
     rows["oracle"] = evaluate(
         folder / "refined", router="oracle", text=HELD_OUT, sequence_length=WINDOW

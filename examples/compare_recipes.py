@@ -15,16 +15,16 @@ conversion.
 import argparse
 import json
 import math
-import re
 import statistics
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cmoe_hf.conversion import convert, evaluate
+from cmoe_hf.conversion import RECIPES, Recipe, convert, evaluate
+from cmoe_hf.conversion.carve.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class Row:
     """A conversion and the routers it is measured with."""
 
     name: str
-    recipe: str = "refined"
-    changes: dict[str, Any] = field(default_factory=dict)
+    recipe: Recipe = RECIPES["refined"]
     static: bool = False
     finer: int = 1
     """Experts of 1 / finer the size, at equal activation."""
@@ -42,35 +41,40 @@ class Row:
     routers: tuple[str, ...] = ("own",)
 
 
-PLAIN = {"refit": False}
+REFINED = RECIPES["refined"]
+PLAIN = replace(REFINED, refit=False)
 TABLES = {
     "compare": (
-        Row("released", "released", routers=("own", "oracle", "random")),
-        Row("paper", "paper", routers=("own", "oracle", "random")),
-        Row("static", changes=PLAIN, static=True),
+        Row("released", RECIPES["released"], routers=("own", "oracle", "random")),
+        Row("paper", RECIPES["paper"], routers=("own", "oracle", "random")),
+        Row("static", recipe=PLAIN, static=True),
         Row("static, refitted", static=True),
-        Row("refined, no refit", changes=PLAIN, routers=("own", "oracle", "random")),
+        Row("refined, no refit", recipe=PLAIN, routers=("own", "oracle", "random")),
         Row("refined"),
-        Row("refined for an oracle", changes={"routed_by": "oracle"}, routers=("oracle",)),
-        Row("refined for chance", changes={"routed_by": "random"}, routers=("random",)),
-        Row("refined, split by layer", changes={"adaptive_split": True}),
+        Row(
+            "refined for an oracle",
+            recipe=replace(REFINED, routed_by="oracle"),
+            routers=("oracle",),
+        ),
+        Row("refined for chance", recipe=replace(REFINED, routed_by="random"), routers=("random",)),
+        Row("refined, split by layer", recipe=replace(REFINED, adaptive_split=True)),
     ),
     "ablation": (
         Row("refined"),
-        Row("neurons by rate of marks", changes={"importance": "rate"}),
-        Row("clusters of marks", changes={"clusters": "marks"}),
+        Row("neurons by rate of marks", recipe=replace(REFINED, importance="rate")),
+        Row("clusters of marks", recipe=replace(REFINED, clusters="marks")),
         Row(
             "clusters of marks, representative router",
-            changes={"clusters": "marks", "router": "representative"},
+            recipe=replace(REFINED, clusters="marks", router="representative"),
         ),
-        Row("one clustering round", changes={"max_iterations": 1}),
-        Row("refit to the dense FFN's output", changes={"error_correction": False}),
-        Row("no refit", changes=PLAIN),
-        Row("router ridge 0.001", changes={"router_ridge": 0.001}),
-        Row("router ridge 0.05", changes={"router_ridge": 0.05}),
-        Row("router ridge 5", changes={"router_ridge": 5.0}),
-        Row("refit ridge 0.0001", changes={"refit_ridge": 0.0001}),
-        Row("refit ridge 0.03", changes={"refit_ridge": 0.03}),
+        Row("one clustering round", recipe=replace(REFINED, max_iterations=1)),
+        Row("refit to the dense FFN's output", recipe=replace(REFINED, error_correction=False)),
+        Row("no refit", recipe=PLAIN),
+        Row("router ridge 0.001", recipe=replace(REFINED, router_ridge=0.001)),
+        Row("router ridge 0.05", recipe=replace(REFINED, router_ridge=0.05)),
+        Row("router ridge 5", recipe=replace(REFINED, router_ridge=5.0)),
+        Row("refit ridge 0.0001", recipe=replace(REFINED, refit_ridge=0.0001)),
+        Row("refit ridge 0.03", recipe=replace(REFINED, refit_ridge=0.03)),
         Row("1/8 of the calibration tokens", more=1 / 8),
         Row("1/4 of the calibration tokens", more=1 / 4),
         Row("4 times the calibration tokens", more=4),
@@ -90,7 +94,8 @@ def measure(
     dense: dict[str, float],
 ) -> Iterator[dict[str, Any]]:
     """One record per router and text."""
-    shared, active, experts = map(int, re.fullmatch(r"S(\d+)A(\d+)E(\d+)", shape).groups())
+    parsed = Shape.parse(shape)
+    shared, active, experts = parsed.shared, parsed.active, parsed.experts
     if row.static:
         shared, active = shared + active, 0
     runs, reports = defaultdict(list), []
@@ -104,7 +109,6 @@ def measure(
                 active=active * row.finer,
                 experts=experts * row.finer,
                 recipe=row.recipe,
-                changes=row.changes,
                 calibration=arguments.calibration,
                 samples=round(arguments.samples * row.more),
                 sequence_length=arguments.sequence_length,

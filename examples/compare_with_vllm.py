@@ -150,7 +150,7 @@ def start_vllm(
 
 def carve_all(arguments: argparse.Namespace) -> list[Case]:
     """Carve the grid; draw u and b; export what a Qwen2-MoE can represent."""
-    from cmoe_hf.conversion import RequestError, convert, export
+    from cmoe_hf.conversion import Recipe, RequestError, convert, export
 
     cases = []
     for shape, (shared, active, experts) in SHAPES.items():
@@ -161,7 +161,10 @@ def carve_all(arguments: argparse.Namespace) -> list[Case]:
             convert(
                 arguments.model,
                 arguments.folder / carved.folder,
-                **{"shared": shared, "active": active, "experts": experts, "changes": changes},
+                shared=shared,
+                active=active,
+                experts=experts,
+                recipe=Recipe.of("refined", **changes),
                 calibration=arguments.calibration,
                 samples=16,  # quick: quality is not the point
                 overwrite=True,

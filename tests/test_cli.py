@@ -3,14 +3,18 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from cmoe_hf.conversion import Settings
 from cmoe_hf.conversion.cli import COMMANDS, app
+from cmoe_hf.conversion.cli.common import field_texts
 from cmoe_hf.conversion.demo import CALIBRATION
 
+README = Path(__file__).parents[1] / "README.md"
 SHAPE = ["--shared", "2", "--active", "2", "--experts", "8"]
 CHEAP = ["--calibration", str(CALIBRATION), "--samples", "4", "--sequence-length", "64"]
 
@@ -37,6 +41,16 @@ main()
     expected = CliRunner().invoke(app, arguments, prog_name="cmoe")
     assert printed == expected.stdout and done.returncode == expected.exit_code
     assert all(f" {name} " in printed for name in COMMANDS)
+
+
+def test_the_readme_says_of_the_options_what_the_command_says():
+    printed = " ".join(invoke("convert", "--help").stdout.replace("│", " ").split())
+    rows = []
+    for name, text in field_texts(Settings).items():
+        option = f"--{name.replace('_', '-')}"
+        rows.append(f"| `{option}` | {text} |")
+        assert option in printed
+    assert "\n".join(rows) in README.read_text(encoding="utf-8")
 
 
 def test_convert_json_has_the_promised_keys(dense, tmp_path):

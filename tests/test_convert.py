@@ -146,7 +146,6 @@ def test_conversion_json_records_what_made_the_model(carved):
         "experts": 8,
         "budget": None,
         "recipe": "refined",
-        "changes": {},
         "calibration": "calibration.txt",
         "samples": 4,
         "sequence_length": 64,

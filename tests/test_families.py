@@ -14,9 +14,9 @@ from test_bad_input import run
 from transformers import AutoModelForCausalLM
 
 import cmoe_hf
-from cmoe_hf.conversion.carve.decoder import AttentionHalf
 from cmoe_hf.conversion.source.architectures import ARCHITECTURES
 from cmoe_hf.conversion.source.checkpoint import open_source
+from cmoe_hf.conversion.source.library import AttentionHalf
 
 pytestmark = pytest.mark.library
 

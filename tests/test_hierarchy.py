@@ -27,7 +27,7 @@ from cmoe_hf.conversion import (
     publish,
     recover,
 )
-from cmoe_hf.conversion.carve.recipe import RECIPES
+from cmoe_hf.conversion.carve.recipe import RECIPES, Recipe
 from cmoe_hf.conversion.carve.refit import ridge_for
 from cmoe_hf.conversion.carve.router import log_energy_router
 from cmoe_hf.conversion.cli import app
@@ -374,20 +374,24 @@ def test_the_oracle_is_nearer_to_the_source_than_chance(moe, carve, token_ids):
     ("options", "message"),
     [
         ({"experts": 8, "budget": 0.5}, "source is a MoE"),
-        ({**SHAPE, "changes": {"pinned": 1}}, "source is a MoE"),
-        ({**SHAPE, "changes": {"adaptive_split": True}}, "source is a MoE"),
-        ({**SHAPE, "changes": {"routed_by": "oracle"}}, "routed_by"),
+        ({**SHAPE, "recipe": ("refined", {"pinned": 1})}, "source is a MoE"),
+        ({**SHAPE, "recipe": ("refined", {"adaptive_split": True})}, "source is a MoE"),
+        ({**SHAPE, "recipe": ("refined", {"routed_by": "oracle"})}, "routed_by"),
         # 160, the width of no layer, would be divisible.
         ({**SHAPE, "experts": 10}, "width 96 is not divisible by 10"),
-        ({**SHAPE, "changes": {"router": "representative"}}, "representative router needs"),
-        ({**SHAPE, "recipe": "paper", "changes": {"competition": "token"}}, "linear router"),
-        ({**SHAPE, "changes": {"competition": "expert"}}, "competition"),
+        (
+            {**SHAPE, "recipe": ("refined", {"router": "representative"})},
+            "representative router needs",
+        ),
+        ({**SHAPE, "recipe": ("paper", {"competition": "token"})}, "linear router"),
+        ({**SHAPE, "recipe": ("refined", {"competition": "expert"})}, "competition"),
     ],
 )
 def test_what_a_moe_cannot_be_asked_for(moe, no_leftovers, options, message):
+    name, changes = options.pop("recipe", ("refined", {}))
     for verb in (convert, plan):
         with pytest.raises(RequestError, match=message):
-            verb(moe, no_leftovers, **FEW, **options)
+            verb(moe, no_leftovers, **FEW, **options, recipe=Recipe.of(name, **changes))
 
 
 @pytest.mark.parametrize("change", [{"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}])

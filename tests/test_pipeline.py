@@ -9,7 +9,7 @@ from families import FAMILIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cmoe_hf.conversion import convert, evaluate
-from cmoe_hf.conversion.carve.recipe import RECIPES
+from cmoe_hf.conversion.carve.recipe import RECIPES, Recipe
 from cmoe_hf.conversion.demo import CALIBRATION
 from cmoe_hf.conversion.source.calibration import random_windows, tokenize
 
@@ -53,7 +53,7 @@ def test_all_active_equals_dense_in_every_family_and_precision(
 
 
 def test_pinned_experts_change_nothing_where_all_are_active(embedded, carve, token_ids):
-    carved = load(carve(embedded, (1, 7, 8), changes={"pinned": 4}))
+    carved = load(carve(embedded, (1, 7, 8), recipe=Recipe.of("refined", pinned=4)))
     with torch.no_grad():
         assert (carved(token_ids).logits - load(embedded)(token_ids).logits).abs().max() < 1e-4
 
@@ -62,8 +62,10 @@ def test_pinned_experts_change_nothing_where_all_are_active(embedded, carve, tok
 def test_pinned_experts_run_for_every_token(embedded, carve, token_ids, pinned):
     """They are shared experts in all but name: the same model as with a larger shared expert."""
     # Without the refit: its roundings to bfloat16 differ, and so do the next layer's clusters.
-    folder = carve(embedded, (1, 2, 8), changes={"refit": False, "pinned": pinned})
-    larger = load(carve(embedded, (1 + pinned, 2 - pinned, 8), changes={"refit": False}))
+    folder = carve(embedded, (1, 2, 8), recipe=Recipe.of("refined", refit=False, pinned=pinned))
+    larger = load(
+        carve(embedded, (1 + pinned, 2 - pinned, 8), recipe=Recipe.of("refined", refit=False))
+    )
     model = load(folder)
     for layer in json.loads((folder / "conversion.json").read_text())["layers"]:
         assert layer["pinned_experts"] == pinned
@@ -165,9 +167,12 @@ def test_the_error_falls_to_zero_as_more_experts_run(embedded, carve):
 
 def test_each_step_of_the_refined_recipe_can_be_switched(embedded, carve):
     def error(**changes):
-        folder = carve(embedded, (1, 1, 8), samples=16, sequence_length=256, changes=changes)
+        recipe = Recipe.of("refined", **changes)
+        folder = carve(embedded, (1, 1, 8), samples=16, sequence_length=256, recipe=recipe)
         report = json.loads((folder / "conversion.json").read_text())
-        assert report["settings"]["changes"] == changes
+        told = ", ".join(f"{name} = {report['recipe'][name]}" for name in changes)
+        assert report["settings"]["recipe"].split(" with ")[0] == "refined"
+        assert set(report["settings"]["recipe"][13:].split(", ")) == set(told.split(", "))
         assert report["recipe"].items() >= changes.items()
         return report["result"]["relative_output_error"]
 
@@ -180,8 +185,8 @@ def test_each_step_of_the_refined_recipe_can_be_switched(embedded, carve):
 def test_refined_is_better_than_the_papers_recipes_and_than_static_pruning(
     embedded, carve, held_out
 ):
-    def measured(recipe, notation=(1, 1, 8), **changes):
-        options = {"samples": 32, "sequence_length": 256, "changes": changes}
+    def measured(recipe, notation=(1, 1, 8)):
+        options = {"samples": 32, "sequence_length": 256}
         folder = carve(embedded, notation, recipe=recipe, **options)
         return evaluate(folder, text=held_out, dtype="float32").perplexity
 

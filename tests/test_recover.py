@@ -19,7 +19,7 @@ from refusal import refused
 from transformers import AutoModelForCausalLM, Trainer
 from typer.testing import CliRunner
 
-from cmoe_hf.conversion import RequestError, Tuning, convert, recover, resume_recovery
+from cmoe_hf.conversion import Recipe, RequestError, Tuning, convert, recover, resume_recovery
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
 from cmoe_hf.conversion.measure.evaluate import perplexity
@@ -163,8 +163,8 @@ def test_without_speed_the_bias_stays(carved, tmp_path, tensors):
 
 def test_pinned_experts_stay_pinned(dense, tmp_path, tensors):
     options = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}
-    changes = {"adaptive_split": False, "pinned": 1}
-    convert(dense, tmp_path / "carved", shared=1, active=2, experts=8, changes=changes, **options)
+    recipe = Recipe.of("refined", pinned=1)
+    convert(dense, tmp_path / "carved", shared=1, active=2, experts=8, recipe=recipe, **options)
     recover(tmp_path / "carved", tmp_path / "out", **TEXTS, tuning=Tuning(**LOUD))
     before, after = tensors(tmp_path / "carved"), tensors(tmp_path / "out")
     for name in (name for name in before if name.endswith("balance_bias")):

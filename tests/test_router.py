@@ -4,8 +4,8 @@ import torch
 from torch.nn.functional import silu
 
 from cmoe_hf import CMoELlamaConfig
+from cmoe_hf.conversion.carve.layer import chosen_experts
 from cmoe_hf.conversion.carve.partition import partition_by_marks
-from cmoe_hf.conversion.carve.pipeline import chosen_experts
 from cmoe_hf.conversion.carve.profile import activation_marks, activation_rates
 from cmoe_hf.conversion.carve.router import (
     agreement,

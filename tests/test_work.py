@@ -127,7 +127,7 @@ def test_resume_accepts_the_same_settings_and_refuses_others(unfinished, dense, 
         (["--recipe", "paper"], "recipe was 'refined'"),
         (["--seed", 1], "seed was 0"),
         (["--dtype", "bfloat16"], "dtype was None"),
-        (["--change", "refit=false"], "changes was {}"),
+        (["--change", "refit=false"], "recipe was 'refined'"),
         (["--overwrite"], "--resume goes with neither"),
         (["--dry-run"], "--resume goes with neither"),
     ]:

@@ -54,12 +54,12 @@ def partition_by_marks(
     seeds_N = np.searchsorted(routed_R.numpy(), order_F[shared : shared + experts].numpy())
 
     centroids_TN = columns_TR[:, seeds_N].toarray()
-    label_R, iterations, settled = np.full(len(routed_R), -1), 0, False
-    while iterations < max_iterations and not settled:
+    label_R, iterations, stable = np.full(len(routed_R), -1), 0, False
+    while iterations < max_iterations and not stable:
         previous_R = label_R
         label_R = assign_balanced(distances(columns_TR, centroids_TN, metric))
         centroids_TN = cluster_means(columns_TR, label_R, experts)
-        settled = np.array_equal(label_R, previous_R)
+        stable = np.array_equal(label_R, previous_R)
         iterations += 1
 
     members_NM = np.argsort(label_R, kind="stable").reshape(experts, -1)
@@ -120,8 +120,8 @@ def partition_by_contributions(
 
     rank_R = torch.empty(items, dtype=torch.int64)
     rank_R[torch.searchsorted(routed_R, order_F[shared:])] = torch.arange(items)
-    label_R, iterations, settled = rank_R * experts // items, 0, False
-    while iterations < max_iterations and not settled:
+    label_R, iterations, stable = rank_R * experts // items, 0, False
+    while iterations < max_iterations and not stable:
         centroids_NT = columns_RT.new_zeros(experts, columns_RT.shape[1])
         centroids_NT.index_add_(0, label_R.to(columns_RT.device), columns_RT)
         centroids_NT *= experts / items
@@ -131,7 +131,7 @@ def partition_by_contributions(
         # Scaled: the solver's tolerance is absolute.
         scaled_RN = (cost_RN / cost_RN.mean().clamp_min(least)).cpu().double().numpy()
         label_R = torch.from_numpy(assign_balanced(scaled_RN))
-        settled = torch.equal(label_R, previous_R)
+        stable = torch.equal(label_R, previous_R)
         iterations += 1
     members_NM = label_R.argsort(stable=True).view(experts, -1)
     return Partition(shared_S, routed_R[members_NM], None, iterations)

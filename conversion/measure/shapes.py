@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from ..carve.recipe import RECIPES
 from ..carve.shape import Shape, carved_config
 from ..errors import RequestError
-from ..source.architectures import ARCHITECTURES
+from ..source.architectures import ARCHITECTURES, architecture_of
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -65,9 +65,8 @@ def shape_config(name: str, layers: int | None, shape: Shape) -> PreTrainedConfi
 
 def dense_config(carved: PreTrainedConfig) -> PreTrainedConfig:
     """Configuration of the dense model of a carved one's shape."""
-    row = next(
-        row for row in ARCHITECTURES.values() if row.cmoe_config.model_type == carved.model_type
-    )
+    row = architecture_of(carved)
+    assert row is not None  # it is carved
     known = row.dense_config().to_dict().keys() - {"model_type", "architectures"}
     return row.dense_config(
         **{name: value for name, value in carved.to_dict().items() if name in known}

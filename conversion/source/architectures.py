@@ -52,6 +52,13 @@ class Architecture:
     expert_prefix: str = "mlp.experts.{}."
     expert_width: str = "intermediate_size"
     """Field of the configuration."""
+    lora: tuple[str, ...] = (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    )
+    """Linear layers, dense or carved, that recovery adapts by LoRA."""
+    exports: tuple[str, ...] = ()
+    """Stock architectures that can compute what its carved models do."""
     driver: str = "pipeline"
     """The room of `carve` that walks its layers."""
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -79,6 +86,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         rotary_embedding=llama.LlamaRotaryEmbedding,
         cmoe_config=cmoe_hf.CMoELlamaConfig,
         cmoe_model=cmoe_hf.CMoELlamaForCausalLM,
+        exports=("qwen2_moe",),
     ),
     "mistral": Architecture(
         dense_config=mistral.MistralConfig,
@@ -87,6 +95,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         rotary_embedding=mistral.MistralRotaryEmbedding,
         cmoe_config=cmoe_hf.CMoEMistralConfig,
         cmoe_model=cmoe_hf.CMoEMistralForCausalLM,
+        exports=("qwen2_moe",),
     ),
     "qwen2": Architecture(
         dense_config=qwen2.Qwen2Config,
@@ -95,6 +104,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         rotary_embedding=qwen2.Qwen2RotaryEmbedding,
         cmoe_config=cmoe_hf.CMoEQwen2Config,
         cmoe_model=cmoe_hf.CMoEQwen2ForCausalLM,
+        exports=("qwen2_moe",),
     ),
     "qwen3": Architecture(
         dense_config=qwen3.Qwen3Config,
@@ -103,6 +113,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         rotary_embedding=qwen3.Qwen3RotaryEmbedding,
         cmoe_config=cmoe_hf.CMoEQwen3Config,
         cmoe_model=cmoe_hf.CMoEQwen3ForCausalLM,
+        exports=("qwen3_moe",),
     ),
     "qwen3_moe": Architecture(
         dense_config=qwen3_moe.Qwen3MoeConfig,
@@ -146,6 +157,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         up_bias="mlp.dense_h_to_4h.bias",
         down="mlp.dense_4h_to_h.weight",
         down_bias="mlp.dense_4h_to_h.bias",
+        lora=(
+            *("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+            *("up_proj", "down_proj"),
+        ),
         renamed={
             "gpt_neox.embed_in.": "model.embed_tokens.",
             "gpt_neox.final_layer_norm.": "model.norm.",
@@ -191,6 +206,14 @@ def find_architecture(config: dict[str, Any], folder: Path) -> Architecture:
             "weights. Carve the unquantised checkpoint and quantise the result."
         )
     return ARCHITECTURES[model_type]
+
+
+def architecture_of(config: PreTrainedConfig) -> Architecture | None:
+    """The row of a dense or a carved model; None if it is neither."""
+    for row in ARCHITECTURES.values():
+        if config.model_type in (row.dense_config.model_type, row.cmoe_config.model_type):
+            return row
+    return None
 
 
 def reason(config: dict[str, Any], folder: Path) -> str:

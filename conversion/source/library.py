@@ -106,12 +106,12 @@ class AttentionHalf(nn.Module):
             self.x = x
             return torch.zeros_like(x)
 
-    def __init__(self, names: Architecture, config: Any, length: int, device: torch.device) -> None:
+    def __init__(self, row: Architecture, config: Any, length: int, device: torch.device) -> None:
         super().__init__()
         config = type(config).from_dict(config.to_dict(), attn_implementation="sdpa")
         with torch.device("meta"):
-            self.layer = names.decoder_layer(config, 0)
-        cache_name(names.decoder_layer.forward, *LAYER_KEYWORDS)  # or a mask would be ignored
+            self.layer = row.decoder_layer(config, 0)
+        cache_name(row.decoder_layer.forward, *LAYER_KEYWORDS)  # or a mask would be ignored
         self.ffn_input = self.layer.mlp = self.Recorder()
         self.layer.eval()
         self.position_ids = torch.arange(length, device=device).unsqueeze(0)
@@ -121,7 +121,7 @@ class AttentionHalf(nn.Module):
         }
         self.windows = [windows[kind] for kind in attention_types(config)]
         self.mask: torch.Tensor | None = None
-        rotary = names.rotary_embedding(config).to(device)
+        rotary = row.rotary_embedding(config).to(device)
         self.position_embeddings = rotary(torch.empty(0, device=device), self.position_ids)
 
     def load(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
