@@ -25,8 +25,8 @@ from .device import DTYPES, peak_memory_bytes, versions
 from .errors import RequestError
 from .folder.card import model_card
 from .folder.fingerprint import CONVERSION, fingerprint_of
+from .folder.layerwise import WorkFolder
 from .folder.windows import keep_windows, kept_windows
-from .folder.work import WorkFolder
 from .plan import Prepared, prepare, prepare_work
 
 DRIVERS = {"pipeline": carve_model, "hierarchy": carve_moe}

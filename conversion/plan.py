@@ -23,8 +23,8 @@ from .carve.shape import carved_config, width_warning
 from .device import DTYPES, best_seconds, find_device
 from .errors import RequestError
 from .folder.carried import Carried, carried
+from .folder.layerwise import WorkFolder
 from .folder.selection import code_of
-from .folder.work import WorkFolder
 from .source.calibration import CHARACTERS_PER_TOKEN, WHOLE_CHARACTERS, random_windows, read_tokens
 from .source.checkpoint import Source, load_tokenizer, open_source
 from .source.loading import window_length

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from cmoe_hf.conversion import Tuning, convert, recover, resume, resume_recovery, sweep
-from cmoe_hf.conversion.folder.work import WorkFolder
+from cmoe_hf.conversion.folder.layerwise import WorkFolder
 
 
 def convert_it(begun, arguments):

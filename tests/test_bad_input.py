@@ -422,12 +422,12 @@ def test_interrupted_it_leaves_nothing_that_looks_finished(embedded, tmp_path):
     script = (
         "import sys, signal, os\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored\n"
-        "from cmoe_hf.conversion import cli\nfrom cmoe_hf.conversion.folder import work\n"
-        "write = work.WorkFolder.write_rest\n"
+        "from cmoe_hf.conversion import cli\nfrom cmoe_hf.conversion.folder import layerwise\n"
+        "write = layerwise.WorkFolder.write_rest\n"
         "def interrupt(self, *arguments):\n"
         "    write(self, *arguments)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "work.WorkFolder.write_rest = interrupt\n"
+        "layerwise.WorkFolder.write_rest = interrupt\n"
         "cli.main()\n"
     )
     command = [sys.executable, "-c", script, "convert", str(embedded), str(out)]

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from cmoe_hf.conversion import export, publish
-from cmoe_hf.conversion.share.export import ARCHITECTURES as EXPORTS
+from cmoe_hf.conversion.share.export import EXPORTS
 
 pytestmark = pytest.mark.library
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION
-from cmoe_hf.conversion.folder.work import WorkFolder
+from cmoe_hf.conversion.folder.layerwise import WorkFolder
 
 
 def command(*arguments):

@@ -8,8 +8,8 @@ import pytest
 
 import cmoe_hf
 from cmoe_hf.conversion.folder.card import stated_hashes
-from cmoe_hf.conversion.folder.partial import sha256_of
 from cmoe_hf.conversion.folder.selection import REMOTE_CODE
+from cmoe_hf.conversion.folder.unfinished import sha256_of
 
 HERE = Path(cmoe_hf.__file__).parent
 LIBRARIES = re.compile(r"(torch|transformers|typing|huggingface_hub\.dataclasses)(\.|$)")

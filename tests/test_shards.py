@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from cmoe_hf.conversion import convert, plan, resume
 from cmoe_hf.conversion.demo import CALIBRATION
-from cmoe_hf.conversion.folder.work import WorkFolder
+from cmoe_hf.conversion.folder.layerwise import WorkFolder
 
 INDEX = "model.safetensors.index.json"
 FEW = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}

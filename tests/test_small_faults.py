@@ -20,8 +20,8 @@ from cmoe_hf.conversion import CMoEError, Tuning, recover
 from cmoe_hf.conversion.carve.decoder import Storage
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
-from cmoe_hf.conversion.folder.partial import as_json
-from cmoe_hf.conversion.folder.work import WorkFolder
+from cmoe_hf.conversion.folder.layerwise import WorkFolder
+from cmoe_hf.conversion.folder.unfinished import as_json
 from cmoe_hf.conversion.share.vetting import check_private
 from cmoe_hf.conversion.tune.recover import RecoveryFolder
 

@@ -21,9 +21,9 @@ from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.errors import CMoEError, RequestError
 from cmoe_hf.conversion.folder import probe
 from cmoe_hf.conversion.folder.card import stated_hashes
-from cmoe_hf.conversion.folder.partial import sha256_of
+from cmoe_hf.conversion.folder.layerwise import WorkFolder
 from cmoe_hf.conversion.folder.selection import code_of_type
-from cmoe_hf.conversion.folder.work import WorkFolder
+from cmoe_hf.conversion.folder.unfinished import sha256_of
 from cmoe_hf.modeling_cmoe import TESTED
 
 pytestmark = pytest.mark.library

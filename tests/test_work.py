@@ -13,7 +13,7 @@ import cmoe_hf
 from cmoe_hf.conversion import RequestError, convert, plan, resume
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION
-from cmoe_hf.conversion.folder.work import WorkFolder
+from cmoe_hf.conversion.folder.layerwise import WorkFolder
 
 CHANCE = random.SystemRandom()
 """Kills come at other moments in every run; everything else is seeded."""

@@ -14,7 +14,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from cmoe_hf import CMoEConfig
-from cmoe_hf.modeling_cmoe import CMoERouter
+from cmoe_hf.modeling_cmoe import PIN_BIAS, CMoERouter
 
 from ..errors import CMoEError
 from ..source.architectures import Architecture
@@ -179,13 +179,13 @@ def build_router(
             up_bias_F=ffn.up_bias_F,
             normalise=recipe.normalised_rows,
         )
-    # A pinned expert needs no score: its bias lies above every probability.
+    # A pinned expert needs no score: its bias decides.
     router = {
         name: torch.cat([w.new_zeros(parts.pinned, *w.shape[1:]), ffn.rounded(w)])
         for name, w in router.items()
     }
     bias_N = torch.zeros(len(parts.experts_NM), device=ffn.up_FH.device)
-    bias_N[: parts.pinned] = 2.0
+    bias_N[: parts.pinned] = PIN_BIAS
     return {**router, "balance_bias": bias_N}
 
 

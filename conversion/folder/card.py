@@ -11,6 +11,7 @@ from cmoe_hf import CMoEConfig, CMoEHierarchicalConfig
 
 from ..source.checkpoint import Source
 
+CARD_FILE = "README.md"
 _BODY = """\
 # {title}
 

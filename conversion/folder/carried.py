@@ -29,7 +29,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..errors import RequestError
 from ..source.checkpoint import HUB_ID, LEGAL_FILES, TOKENIZER_FILES, read_json
-from .scores import CARD_FILE
+from .card import CARD_FILE
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _PLACE = re.compile(r"(path|file|dir|folder)$")

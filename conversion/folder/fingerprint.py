@@ -14,7 +14,7 @@ from ..device import versions
 from ..errors import CMoEError, RequestError
 from ..source.stored import read_json
 from . import probe
-from .partial import PartialFolder
+from .unfinished import PartialFolder
 
 CONVERSION = "conversion.json"
 PROMPTS = (

@@ -6,7 +6,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from ..errors import CMoEError
-from .partial import PartialFolder
+from .unfinished import PartialFolder
 
 WINDOWS = "windows.safetensors"
 

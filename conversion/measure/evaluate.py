@@ -18,14 +18,14 @@ from transformers import PreTrainedModel
 
 from ..device import check_dtype, find_device
 from ..errors import CMoEError, RequestError
-from ..folder.scores import check_card, write_card
+from ..folder.results import results_folder, write_results
 from ..source.calibration import check_vocabulary, consecutive_windows, read_tokens
 from ..source.loading import load_model, window_length
 from ..source.texts import open_text, text_name
 from .routing import replace_router, routing_blocks, watch_router
 
 ROUTERS = ("own", "oracle", "random")
-BATCH_TOKENS = 4096
+TOKENS_AT_ONCE = 4096
 HIGHEST_LOSS = math.log(sys.float_info.max)
 
 
@@ -96,7 +96,7 @@ def evaluate(
         raise RequestError(f"--windows is {windows}; it must be at least 1.")
     check_dtype(dtype)
     where = find_device(device)
-    folder = check_card(model) if card else None
+    folder = results_folder(model) if card else None
     if card and router != "own":
         raise RequestError(f"--card tells what the model itself does, not with router {router!r}.")
     opened = open_text(text, part="test")
@@ -132,12 +132,12 @@ def evaluate(
     )
     if folder is not None:
         record = perplexity_record(result, text)
-        write_card(folder, [record], baseline=baseline, dtype=dtype, device=where)
+        write_results(folder, [record], baseline=baseline, dtype=dtype, device=where)
     return result
 
 
 def perplexity_record(result: Evaluation, text: str | Path) -> dict[str, Any]:
-    """A measured perplexity for `scores.write_card`: a text file by its bare name."""
+    """A measured perplexity for `results.write_results`: a text file by its bare name."""
     return {
         "task": text_name(text),
         "metric": "perplexity",
@@ -185,7 +185,7 @@ def perplexity(
     """
     windows, length = windows_WL.shape
     total = 0.0
-    batches = windows_WL.split(max(1, BATCH_TOKENS // length))
+    batches = windows_WL.split(max(1, TOKENS_AT_ONCE // length))
     for ids_BL in tqdm(batches, desc=description, disable=None):
         ids_BL = ids_BL.to(model.device)
         logits = model(input_ids=ids_BL, use_cache=False).logits[:, :-1].float()

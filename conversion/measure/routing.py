@@ -14,21 +14,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from cmoe_hf.modeling_cmoe import CMoEHierarchicalBlock, CMoERouter, CMoESparseMoeBlock
+from cmoe_hf.modeling_cmoe import PIN_LIMIT, CMoEHierarchicalBlock, CMoERouter, CMoESparseMoeBlock
 
 from ..carve.router import agreement
 from ..errors import RequestError
 from ..source.checkpoint import read_json
 
-PINNED = 1.0
-"""A balance bias above this always wins: probabilities are below 1. Pinned experts have 2."""
-
-
 HIERARCHICAL = (
     "the model is a carved MoE, of which only perplexity and routing can be measured yet: use "
     "`cmoe evaluate`."
 )
-Block = CMoESparseMoeBlock | CMoEHierarchicalBlock
+RoutedBlock = CMoESparseMoeBlock | CMoEHierarchicalBlock
 
 
 def sparse_blocks(model: PreTrainedModel) -> list[CMoESparseMoeBlock]:
@@ -47,9 +43,9 @@ def check_flat(folder: Path) -> None:
         raise RequestError(HIERARCHICAL)
 
 
-def routing_blocks(model: PreTrainedModel) -> list[Block]:
+def routing_blocks(model: PreTrainedModel) -> list[RoutedBlock]:
     """The carved FFNs and MoEs that choose something, in the order of the layers."""
-    blocks = [block for block in model.modules() if isinstance(block, Block)]
+    blocks = [block for block in model.modules() if isinstance(block, RoutedBlock)]
     return [block for block in blocks if block.gate.top_k > 0]
 
 
@@ -62,7 +58,7 @@ def active_routers(model: nn.Module) -> list[CMoERouter]:
 def is_biased(router: CMoERouter) -> bool:
     """Whether a balance bias other than that of a pinned expert has moved."""
     bias_N = router.balance_bias
-    return bool(bias_N[bias_N <= PINNED].any())
+    return bool(bias_N[bias_N <= PIN_LIMIT].any())
 
 
 @contextmanager
@@ -71,7 +67,7 @@ def without_bias(model: nn.Module) -> Iterator[None]:
     biases = [router.balance_bias for router in active_routers(model)]
     kept = [bias_N.clone() for bias_N in biases]
     for bias_N in biases:
-        bias_N[bias_N <= PINNED] = 0
+        bias_N[bias_N <= PIN_LIMIT] = 0
     try:
         yield
     finally:
@@ -102,14 +98,14 @@ def imbalance(load_N: torch.Tensor, bias_N: torch.Tensor) -> float:
 
     Pinned experts always run and do not count. 0 is perfect balance.
     """
-    load_N = load_N[bias_N.to(load_N.device) <= PINNED].double()
+    load_N = load_N[bias_N.to(load_N.device) <= PIN_LIMIT].double()
     if len(load_N) < 2 or load_N.sum() == 0:
         return 0.0
     return (load_N.std(correction=0) / load_N.mean()).item()
 
 
 @contextmanager
-def watch_router(block: Block) -> Iterator[list[float]]:
+def watch_router(block: RoutedBlock) -> Iterator[list[float]]:
     """Collect, batch by batch, how often the block's own router picks the oracle's experts."""
     collected: list[float] = []
 
@@ -126,7 +122,7 @@ def watch_router(block: Block) -> Iterator[list[float]]:
 
 
 @contextmanager
-def replace_router(block: Block, router: str, seed: int) -> Iterator[None]:
+def replace_router(block: RoutedBlock, router: str, seed: int) -> Iterator[None]:
     """Let the oracle, or chance, choose the experts of a block; gate weights follow the choice."""
     generator = torch.Generator().manual_seed(seed)
     value_of: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -136,20 +132,20 @@ def replace_router(block: Block, router: str, seed: int) -> Iterator[None]:
         ).to(x_TH.device),
     }
 
-    def merit(
+    def selection_score(
         probability: torch.Tensor, index: torch.Tensor | None, x_TH: torch.Tensor
     ) -> torch.Tensor:
         value_TN = value_of[router](x_TH)
         return value_TN if index is None else value_TN.gather(1, index.flatten(1)).view_as(index)
 
-    block.gate.merit = merit  # type: ignore[method-assign]
+    block.gate.selection_score = selection_score  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del block.gate.merit
+        del block.gate.selection_score
 
 
-def routed_mass(block: Block, x_TH: torch.Tensor) -> torch.Tensor:
+def routed_mass(block: RoutedBlock, x_TH: torch.Tensor) -> torch.Tensor:
     """Sum of |h| of every routed expert for every token, (T, N): all of them are computed.
 
     In a carved MoE multiplied by the weight of its parent.

@@ -25,7 +25,7 @@ import torch
 
 from ..device import check_dtype, find_device
 from ..errors import CMoEError, RequestError
-from ..folder.scores import check_card, write_card
+from ..folder.results import results_folder, write_results
 from ..source.checkpoint import find_model
 from ..source.loading import load_model
 
@@ -118,7 +118,7 @@ def evaluate_tasks(
     check_numbers(few_shot=few_shot, limit=limit, batch_size=batch_size)
     check_dtype(dtype)
     where = find_device(device)
-    folder = check_card(model) if card else None
+    folder = results_folder(model) if card else None
     find_model(model)
     if baseline is not None:
         find_model(baseline)
@@ -143,7 +143,9 @@ def evaluate_tasks(
     if folder is not None:
         records = [{**asdict(row), "limit": limit} for row in rows]
         lm_eval = importlib.metadata.version("lm_eval")
-        write_card(folder, records, baseline=baseline, dtype=dtype, device=where, lm_eval=lm_eval)
+        write_results(
+            folder, records, baseline=baseline, dtype=dtype, device=where, lm_eval=lm_eval
+        )
     return TaskEvaluation(tasks=rows, limit=limit)
 
 
@@ -187,7 +189,7 @@ def load_suites(
         for name, suite in suites.items():
             asked = few_shot if few_shot is not None else PAPER_TASKS.get(name)
             for task in suite["tasks"].values():
-                prepare(task, asked)
+                set_few_shot(task, asked)
     return suites
 
 
@@ -220,7 +222,7 @@ def stock_tasks() -> dict[str, Any]:
     return TaskManager().task_index
 
 
-def prepare(task: Any, few_shot: int | None) -> None:
+def set_few_shot(task: Any, few_shot: int | None) -> None:
     """Set a task's few-shot count and make one prompt, so that what fails fails early."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 

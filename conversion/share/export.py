@@ -41,18 +41,16 @@ from transformers.utils import CONFIG_NAME
 
 from cmoe_hf import CMoEConfig, CMoEHierarchicalConfig
 from cmoe_hf.configuration_cmoe import with_legacy_keys
-from cmoe_hf.modeling_cmoe import CMoERouter, attention_types
+from cmoe_hf.modeling_cmoe import PIN_LIMIT, CMoERouter, attention_types
 
 from ..carve.recipe import Recipe
 from ..carve.settings import MAX_SHARD_SIZE, shard_bytes
 from ..errors import RequestError
-from ..folder.card import native_card
+from ..folder.card import CARD_FILE, native_card
 from ..folder.carried import carried
 from ..folder.fingerprint import write_fingerprint
-from ..folder.partial import BriefFolder
-from ..folder.scores import CARD_FILE
 from ..folder.shards import Entry, file_names, index_of, packed, raw, write_shard
-from ..measure.routing import PINNED
+from ..folder.unfinished import BriefFolder
 from ..source.calibration import random_windows, read_tokens
 from ..source.checkpoint import fetch_model, find_model, load_tokenizer
 from ..source.loading import window_length
@@ -60,7 +58,7 @@ from ..source.stored import WEIGHTS_INDEX, read_json
 from ..source.texts import open_text, text_file
 from .linearise import linear_routers
 
-ARCHITECTURES = {
+EXPORTS = {
     "cmoe_llama": "qwen2_moe",
     "cmoe_mistral": "qwen2_moe",
     "cmoe_qwen2": "qwen2_moe",
@@ -145,14 +143,14 @@ def export(
         CMoEError: The model cannot be reached or is damaged.
     """
     limit = shard_bytes(max_shard_size)
-    known = sorted(set(ARCHITECTURES.values()))
+    known = sorted(set(EXPORTS.values()))
     if architecture is not None and architecture not in known:
         raise RequestError(
             f"there is no export to {architecture!r}; choose one of {', '.join(known)}."
         )
     folder, name, commit = find_model(model)
     config = AutoConfig.from_pretrained(folder)
-    architecture = architecture or ARCHITECTURES.get(config.model_type, known[0])
+    architecture = architecture or EXPORTS.get(config.model_type, known[0])
     check_config(config, name, architecture, refit=refit_router is not None)
     if commit is not None:
         folder = fetch_model(name, commit)
@@ -213,7 +211,7 @@ def check_config(config: PreTrainedConfig, name: str, architecture: str, *, refi
             "code loads wherever trust_remote_code may be given."
         )
     reasons = []
-    possible = ARCHITECTURES.get(config.model_type)
+    possible = EXPORTS.get(config.model_type)
     if not config.has_gate:
         reasons.append("no stock architecture has experts with biases and without a gate")
     elif possible is None:
@@ -242,7 +240,7 @@ def check_gates(shards: list[Path]) -> None:
     found: dict[str, int] = {}
     for name, tensor in read_tensors(shards, "mlp.gate.scale", "mlp.gate.balance_bias"):
         kind = name.rpartition(".")[2]
-        if kind == "balance_bias" and (tensor > PINNED).any():
+        if kind == "balance_bias" and (tensor > PIN_LIMIT).any():
             kind = "pinned experts (--budget)"
         if tensor.any():
             found[kind] = found.get(kind, 0) + 1
@@ -391,7 +389,7 @@ def native_tensors(name: str, tensor: torch.Tensor, config: CMoEConfig) -> dict[
 
 def lacks_bias(config: CMoEConfig) -> bool:
     """Whether q, k and v have no biases, and Qwen2-MoE wants some."""
-    if ARCHITECTURES[config.model_type] != "qwen2_moe" or config.model_type == "cmoe_qwen2":
+    if EXPORTS[config.model_type] != "qwen2_moe" or config.model_type == "cmoe_qwen2":
         return False
     return not getattr(config, "attention_bias", False)
 

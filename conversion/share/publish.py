@@ -28,11 +28,10 @@ from huggingface_hub.hf_api import RepoFile, RepoFolder
 from tqdm import tqdm
 
 from ..errors import CMoEError, RequestError
-from ..folder.card import stated
+from ..folder.card import CARD_FILE, stated
 from ..folder.carried import read_card
-from ..folder.partial import sha256_of
 from ..folder.paths import replace_file
-from ..folder.scores import CARD_FILE
+from ..folder.unfinished import sha256_of
 from .verify import verify
 from .vetting import check_card, check_complete, check_private, files_to_publish
 
@@ -141,9 +140,9 @@ def publish(
                 replace_file(here / CARD_FILE, card)
             if not target.exists:
                 patiently(partial(api.create_repo, repository, private=not public, exist_ok=True))
-            branch = prepare(api, repository, branch, pull_request)
+            branch = make_revision(api, repository, branch, pull_request)
             commit = send(api, repository, branch, here, in_the_way)
-            compare(api, repository, commit, here, names)
+            check_arrived(api, repository, commit, here, names)
     return Publication(
         url=url_of(api, repository, branch),
         commit=commit,
@@ -201,7 +200,7 @@ def by_name(entries: list[RepoFile | RepoFolder]) -> dict[str, RepoFile]:
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
-def prepare(api: HfApi, repository: str, branch: str, pull_request: bool) -> str:
+def make_revision(api: HfApi, repository: str, branch: str, pull_request: bool) -> str:
     """Make the branch or the pull request; return the revision to upload to."""
     if pull_request:  # not repeated: a lost answer would open a second one
         return str(api.create_pull_request(repository, MESSAGE).git_reference)
@@ -224,7 +223,7 @@ def send(api: HfApi, repository: str, branch: str, folder: Path, delete: list[st
     return str(patiently(upload).oid)
 
 
-def compare(api: HfApi, repository: str, commit: str, folder: Path, names: list[str]) -> None:
+def check_arrived(api: HfApi, repository: str, commit: str, folder: Path, names: list[str]) -> None:
     """Compare size and hash of every file with the Hub's. Raises `CMoEError`."""
     there = by_name(patiently(partial(list_files, api, repository, commit)))
     bar = tqdm(names, desc="comparing with the Hub", unit="file", disable=None)

@@ -20,7 +20,7 @@ import cmoe_hf
 from cmoe_hf import CMoEConfig
 
 from ..errors import CMoEError, RequestError
-from ..folder.card import renewed_card
+from ..folder.card import CARD_FILE, renewed_card
 from ..folder.carried import read_card
 from ..folder.fingerprint import (
     CONVERSION,
@@ -29,9 +29,8 @@ from ..folder.fingerprint import (
     prompts_for,
     stated_fingerprint,
 )
-from ..folder.partial import SETTINGS, BriefFolder, sha256_of
-from ..folder.scores import CARD_FILE
 from ..folder.selection import REMOTE_CODE
+from ..folder.unfinished import SETTINGS, BriefFolder, sha256_of
 from ..source.checkpoint import find_model, from_hub, load_tokenizer, read_json
 from .publish import publish
 from .verify import Verification, computed_elsewhere, runs_here, verify

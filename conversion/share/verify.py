@@ -28,8 +28,8 @@ from ..folder.fingerprint import (
     stated_fingerprint,
     unloadable,
 )
-from ..folder.partial import sha256_of
 from ..folder.selection import code_of_type
+from ..folder.unfinished import sha256_of
 from ..source.checkpoint import load_tokenizer, read_json
 from ..source.loading import model_folder
 

@@ -17,9 +17,8 @@ import cmoe_hf
 from cmoe_hf import FAMILIES
 
 from ..errors import RequestError
-from ..folder.card import stated_hashes
-from ..folder.partial import SETTINGS, sha256_of
-from ..folder.scores import CARD_FILE
+from ..folder.card import CARD_FILE, stated_hashes
+from ..folder.unfinished import SETTINGS, sha256_of
 from ..source.checkpoint import LEGAL_FILES, load_tokenizer
 from ..source.stored import WEIGHTS_FILE, WEIGHTS_INDEX, read_headers, read_json
 

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cmoe_hf.modeling_cmoe import CMoERouter, CMoESparseMoeBlock
+from cmoe_hf.modeling_cmoe import PIN_LIMIT, CMoERouter, CMoESparseMoeBlock
 
 from ..carve.profile import activation_marks
 from ..carve.router import agreement, oracle_choice
 from ..errors import CMoEError
 from ..measure.evaluate import perplexity
-from ..measure.routing import PINNED, imbalance, sparse_blocks
+from ..measure.routing import imbalance, sparse_blocks
 
 MARKED = 10
 """Neurons that a token marks, the paper's K_a."""
@@ -136,7 +136,7 @@ class LayerWatch:
         self.shared = 0 if shared is None else shared.up_proj.weight.shape[0]
         self.width = self.shared + experts.num_experts * experts.intermediate_dim
         self.marked = min(MARKED, self.width)
-        self.pins_N = torch.where(bias_N > PINNED, bias_N, 0)
+        self.pins_N = torch.where(bias_N > PIN_LIMIT, bias_N, 0)
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=bias_N.device)
@@ -207,7 +207,7 @@ class LayerWatch:
             hidden_low=self.low,
             hidden_high=self.high,
             mass=Mass(shared=shared, ran=ran, idle=idle),
-            pinned=(bias_N > PINNED).nonzero().flatten().tolist() if routes else [],
+            pinned=(bias_N > PIN_LIMIT).nonzero().flatten().tolist() if routes else [],
             loads=(load_N / self.tokens).tolist() if routes else [],
             loads_unbiased=(unbiased_N / self.tokens).tolist() if routes else [],
             imbalance=imbalance(load_N, bias_N) if routes else None,
@@ -265,9 +265,9 @@ def observe_sample(model: PreTrainedModel, ids_T: torch.Tensor) -> list[TokenRou
         score_TN, weight_TK, index_TK = output
         probability_TK = score_TN.softmax(dim=1, dtype=torch.float32).gather(1, index_TK)
         # Probabilities are below 1: pinned experts fall behind the others.
-        merit_TK = gate.balance_bias[index_TK] + probability_TK
-        merit_TK -= 4 * (gate.balance_bias[index_TK] > PINNED)
-        order_TK = merit_TK.argsort(dim=1, descending=True, stable=True)
+        rank_TK = gate.balance_bias[index_TK] + probability_TK
+        rank_TK -= 4 * (gate.balance_bias[index_TK] > PIN_LIMIT)
+        order_TK = rank_TK.argsort(dim=1, descending=True, stable=True)
         layers.append(
             TokenRoutes(
                 experts=index_TK.gather(1, order_TK).tolist(),

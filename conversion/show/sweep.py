@@ -16,9 +16,9 @@ from ..carve.shape import Shape, carved_config
 from ..convert import convert, resume
 from ..device import device_name, find_device, versions
 from ..errors import CMoEError, RequestError
-from ..folder.partial import as_json
+from ..folder.layerwise import WorkFolder
 from ..folder.paths import check_apart, remove, replace_file, resolved
-from ..folder.work import WorkFolder
+from ..folder.unfinished import as_json
 from ..measure.benchmark import benchmark
 from ..measure.evaluate import evaluate
 from ..source.checkpoint import open_source

@@ -28,11 +28,10 @@ from cmoe_hf import CMoEConfig
 from ..carve.settings import MAX_SHARD_SIZE, absolute, public_name, shard_bytes
 from ..device import check_dtype, find_device, versions
 from ..errors import RequestError
-from ..folder.card import recovered_card
+from ..folder.card import CARD_FILE, recovered_card
 from ..folder.carried import Carried, carried
 from ..folder.fingerprint import write_fingerprint
-from ..folder.partial import SETTINGS, PartialFolder, as_json, sha256_of
-from ..folder.scores import CARD_FILE
+from ..folder.unfinished import SETTINGS, PartialFolder, as_json, sha256_of
 from ..folder.windows import keep_windows, kept_windows
 from ..measure.evaluate import perplexity
 from ..measure.routing import active_routers, count_loads, imbalance, is_biased, without_bias
@@ -165,13 +164,13 @@ def recover(
         trust_remote_code=trust_remote_code,
     )
     tuning = tuning or Tuning()
-    ready = prepare(request, tuning)
+    ready = make_ready(request, tuning)
     if accelerate.PartialState().is_main_process:
         work = RecoveryFolder(output, overwrite=overwrite)
         work.check(read_by(request, ready))
-        check_disk(ready.folder, work)
+        check_room(ready.folder, work)
     asked = {"request": asdict(request), "tuning": asdict(tuning)}
-    settings = {**asked, **fingerprint(ready), "text_tokens": ready.text_tokens}
+    settings = {**asked, **frozen_inputs(ready), "text_tokens": ready.text_tokens}
     with opened(output, settings, overwrite=overwrite) as work:
         if accelerate.PartialState().is_main_process:
             keep_windows(work, training=ready.training_WL, test=ready.test_WL)
@@ -190,9 +189,9 @@ def resume_recovery(output: str | Path) -> Recovery:
         kept = None
         if (windows := kept_windows(work)) is not None:
             kept = (work.settings["text_tokens"], windows["training"], windows["test"])
-        ready = prepare(request, tuning, kept)
+        ready = make_ready(request, tuning, kept)
         work.check_apart(read_by(request, ready))
-        work.check_unchanged(fingerprint(ready))
+        work.check_unchanged(frozen_inputs(ready))
         return run(request, tuning, ready, work)
 
 
@@ -200,7 +199,7 @@ Texts = tuple[int, torch.Tensor, torch.Tensor]
 """Tokens of the training text, the windows to train on, and those to measure on."""
 
 
-def prepare(request: Request, tuning: Tuning, kept: Texts | None = None) -> Ready:
+def make_ready(request: Request, tuning: Tuning, kept: Texts | None = None) -> Ready:
     """Check all that can be checked without the weights, and read the texts unless they were
     `kept`. Raises `RequestError`."""
     check_peft()
@@ -270,7 +269,7 @@ def on_cpus() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
-def check_disk(folder: Path, work: PartialFolder) -> None:
+def check_room(folder: Path, work: PartialFolder) -> None:
     """Refuse a disk without room for the result. Raises `RequestError`."""
     needed = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     place = work.output.parent
@@ -284,7 +283,7 @@ def check_disk(folder: Path, work: PartialFolder) -> None:
         )
 
 
-def fingerprint(ready: Ready) -> dict[str, str]:
+def frozen_inputs(ready: Ready) -> dict[str, str]:
     """What besides the settings determines the result, under names that people understand."""
     weights = "".join(sha256_of(path) for path in sorted(ready.folder.glob("*.safetensors")))
     windows = ready.training_WL.numpy().tobytes() + ready.test_WL.numpy().tobytes()
@@ -364,14 +363,14 @@ def run(request: Request, tuning: Tuning, ready: Ready, work: RecoveryFolder) ->
             loaded, _ = load_model(
                 request.control, request.dtype, ready.device, request.trust_remote_code
             )
-            same = measure(loaded, ready, "control")
+            same = quality_and_loads(loaded, ready, "control")
             figures = {"before": same, "after": same, "losses": [], "seconds": 0.0}
         else:
             figures = tuned(request, request.control, tuning, ready, work, stage="control")
         work.write_stage("control", figures)
-    result = summary(tuning, ready, work)
+    result = recovery_of(tuning, ready, work)
     if accelerate.PartialState().is_main_process:
-        complete(request, tuning, ready, work, result)
+        write_beside_weights(request, tuning, ready, work, result)
     return result
 
 
@@ -391,7 +390,7 @@ def tuned(
     teacher = None
     if request.teacher is not None:
         teacher = load_model(request.teacher, *where)[0].requires_grad_(False)
-    before = measure(loaded, ready, f"{stage} before")
+    before = quality_and_loads(loaded, ready, f"{stage} before")
     loaded, losses = tune(
         loaded,
         ready.training_WL,
@@ -400,7 +399,7 @@ def tuned(
         teacher=teacher,
         description=f"tuning {stage}",
     )
-    after = measure(loaded, ready, f"{stage} after")
+    after = quality_and_loads(loaded, ready, f"{stage} after")
     figures = {"before": before, "after": after, "losses": losses}
     if stage == "carved":
         figures["scales"] = [gate.scale.tolist() for gate in active_routers(loaded)]
@@ -411,7 +410,7 @@ def tuned(
     return {**figures, "seconds": time.perf_counter() - start}
 
 
-def measure(model: PreTrainedModel, ready: Ready, description: str) -> dict[str, Any]:
+def quality_and_loads(model: PreTrainedModel, ready: Ready, description: str) -> dict[str, Any]:
     """Perplexity and loads of the experts: on the text to measure on, as the model is and without
     its balance biases, and on the training text.
     """
@@ -441,7 +440,7 @@ def measure(model: PreTrainedModel, ready: Ready, description: str) -> dict[str,
     return figures
 
 
-def summary(tuning: Tuning, ready: Ready, work: RecoveryFolder) -> Recovery:
+def recovery_of(tuning: Tuning, ready: Ready, work: RecoveryFolder) -> Recovery:
     """The figures of all stages as those of the recovery."""
     carved, control = work.stages["carved"], work.stages.get("control")
     before, after = carved["before"]["own"], carved["after"]["own"]
@@ -482,7 +481,7 @@ def summary(tuning: Tuning, ready: Ready, work: RecoveryFolder) -> Recovery:
     )
 
 
-def complete(
+def write_beside_weights(
     request: Request, tuning: Tuning, ready: Ready, work: RecoveryFolder, result: Recovery
 ) -> None:
     """Write everything beside the weights."""

@@ -31,10 +31,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from cmoe_hf.modeling_cmoe import CMoERouter, ExpertsLoop
+from cmoe_hf.modeling_cmoe import PIN_LIMIT, CMoERouter, ExpertsLoop
 
 from ..errors import CMoEError, RequestError
-from ..measure.routing import PINNED, active_routers, count_loads
+from ..measure.routing import active_routers, count_loads
 
 LINEAR_LAYERS = [
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -365,10 +365,10 @@ def move_bias(bias_N: torch.Tensor, load_N: torch.Tensor, speed: float) -> None:
 
     Pinned experts stay as they are and do not count; no other bias may grow into a pin.
     """
-    free_N = bias_N <= PINNED
+    free_N = bias_N <= PIN_LIMIT
     load_N = load_N.to(bias_N.device, torch.float32)
     step_N = speed * (load_N[free_N].mean() - load_N[free_N]).sign()
-    bias_N[free_N] = (bias_N[free_N] + step_N).clamp(-PINNED, PINNED)
+    bias_N[free_N] = (bias_N[free_N] + step_N).clamp(-PIN_LIMIT, PIN_LIMIT)
 
 
 class Progress(TrainerCallback):

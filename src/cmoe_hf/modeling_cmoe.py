@@ -119,6 +119,11 @@ def warn_of_untested_library() -> None:
         )
 
 
+PIN_BIAS, PIN_LIMIT = 2.0, 1.0
+"""Balance bias of a pinned expert, and the highest of any other: below 1 + 1 with its probability,
+it never wins against a pin."""
+
+
 class CMoERouter(nn.Module):
     """Scores the routed experts, selects K of them and weighs them (paper, eq. 8 and 9).
 
@@ -174,7 +179,7 @@ class CMoERouter(nn.Module):
         """How many experts compete, and how many of them run."""
         return len(self.scale), self.top_k
 
-    def merit(
+    def selection_score(
         self, probability: torch.Tensor, index: torch.Tensor | None, x_TH: torch.Tensor
     ) -> torch.Tensor:
         """What the experts `index`, or all of them, are chosen by: p + b."""
@@ -192,7 +197,7 @@ class CMoERouter(nn.Module):
         """Return the scores (T, N), the gate weights (T, K) and the chosen experts (T, K)."""
         score_TN = self.score(x_TH)
         probability_TN = torch.softmax(score_TN, dim=-1, dtype=torch.float32)
-        index_TK = self.pick(self.merit(probability_TN, None, x_TH), x_TH)
+        index_TK = self.pick(self.selection_score(probability_TN, None, x_TH), x_TH)
         weight_TK = self.weigh(probability_TN, index_TK)
         return score_TN, weight_TK.to(x_TH.dtype), index_TK
 
@@ -273,10 +278,10 @@ class CMoEHierarchicalRouter(CMoERouter):
         if yields is not None:
             probability_TGC = probability_TGC.masked_fill(yields, 0)
         weight_TGC = under_TGC * (1 + probability_TGC * self.scale[index_TGC])
-        merit_TGC = self.merit(probability_TGC, index_TGC, x_TH)
+        selection_TGC = self.selection_score(probability_TGC, index_TGC, x_TH)
         if yields is not None:
-            merit_TGC = merit_TGC.masked_fill(yields, -torch.inf)
-        order_TGC = merit_TGC.argsort(dim=-1, descending=True)
+            selection_TGC = selection_TGC.masked_fill(yields, -torch.inf)
+        order_TGC = selection_TGC.argsort(dim=-1, descending=True)
         competing, running = self.choice
         sizes = (running, competing - running)
         weights = weight_TGC.to(x_TH.dtype).gather(2, order_TGC).split(sizes, dim=2)

@@ -17,11 +17,11 @@ from huggingface_hub import EvalResult, ModelCard
 from ..device import versions
 from ..errors import RequestError
 from ..source.checkpoint import find_model
+from .card import CARD_FILE
 from .paths import replace_file
 from .strict import to_json
 
 RESULTS_FILE = "evaluation.json"
-CARD_FILE = "README.md"
 CONDITIONS = {
     "few_shot": "{}-shot",
     "limit": "first {} documents only",
@@ -31,7 +31,7 @@ CONDITIONS = {
 """Fields of a record that the card tells beside the task, and how."""
 
 
-def check_card(model: str | Path) -> Path:
+def results_folder(model: str | Path) -> Path:
     """The folder of a model whose card can take figures. Raises `RequestError`."""
     folder = Path(model).expanduser()
     if not folder.is_dir():
@@ -51,7 +51,7 @@ def check_card(model: str | Path) -> Path:
     return folder
 
 
-def write_card(
+def write_results(
     folder: Path,
     records: Sequence[dict[str, Any]],
     *,
@@ -63,7 +63,7 @@ def write_card(
     """Add records to the folder; they replace older ones of the same task and metric.
 
     Args:
-        folder: A folder that `check_card` returned.
+        folder: A folder that `results_folder` returned.
         records: What was measured.
         baseline: The model measured beside it; its name is noted, not its path.
         dtype: The precision asked for, None for that of the checkpoints.

@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 
 from ..errors import CMoEError
 from ..source.stored import WEIGHTS_INDEX
-from .partial import PartialFolder, as_json, sha256_of
 from .paths import remove
 from .shards import file_names, index_of, join, packed
+from .unfinished import PartialFolder, as_json, sha256_of
 
 MANIFEST = "manifest.json"
 
