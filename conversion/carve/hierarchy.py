@@ -147,7 +147,7 @@ def carve_parents(
         parents.append(divide_parent(index, parent, x_TH, inner, recipe, clock, k_act=k_act))
     with clock("router"):
         load_router(gate, parents, parent.ffn)
-        index_TX = gate(x_TH)[2]
+        index_TX = gate(x_TH).index_TK
         run_TX = torch.zeros(len(x_TH), len(gate.scale), dtype=torch.bool, device=x_TH.device)
         run_TX.scatter_(1, index_TX, True)
     y_TH, dense_TH = torch.zeros_like(x_TH), torch.zeros_like(x_TH)

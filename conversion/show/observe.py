@@ -184,8 +184,9 @@ class LayerWatch:
     def add_routing(self, x_TH: torch.Tensor, mass_TN: torch.Tensor) -> float:
         """Count what the router chooses, with its bias and without; return the mass that ran."""
         gate = self.block.gate
-        score_TN, _, index_TK = gate.forward(x_TH)  # past other hooks
-        probability_TN = score_TN.softmax(dim=1, dtype=torch.float32)
+        routing = gate.forward(x_TH)  # past other hooks
+        index_TK = routing.index_TK
+        probability_TN = routing.score_TN.softmax(dim=1, dtype=torch.float32)
         unbiased_TK = (probability_TN + self.pins_N).topk(gate.top_k, dim=1).indices
         self.load_N += counted(index_TK, len(self.load_N))
         self.unbiased_N += counted(unbiased_TK, len(self.load_N))

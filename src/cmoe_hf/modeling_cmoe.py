@@ -12,7 +12,7 @@ K active experts, M neurons of one routed expert.
 # vLLM and llm-compressor read this source and these annotations.
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +124,31 @@ PIN_BIAS, PIN_LIMIT = 2.0, 1.0
 it never wins against a pin."""
 
 
+class Routing(NamedTuple):
+    """What a router decided."""
+
+    score_TN: torch.Tensor
+    """Of every routed expert, float32."""
+    weight_TK: torch.Tensor
+    """Gate weights of the experts that run."""
+    index_TK: torch.Tensor
+    """Which they are, int64."""
+
+
+class HierarchicalRouting(NamedTuple):
+    """What the router of a carved MoE decided, over the experts of a token's parents."""
+
+    score_TN: torch.Tensor
+    weight_TK: torch.Tensor
+    index_TK: torch.Tensor
+    idle_weight_TI: torch.Tensor
+    """Gate weights of the experts that do not run."""
+    idle_index_TI: torch.Tensor
+    """Which they are, int64."""
+    parent_weight_TP: torch.Tensor
+    parent_TP: torch.Tensor
+
+
 class CMoERouter(nn.Module):
     """Scores the routed experts, selects K of them and weighs them (paper, eq. 8 and 9).
 
@@ -193,13 +218,13 @@ class CMoERouter(nn.Module):
         """Gate weights 1 + p * u of the chosen experts, (T, K) float32."""
         return (1 + probability_TN * self.scale).gather(1, index_TK)
 
-    def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the scores (T, N), the gate weights (T, K) and the chosen experts (T, K)."""
+    def forward(self, x_TH: torch.Tensor) -> Routing | HierarchicalRouting:
+        """Route every token."""
         score_TN = self.score(x_TH)
         probability_TN = torch.softmax(score_TN, dim=-1, dtype=torch.float32)
         index_TK = self.pick(self.selection_score(probability_TN, None, x_TH), x_TH)
         weight_TK = self.weigh(probability_TN, index_TK)
-        return score_TN, weight_TK.to(x_TH.dtype), index_TK
+        return Routing(score_TN, weight_TK.to(x_TH.dtype), index_TK)
 
 
 class CMoEHierarchicalRouter(CMoERouter):
@@ -259,9 +284,8 @@ class CMoEHierarchicalRouter(CMoERouter):
         best_TGK = value_TGC.topk(self.choice[1], dim=-1).indices
         return index_TGC.gather(2, best_TGK).flatten(1)
 
-    def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the scores (T, N), gate weights and indices of the experts that run, (T, K) each,
-        the same of those that do not, and weights and indices of the parents, (T, P) each."""
+    def forward(self, x_TH: torch.Tensor) -> HierarchicalRouting:
+        """Route every token, within its parents."""
         weight_TP, parent_TP = self.parents(x_TH)
         index_TGC = self.candidates(parent_TP)
         under_TGC = weight_TP.float().repeat_interleave(self.per_parent, 1).view_as(index_TGC)
@@ -284,11 +308,17 @@ class CMoEHierarchicalRouter(CMoERouter):
         order_TGC = selection_TGC.argsort(dim=-1, descending=True)
         competing, running = self.choice
         sizes = (running, competing - running)
-        weights = weight_TGC.to(x_TH.dtype).gather(2, order_TGC).split(sizes, dim=2)
-        indices = index_TGC.gather(2, order_TGC).split(sizes, dim=2)
-        run, idle = zip(weights, indices, strict=True)
-        parts = (part.flatten(1) for part in (*run, *idle))
-        return (score_TN, *parts, weight_TP, parent_TP)
+        weight, idle_weight = weight_TGC.to(x_TH.dtype).gather(2, order_TGC).split(sizes, dim=2)
+        index, idle_index = index_TGC.gather(2, order_TGC).split(sizes, dim=2)
+        return HierarchicalRouting(
+            score_TN,
+            weight.flatten(1),
+            index.flatten(1),
+            idle_weight.flatten(1),
+            idle_index.flatten(1),
+            weight_TP,
+            parent_TP,
+        )
 
 
 LARGE = 2**19
@@ -618,14 +648,14 @@ class CMoEHierarchicalBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, S, H) to (B, S, H)."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weight_TK, index_TK, idle_weight, idle, parent_weight_TP, parent_TP = self.gate(x_TH)
+        routing: HierarchicalRouting = self.gate(x_TH)
         out_TH = x_TH.new_zeros(())
         if self.shared_experts is not None:
-            out_TH = self.shared_experts(x_TH, parent_TP, parent_weight_TP)
+            out_TH = self.shared_experts(x_TH, routing.parent_TP, routing.parent_weight_TP)
         if self.gate.top_k:
-            out_TH = out_TH + self.experts(x_TH, index_TK, weight_TK)
+            out_TH = out_TH + self.experts(x_TH, routing.index_TK, routing.weight_TK)
         if self.gate.kept_parents:
-            out_TH = out_TH + self.run_kept(x_TH, idle_weight, idle)
+            out_TH = out_TH + self.run_kept(x_TH, routing.idle_weight_TI, routing.idle_index_TI)
         return out_TH.reshape(hidden_states.shape)
 
     def run_kept(
