@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ from ..source.checkpoint import find_model
 from ..source.loading import load_model
 from ..source.texts import open_text
 from .roofline import Work, ffn_work, measure_rates, model_work
-from .routing import check_flat, sparse_blocks
+from .routing import check_flat, collected, sparse_blocks
 from .shapes import check_memory, dense_config, random_model, shape_config
 
 
@@ -198,10 +199,8 @@ class Bench:
         rounds: int,
     ) -> None:
         self.dense, self.carved, self.ids, self.rounds = dense.eval(), carved.eval(), ids, rounds
-        self.dense_blocks: list[nn.Module] = [
-            layer.mlp
-            for layer in dense.base_model.layers  # type: ignore[union-attr]
-        ]
+        decoder: Any = dense.base_model
+        self.dense_blocks: list[nn.Module] = [layer.mlp for layer in decoder.layers]
         self.carved_blocks: list[nn.Module] = list(sparse_blocks(carved))
         self.device = carved.device
         self.rates = measure_rates(self.device, carved.dtype)
@@ -290,34 +289,18 @@ class Bench:
 
     def ffn_inputs(self, tokens: int) -> list[torch.Tensor]:
         """What the FFN of each layer sees, at least `tokens` rows (T, H)."""
-        collected: list[list[torch.Tensor]] = [[] for _ in self.carved_blocks]
-        handles = [
-            block.register_forward_pre_hook(
-                lambda _, inputs, kept=kept: kept.append(inputs[0].flatten(0, 1))
-            )
-            for block, kept in zip(self.carved_blocks, collected, strict=True)
-        ]
         length = min(tokens, 512, self.carved.config.max_position_embeddings)
-        with torch.no_grad():
+        with torch.no_grad(), collected(self.carved_blocks, lambda *call: call[1][0]) as seen:
             for seed in range(-(-tokens // length)):
                 self.carved.model(self.sequences(1, length, seed=seed), use_cache=False)
-        for handle in handles:
-            handle.remove()
-        return [torch.cat(kept) for kept in collected]
+        return [torch.cat(inputs, dim=1).flatten(0, 1) for inputs in seen]
 
     def experts_hit(self, call: Callable[[int], None], turns: Sequence[int]) -> list[float]:
         """How many different experts each layer runs in one of these calls."""
-        counts: list[list[int]] = [[] for _ in self.carved_blocks]
-        handles = [
-            block.gate.register_forward_hook(
-                lambda _, inputs, output, seen=seen: seen.append(output[2].unique().numel())
-            )
-            for block, seen in zip(sparse_blocks(self.carved), counts, strict=True)
-        ]
-        for turn in turns:
-            call(turn)
-        for handle in handles:
-            handle.remove()
+        gates = [block.gate for block in sparse_blocks(self.carved)]
+        with collected(gates, lambda *call: call[2][2].unique().numel()) as counts:
+            for turn in turns:
+                call(turn)
         # A block without active experts never calls its router.
         return [statistics.mean(seen) if seen else 0.0 for seen in counts]
 

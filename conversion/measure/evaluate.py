@@ -167,7 +167,7 @@ def measure_routing(
     with ExitStack() as stack:
         for index, block in enumerate(routed):
             if router == "own":
-                agreements.append(stack.enter_context(watch_router(block)))
+                agreements += stack.enter_context(watch_router(block))
             else:
                 stack.enter_context(replace_router(block, router, seed + index))
         measured = perplexity(model, windows_WL, description="model")

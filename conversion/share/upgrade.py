@@ -31,7 +31,8 @@ from ..folder.fingerprint import (
 )
 from ..folder.selection import REMOTE_CODE
 from ..folder.unfinished import SETTINGS, BriefFolder, sha256_of
-from ..source.checkpoint import find_model, from_hub, load_tokenizer, read_json
+from ..source.checkpoint import find_model, from_hub, load_tokenizer
+from ..source.stored import read_json
 from .publish import publish
 from .verify import Verification, computed_elsewhere, runs_here, verify
 

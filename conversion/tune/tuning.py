@@ -207,7 +207,7 @@ def tune(
     return merged, [{"step": row["step"], "loss": row["loss"]} for row in losses]
 
 
-def without_data(model: nn.Module) -> nn.Module:
+def without_data(model: nn.Module) -> Any:
     """A copy with the parameters on the meta device: they have shapes and types only."""
     empty = {
         id(parameter): nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
@@ -216,14 +216,14 @@ def without_data(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, empty)
 
 
-def gathered(sharded: nn.Module, empty: nn.Module) -> nn.Module:
+def gathered(sharded: nn.Module, empty: Any) -> Any:
     """The whole model on every process, from one of which each process holds a part (FSDP2).
 
     The sharded one cannot become whole again in place: its layers go on splitting themselves.
     """
     options = StateDictOptions(full_state_dict=True)
     empty.load_state_dict(get_model_state_dict(sharded, options=options), assign=True)
-    empty.tie_weights()  # type: ignore[operator]
+    empty.tie_weights()
     return empty
 
 
@@ -287,12 +287,13 @@ class LoRATrainer(Trainer):
         if tuning.bias_speed > 0:
             self.add_callback(BalanceBias(self))
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Adam without weight decay: LoRA factors at one learning rate, routers at another."""
         if self.optimizer is None:
             lora: list[nn.Parameter] = []
             routers: list[nn.Parameter] = []
-            for name, parameter in (model or self.model).named_parameters():  # type: ignore
+            learner: Any = model or self.model
+            for name, parameter in learner.named_parameters():
                 if parameter.requires_grad:
                     (lora if ".lora_" in name else routers).append(parameter)
             groups: list[dict[str, Any]] = [{"params": lora}]

@@ -12,7 +12,7 @@ K active experts, M neurons of one routed expert.
 # vLLM and llm-compressor read this source and these annotations.
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -202,6 +202,19 @@ class CMoERouter(nn.Module):
         return score_TN, weight_TK.to(x_TH.dtype), index_TK
 
 
+class HierarchicalRoutes(NamedTuple):
+    """What a hierarchical router returns: scores (T, N), then weights and whose they are."""
+
+    score: torch.Tensor
+    weight: torch.Tensor
+    chosen: torch.Tensor
+    idle_weight: torch.Tensor
+    """Of the experts that do not run."""
+    idle: torch.Tensor
+    parent_weight: torch.Tensor
+    parent: torch.Tensor
+
+
 class CMoEHierarchicalRouter(CMoERouter):
     """The source's router over its experts, the parents, and one over the experts carved from them.
 
@@ -259,9 +272,7 @@ class CMoEHierarchicalRouter(CMoERouter):
         best_TGK = value_TGC.topk(self.choice[1], dim=-1).indices
         return index_TGC.gather(2, best_TGK).flatten(1)
 
-    def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the scores (T, N), gate weights and indices of the experts that run, (T, K) each,
-        the same of those that do not, and weights and indices of the parents, (T, P) each."""
+    def forward(self, x_TH: torch.Tensor) -> HierarchicalRoutes:
         weight_TP, parent_TP = self.parents(x_TH)
         index_TGC = self.candidates(parent_TP)
         under_TGC = weight_TP.float().repeat_interleave(self.per_parent, 1).view_as(index_TGC)
@@ -286,9 +297,9 @@ class CMoEHierarchicalRouter(CMoERouter):
         sizes = (running, competing - running)
         weights = weight_TGC.to(x_TH.dtype).gather(2, order_TGC).split(sizes, dim=2)
         indices = index_TGC.gather(2, order_TGC).split(sizes, dim=2)
-        run, idle = zip(weights, indices, strict=True)
-        parts = (part.flatten(1) for part in (*run, *idle))
-        return (score_TN, *parts, weight_TP, parent_TP)
+        weight, idle_weight = (part.flatten(1) for part in weights)
+        chosen, idle = (part.flatten(1) for part in indices)
+        return HierarchicalRoutes(score_TN, weight, chosen, idle_weight, idle, weight_TP, parent_TP)
 
 
 LARGE = 2**19
@@ -618,14 +629,14 @@ class CMoEHierarchicalBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, S, H) to (B, S, H)."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weight_TK, index_TK, idle_weight, idle, parent_weight_TP, parent_TP = self.gate(x_TH)
+        routes: HierarchicalRoutes = self.gate(x_TH)
         out_TH = x_TH.new_zeros(())
         if self.shared_experts is not None:
-            out_TH = self.shared_experts(x_TH, parent_TP, parent_weight_TP)
+            out_TH = self.shared_experts(x_TH, routes.parent, routes.parent_weight)
         if self.gate.top_k:
-            out_TH = out_TH + self.experts(x_TH, index_TK, weight_TK)
+            out_TH = out_TH + self.experts(x_TH, routes.chosen, routes.weight)
         if self.gate.kept_parents:
-            out_TH = out_TH + self.run_kept(x_TH, idle_weight, idle)
+            out_TH = out_TH + self.run_kept(x_TH, routes.idle_weight, routes.idle)
         return out_TH.reshape(hidden_states.shape)
 
     def run_kept(
@@ -656,7 +667,7 @@ class CMoEDecoderLayer(nn.Module):
 
     def __init__(self, config: CMoEConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.mlp = self.block_class(config, layer_idx)
+        self.mlp: Any = self.block_class(config, layer_idx)
 
 
 LAYER_KEYWORDS = ("attention_mask", "position_ids", "use_cache", "position_embeddings")
@@ -848,7 +859,7 @@ class CMoEForCausalLM(CMoEPreTrainedModel):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
+    _pp_plan: Any = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: CMoEConfig) -> None:
@@ -902,7 +913,7 @@ class CMoEForCausalLM(CMoEPreTrainedModel):
         )
 
 
-class CMoELlamaDecoderLayer(CMoEDecoderLayer, llama.LlamaDecoderLayer):  # type: ignore[misc]
+class CMoELlamaDecoderLayer(CMoEDecoderLayer, llama.LlamaDecoderLayer):
     """A carved decoder layer."""
 
     attention_class, norm_class = llama.LlamaAttention, llama.LlamaRMSNorm
@@ -922,7 +933,7 @@ class CMoELlamaForCausalLM(CMoEForCausalLM, GenerationMixin):
     model_class = CMoELlamaModel
 
 
-class CMoEMistralDecoderLayer(CMoEDecoderLayer, mistral.MistralDecoderLayer):  # type: ignore[misc]
+class CMoEMistralDecoderLayer(CMoEDecoderLayer, mistral.MistralDecoderLayer):
     """A carved decoder layer."""
 
     attention_class, norm_class = mistral.MistralAttention, mistral.MistralRMSNorm
@@ -942,7 +953,7 @@ class CMoEMistralForCausalLM(CMoEForCausalLM, GenerationMixin):
     model_class = CMoEMistralModel
 
 
-class CMoEQwen2DecoderLayer(CMoEDecoderLayer, qwen2.Qwen2DecoderLayer):  # type: ignore[misc]
+class CMoEQwen2DecoderLayer(CMoEDecoderLayer, qwen2.Qwen2DecoderLayer):
     """A carved decoder layer."""
 
     attention_class, norm_class = qwen2.Qwen2Attention, qwen2.Qwen2RMSNorm
@@ -962,7 +973,7 @@ class CMoEQwen2ForCausalLM(CMoEForCausalLM, GenerationMixin):
     model_class = CMoEQwen2Model
 
 
-class CMoEQwen3DecoderLayer(CMoEDecoderLayer, qwen3.Qwen3DecoderLayer):  # type: ignore[misc]
+class CMoEQwen3DecoderLayer(CMoEDecoderLayer, qwen3.Qwen3DecoderLayer):
     """A carved decoder layer."""
 
     attention_class, norm_class = qwen3.Qwen3Attention, qwen3.Qwen3RMSNorm
@@ -1004,7 +1015,7 @@ class CMoEGPTNeoXForCausalLM(CMoEForCausalLM, GenerationMixin):
     model_class = CMoEGPTNeoXModel
 
 
-class CMoEQwen3MoeDecoderLayer(CMoEDecoderLayer, qwen3_moe.Qwen3MoeDecoderLayer):  # type: ignore[misc]
+class CMoEQwen3MoeDecoderLayer(CMoEDecoderLayer, qwen3_moe.Qwen3MoeDecoderLayer):
     """A carved decoder layer."""
 
     attention_class, norm_class = qwen3_moe.Qwen3MoeAttention, qwen3_moe.Qwen3MoeRMSNorm
@@ -1025,7 +1036,7 @@ class CMoEQwen3MoeForCausalLM(CMoEForCausalLM, GenerationMixin):
     model_class = CMoEQwen3MoeModel
 
 
-class CMoEOlmoeDecoderLayer(CMoEDecoderLayer, olmoe.OlmoeDecoderLayer):  # type: ignore[misc]
+class CMoEOlmoeDecoderLayer(CMoEDecoderLayer, olmoe.OlmoeDecoderLayer):
     """A carved decoder layer."""
 
     attention_class, norm_class = olmoe.OlmoeAttention, olmoe.OlmoeRMSNorm
