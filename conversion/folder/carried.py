@@ -17,12 +17,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import GENERATION_CONFIG_NAME
 

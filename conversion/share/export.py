@@ -158,12 +158,7 @@ def export(
     native = native_config(config, architecture)
     kept = carried(folder).beside(native, tokenizer)
     work = ExportFolder(output, overwrite=overwrite)
-    work.check(
-        {
-            "the carved model": folder,
-            "the calibration text": text_file(refit_router),
-        }
-    )
+    work.check({"the carved model": folder, "the calibration text": text_file(refit_router)})
     routers = None
     if refit_router is not None:
         ids = read_tokens(open_text(refit_router), tokenizer, config.vocab_size).ids

@@ -41,7 +41,7 @@ PERSON = (
 """Where a word is somebody's name: in an absolute path, before an @, as the value of such a key."""
 PATHS = {
     "a local path": r"(?<![\w.:/-])/(?:home|Users|root|mnt|tmp|scratch|workspace)/[\w.-]+"
-    r"|\b[A-Za-z]:\\+Users\\+\w|\"(?:file:/)?/[\w.-]+/[\w./-]+\"",
+    r"|\b[A-Za-z]:\\+Users\\+\w|\"(?:file:/)?/[\w.-]+/[\w./-]+\""
 }
 
 

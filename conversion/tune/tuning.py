@@ -26,7 +26,6 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
@@ -191,11 +190,13 @@ def tune(
     arguments._n_gpu = min(arguments.n_gpu, 1)  # no nn.DataParallel: `accelerate launch` splits
     trainer = LoRATrainer(adapted, arguments, windows_WL, tuning, teacher)
     empty = without_data(adapted) if trainer.is_fsdp_enabled else None
-    trainer.add_callback(Progress(description))
-    try:
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    except OSError as error:
-        raise CMoEError(f"cannot write a checkpoint: {error}.") from error
+    hidden = None if trainer.is_world_process_zero() else True  # None: unless on a terminal
+    with tqdm(total=steps, desc=description, unit="step", disable=hidden) as bar:
+        trainer.add_callback(Progress(bar))
+        try:
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        except OSError as error:
+            raise CMoEError(f"cannot write a checkpoint: {error}.") from error
     losses = [row for row in trainer.state.log_history if "loss" in row]
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if empty is not None:
@@ -341,9 +342,7 @@ class BalanceBias(TrainerCallback):
     def __init__(self, trainer: LoRATrainer) -> None:
         self.trainer = trainer
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Loads of all micro-batches and processes decide, then counting starts anew."""
         assert self.trainer.model is not None
         loads, self.trainer.loads = self.trainer.loads, []
@@ -366,45 +365,24 @@ def move_bias(bias_N: torch.Tensor, load_N: torch.Tensor, speed: float) -> None:
 
 
 class Progress(TrainerCallback):
-    """A progress bar on standard error, none where that is not a terminal."""
+    """Moves a progress bar; started from a checkpoint, it begins there."""
 
-    def __init__(self, description: str) -> None:
-        self.description = description
-        self.bar: tqdm | None = None
+    def __init__(self, bar: tqdm) -> None:
+        self.bar = bar
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start where a checkpoint left off."""
-        hidden = None if state.is_world_process_zero else True
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.description,
-            unit="step",
-            disable=hidden,
-        )
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Go where a checkpoint left off."""
+        self.bar.reset(state.max_steps)
+        self.bar.update(state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """One step further."""
-        assert self.bar is not None
-        self.bar.update(state.global_step - self.bar.n)
+        self.bar.update()
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Show the loss."""
-        if self.bar is not None and "loss" in state.log_history[-1]:
+        if "loss" in state.log_history[-1]:
             self.bar.set_postfix(loss=f"{state.log_history[-1]['loss']:.3f}")
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leave the full bar on the screen."""
-        assert self.bar is not None
-        self.bar.close()
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -343,16 +343,20 @@ class ExpertsLoop(nn.Module):
     it.
     """
 
-    num_experts: int
-    hidden_dim: int
-    intermediate_dim: int
     down_proj: nn.Parameter
 
+    def __init__(
+        self, config: CMoEConfig, num_experts: int | None = None, width: int | None = None
+    ) -> None:
+        """The routed experts of `config`, or others of the same kind."""
+        super().__init__()
+        self.num_experts = num_experts or config.num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = width or config.moe_intermediate_size
+        self.act_fn = ACT2FN[config.hidden_act]
+
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Tokens (T, H), chosen experts (T, K) and their weights (T, K) to (T, H)."""
         out_TH = torch.zeros_like(hidden_states)
@@ -380,18 +384,13 @@ class CMoEExperts(ExpertsLoop):
     def __init__(
         self, config: CMoEConfig, num_experts: int | None = None, width: int | None = None
     ) -> None:
-        """The routed experts of `config`, or others of the same kind."""
-        super().__init__()
-        self.num_experts = num_experts or config.num_experts
-        self.hidden_dim = config.hidden_size
-        self.intermediate_dim = width or config.moe_intermediate_size
+        super().__init__(config, num_experts, width)
         self.gate_up_proj = nn.Parameter(
             torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim)
         )
         self.down_proj = nn.Parameter(
             torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim)
         )
-        self.act_fn = ACT2FN[config.hidden_act]
 
     def hidden(self, expert: int, x_UH: torch.Tensor, linear: Any = F.linear) -> torch.Tensor:
         gate_UM, up_UM = linear(x_UH, self.gate_up_proj[expert]).chunk(2, dim=-1)
@@ -403,10 +402,7 @@ class CMoEPlainExperts(ExpertsLoop):
     """Routed experts without a gate: `up_proj` (N, M, H), `up_proj_bias` (N, M) and `down_proj`."""
 
     def __init__(self, config: CMoEConfig) -> None:
-        super().__init__()
-        self.num_experts = config.num_experts
-        self.hidden_dim = config.hidden_size
-        self.intermediate_dim = config.moe_intermediate_size
+        super().__init__(config)
         self.up_proj = nn.Parameter(
             torch.empty(self.num_experts, self.intermediate_dim, self.hidden_dim)
         )
@@ -417,7 +413,6 @@ class CMoEPlainExperts(ExpertsLoop):
         # The backends add one for every expert that runs, weighted. The FFN's is the block's.
         nothing = torch.zeros(self.num_experts, self.hidden_dim)
         self.register_buffer("down_proj_bias", nothing, persistent=False)
-        self.act_fn = ACT2FN[config.hidden_act]
 
     def hidden(self, expert: int, x_UH: torch.Tensor, linear: Any = F.linear) -> torch.Tensor:
         return self.act_fn(linear(x_UH, self.up_proj[expert]) + self.up_proj_bias[expert])
