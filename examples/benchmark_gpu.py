@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Everything that only a GPU can show, in one call of a few minutes, as one JSON object.
 
     python examples/benchmark_gpu.py > gpu.json

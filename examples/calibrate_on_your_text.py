@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Carve on text of your own domain, and see what that does on held-out text.
 
     python examples/calibrate_on_your_text.py MODEL OUT CALIBRATION_TEXT HELD_OUT_TEXT

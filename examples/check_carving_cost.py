@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compare the time of a conversion's carving pass with a real forward pass of the dense model.
 
     python examples/check_carving_cost.py MODEL CALIBRATION_TEXT [--samples 64]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time the default experts backend against the stock ones, in turn, for several sizes.
 
     python examples/compare_backends.py                  # shapes of small and large models

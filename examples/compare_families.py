@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train a small model of each family for about a minute, carve it by each recipe, and compare.
 
     python examples/compare_families.py                       # on the text that the package carries

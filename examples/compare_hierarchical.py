@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train a small MoE, carve its experts again, and print perplexity against activation ratio.
 
     python examples/compare_hierarchical.py                      # Qwen3-MoE and OLMoE

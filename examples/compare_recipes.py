@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reproduce the quality tables of RESULTS.md on a model and texts of your own.
 
     python examples/compare_recipes.py MODEL CALIBRATION_TEXT TEXT [TEXT ...] --shape S1A1E8

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Carve a small model of every family under several releases of transformers, and use them there.
 
     python examples/compare_versions.py 5.16.0 5.19.0 5.23.0 5.24.0

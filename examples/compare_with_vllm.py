@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Check that vLLM computes the same as transformers, on models carved for the purpose.
 
     examples/vllm_setup.sh .venv-vllm

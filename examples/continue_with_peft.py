@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fine-tune a carved model with LoRA on attention, shared expert and routed experts, and merge.
 
     python examples/continue_with_peft.py REPOSITORY OUT TEXT_FILE [STEPS]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Carve a model and let it write.
 
     python examples/convert_and_generate.py [MODEL] [OUT]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Convert a random checkpoint of a large model's shape: what memory and time a real one will take.
 
     python examples/convert_large.py --shape llama-2-7b --tokens 2048 --folder /big/disk

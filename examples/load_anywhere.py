@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Open a carved repository with transformers alone; cmoe-hf need not be installed.
 
 python examples/load_anywhere.py REPOSITORY

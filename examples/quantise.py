@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantise a carved repository to int8, the packed experts too; save it and generate from it.
 
     python examples/quantise.py REPOSITORY QUANTISED

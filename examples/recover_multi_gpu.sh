@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # Recover a carved model on several GPUs: the processes share each step.
 #
 #     examples/recover_multi_gpu.sh MODEL OUT [OPTION...]        options of `cmoe recover`

@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # Serve a carved model from several machines with vLLM 0.32. Run this on every machine:
 #
 #     examples/serve_multinode.sh MODEL HEAD_ADDRESS NODES RANK     # RANK 0 on the head, then 1, 2, ...

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Let several processes share a carved model, each with a part of it, and write a line.
 
     torchrun --nproc-per-node 2 examples/tensor_parallel.py REPOSITORY

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the embedded default: a 0.9 M parameter Llama on the help topics of the standard library.
 
     python examples/train_embedded_default.py conversion/assets

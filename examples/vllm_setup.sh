@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # Set up vLLM in an environment of its own, to serve a carved model:
 #
 #     examples/vllm_setup.sh [FOLDER]                # default .venv-vllm; PYTHON=python3.12 for another

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pico models, an isolated cache and a loopback Hub: nothing here touches the network."""
 
 import hashlib

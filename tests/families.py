@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pico configurations of every family that can be carved."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A loopback server that speaks the Hub's protocol: downloads, and uploads by commit and LFS."""
 
 import base64

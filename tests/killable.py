@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What runs in processes of their own: some are killed, some are ranks that share a model."""
 
 import os

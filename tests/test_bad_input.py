@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every bad request ends in one clear line, the right exit status and nothing on disk."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark: its figures hang together, its bounds are those of a pencil, it says what lost."""
 
 import json

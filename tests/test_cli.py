@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line: its keys, its streams, its configuration file."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The converted repository: complete, reproducible, and loadable where this package is not."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Layers of which there is little or nothing to learn are carved all the same: any parts are right.
 
 What always holds is checked: it ends, every neuron is in exactly one expert, experts are equal in

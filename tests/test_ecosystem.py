@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What people do with a transformers model, done with a carved one: small, real, offline."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Perplexity by the written protocol, and the router between oracle and chance."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The default experts backend: equal to the loop over experts, and out of everybody's way."""
 
 import pytest

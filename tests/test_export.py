@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Export to a stock architecture: the same function, loaded without a line of ours."""
 
 import json

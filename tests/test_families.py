@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Families besides Llama: what is theirs alone is in the right place."""
 
 import json

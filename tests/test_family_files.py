@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokenizers, chat templates and generation settings of each family: the same wherever they go."""
 
 import shutil

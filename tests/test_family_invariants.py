@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What must always hold, in every family: nothing here knows how a family names its parts."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A carved MoE: routing within and across parents, parents kept whole, and what is refused."""
 
 import json

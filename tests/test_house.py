@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The floor plan: imports between the wings of the toolchain run one way."""
 
 import ast
@@ -57,3 +58,16 @@ def test_every_wing_says_what_it_is_for():
     assert {path.name for path in HOUSE.iterdir() if (path / "__init__.py").is_file()} == {
         *(FLOORS.keys() - {"", "verbs"})
     }
+
+
+def test_every_file_says_under_which_licence_it_is():
+    root = Path(__file__).parent.parent
+    folders = [root / name for name in ("src", "conversion", "tests", "examples")]
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    silent = [
+        path.relative_to(root).as_posix()
+        for path in files
+        if "fixtures" not in path.parts
+        and not path.read_text(encoding="utf-8").startswith("# SPDX-License-Identifier: Apache-2.0")
+    ]
+    assert files and not silent

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models by Hub id, over a real HTTP connection to a loopback Hub."""
 
 import json

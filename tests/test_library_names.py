@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the library renames: the model works or refuses, it never computes another thing."""
 
 import importlib

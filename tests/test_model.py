@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model itself: routing, backends, and what transformers expects of a MoE."""
 
 import fnmatch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CONTRIBUTING's "Add a model family", done to a copy of the repository as it is written."""
 
 import ast

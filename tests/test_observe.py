@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is observed inside a model is what a slow loop over tokens and neurons finds."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Outputs that would destroy what is read, or that cannot be made: refused before the work."""
 
 import shutil

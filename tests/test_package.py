@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A wheel, installed elsewhere, works in full."""
 
 import json

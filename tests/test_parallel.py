@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensor and expert parallelism: two ranks do what one process does."""
 
 from dataclasses import fields

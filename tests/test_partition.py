@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The partition: nothing lost, balanced, and as cheap as the exact square assignment."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Carving: exact where it must be, and seeing in calibration what the model computes later."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FFNs without a gate, h = act(x W + b), as in GPT-NeoX and Pythia: what they add to the others."""
 
 import shutil

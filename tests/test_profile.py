@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Marks and rates against the definition, neuron by neuron."""
 
 import pytest

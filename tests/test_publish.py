@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Publishing: what arrives on the Hub is what was here, whatever happens on the way."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weight-only quantisation by the libraries themselves: what they reach, and what it costs."""
 
 import logging

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fine-tuning: what learns, what stays, what is counted, and what survives an interruption."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The refit against the least-squares problem it claims to solve."""
 
 import pytest

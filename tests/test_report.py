@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of figures: what it shows is what was observed, in a real browser and without one."""
 
 import importlib

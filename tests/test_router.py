@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The analytical router, and the oracle it is compared with."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the Python files that travel with every repository may and may not do."""
 
 import ast

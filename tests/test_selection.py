@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A repository carries the code of its own family, and that is enough."""
 
 import ast

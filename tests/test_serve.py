@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Serving: the client library that everybody uses, against a server in a process of its own."""
 
 import os

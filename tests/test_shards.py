@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of weights: one up to a size, numbered ones above, whatever happens while they are made."""
 
 import json

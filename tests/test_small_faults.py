@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults reported from the field: each is one clear line now, or works."""
 
 import errno

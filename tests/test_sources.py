@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint is read as the library's loader reads it, or refused: never carved as another."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The trade-off curve: every figure is that of the verbs, and nothing is measured twice."""
 
 import json

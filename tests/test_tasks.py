@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tasks of the harness: figures that a slow oracle confirms, and what is written of them."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is read as a text: its rows, its column, its bytes, and how much of it."""
 
 import datetime

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Does a repository compute what it did when it was made, under whatever is installed?"""
 
 import inspect

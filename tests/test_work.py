@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conversions that are killed, crowded or cheated: nothing lost, nothing half-written."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that a new repository takes over: read before the work, and the same bytes after it."""
 
 import json

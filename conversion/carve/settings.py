@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeAlias, TypeVar
 
 from ..device import check_dtype
 from ..errors import RequestError
@@ -126,31 +126,27 @@ class Settings:
         return asdict(self)
 
 
+Verb: TypeAlias = Callable[Concatenate[str | Path, str | Path, Options], Result]
+"""Of a model and an output, with options."""
+
+
 def with_settings(
     settings: Callable[Options, Settings],
-) -> Callable[
-    [Callable[[str | Path, str | Path, Settings], Result]],
-    Callable[Concatenate[str | Path, str | Path, Options], Result],
-]:
+) -> Callable[[Callable[[str | Path, str | Path, Settings], Result]], Verb[Options, Result]]:
     """Give a verb the fields of the settings as keywords."""
 
     def decorate(
         verb: Callable[[str | Path, str | Path, Settings], Result],
-    ) -> Callable[Concatenate[str | Path, str | Path, Options], Result]:
+    ) -> Verb[Options, Result]:
         @functools.wraps(verb)
-        def called(
-            model: str | Path,
-            output: str | Path,
-            *arguments: Options.args,
-            **options: Options.kwargs,
-        ) -> Result:
-            return verb(model, output, settings(*arguments, **options))
+        def called(model: str | Path, output: str | Path, **options: Any) -> Result:
+            return verb(model, output, settings(**options))  # type: ignore[call-arg]
 
         own = inspect.signature(verb)
+        places = list(own.parameters.values())[:2]
         fields = inspect.signature(settings).parameters.values()
-        places = [*list(own.parameters.values())[:2], *fields]
-        vars(called)["__signature__"] = own.replace(parameters=places)
-        return called
+        vars(called)["__signature__"] = own.replace(parameters=[*places, *fields])
+        return called  # type: ignore[return-value] # takes the first two by name, too
 
     return decorate
 

@@ -12,10 +12,11 @@ from rich.table import Table
 
 from ..device import DTYPES
 from ..errors import RequestError
-from ..measure.benchmark import LABELS, Benchmark, benchmark
+from ..measure.benchmark import Benchmark, benchmark
 from ..measure.evaluate import ROUTERS, Evaluation, evaluate
 from ..measure.shapes import SHAPES
 from ..measure.tasks import TaskEvaluation, evaluate_tasks
+from ..measure.timing import LABELS
 from ..show.figures import check_plot, plot
 from .common import (
     Active,

@@ -161,28 +161,34 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
             for name, before, after in rows
         ),
     )
-    parsed = ModelCard(card, ignore_metadata_errors=True)
-    parsed.data.eval_results = None  # type: ignore[attr-defined]
+    parsed = parsed_card(card)
+    parsed.data.eval_results = None
     card = without_section(str(parsed), FIGURES).replace(_UNTRAINED, _TRAINED)
     card = renewed_card(card, code)
-    body, licence, rest = card.rpartition("## Licence")
-    return body + section + licence + rest if licence else f"{card.rstrip()}\n\n{section}"
+    return _before_licence(card, section)
 
 
 def native_card(card: str, architecture: str, difference: float, *, refitted: bool) -> str:
     """The card of a model exported to a stock architecture."""
-    parsed = ModelCard(card, ignore_metadata_errors=True)
-    parsed.data.eval_results = None  # type: ignore[attr-defined]
-    tags = getattr(parsed.data, "tags", None) or []
-    parsed.data.tags = [tag for tag in tags if tag != "custom_code"]  # type: ignore[attr-defined]
+    parsed = parsed_card(card)
+    parsed.data.eval_results = None
+    parsed.data.tags = [tag for tag in parsed.data.get("tags") or [] if tag != "custom_code"]
     card = without_section(without_section(str(parsed), FIGURES), CODE)
-    card = card.replace(", trust_remote_code=True", "")
-    body, licence, rest = card.rpartition("## Licence")
     section = _NATIVE.format(
         architecture=architecture,
         difference=difference,
         refitted=_REFITTED_ROUTER if refitted else "",
     )
+    return _before_licence(card.replace(", trust_remote_code=True", ""), section)
+
+
+def parsed_card(text: str) -> Any:
+    """A card with its metadata as `data`, whose fields the library's own annotation lacks."""
+    return ModelCard(text, ignore_metadata_errors=True)
+
+
+def _before_licence(card: str, section: str) -> str:
+    body, licence, rest = card.rpartition("## Licence")
     return body + section + licence + rest if licence else f"{card.rstrip()}\n\n{section}"
 
 
@@ -191,23 +197,25 @@ def marked(name: str) -> tuple[str, str]:
     return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
 
 
-def with_section(card: str, name: str, section: str) -> str:
-    """The card with this section, in place of an older one or at the end."""
+def _around(card: str, name: str) -> tuple[str, str] | None:
+    """What is before a section and after it; None if the card does not have it."""
     begin, end = marked(name)
     before, found, rest = card.partition(begin)
     _, closed, after = rest.partition(end)
-    section = f"{begin}\n\n{section}\n\n{end}"
-    if found and closed:
-        return before + section + after
-    return card.rstrip("\n") + "\n\n" + section + "\n"
+    return (before, after) if found and closed else None
+
+
+def with_section(card: str, name: str, section: str) -> str:
+    """The card with this section, in place of an older one or at the end."""
+    section = "\n\n".join([marked(name)[0], section, marked(name)[1]])
+    around = _around(card, name)
+    return section.join(around) if around else card.rstrip("\n") + f"\n\n{section}\n"
 
 
 def without_section(card: str, name: str) -> str:
     """The card without this section."""
-    begin, end = marked(name)
-    before, found, rest = card.partition(begin)
-    _, closed, after = rest.partition(end)
-    return before.rstrip("\n") + "\n" + after if found and closed else card
+    around = _around(card, name)
+    return around[0].rstrip("\n") + "\n" + around[1] if around else card
 
 
 def code_section(code: Mapping[str, str]) -> str:
@@ -227,12 +235,12 @@ def stated_hashes(card: str) -> dict[str, str]:
 
 def stated(card: str, *, licence: str | None, base_model: str | None) -> str:
     """The card with what the publisher knows and the source's folder did not say."""
-    parsed = ModelCard(card, ignore_metadata_errors=True)
+    parsed = parsed_card(card)
     if base_model is not None:
-        parsed.data.base_model = base_model  # type: ignore[attr-defined]
+        parsed.data.base_model = base_model
     text = str(parsed)
     if licence is not None:
-        parsed.data.license = licence  # type: ignore[attr-defined]
+        parsed.data.license = licence
         text = str(parsed).replace(_NO_LICENCE, f"As stated by the publisher: `{licence}`.")
     return text
 

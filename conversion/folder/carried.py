@@ -16,20 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from huggingface_hub import ModelCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..errors import RequestError
-from ..source.checkpoint import HUB_ID, LEGAL_FILES, TOKENIZER_FILES, read_json
-from .card import CARD_FILE
+from ..source.checkpoint import HUB_ID, LEGAL_FILES, TOKENIZER_FILES
+from ..source.stored import read_json
+from .card import CARD_FILE, parsed_card
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _PLACE = re.compile(r"(path|file|dir|folder)$")
@@ -53,7 +48,7 @@ class Carried:
         """Licence fields of the card; empty if it states none."""
         if not self.card:
             return {}
-        data = ModelCard(self.card, ignore_metadata_errors=True).data.to_dict()
+        data = parsed_card(self.card).data.to_dict()
         return {
             key: data[key] for key in ("license", "license_name", "license_link") if key in data
         }
@@ -181,7 +176,7 @@ def read_card(folder: Path) -> str:
         text = content.decode("latin-1")
     text = text.replace("\r\n", "\n")
     try:
-        ModelCard(text, ignore_metadata_errors=True)
+        parsed_card(text)
     except Exception as error:  # of the YAML parser and of the library, which builds on it
         reason = " ".join(str(error).split())
         logger.warning(

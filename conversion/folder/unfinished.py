@@ -114,7 +114,9 @@ class PartialFolder:
         if begun:
             self._acquire(make=False)
             self._lock.release()
-        if begun or (self.folder.exists() and set(_names(self.folder)) - {"work"}):
+        there = self.folder.exists() and not self.folder.is_dir()
+        there |= self.folder.is_dir() and any(it.name != "work" for it in self.folder.iterdir())
+        if begun or there:
             hint = self.resume_hint if begun else ""
             raise RequestError(
                 f"{self.folder.name} exists already in {self.folder.parent}: "
@@ -267,10 +269,6 @@ class BriefFolder(PartialFolder):
 
     def read_finished(self) -> None:
         """There is nothing to take up."""
-
-
-def _names(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
 
 
 def as_json(content: dict[str, Any]) -> str:

@@ -7,21 +7,21 @@ Shape suffixes: B windows of a batch, W windows, L tokens of one window.
 import math
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..device import check_dtype, find_device
 from ..errors import CMoEError, RequestError
 from ..folder.results import results_folder, write_results
 from ..source.calibration import check_vocabulary, consecutive_windows, read_tokens
 from ..source.loading import load_model, window_length
-from ..source.texts import open_text, text_name
+from ..source.texts import Text, open_text, text_name
 from .routing import replace_router, routing_blocks, watch_router
 
 ROUTERS = ("own", "oracle", "random")
@@ -101,19 +101,13 @@ def evaluate(
         raise RequestError(f"--card tells what the model itself does, not with router {router!r}.")
     opened = open_text(text, part="test")
     carved, tokenizer = load_model(model, dtype, where, trust_remote_code)
-    length = window_length(carved.config, sequence_length)
-    if length < 2:
-        raise RequestError(f"--sequence-length is {length}: a window needs at least 2 tokens.")
-    least = None if windows is None else windows * length
-    read = read_tokens(opened, tokenizer, carved.config.vocab_size, least_tokens=least)
-    windows_WL = consecutive_windows(read.ids, length=length)[:windows]
-
+    windows_WL = text_windows(carved, tokenizer, opened, sequence_length, windows)
     carved_perplexity, own, chance = measure_routing(carved, windows_WL, router, seed)
     baseline_perplexity = None
     if baseline is not None:
         del carved  # one model in memory at a time
-        dense, dense_tokenizer = load_model(baseline, dtype, where, trust_remote_code)
-        if dense_tokenizer.get_vocab() != tokenizer.get_vocab():
+        dense, other = load_model(baseline, dtype, where, trust_remote_code)
+        if other.get_vocab() != tokenizer.get_vocab():
             raise RequestError(
                 f"{baseline} has another vocabulary than {model}: their perplexities cannot be "
                 "compared. Give the model that was carved as the baseline."
@@ -122,8 +116,8 @@ def evaluate(
         baseline_perplexity = perplexity(dense, windows_WL, description="baseline")
     result = Evaluation(
         perplexity=carved_perplexity,
-        tokens=windows_WL.shape[0] * (length - 1),
-        sequence_length=length,
+        tokens=windows_WL[:, 1:].numel(),
+        sequence_length=windows_WL.shape[1],
         windows=windows,
         baseline_perplexity=baseline_perplexity,
         router=router,
@@ -136,19 +130,29 @@ def evaluate(
     return result
 
 
+def text_windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    length: int | None,
+    most: int | None,
+) -> torch.Tensor:
+    """The first windows of a text, (W, L). Raises `RequestError` if it is too short."""
+    length = window_length(model.config, length)
+    if length < 2:
+        raise RequestError(f"--sequence-length is {length}: a window needs at least 2 tokens.")
+    least = None if most is None else most * length
+    read = read_tokens(text, tokenizer, model.config.vocab_size, least_tokens=least)
+    return consecutive_windows(read.ids, length=length)[:most]
+
+
 def perplexity_record(result: Evaluation, text: str | Path) -> dict[str, Any]:
     """A measured perplexity for `results.write_results`: a text file by its bare name."""
-    return {
-        "task": text_name(text),
-        "metric": "perplexity",
-        "value": result.perplexity,
-        "baseline_value": result.baseline_perplexity,
-        "tokens": result.tokens,
-        "sequence_length": result.sequence_length,
-        "windows": result.windows,
-        "router_oracle_agreement": result.router_oracle_agreement,
-        "router_chance_agreement": result.router_chance_agreement,
-    }
+    figures = asdict(result)
+    value, baseline_value = figures.pop("perplexity"), figures.pop("baseline_perplexity")
+    del figures["router"]  # the model's own
+    named = {"task": text_name(text), "metric": "perplexity"}
+    return {**named, "value": value, "baseline_value": baseline_value, **figures}
 
 
 def measure_routing(
@@ -167,7 +171,7 @@ def measure_routing(
     with ExitStack() as stack:
         for index, block in enumerate(routed):
             if router == "own":
-                agreements.append(stack.enter_context(watch_router(block)))
+                agreements += stack.enter_context(watch_router(block))
             else:
                 stack.enter_context(replace_router(block, router, seed + index))
         measured = perplexity(model, windows_WL, description="model")

@@ -5,8 +5,8 @@ Shape suffixes: T tokens, H hidden size, N routed experts, K active experts, M n
 Q = 2M.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from cmoe_hf.modeling_cmoe import PIN_LIMIT, CMoEHierarchicalBlock, CMoERouter, 
 
 from ..carve.router import agreement
 from ..errors import RequestError
-from ..source.checkpoint import read_json
+from ..source.stored import read_json
 
 HIERARCHICAL = (
     "the model is a carved MoE, of which only perplexity and routing can be measured yet: use "
@@ -76,20 +76,32 @@ def without_bias(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def collected(
+    modules: Sequence[nn.Module], take: Callable[[Any, Any, Any], Any]
+) -> Iterator[list[list[Any]]]:
+    """What `take(module, inputs, output)` says at every call of each of the modules, in order."""
+    found: list[list[Any]] = [[] for _ in modules]
+
+    def hook(kept: list[Any]) -> Callable[..., None]:
+        return lambda *call: kept.append(take(*call))
+
+    with ExitStack() as stack:
+        for module, kept in zip(modules, found, strict=True):
+            stack.callback(module.register_forward_hook(hook(kept)).remove)
+        yield found
+
+
+@contextmanager
 def count_loads(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Count how many tokens choose each expert, (N,) int64 for each routing layer in order."""
     gates = active_routers(model)
     loads = [torch.zeros_like(gate.balance_bias, dtype=torch.int64) for gate in gates]
+    by_gate = dict(zip(gates, loads, strict=True))
 
-    def counter(load_N: torch.Tensor) -> Callable[..., None]:
-        def count(gate: CMoERouter, inputs: tuple[torch.Tensor], output: Any) -> None:
-            load_N.add_(torch.bincount(output[2].flatten(), minlength=len(load_N)))
+    def count(gate: CMoERouter, inputs: Any, output: Any) -> None:
+        by_gate[gate].add_(torch.bincount(output[2].flatten(), minlength=len(by_gate[gate])))
 
-        return count
-
-    with ExitStack() as stack:
-        for gate, load_N in zip(gates, loads, strict=True):
-            stack.callback(gate.register_forward_hook(counter(load_N)).remove)
+    with collected(gates, count):
         yield loads
 
 
@@ -104,21 +116,15 @@ def imbalance(load_N: torch.Tensor, bias_N: torch.Tensor) -> float:
     return (load_N.std(correction=0) / load_N.mean()).item()
 
 
-@contextmanager
-def watch_router(block: RoutedBlock) -> Iterator[list[float]]:
+def watch_router(block: RoutedBlock) -> AbstractContextManager[list[list[float]]]:
     """Collect, batch by batch, how often the block's own router picks the oracle's experts."""
-    collected: list[float] = []
 
-    def compare(gate: CMoERouter, inputs: tuple[torch.Tensor], output: Any) -> None:
+    def compare(gate: CMoERouter, inputs: tuple[torch.Tensor], output: Any) -> float:
         oracle_TK = gate.pick(routed_mass(block, inputs[0]), inputs[0])
         _, running = gate.choice
-        collected.append(agreement(output[2].view(-1, running), oracle_TK.view(-1, running)))
+        return agreement(output[2].view(-1, running), oracle_TK.view(-1, running))
 
-    handle = block.gate.register_forward_hook(compare)
-    try:
-        yield collected
-    finally:
-        handle.remove()
+    return collected([block.gate], compare)
 
 
 @contextmanager
@@ -138,11 +144,12 @@ def replace_router(block: RoutedBlock, router: str, seed: int) -> Iterator[None]
         value_TN = value_of[router](x_TH)
         return value_TN if index is None else value_TN.gather(1, index.flatten(1)).view_as(index)
 
-    block.gate.selection_score = selection_score  # type: ignore[method-assign]
+    gate: Any = block.gate
+    gate.selection_score = selection_score
     try:
         yield
     finally:
-        del block.gate.selection_score
+        del gate.selection_score
 
 
 def routed_mass(block: RoutedBlock, x_TH: torch.Tensor) -> torch.Tensor:

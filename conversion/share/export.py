@@ -18,15 +18,12 @@ has no shared expert, nor anything that always runs, so that only shapes S0 can 
 Shape suffixes: T tokens, H hidden size, N routed experts, M neurons of an expert, Q = 2M.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import nn
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -51,10 +48,11 @@ from ..folder.carried import carried
 from ..folder.fingerprint import write_fingerprint
 from ..folder.shards import Entry, file_names, index_of, packed, raw, write_shard
 from ..folder.unfinished import BriefFolder
+from ..measure.routing import collected
 from ..source.calibration import random_windows, read_tokens
 from ..source.checkpoint import fetch_model, find_model, load_tokenizer
 from ..source.loading import window_length
-from ..source.stored import WEIGHTS_INDEX, read_json
+from ..source.stored import CARVABLE, WEIGHTS_INDEX, read_headers, read_json, read_tensors
 from ..source.texts import open_text, text_file
 from .linearise import linear_routers
 
@@ -69,6 +67,7 @@ TINY = 2.0**-13
 """Scale of the router where more than one expert runs. A smaller one would round close scores of a
 float32 softmax to ties, a larger one would make the weights uneven."""
 COMPARED_TOKENS = 64
+ROUTERS = (CMoERouter, Qwen2MoeTopKRouter, Qwen3MoeTopKRouter)
 NO_SHARED = 8
 """Neurons, all zero, of the shared expert that Qwen2-MoE insists on, where there is none."""
 
@@ -154,18 +153,12 @@ def export(
     check_config(config, name, architecture, refit=refit_router is not None)
     if commit is not None:
         folder = fetch_model(name, commit)
-    shards = sorted(folder.glob("*.safetensors"))
-    check_gates(shards)
+    check_gates(folder)
     tokenizer = load_tokenizer(folder)
     native = native_config(config, architecture)
     kept = carried(folder).beside(native, tokenizer)
     work = ExportFolder(output, overwrite=overwrite)
-    work.check(
-        {
-            "the carved model": folder,
-            "the calibration text": text_file(refit_router),
-        }
-    )
+    work.check({"the carved model": folder, "the calibration text": text_file(refit_router)})
     routers = None
     if refit_router is not None:
         ids = read_tokens(open_text(refit_router), tokenizer, config.vocab_size).ids
@@ -173,7 +166,7 @@ def export(
         windows_WL = random_windows(ids, samples=samples, length=length, seed=0)
         routers = fitted_routers(folder, windows_WL)
     with ExportFolder.create(output, {"model": name}, overwrite=overwrite) as work:
-        write_shards(shards, config, work, routers, limit)
+        write_shards(folder, config, work, routers, limit)
         native.save_pretrained(work.folder)
         written = read_json(work.folder / CONFIG_NAME)
         work.write_json(CONFIG_NAME, dict(sorted(with_legacy_keys(native, written).items())))
@@ -235,18 +228,19 @@ def check_config(config: PreTrainedConfig, name: str, architecture: str, *, refi
         raise RequestError(f"{name} cannot be a {architecture}: {'; '.join(reasons)}.")
 
 
-def check_gates(shards: list[Path]) -> None:
+def check_gates(folder: Path) -> None:
     """Raises `RequestError` for gate scales, balance biases or attention biases of the output."""
     found: dict[str, int] = {}
-    for name, tensor in read_tensors(shards, "mlp.gate.scale", "mlp.gate.balance_bias"):
-        kind = name.rpartition(".")[2]
+    kinds = {"mlp.gate.scale": "scale", "mlp.gate.balance_bias": "balance_bias"}
+    kinds["o_proj.bias"] = "attention output biases"
+    stored = read_headers(folder)
+    asked = {name: it for name, it in stored.items() if name.endswith(tuple(kinds))}
+    for name, tensor in read_tensors(asked):
+        kind = next(kind for end, kind in kinds.items() if name.endswith(end))
         if kind == "balance_bias" and (tensor > PIN_LIMIT).any():
             kind = "pinned experts (--budget)"
         if tensor.any():
             found[kind] = found.get(kind, 0) + 1
-    for _, tensor in read_tensors(shards, "o_proj.bias"):
-        if tensor.any():
-            found["attention output biases"] = found.get("attention output biases", 0) + 1
     if found:
         listed = ", ".join(f"{kind} in {layers} layers" for kind, layers in found.items())
         raise RequestError(
@@ -254,21 +248,6 @@ def check_gates(shards: list[Path]) -> None:
             "as carved with --shared and --active, or recover it with --router-learning-rate 0 "
             "and --bias-speed 0."
         )
-
-
-def read_tensors(shards: list[Path], *suffixes: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors whose names end so."""
-    for path in shards:
-        with safe_open(path, framework="pt", backend="pread") as shard:
-            for name in shard.keys():  # noqa: SIM118 - not a dict, cannot be iterated
-                if name.endswith(suffixes):
-                    yield name, shard.get_tensor(name)
-
-
-def read_tensor(path: Path, name: str) -> torch.Tensor:
-    """One tensor of a file."""
-    with safe_open(path, framework="pt", backend="pread") as shard:
-        return shard.get_tensor(name)
 
 
 def fitted_routers(folder: Path, windows_WL: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -304,7 +283,7 @@ def native_config(config: CMoEConfig, architecture: str) -> PreTrainedConfig:
 
 
 def write_shards(
-    shards: list[Path],
+    folder: Path,
     config: CMoEConfig,
     work: ExportFolder,
     routers: dict[str, torch.Tensor] | None,
@@ -321,29 +300,27 @@ def write_shards(
             tensor = routers[name].to(tensor.device)
         return native_tensors(name, tensor, config)
 
-    parts: list[dict[str, Entry]] = []
-    origins: dict[str, tuple[Path, str]] = {}
-    for path in shards:
-        parts.append({})
-        with safe_open(path, framework="pt") as shard:  # mapped: nothing is read for this
-            for name in shard.keys():  # noqa: SIM118 - not a dict, cannot be iterated
-                for new, tensor in native(name, shard.get_tensor(name).to("meta")).items():
-                    parts[-1][new], origins[new] = Entry.of(tensor), (path, name)
-    entries = {name: entry for part in parts for name, entry in part.items()}
-    plan = packed([{name: part[name].nbytes for name in part} for part in parts], limit)
+    stored = read_headers(folder)
+    parts: dict[Path, dict[str, Entry]] = {}
+    origins: dict[str, str] = {}
+    for name, it in stored.items():
+        empty = torch.empty(it.shape, dtype=CARVABLE[it.dtype], device="meta")
+        for new, tensor in native(name, empty).items():
+            parts.setdefault(it.path, {})[new], origins[new] = Entry.of(tensor), name
+    entries = {name: entry for part in parts.values() for name, entry in part.items()}
+    sizes = {name: entry.nbytes for name, entry in entries.items()}
+    plan = packed([{name: sizes[name] for name in part} for part in parts.values()], limit)
     files = dict(zip(file_names(len(plan)), plan, strict=True))
     for file, names in tqdm(files.items(), desc="exporting", unit="file", disable=None):
         here = {name: entries[name] for name in names}
-        read = dict.fromkeys(origins[name] for name in names)
         pieces = (
             (new, [raw(tensor)])
-            for path, name in read
-            for new, tensor in native(name, read_tensor(path, name)).items()
+            for name, read in read_tensors({origins[new]: stored[origins[new]] for new in names})
+            for new, tensor in native(name, read).items()
             if new in here
         )
         work.replace(work.folder / file, partial(write_shard, entries=here, pieces=pieces))
     if len(files) > 1:
-        sizes = {name: entry.nbytes for name, entry in entries.items()}
         work.write_json(WEIGHTS_INDEX, index_of(files, sizes))
 
 
@@ -406,16 +383,10 @@ def compare(carved: Path, native: Path, config: CMoEConfig) -> tuple[float, floa
             dtype=config.dtype,
             experts_implementation="eager",  # of any width: grouped kernels want 16 bytes
         ).eval()
-        chosen: list[torch.Tensor] = []
-
-        def record(gate: nn.Module, inputs: Any, output: Any, kept: list = chosen) -> None:
-            kept.append(output[2].sort().values)
-
-        for module in loaded.modules():
-            if isinstance(module, CMoERouter | Qwen2MoeTopKRouter | Qwen3MoeTopKRouter):
-                module.register_forward_hook(record)
-        logits.append(loaded(ids, use_cache=False).logits.float())
-        choices.append(torch.cat(chosen))
-        del loaded
+        gates = [module for module in loaded.modules() if isinstance(module, ROUTERS)]
+        with collected(gates, lambda *call: call[2][2].sort().values) as chosen:
+            logits.append(loaded(ids, use_cache=False).logits.float())
+        choices.append(torch.cat([index_TK for calls in chosen for index_TK in calls]))
+        del loaded, gates
     same_T = (choices[0] == choices[1]).all(dim=1)
     return (logits[0] - logits[1]).abs().max().item(), same_T.double().mean().item()

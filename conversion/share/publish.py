@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile, RepoFolder
+from huggingface_hub.hf_api import RepoFile
 from tqdm import tqdm
 
 from ..errors import CMoEError, RequestError
@@ -127,11 +127,11 @@ def publish(
         patiently(api.whoami)
         target = look(api, repository, branch)
         foreign = sorted(set(target.files) - set(names) - {".gitattributes"})
-        in_the_way = [name for name in foreign if is_loadable(name)]
-        if in_the_way and not replace:
+        deleted = [name for name in foreign if is_loadable(name)]
+        if deleted and not replace:
             raise RequestError(
                 f"{repository} holds files of another model, which would be mixed with this one: "
-                f"{', '.join(in_the_way)}. Pass --replace to delete them, or choose another name."
+                f"{', '.join(deleted)}. Pass --replace to delete them, or choose another name."
             )
         same = set(names) & set(target.files)
         replaced = sorted(name for name in same if differs(here, target.files[name]))
@@ -141,7 +141,7 @@ def publish(
             if not target.exists:
                 patiently(partial(api.create_repo, repository, private=not public, exist_ok=True))
             branch = make_revision(api, repository, branch, pull_request)
-            commit = send(api, repository, branch, here, in_the_way)
+            commit = send(api, repository, branch, here, deleted)
             check_arrived(api, repository, commit, here, names)
     return Publication(
         url=url_of(api, repository, branch),
@@ -152,8 +152,8 @@ def publish(
         files=len(names),
         bytes=sum((here / name).stat().st_size for name in names),
         replaced=replaced,
-        deleted=in_the_way,
-        left=[name for name in foreign if name not in in_the_way],
+        deleted=deleted,
+        left=[name for name in foreign if name not in deleted],
         dry_run=dry_run,
     )
 
@@ -180,23 +180,18 @@ def look(api: HfApi, repository: str, branch: str) -> Target:
         if error.response.status_code == 401:
             raise
         return Target(False, True, {})
-    entries: list[RepoFile | RepoFolder] = []
     for revision in (branch, "main"):  # a new branch starts as main
         try:
-            entries = patiently(partial(list_files, api, repository, revision))
-            break
+            return Target(True, bool(info.private), files_of(api, repository, revision))
         except RevisionNotFoundError:
             continue
-    return Target(True, bool(info.private), by_name(entries))
+    return Target(True, bool(info.private), {})
 
 
-def list_files(api: HfApi, repository: str, revision: str) -> list[RepoFile | RepoFolder]:
-    """Everything in a revision, with sizes and hashes."""
-    return list(api.list_repo_tree(repository, recursive=True, revision=revision))
-
-
-def by_name(entries: list[RepoFile | RepoFolder]) -> dict[str, RepoFile]:
-    """The files among the entries."""
+def files_of(api: HfApi, repository: str, revision: str) -> dict[str, RepoFile]:
+    """The files of a revision by name, with sizes and hashes."""
+    tree = partial(api.list_repo_tree, repository, recursive=True, revision=revision)
+    entries = patiently(lambda: list(tree()))
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
@@ -225,7 +220,7 @@ def send(api: HfApi, repository: str, branch: str, folder: Path, delete: list[st
 
 def check_arrived(api: HfApi, repository: str, commit: str, folder: Path, names: list[str]) -> None:
     """Compare size and hash of every file with the Hub's. Raises `CMoEError`."""
-    there = by_name(patiently(partial(list_files, api, repository, commit)))
+    there = files_of(api, repository, commit)
     bar = tqdm(names, desc="comparing with the Hub", unit="file", disable=None)
     wrong = [name for name in bar if name not in there or differs(folder, there[name])]
     if wrong:

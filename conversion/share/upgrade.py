@@ -22,16 +22,11 @@ from cmoe_hf import CMoEConfig
 from ..errors import CMoEError, RequestError
 from ..folder.card import CARD_FILE, renewed_card
 from ..folder.carried import read_card
-from ..folder.fingerprint import (
-    CONVERSION,
-    fingerprint_of,
-    moved,
-    prompts_for,
-    stated_fingerprint,
-)
+from ..folder.fingerprint import CONVERSION, fingerprint_of, moved, prompts_for, stated_fingerprint
 from ..folder.selection import REMOTE_CODE
 from ..folder.unfinished import SETTINGS, BriefFolder, sha256_of
-from ..source.checkpoint import find_model, from_hub, load_tokenizer, read_json
+from ..source.checkpoint import find_model, from_hub, load_tokenizer
+from ..source.stored import read_json
 from .publish import publish
 from .verify import Verification, computed_elsewhere, runs_here, verify
 

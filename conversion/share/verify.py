@@ -30,8 +30,9 @@ from ..folder.fingerprint import (
 )
 from ..folder.selection import code_of_type
 from ..folder.unfinished import sha256_of
-from ..source.checkpoint import load_tokenizer, read_json
+from ..source.checkpoint import load_tokenizer
 from ..source.loading import model_folder
+from ..source.stored import read_json
 
 RELEASED = Path(__file__).parent.parent / "assets" / "released.json"
 """SHA-256 and name of each Python file that a release has put into repositories: they are ours."""

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import torch
-from huggingface_hub import ModelCard, get_token
+from huggingface_hub import get_token
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import cmoe_hf
 from cmoe_hf import FAMILIES
 
 from ..errors import RequestError
-from ..folder.card import CARD_FILE, stated_hashes
+from ..folder.card import CARD_FILE, parsed_card, stated_hashes
 from ..folder.unfinished import SETTINGS, sha256_of
 from ..source.checkpoint import LEGAL_FILES, load_tokenizer
 from ..source.stored import WEIGHTS_FILE, WEIGHTS_INDEX, read_headers, read_json
@@ -41,7 +41,7 @@ PERSON = (
 """Where a word is somebody's name: in an absolute path, before an @, as the value of such a key."""
 PATHS = {
     "a local path": r"(?<![\w.:/-])/(?:home|Users|root|mnt|tmp|scratch|workspace)/[\w.-]+"
-    r"|\b[A-Za-z]:\\+Users\\+\w|\"(?:file:/)?/[\w.-]+/[\w./-]+\"",
+    r"|\b[A-Za-z]:\\+Users\\+\w|\"(?:file:/)?/[\w.-]+/[\w./-]+\""
 }
 
 
@@ -142,7 +142,7 @@ def check_carved(folder: Path, shapes: dict[str, list[int]]) -> None:
 
 def check_card(folder: Path, card: str) -> None:
     """The card states licence and base model, and the hashes that the Python files have."""
-    data = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
+    data = parsed_card(card).data.to_dict()
     if not data.get("license"):
         raise RequestError(
             "the card (README.md) states no licence. Pass --license with the identifier of the "

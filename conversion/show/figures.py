@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from ..measure.benchmark import LABELS, Benchmark
+from ..measure.benchmark import Benchmark
+from ..measure.timing import LABELS
 
 BLUE, ORANGE, GREY, INK = "#0072b2", "#cc7000", "#b9bfc6", "#1b2530"
 HUES = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#f0e442", "#7f7f7f")
@@ -71,10 +72,19 @@ def width_for(columns: int, *, each: float = 0.3) -> float:
 
 
 def over_layers(
-    figure: Any, series: dict[str, tuple[str, list[float]]], label: str, *, stacked: bool = False
+    figure: Any,
+    series: dict[str, tuple[str, list[float]]],
+    label: str,
+    *,
+    stacked: bool = False,
+    shares: bool = True,
 ) -> Any:
     """Columns for every layer, by the name of the series its colour and values."""
+    from matplotlib.ticker import PercentFormatter
+
     axis = figure.subplots()
+    if shares:
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
     floor = [0.0] * len(next(iter(series.values()))[1])
     width = 0.7 if stacked else 0.7 / len(series)
     for index, (name, (colour, values)) in enumerate(series.items()):
@@ -94,6 +104,15 @@ def legend_below(figure: Any, axis: Any) -> None:
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
+def as_table(axis: Any, across: str, down: str) -> None:
+    """Whole numbers on both axes, which are named, and no grid."""
+    axis.grid(False)
+    for side in (axis.xaxis, axis.yaxis):
+        side.get_major_locator().set_params(integer=True)
+    axis.set_xlabel(across)
+    axis.set_ylabel(down)
+
+
 def column(data: Data, name: str) -> list[Any]:
     """One figure of every layer."""
     return [layer[name] for layer in data["layers"]]
@@ -101,18 +120,13 @@ def column(data: Data, name: str) -> list[Any]:
 
 def reconstruction_error(figure: Any, data: Data) -> str:
     """Relative output error of every layer, from the conversion."""
-    from matplotlib.ticker import PercentFormatter
-
     errors = column(data, "relative_output_error")
-    axis = over_layers(figure, {"": (BLUE, errors)}, "relative error")
-    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    over_layers(figure, {"": (BLUE, errors)}, "relative error")
     return "error of the FFN output on calibration tokens"
 
 
 def mass(figure: Any, data: Data) -> str:
     """Who holds which share of sum |h|."""
-    from matplotlib.ticker import PercentFormatter
-
     names = {"shared": ("shared expert", BLUE), "ran": ("routed, ran", ORANGE)}
     names["idle"] = ("routed, idle", GREY)
     masses = column(data, "mass")
@@ -123,20 +137,16 @@ def mass(figure: Any, data: Data) -> str:
     }
     axis = over_layers(figure, series, "share of sum |h|", stacked=True)
     axis.set_ylim(0, 1)
-    axis.yaxis.set_major_formatter(PercentFormatter(1))
     legend_below(figure, axis)
     return "who carries the activation"
 
 
 def router_agreement(figure: Any, data: Data) -> str:
     """How often the router picks the oracle's experts, beside chance."""
-    from matplotlib.ticker import PercentFormatter
-
     axis = over_layers(figure, {"router": (ORANGE, column(data, "oracle_agreement"))}, "tokens")
     chance = data["model"]["chance"]
     axis.axhline(chance, color=INK, linestyle="--", label=f"chance ({chance:.1%})")
     axis.set_ylim(0, 1)
-    axis.yaxis.set_major_formatter(PercentFormatter(1))
     legend_below(figure, axis)
     return "tokens for which the router picks the oracle's experts"
 
@@ -147,7 +157,7 @@ def imbalance(figure: Any, data: Data) -> str:
     series = {"with the balance bias": (ORANGE, own)}
     if own != without:
         series["without it"] = (GREY, without)
-    axis = over_layers(figure, series, "coefficient of variation")
+    axis = over_layers(figure, series, "coefficient of variation", shares=False)
     if own != without:
         legend_below(figure, axis)
     return "imbalance of the experts' loads"
@@ -161,7 +171,6 @@ def expert_load(figure: Any, data: Data) -> str:
     loads = list(zip(*column(data, "loads"), strict=True))
     figure.set_figheight(min(9.0, max(3.4, 1.4 + 0.27 * len(loads))))
     axis = figure.subplots()
-    axis.grid(False)
     blues = LinearSegmentedColormap.from_list("blues", ["#ffffff", "#6db1e0", BLUE])
     unpinned = [
         load
@@ -177,10 +186,7 @@ def expert_load(figure: Any, data: Data) -> str:
                 white = load > 0.75 * most
                 text = {"color": "white" if white else INK, "fontsize": 8}
                 axis.text(layer, expert, f"{100 * load:.0f}", ha="center", va="center", **text)
-    for side in (axis.xaxis, axis.yaxis):
-        side.get_major_locator().set_params(integer=True)
-    axis.set_xlabel("layer")
-    axis.set_ylabel("routed expert")
+    as_table(axis, "layer", "routed expert")
     bar = figure.colorbar(image, format=PercentFormatter(1, decimals=0), pad=0.02)
     bar.set_label("tokens")
     bar.outline.set_visible(False)
@@ -264,16 +270,12 @@ def routing_overview(figure: Any, data: Data) -> str:
     height = min(12.0, max(2.2, 1.2 + 0.2 * layers))
     figure.set_size_inches(width_for(tokens, each=0.2), height)
     axis = figure.subplots()
-    axis.grid(False)
     axis.imshow([[expert_colour(expert) for expert in row] for row in first], aspect="auto")
     if tokens * layers <= 1500:
         for layer, row in enumerate(first):
             for token, expert in enumerate(row):
                 axis.text(token, layer, expert, ha="center", va="center", fontsize=6.5)
-    for side in (axis.xaxis, axis.yaxis):
-        side.get_major_locator().set_params(integer=True)
-    axis.set_xlabel("token of the sample")
-    axis.set_ylabel("layer")
+    as_table(axis, "token of the sample", "layer")
     return "first chosen expert of each token"
 
 

@@ -18,14 +18,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..device import check_dtype, find_device, name_of, versions
 from ..errors import CMoEError, RequestError
-from ..folder.card import FIGURES, with_section
+from ..folder.card import CARD_FILE, FIGURES, with_section
 from ..folder.paths import replace_file
 from ..folder.strict import to_json
+from ..measure.evaluate import text_windows
 from ..measure.routing import check_flat, sparse_blocks
-from ..source.calibration import consecutive_windows, read_tokens, tokenize
+from ..source.calibration import tokenize
 from ..source.checkpoint import fetch_model, find_model
-from ..source.loading import load_model, window_length
-from ..source.texts import Text, open_text
+from ..source.loading import load_model
+from ..source.texts import open_text
 from .figures import FILES, check_drawing, draw_figures
 from .observe import Observation, observe, observe_sample, token_texts
 
@@ -112,19 +113,19 @@ def report(
             raise RequestError(f"{model} is not a carved model: there is nothing to show.")
         windows_WL = text_windows(carved, tokenizer, opened, sequence_length, windows)
         ids_T = sample_ids(carved, tokenizer, SAMPLE if sample is None else sample)
-        observation = observe(carved, windows_WL)
+        measured = {
+            "text": opened.name,
+            "tokens": windows_WL.numel(),
+            "sequence_length": windows_WL.shape[1],
+            "dtype": name_of(carved.dtype),
+            "device": where.type,
+        }
         data = {
             "model": {"name": name, **describe_model(carved)},
             "source": describe_source(conversion),
-            "measured": {
-                "text": opened.name,
-                "tokens": observation.tokens,
-                "sequence_length": windows_WL.shape[1],
-                "dtype": name_of(carved.dtype),
-                "device": where.type,
-            },
+            "measured": measured,
             "versions": versions(),
-            **describe_observation(observation, conversion),
+            **describe_observation(observe(carved, windows_WL), conversion),
             "sample": {
                 "tokens": token_texts(tokenizer, ids_T),
                 "layers": [asdict(layer) for layer in observe_sample(carved, ids_T)],
@@ -132,28 +133,9 @@ def report(
         }
         figures = write(data, new)
     if card and output is None:
-        show_in_card(folder / "README.md", figures, data["measured"])
-    return Report(
-        output=str(target / PAGE),
-        figures=figures,
-        perplexity=observation.perplexity,
-        tokens=observation.tokens,
-    )
-
-
-def text_windows(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: Text,
-    length: int | None,
-    most: int,
-) -> torch.Tensor:
-    """The first windows of the text, (W, L). Raises `RequestError` if it is too short."""
-    length = window_length(model.config, length)
-    if length < 2:
-        raise RequestError(f"--sequence-length is {length}: a window needs at least 2 tokens.")
-    read = read_tokens(text, tokenizer, model.config.vocab_size, least_tokens=most * length)
-    return consecutive_windows(read.ids, length=length)[:most]
+        show_in_card(folder / CARD_FILE, figures, measured)
+    page, tokens = str(target / PAGE), windows_WL.numel()
+    return Report(output=page, figures=figures, perplexity=data["perplexity"], tokens=tokens)
 
 
 def sample_ids(
@@ -221,11 +203,7 @@ def describe_observation(observation: Observation, conversion: dict[str, Any]) -
         error = figures.get("relative_output_error") if isinstance(figures, dict) else None
         usable = isinstance(error, float | int) and math.isfinite(error)
         layer["relative_output_error"] = error if usable else None
-    return {
-        "perplexity": observation.perplexity,
-        "marked": observation.marked,
-        "layers": layers,
-    }
+    return {"perplexity": observation.perplexity, "marked": observation.marked, "layers": layers}
 
 
 @contextmanager
@@ -241,7 +219,8 @@ def fresh_folder(target: Path) -> Iterator[Path]:
             raise RequestError(
                 f"{target.name} exists and is not a report: choose another --output, or remove it."
             )
-        remove(new, old)
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
         new.mkdir(parents=True)
     except OSError as error:
         raise RequestError(f"cannot create the folder {target.name}: {error.strerror}.") from error
@@ -253,13 +232,8 @@ def fresh_folder(target: Path) -> Iterator[Path]:
     finally:
         if old.exists() and not target.exists():
             old.rename(target)
-        remove(new, old)
-
-
-def remove(*folders: Path) -> None:
-    """Delete them, if they are there."""
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def is_replaceable(folder: Path) -> bool:

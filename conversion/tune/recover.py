@@ -69,15 +69,15 @@ class Recovery:
     training_imbalance_after: float | None
     scale: float | None
     """Mean |u| after training; it starts at what the model had, 0 after carving."""
-    control_before: float | None
+    control_before: float | None = None
     """Perplexity of the dense model; None without a control."""
-    control_after: float | None
+    control_after: float | None = None
     """Of the dense model tuned by the same recipe."""
-    gap_before: float | None
+    gap_before: float | None = None
     """ln(carved / dense), both untuned."""
-    gap_after: float | None
+    gap_after: float | None = None
     """ln(carved / dense), both tuned: what the carving costs in the end."""
-    closed: float | None
+    closed: float | None = None
     """Share of the distance to the tuned dense model that the carved one went:
     ln(before / after) / ln(before / control_after)."""
 
@@ -272,9 +272,7 @@ def on_cpus() -> bool:
 def check_room(folder: Path, work: PartialFolder) -> None:
     """Refuse a disk without room for the result. Raises `RequestError`."""
     needed = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    place = work.output.parent
-    while not place.exists():
-        place = place.parent
+    place = next(path for path in work.output.parents if path.exists())
     free = shutil.disk_usage(place).free
     if free < needed * 1.2:
         raise RequestError(
@@ -356,7 +354,7 @@ def opened(
 def run(request: Request, tuning: Tuning, ready: Ready, work: RecoveryFolder) -> Recovery:
     """Tune the carved model, then the control, and complete the repository."""
     if "carved" not in work.stages:
-        figures = tuned(request, request.model, tuning, ready, work, stage="carved")
+        figures = tuned(request, request.model, tuning, ready, work, "carved")
         work.write_stage("carved", figures)
     if request.control is not None and "control" not in work.stages:
         if request.control == request.teacher:  # it would learn what it knows
@@ -366,7 +364,7 @@ def run(request: Request, tuning: Tuning, ready: Ready, work: RecoveryFolder) ->
             same = quality_and_loads(loaded, ready, "control")
             figures = {"before": same, "after": same, "losses": [], "seconds": 0.0}
         else:
-            figures = tuned(request, request.control, tuning, ready, work, stage="control")
+            figures = tuned(request, request.control, tuning, ready, work, "control")
         work.write_stage("control", figures)
     result = recovery_of(tuning, ready, work)
     if accelerate.PartialState().is_main_process:
@@ -375,13 +373,7 @@ def run(request: Request, tuning: Tuning, ready: Ready, work: RecoveryFolder) ->
 
 
 def tuned(
-    request: Request,
-    model: str,
-    tuning: Tuning,
-    ready: Ready,
-    work: RecoveryFolder,
-    *,
-    stage: str,
+    request: Request, model: str, tuning: Tuning, ready: Ready, work: RecoveryFolder, stage: str
 ) -> dict[str, Any]:
     """Measure, tune and measure one model; the carved one is written."""
     start = time.perf_counter()
@@ -391,13 +383,9 @@ def tuned(
     if request.teacher is not None:
         teacher = load_model(request.teacher, *where)[0].requires_grad_(False)
     before = quality_and_loads(loaded, ready, f"{stage} before")
+    folder, told = work.private / stage, f"tuning {stage}"
     loaded, losses = tune(
-        loaded,
-        ready.training_WL,
-        tuning,
-        work.private / stage,
-        teacher=teacher,
-        description=f"tuning {stage}",
+        loaded, ready.training_WL, tuning, folder, teacher=teacher, description=told
     )
     after = quality_and_loads(loaded, ready, f"{stage} after")
     figures = {"before": before, "after": after, "losses": losses}
@@ -411,16 +399,14 @@ def tuned(
 
 
 def quality_and_loads(model: PreTrainedModel, ready: Ready, description: str) -> dict[str, Any]:
-    """Perplexity and loads of the experts: on the text to measure on, as the model is and without
-    its balance biases, and on the training text.
-    """
+    """On the text to measure on, as the model is and without its balance biases, and on the
+    training text."""
     gates = active_routers(model)
 
     def once(windows_WL: torch.Tensor) -> dict[str, Any]:
         with count_loads(model) as loads:
-            figures: dict[str, Any] = {
-                "perplexity": perplexity(model, windows_WL, description=description)
-            }
+            measured = perplexity(model, windows_WL, description=description)
+        figures: dict[str, Any] = {"perplexity": measured}
         if gates:
             uneven = [
                 imbalance(load_N, gate.balance_bias)
@@ -447,20 +433,17 @@ def recovery_of(tuning: Tuning, ready: Ready, work: RecoveryFolder) -> Recovery:
     unbiased = carved["after"].get("without_bias", {})
     config = AutoConfig.from_pretrained(ready.folder)
     scales = [abs(u) for layer in carved["scales"] for u in layer]
-    gaps: dict[str, float | None] = dict.fromkeys(
-        ("control_before", "control_after", "gap_before", "gap_after", "closed")
-    )
+    gaps: dict[str, float | None] = {}
     if control is not None:
         dense = [control[when]["own"]["perplexity"] for when in ("before", "after")]
         distance = math.log(before["perplexity"] / dense[1])
+        gone = math.log(before["perplexity"] / after["perplexity"])
         gaps = {
             "control_before": dense[0],
             "control_after": dense[1],
             "gap_before": math.log(before["perplexity"] / dense[0]),
             "gap_after": math.log(after["perplexity"] / dense[1]),
-            "closed": math.log(before["perplexity"] / after["perplexity"]) / distance
-            if distance
-            else None,
+            "closed": gone / distance if distance else None,
         }
     return Recovery(
         output=str(work.output),

@@ -26,7 +26,6 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
@@ -198,11 +197,13 @@ def tune(
     arguments._n_gpu = min(arguments.n_gpu, 1)  # no nn.DataParallel: `accelerate launch` splits
     trainer = LoRATrainer(adapted, arguments, windows_WL, tuning, teacher)
     empty = without_data(adapted) if trainer.is_fsdp_enabled else None
-    trainer.add_callback(Progress(description))
-    try:
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    except OSError as error:
-        raise CMoEError(f"cannot write a checkpoint: {error}.") from error
+    hidden = None if trainer.is_world_process_zero() else True  # None: unless on a terminal
+    with tqdm(total=steps, desc=description, unit="step", disable=hidden) as bar:
+        trainer.add_callback(Progress(bar))
+        try:
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        except OSError as error:
+            raise CMoEError(f"cannot write a checkpoint: {error}.") from error
     losses = [row for row in trainer.state.log_history if "loss" in row]
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if empty is not None:
@@ -214,7 +215,7 @@ def tune(
     return merged, [{"step": row["step"], "loss": row["loss"]} for row in losses]
 
 
-def without_data(model: nn.Module) -> nn.Module:
+def without_data(model: nn.Module) -> Any:
     """A copy with the parameters on the meta device: they have shapes and types only."""
     empty = {
         id(parameter): nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
@@ -223,14 +224,14 @@ def without_data(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, empty)
 
 
-def gathered(sharded: nn.Module, empty: nn.Module) -> nn.Module:
+def gathered(sharded: nn.Module, empty: Any) -> Any:
     """The whole model on every process, from one of which each process holds a part (FSDP2).
 
     The sharded one cannot become whole again in place: its layers go on splitting themselves.
     """
     options = StateDictOptions(full_state_dict=True)
     empty.load_state_dict(get_model_state_dict(sharded, options=options), assign=True)
-    empty.tie_weights()  # type: ignore[operator]
+    empty.tie_weights()
     return empty
 
 
@@ -294,12 +295,13 @@ class LoRATrainer(Trainer):
         if tuning.bias_speed > 0:
             self.add_callback(BalanceBias(self))
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Adam without weight decay: LoRA factors at one learning rate, routers at another."""
         if self.optimizer is None:
             lora: list[nn.Parameter] = []
             routers: list[nn.Parameter] = []
-            for name, parameter in (model or self.model).named_parameters():  # type: ignore
+            learner: Any = model or self.model
+            for name, parameter in learner.named_parameters():
                 if parameter.requires_grad:
                     (lora if ".lora_" in name else routers).append(parameter)
             groups: list[dict[str, Any]] = [{"params": lora}]
@@ -347,9 +349,7 @@ class BalanceBias(TrainerCallback):
     def __init__(self, trainer: LoRATrainer) -> None:
         self.trainer = trainer
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Loads of all micro-batches and processes decide, then counting starts anew."""
         assert self.trainer.model is not None
         loads, self.trainer.loads = self.trainer.loads, []
@@ -372,45 +372,24 @@ def move_bias(bias_N: torch.Tensor, load_N: torch.Tensor, speed: float) -> None:
 
 
 class Progress(TrainerCallback):
-    """A progress bar on standard error, none where that is not a terminal."""
+    """Moves a progress bar; started from a checkpoint, it begins there."""
 
-    def __init__(self, description: str) -> None:
-        self.description = description
-        self.bar: tqdm | None = None
+    def __init__(self, bar: tqdm) -> None:
+        self.bar = bar
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start where a checkpoint left off."""
-        hidden = None if state.is_world_process_zero else True
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.description,
-            unit="step",
-            disable=hidden,
-        )
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Go where a checkpoint left off."""
+        self.bar.reset(state.max_steps)
+        self.bar.update(state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """One step further."""
-        assert self.bar is not None
-        self.bar.update(state.global_step - self.bar.n)
+        self.bar.update()
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Show the loss."""
-        if self.bar is not None and "loss" in state.log_history[-1]:
+        if "loss" in state.log_history[-1]:
             self.bar.set_postfix(loss=f"{state.log_history[-1]['loss']:.3f}")
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leave the full bar on the screen."""
-        assert self.bar is not None
-        self.bar.close()
 
 
 def last_checkpoint(folder: Path) -> str | None:

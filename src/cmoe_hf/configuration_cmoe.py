@@ -41,6 +41,22 @@ PLAIN_FFN_PLAN = {
 }
 
 
+EXPERT_PARALLEL_PLAN: dict[str, Any] = {  # Any: the library's annotation knows other plans only
+    "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+    "layers.*.mlp.experts.down_proj": "grouped_gemm",
+    "layers.*.mlp.experts": "ep_dispatch_experts",
+}
+"""Needs transformers 5.20 or newer: the plan's names changed there."""
+
+
+PLAIN_EXPERT_PARALLEL_PLAN: dict[str, Any] = {
+    "layers.*.mlp.experts.up_proj": "grouped_gemm",
+    "layers.*.mlp.experts.up_proj_bias": "grouped_gemm",
+    "layers.*.mlp.experts.down_proj": "grouped_gemm",
+    "layers.*.mlp.experts": "ep_dispatch_experts",
+}
+
+
 def tensor_parallel_plan(
     dense: type[PreTrainedConfig], ffn: dict[str, str] = FFN_PLAN
 ) -> dict[str, str]:
@@ -85,12 +101,7 @@ class CMoEConfig(PreTrainedConfig):
     num_parents = num_parents_per_tok = 1
     """Of a hierarchical model, see `CMoEHierarchicalConfig`."""
 
-    # Expert parallelism needs transformers 5.20 or newer: the plan's names changed there.
-    base_model_ep_plan = {
-        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",  # type: ignore[dict-item]
-        "layers.*.mlp.experts.down_proj": "grouped_gemm",  # type: ignore[dict-item]
-        "layers.*.mlp.experts": "ep_dispatch_experts",  # type: ignore[dict-item]
-    }
+    base_model_ep_plan = EXPERT_PARALLEL_PLAN
 
     num_experts: int = 7
     """Routed experts, Nr."""
@@ -154,7 +165,7 @@ class CMoEConfig(PreTrainedConfig):
         return with_legacy_keys(self, super().to_diff_dict())
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:
         """Save; the entries of `auto_map` point at the files saved beside the configuration.
 
@@ -238,12 +249,7 @@ class CMoEGPTNeoXConfig(CMoEConfig, GPTNeoXConfig):
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
-    base_model_ep_plan = {
-        "layers.*.mlp.experts.up_proj": "grouped_gemm",  # type: ignore[dict-item]
-        "layers.*.mlp.experts.up_proj_bias": "grouped_gemm",  # type: ignore[dict-item]
-        "layers.*.mlp.experts.down_proj": "grouped_gemm",  # type: ignore[dict-item]
-        "layers.*.mlp.experts": "ep_dispatch_experts",  # type: ignore[dict-item]
-    }
+    base_model_ep_plan = PLAIN_EXPERT_PARALLEL_PLAN
 
 
 @strict

@@ -362,16 +362,20 @@ class ExpertsLoop(nn.Module):
     it.
     """
 
-    num_experts: int
-    hidden_dim: int
-    intermediate_dim: int
     down_proj: nn.Parameter
 
+    def __init__(
+        self, config: CMoEConfig, num_experts: int | None = None, width: int | None = None
+    ) -> None:
+        """The routed experts of `config`, or others of the same kind."""
+        super().__init__()
+        self.num_experts = num_experts or config.num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = width or config.moe_intermediate_size
+        self.act_fn = ACT2FN[config.hidden_act]
+
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Tokens (T, H), chosen experts (T, K) and their weights (T, K) to (T, H)."""
         out_TH = torch.zeros_like(hidden_states)
@@ -399,18 +403,13 @@ class CMoEExperts(ExpertsLoop):
     def __init__(
         self, config: CMoEConfig, num_experts: int | None = None, width: int | None = None
     ) -> None:
-        """The routed experts of `config`, or others of the same kind."""
-        super().__init__()
-        self.num_experts = num_experts or config.num_experts
-        self.hidden_dim = config.hidden_size
-        self.intermediate_dim = width or config.moe_intermediate_size
+        super().__init__(config, num_experts, width)
         self.gate_up_proj = nn.Parameter(
             torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim)
         )
         self.down_proj = nn.Parameter(
             torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim)
         )
-        self.act_fn = ACT2FN[config.hidden_act]
 
     def hidden(self, expert: int, x_UH: torch.Tensor, linear: Any = F.linear) -> torch.Tensor:
         gate_UM, up_UM = linear(x_UH, self.gate_up_proj[expert]).chunk(2, dim=-1)
@@ -422,10 +421,7 @@ class CMoEPlainExperts(ExpertsLoop):
     """Routed experts without a gate: `up_proj` (N, M, H), `up_proj_bias` (N, M) and `down_proj`."""
 
     def __init__(self, config: CMoEConfig) -> None:
-        super().__init__()
-        self.num_experts = config.num_experts
-        self.hidden_dim = config.hidden_size
-        self.intermediate_dim = config.moe_intermediate_size
+        super().__init__(config)
         self.up_proj = nn.Parameter(
             torch.empty(self.num_experts, self.intermediate_dim, self.hidden_dim)
         )
@@ -436,7 +432,6 @@ class CMoEPlainExperts(ExpertsLoop):
         # The backends add one for every expert that runs, weighted. The FFN's is the block's.
         nothing = torch.zeros(self.num_experts, self.hidden_dim)
         self.register_buffer("down_proj_bias", nothing, persistent=False)
-        self.act_fn = ACT2FN[config.hidden_act]
 
     def hidden(self, expert: int, x_UH: torch.Tensor, linear: Any = F.linear) -> torch.Tensor:
         return self.act_fn(linear(x_UH, self.up_proj[expert]) + self.up_proj_bias[expert])
@@ -686,7 +681,7 @@ class CMoEDecoderLayer(nn.Module):
 
     def __init__(self, config: CMoEConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.mlp = self.block_class(config, layer_idx)
+        self.mlp: Any = self.block_class(config, layer_idx)
 
 
 LAYER_KEYWORDS = ("attention_mask", "position_ids", "use_cache", "position_embeddings")
@@ -878,7 +873,7 @@ class CMoEForCausalLM(CMoEPreTrainedModel):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
+    _pp_plan: Any = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: CMoEConfig) -> None:
@@ -932,7 +927,7 @@ class CMoEForCausalLM(CMoEPreTrainedModel):
         )
 
 
-class CMoELlamaDecoderLayer(CMoEDecoderLayer, llama.LlamaDecoderLayer):  # type: ignore[misc]
+class CMoELlamaDecoderLayer(CMoEDecoderLayer, llama.LlamaDecoderLayer):
     """A carved decoder layer."""
 
     attention_class, norm_class = llama.LlamaAttention, llama.LlamaRMSNorm
@@ -952,7 +947,7 @@ class CMoELlamaForCausalLM(CMoEForCausalLM, GenerationMixin):
     model_class = CMoELlamaModel
 
 
-class CMoEMistralDecoderLayer(CMoEDecoderLayer, mistral.MistralDecoderLayer):  # type: ignore[misc]
+class CMoEMistralDecoderLayer(CMoEDecoderLayer, mistral.MistralDecoderLayer):
     """A carved decoder layer."""
 
     attention_class, norm_class = mistral.MistralAttention, mistral.MistralRMSNorm
@@ -972,7 +967,7 @@ class CMoEMistralForCausalLM(CMoEForCausalLM, GenerationMixin):
     model_class = CMoEMistralModel
 
 
-class CMoEQwen2DecoderLayer(CMoEDecoderLayer, qwen2.Qwen2DecoderLayer):  # type: ignore[misc]
+class CMoEQwen2DecoderLayer(CMoEDecoderLayer, qwen2.Qwen2DecoderLayer):
     """A carved decoder layer."""
 
     attention_class, norm_class = qwen2.Qwen2Attention, qwen2.Qwen2RMSNorm
@@ -992,7 +987,7 @@ class CMoEQwen2ForCausalLM(CMoEForCausalLM, GenerationMixin):
     model_class = CMoEQwen2Model
 
 
-class CMoEQwen3DecoderLayer(CMoEDecoderLayer, qwen3.Qwen3DecoderLayer):  # type: ignore[misc]
+class CMoEQwen3DecoderLayer(CMoEDecoderLayer, qwen3.Qwen3DecoderLayer):
     """A carved decoder layer."""
 
     attention_class, norm_class = qwen3.Qwen3Attention, qwen3.Qwen3RMSNorm
@@ -1034,7 +1029,7 @@ class CMoEGPTNeoXForCausalLM(CMoEForCausalLM, GenerationMixin):
     model_class = CMoEGPTNeoXModel
 
 
-class CMoEQwen3MoeDecoderLayer(CMoEDecoderLayer, qwen3_moe.Qwen3MoeDecoderLayer):  # type: ignore[misc]
+class CMoEQwen3MoeDecoderLayer(CMoEDecoderLayer, qwen3_moe.Qwen3MoeDecoderLayer):
     """A carved decoder layer."""
 
     attention_class, norm_class = qwen3_moe.Qwen3MoeAttention, qwen3_moe.Qwen3MoeRMSNorm
@@ -1055,7 +1050,7 @@ class CMoEQwen3MoeForCausalLM(CMoEForCausalLM, GenerationMixin):
     model_class = CMoEQwen3MoeModel
 
 
-class CMoEOlmoeDecoderLayer(CMoEDecoderLayer, olmoe.OlmoeDecoderLayer):  # type: ignore[misc]
+class CMoEOlmoeDecoderLayer(CMoEDecoderLayer, olmoe.OlmoeDecoderLayer):
     """A carved decoder layer."""
 
     attention_class, norm_class = olmoe.OlmoeAttention, olmoe.OlmoeRMSNorm
