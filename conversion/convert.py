@@ -233,7 +233,7 @@ def conversion_report(
     figures = asdict(result)
     del figures["output"]
     source, settings, calibration = prepared.source, prepared.settings, prepared.calibration
-    said = ("budget", "samples", "sequence_length", "k_act", "seed", "dtype")
+    said = ("budget", "dense_layers", "samples", "sequence_length", "k_act", "seed", "dtype")
     return {
         "source": {"name": source.name, "revision": source.revision},
         "settings": {

@@ -18,7 +18,7 @@ from cmoe_hf import CMoEConfig
 from .carve.decoder import BATCH_TOKENS
 from .carve.partition import CLUSTERING_TOKENS
 from .carve.recipe import Recipe
-from .carve.settings import CALIBRATION_TOKENS, Settings, shard_bytes, with_settings
+from .carve.settings import CALIBRATION_TOKENS, Settings, layer_numbers, shard_bytes, with_settings
 from .carve.shape import carved_config, width_warning
 from .device import DTYPES, best_seconds, find_device
 from .errors import RequestError
@@ -128,7 +128,14 @@ def prepare(
     trusted, recipe = settings.trust_remote_code, Recipe.of(settings.recipe)
     source = open_source(model, revision=settings.revision, trust_remote_code=trusted)
     row, shape = source.architecture, settings.shape
-    config = carved_config(source.config, row, shape, recipe, dtype=settings.dtype)
+    config = carved_config(
+        source.config,
+        row,
+        shape,
+        recipe,
+        dtype=settings.dtype,
+        dense_layers=layer_numbers(settings.dense_layers),
+    )
     if settings.k_act > config.intermediate_size:
         raise RequestError(
             f"k_act is {settings.k_act}, but the FFN has only {config.intermediate_size} neurons. "

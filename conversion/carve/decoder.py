@@ -99,6 +99,9 @@ class Streams:
         states = {"carved": self.carved_WLH, "dense": self.dense_WLH}
         return {name: value for name, value in states.items() if value is not None}
 
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self.saved().values())
+
     @property
     def length(self) -> int:
         """Tokens of a window."""

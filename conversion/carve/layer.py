@@ -18,6 +18,7 @@ from cmoe_hf.modeling_cmoe import PIN_BIAS, CMoERouter
 
 from ..errors import CMoEError
 from ..source.architectures import Architecture
+from ..source.checkpoint import Source
 from .partition import Partition, partition_by_contributions, partition_by_marks
 from .profile import activation_rates, activations, cosines, energies
 from .recipe import Recipe
@@ -274,6 +275,15 @@ def stored_tensors(
         tensors[f"mlp.gate.{name}"] = weight.to(dtype)
     tensors["mlp.gate.scale"] = torch.zeros(len(experts_NM), dtype=up_FH.dtype)
     return {row.carved_layer(index) + name: tensor for name, tensor in tensors.items()}
+
+
+def dense_layer(
+    source: Source, index: int, seconds: dict[str, float]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of layer `index` as they are, and what `conversion.json` says about it."""
+    prefix = source.architecture.carved_layer(index)
+    tensors = {prefix + name: tensor for name, tensor in source.read_layer(index).items()}
+    return tensors, {"dense": True, "relative_output_error": 0.0, "seconds": seconds}
 
 
 def layer_figures(carved: CarvedLayer, profile: Profile, sample_TH: torch.Tensor) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from .layer import (
     CarvedLayer,
     Profile,
     build_router,
+    dense_layer,
     divide,
     layer_figures,
     overflowed,
@@ -121,6 +122,14 @@ def carve_model(
         with clock("read"):
             ffn, rest = take_ffn(row, source.read_layer(index), config, storage.device)
             attention.load(index, rest)
+        if index in (config.dense_layers or ()):
+            with clock("forward"):
+                for stream in streams:
+                    run_dense_layer(ffn, attention, stream)
+            attention.release()
+            del ffn, rest
+            yield index, *dense_layer(source, index, with_totals(clock.seconds, tokens))
+            continue
         cosine = recipe.cosine_profile
         profile_layer(ffn, attention, streams.carved_WLH, profile, cosine=cosine, clock=clock)
         if not profile.is_finite():

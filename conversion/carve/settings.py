@@ -9,7 +9,7 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeAlias, TypeVar
@@ -48,6 +48,8 @@ class Settings:
     budget: float | None = None
     """Share of the FFN neurons to run, instead of --active: each layer decides on held-out
     calibration tokens how many of them always run."""
+    dense_layers: str | tuple[int, ...] = ""
+    """Layers whose FFN stays dense, for example 0 or 0,29; all of their neurons run."""
     recipe: str | Recipe = "refined"
     """Method: refined (ours), paper, or released: the choices of the authors' code."""
     calibration: str | Path = "wikitext2"
@@ -174,5 +176,20 @@ def shard_bytes(size: str | int) -> int:
     return count
 
 
-NORMAL: dict[str, Callable[[Any], Any]] = {"recipe": Recipe.of, "calibration": absolute_text}
+def layer_numbers(layers: str | Iterable[int]) -> tuple[int, ...]:
+    """`"0,29"` as numbers, ascending, each once. Raises `RequestError`."""
+    numbers = layers.split(",") if isinstance(layers, str) else layers
+    try:
+        return tuple(sorted({int(number) for number in numbers if str(number).strip()}))
+    except ValueError as error:
+        raise RequestError(
+            f"--dense-layers {layers} are no numbers of layers such as 0 or 0,29."
+        ) from error
+
+
+NORMAL: dict[str, Callable[[Any], Any]] = {
+    "recipe": Recipe.of,
+    "calibration": absolute_text,
+    "dense_layers": layer_numbers,
+}
 """How the values of some fields are written down."""

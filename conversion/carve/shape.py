@@ -5,6 +5,7 @@ From here on sizes are read from the configuration, and behind the partition fro
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Self
 
@@ -102,8 +103,14 @@ def carved_config(
     recipe: Recipe,
     *,
     dtype: str | None = None,
+    dense_layers: Collection[int] = (),
 ) -> CMoEConfig:
     """Configuration of the carved model. Raises `RequestError` for a shape that does not fit."""
+    layers = dense.num_hidden_layers
+    if wrong := [index for index in dense_layers if not 0 <= index < layers]:
+        raise RequestError(f"there is no layer {wrong[0]}: the model has 0 to {layers - 1}.")
+    if len(dense_layers) == layers:
+        raise RequestError("with every layer dense it is the dense model: name fewer of them.")
     width = getattr(dense, row.expert_width)
     neurons, remainder = divmod(width, shape.experts)
     if remainder:
@@ -120,10 +127,14 @@ def carved_config(
     }
     if dtype is not None:
         kept["dtype"] = dtype
+    if dense_layers:
+        kept["dense_layers"] = list(dense_layers)
     parents = picked = 1
     if row.router is not None:
         parents, picked = dense.num_experts, dense.num_experts_per_tok
         check_hierarchical(recipe)
+        if dense_layers:
+            raise RequestError("the source is a MoE: its layers cannot stay dense.")
         kept |= {
             "num_parents": parents,
             "num_parents_per_tok": picked,

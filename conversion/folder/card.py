@@ -319,7 +319,9 @@ def _measured(config: CMoEConfig, layers: list[dict[str, Any]]) -> str:
     rows = []
     for index, layer in enumerate(layers):
         row = f"| {index} | {layer['relative_output_error']:.3f} "
-        if isinstance(config, CMoEHierarchicalConfig):
+        if layer.get("dense"):
+            rows.append(f"| {index} | dense | | | | |")
+        elif isinstance(config, CMoEHierarchicalConfig):
             counts = layer["tokens_of_parents"]
             kept = ", ".join(map(str, layer["kept_parents"])) or "none"
             rows.append(f"{row}| {min(counts):,} | {max(counts):,} | {kept} |")

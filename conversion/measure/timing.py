@@ -64,7 +64,10 @@ class Bench:
     ) -> None:
         self.dense, self.carved, self.ids, self.rounds = dense.eval(), carved.eval(), ids, rounds
         decoder: Any = dense.base_model
-        self.dense_blocks: list[nn.Module] = [layer.mlp for layer in decoder.layers]
+        kept = carved.config.dense_layers or ()
+        self.dense_blocks: list[nn.Module] = [
+            layer.mlp for index, layer in enumerate(decoder.layers) if index not in kept
+        ]
         self.carved_blocks: list[nn.Module] = list(sparse_blocks(carved))
         self.device = carved.device
         self.rates = measure_rates(self.device, carved.dtype)

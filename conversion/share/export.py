@@ -266,7 +266,7 @@ def native_config(config: CMoEConfig, architecture: str) -> PreTrainedConfig:
     same: dict[str, Any] = {
         name: getattr(config, name) for name in SAME_FIELDS if hasattr(config, name)
     }
-    same["norm_topk_prob"] = True
+    same |= {"norm_topk_prob": True, "mlp_only_layers": list(config.dense_layers or [])}
     if architecture == "qwen3_moe":
         return Qwen3MoeConfig(
             **same, attention_bias=config.attention_bias, architectures=["Qwen3MoeForCausalLM"]

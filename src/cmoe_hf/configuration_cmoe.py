@@ -116,6 +116,8 @@ class CMoEConfig(PreTrainedConfig):
     eq. 8). `"linear"`: the score is a linear function of the FFN input."""
     router_absolute_score: bool = False
     """Use the absolute value of the score, as the authors' released code does."""
+    dense_layers: list[int] | None = None
+    """Layers whose FFN is the dense one."""
     norm_topk_prob: bool = False
     """Always false: the gate weights 1 + softmax(score) * u are never renormalised."""
     output_router_logits: bool = False
@@ -129,6 +131,10 @@ class CMoEConfig(PreTrainedConfig):
         if self.shared_expert_intermediate_size < 0:
             routed = self.num_experts // self.num_parents * self.moe_intermediate_size
             self.shared_expert_intermediate_size = self.intermediate_size - routed
+        if self.dense_layers:
+            plan = super().base_model_tp_plan or {}
+            # Of this model only: without dense layers the library would warn of unused rules.
+            self.base_model_tp_plan = plan | (self.base_model_tp_plan or {})  # type: ignore[misc]
         if not getattr(self, "auto_map", None):
             self.auto_map = self.local_auto_map()
 
@@ -146,9 +152,10 @@ class CMoEConfig(PreTrainedConfig):
 
     @property
     def activation_ratio(self) -> float:
-        """Share of the FFN neurons that run for a token, (S + A) / E."""
+        """Share of the FFN neurons that run for a token: (S + A) / E, and all of dense layers."""
         active = self.num_experts_per_tok // self.num_parents_per_tok * self.moe_intermediate_size
-        return (self.shared_expert_intermediate_size + active) / self.intermediate_size
+        ratio = (self.shared_expert_intermediate_size + active) / self.intermediate_size
+        return ratio + (1 - ratio) * len(self.dense_layers or []) / self.num_hidden_layers
 
     @classmethod
     def local_auto_map(cls) -> dict[str, str]:
@@ -199,6 +206,13 @@ class CMoEConfig(PreTrainedConfig):
             )
         if self.shared_expert_intermediate_size == self.num_experts_per_tok == 0:
             raise ValueError("Without a shared expert, num_experts_per_tok must be at least 1.")
+        dense = self.dense_layers or []
+        if wrong := [index for index in dense if not 0 <= index < self.num_hidden_layers]:
+            raise ValueError(
+                f"dense_layers names layer {wrong[0]}, but there are {self.num_hidden_layers}."
+            )
+        if len({*dense}) != len(dense) or len(dense) == self.num_hidden_layers:
+            raise ValueError(f"dense_layers is {dense}: each once, and not all of the layers.")
         if self.router_type not in ROUTER_TYPES:
             raise ValueError(
                 f"router_type is {self.router_type!r}; it must be one of {ROUTER_TYPES}."
@@ -280,6 +294,8 @@ class CMoEHierarchicalConfig(CMoEConfig):
     def validate_architecture(self) -> None:
         """Part of the strict validation."""
         super().validate_architecture()
+        if self.dense_layers:
+            raise ValueError("dense_layers are those of a dense source; this one is a MoE.")
         if not 1 <= self.num_parents_per_tok <= self.num_parents:
             raise ValueError(
                 f"num_parents_per_tok ({self.num_parents_per_tok}) must be between 1 and "

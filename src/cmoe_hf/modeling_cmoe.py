@@ -681,7 +681,9 @@ class CMoEDecoderLayer(nn.Module):
 
     def __init__(self, config: CMoEConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.mlp: Any = self.block_class(config, layer_idx)
+        self.mlp: Any
+        if layer_idx not in (config.dense_layers or ()):
+            self.mlp = self.block_class(config, layer_idx)
 
 
 LAYER_KEYWORDS = ("attention_mask", "position_ids", "use_cache", "position_embeddings")
