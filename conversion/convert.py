@@ -20,7 +20,7 @@ from .carve.decoder import Storage, Streams
 from .carve.hierarchy import carve_moe
 from .carve.pipeline import carve_model
 from .carve.settings import NORMAL, Settings, absolute, shard_bytes, with_settings
-from .carve.shape import width_warning
+from .carve.shape import Shape, width_warning
 from .device import DTYPES, peak_memory_bytes, versions
 from .errors import RequestError
 from .folder.card import model_card
@@ -100,7 +100,7 @@ def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Co
     """
     with WorkFolder.reopen(output) as work:
         model, settings = work.settings["model"], Settings.from_record(work.settings["settings"])
-        known = {**vars(settings), **vars(settings.shape), "model": model}
+        known = {**vars(settings), "model": model}
         for name, value in (overrides or {}).items():
             if name == "model":
                 value = absolute(value)
@@ -194,7 +194,7 @@ def complete(prepared: Prepared, work: WorkFolder) -> Conversion:
     fingerprint = fingerprint_of(work.folder, prepared.tokenizer)
     result = Conversion(
         output=str(work.output),
-        notation=settings.shape.notation,
+        notation=config.notation,
         activation_ratio=config.activation_ratio,
         calibration_tokens=prepared.windows_WL.numel(),
         seconds=work.seconds,
@@ -233,11 +233,13 @@ def conversion_report(
     figures = asdict(result)
     del figures["output"]
     source, settings, calibration = prepared.source, prepared.settings, prepared.calibration
-    said = ("budget", "dense_layers", "samples", "sequence_length", "k_act", "seed", "dtype")
+    config = prepared.config
+    said = ("budget", "samples", "sequence_length", "k_act", "seed", "dtype")
     return {
         "source": {"name": source.name, "revision": source.revision},
         "settings": {
-            **asdict(settings.shape),
+            **asdict(Shape.parse(config.notation)),
+            "dense_layers": config.dense_layers or [],
             **{name: getattr(settings, name) for name in said},
             "recipe": prepared.recipe.title,
             "calibration": calibration["source"],

@@ -18,7 +18,7 @@ from cmoe_hf import CMoEConfig
 from .carve.decoder import BATCH_TOKENS
 from .carve.partition import CLUSTERING_TOKENS
 from .carve.recipe import Recipe
-from .carve.settings import CALIBRATION_TOKENS, Settings, layer_numbers, shard_bytes, with_settings
+from .carve.settings import CALIBRATION_TOKENS, Settings, shard_bytes, with_settings
 from .carve.shape import carved_config, width_warning
 from .device import DTYPES, best_seconds, find_device
 from .errors import RequestError
@@ -127,15 +127,11 @@ def prepare(
     device = find_device(settings.device)
     trusted, recipe = settings.trust_remote_code, Recipe.of(settings.recipe)
     source = open_source(model, revision=settings.revision, trust_remote_code=trusted)
-    row, shape = source.architecture, settings.shape
-    config = carved_config(
-        source.config,
-        row,
-        shape,
-        recipe,
-        dtype=settings.dtype,
-        dense_layers=layer_numbers(settings.dense_layers),
-    )
+    row, dense = source.architecture, source.config
+    width = getattr(dense, row.expert_width)
+    shape, dense_layers = settings.shape_for(dense.num_hidden_layers, width)
+    dtype = settings.dtype
+    config = carved_config(dense, row, shape, recipe, dtype=dtype, dense_layers=dense_layers)
     if settings.k_act > config.intermediate_size:
         raise RequestError(
             f"k_act is {settings.k_act}, but the FFN has only {config.intermediate_size} neurons. "
@@ -264,7 +260,7 @@ def memory_bytes(prepared: Prepared, on_disk: bool) -> int:
 
 def estimate(prepared: Prepared, work: WorkFolder) -> Plan:
     """The plan of a conversion that nothing speaks against."""
-    source, config, settings = prepared.source, prepared.config, prepared.settings
+    source, config = prepared.source, prepared.config
     tokens, width = prepared.windows_WL.numel(), config.intermediate_size
     on_disk = prepared.settings.activations == "disk"
     ffn = source.ffn_parameters * config.num_hidden_layers
@@ -279,7 +275,7 @@ def estimate(prepared: Prepared, work: WorkFolder) -> Plan:
         )
     return Plan(
         output=str(work.output),
-        notation=settings.shape.notation,
+        notation=config.notation,
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         ffn_width=width,

@@ -51,7 +51,8 @@ def test_the_readme_says_of_the_options_what_the_command_says():
         option = f"--{name.replace('_', '-')}"
         rows.append(f"| `{option}` | {text} |")
         assert option in printed
-    assert "\n".join(rows) in README.read_text(encoding="utf-8")
+    table = "\n".join(rows)
+    assert table in README.read_text(encoding="utf-8"), f"README.md should say\n{table}"
 
 
 def test_convert_json_has_the_promised_keys(dense, tmp_path):

@@ -145,6 +145,7 @@ def test_conversion_json_records_what_made_the_model(carved):
         "shared": 2,
         "active": 2,
         "experts": 8,
+        "dense_layers": [],
         "budget": None,
         "recipe": "refined",
         "calibration": "calibration.txt",

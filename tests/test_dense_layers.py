@@ -66,3 +66,21 @@ def test_the_verbs_know_dense_layers(dense, carve, tmp_path, calibration_text):
 def test_layers_that_cannot_stay_dense_are_refused(dense, no_leftovers, layers, message):
     with pytest.raises(RequestError, match=message):
         convert(dense, no_leftovers, shared=2, active=2, experts=8, dense_layers=layers, **FEW)
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.9])
+def test_a_budget_alone_chooses_experts_and_what_stays_dense(make_dense, tmp_path, budget):
+    deep = make_dense(num_hidden_layers=12, intermediate_size=128)
+    planned = plan(deep, tmp_path / "out", budget=budget, **FEW)
+    assert budget - 0.1 < planned.activation_ratio <= budget
+    assert planned.expert_width == 8
+    made = convert(deep, tmp_path / "out", budget=budget, **FEW)
+    assert made.activation_ratio == planned.activation_ratio
+    layers = json.loads((tmp_path / "out" / "conversion.json").read_text())["layers"]
+    assert [layer.get("dense", False) for layer in layers] == [True] + [False] * 11
+
+
+@pytest.mark.parametrize("budget", [0.01, 1.0, float("nan")])
+def test_a_budget_that_no_shape_has_is_refused(dense, no_leftovers, budget):
+    with pytest.raises(RequestError, match="cannot be had in 2 layers"):
+        plan(dense, no_leftovers, budget=budget, **FEW)

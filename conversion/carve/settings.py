@@ -34,13 +34,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The options of a conversion. `experts`, and `budget` or `shared` and `active`, must be given.
+    """The options of a conversion: `budget`, or `experts` with `shared` and `active` or `budget`.
 
     The docstrings of the fields are what `cmoe convert --help` says.
     """
 
-    experts: int
-    """Experts in all (E); must divide the FFN width."""
+    experts: int | None = None
+    """Experts in all (E); must divide the FFN width. Chosen if only --budget is given, and with
+    them the layers that stay dense."""
     shared: int | None = None
     """Shared experts, always on (S)."""
     active: int | None = None
@@ -87,8 +88,8 @@ class Settings:
         if self.budget is not None:
             recipe = replace(recipe, adaptive_split=True)
             object.__setattr__(self, "recipe", recipe)
-        limit = min(shape.active, shape.experts - shape.shared - 1)
-        if recipe.pinned > limit:
+        limit = min(shape.active, shape.experts - shape.shared - 1) if shape else recipe.pinned
+        if shape and recipe.pinned > limit:
             raise RequestError(
                 f"the recipe's pinned is {recipe.pinned}; at {shape.notation} it can be at "
                 f"most {limit}: no more than are active, and one must be left to route."
@@ -106,17 +107,34 @@ class Settings:
                 raise RequestError(f"{name} is {value}; it must be at least 1.")
 
     @property
-    def shape(self) -> Shape:
-        """S, A and E, as asked for or from the budget. Raises `RequestError`."""
+    def shape(self) -> Shape | None:
+        """S, A and E; None if the model decides, see `shape_for`. Raises `RequestError`."""
         if self.budget is not None:
             if self.active is not None:
                 raise RequestError(
                     "--budget decides how many experts are active: leave out --active."
                 )
-            return Shape.within(self.budget, self.shared, self.experts)
+            if self.experts is not None:
+                return Shape.within(self.budget, self.shared, self.experts)
+            if self.shared is not None:
+                raise RequestError("--shared needs --experts: shared ones of how many?")
+            return None
+        if self.experts is None:
+            raise RequestError("say into how many experts: --experts; or only --budget.")
         if self.shared is None or self.active is None:
             raise RequestError("say how much of the FFN runs: --shared and --active, or --budget.")
         return Shape(self.shared, self.active, self.experts)
+
+    def shape_for(self, layers: int, width: int) -> tuple[Shape, tuple[int, ...]]:
+        """The shape in a model of `layers` FFNs of `width` neurons, and the layers that stay dense.
+
+        Raises `RequestError`.
+        """
+        dense, shape = layer_numbers(self.dense_layers), self.shape
+        if shape is not None:
+            return shape, dense
+        assert self.budget is not None  # or there would be a shape
+        return Shape.spread(self.budget, layers, width, dense or None)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:

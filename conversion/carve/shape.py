@@ -17,6 +17,11 @@ from ..errors import RequestError
 from ..source.architectures import ARCHITECTURES, Architecture
 from .recipe import Recipe
 
+FINEST = 96
+"""Experts where nobody says how many: more and smaller ones lose less, measured to this number."""
+DEEP = 12
+"""Layers from which on one dense layer is worth its share of the budget, measured."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -84,6 +89,30 @@ class Shape:
                 "runs."
             )
         return cls(shared, running - shared, experts)
+
+    @classmethod
+    def spread(
+        cls, budget: float, layers: int, width: int, dense: Collection[int] | None
+    ) -> tuple[Self, tuple[int, ...]]:
+        """That runs at most a share `budget` of all neurons of `layers` FFNs of `width`, and the
+        layers that stay dense: in a model of `DEEP` layers the first, unless that is said.
+
+        Raises `RequestError`.
+        """
+        if dense is None:
+            dense = (0,) if layers >= DEEP else ()
+        fitting = [count for count in range(2, FINEST + 1) if width % (8 * count) == 0]
+        experts, running = max(fitting, default=1), 0
+        if 0 < budget < 1 and len(dense) < layers:
+            rest = (budget * layers - len(dense)) / (layers - len(dense))
+            running = int(rest * experts + 1e-6)
+        if not 0 < running < experts:
+            raise RequestError(
+                f"--budget {budget:g} cannot be had in {layers} layers of {width} neurons of which "
+                f"{len(dense)} stay dense: say --experts, --shared and --active."
+            )
+        shared = running - running // 2
+        return cls(shared, running - shared, experts), tuple(dense)
 
     @property
     def notation(self) -> str:

@@ -138,8 +138,6 @@ def convert_command(
             result = resume(model if out is None else out, options | named)
         elif out is None:
             raise RequestError("say where to: cmoe convert MODEL OUT.")
-        elif "experts" not in options:
-            raise RequestError("say into how many experts: --experts.")
         elif dry_run:
             planned = plan(model, out, **options)
             print_result(planned, as_json, lambda: _plan_table(model, planned))
