@@ -90,8 +90,7 @@ def benchmark(
         backend: Experts backend, default the model's own choice.
         compiled: Decode with a static cache and `torch.compile(mode="reduce-overhead")`.
         dtype: Precision, default that of the carved model; float32 for a shape.
-        device: Where to compute, default the accelerator if there is one.
-        trust_remote_code: Run Python code that comes with a model.
+        device, trust_remote_code: See `evaluate`.
 
     Raises:
         RequestError: The request cannot be satisfied.
@@ -110,8 +109,7 @@ def benchmark(
     else:
         settings = Settings(shared=shared, active=active, experts=experts)
         carved, dense, ids = random_pair(shape_config(shape, layers, settings), where, dtype)
-    if backend is not None:
-        choose_backend(carved, backend)
+    choose_backend(carved, backend)
     bench = Bench(dense, carved, ids, rounds=rounds)
     points = bench.run(tokens, prefill, batch, context, compiled)
     return Benchmark(
@@ -202,10 +200,11 @@ def dense_beside(
     return dense
 
 
-def choose_backend(model: PreTrainedModel, backend: str) -> None:
-    """Switch the experts backend. Raises `RequestError` if there is none of that name."""
+def choose_backend(model: PreTrainedModel, backend: str | None) -> None:
+    """Switch the experts backend, if asked to. Raises `RequestError` if there is none such."""
     try:
-        model.set_experts_implementation(backend)
+        if backend is not None:
+            model.set_experts_implementation(backend)
     except ValueError as error:
         raise RequestError(f"there is no experts backend {backend!r}: {error}") from error
 

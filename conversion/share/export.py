@@ -73,26 +73,11 @@ NO_SHARED = 8
 
 
 SAME_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "rope_parameters",
-    "attention_dropout",
-    "moe_intermediate_size",
-    "num_experts",
-    "num_experts_per_tok",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "dtype",
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act"),
+    *("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_parameters"),
+    *("attention_dropout", "moe_intermediate_size", "num_experts", "num_experts_per_tok"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "dtype"),
 )
 """Of the configuration; they mean the same in both."""
 

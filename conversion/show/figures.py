@@ -303,15 +303,11 @@ def check_plot(path: str | Path) -> None:
 def plot(result: Benchmark, path: str | Path) -> None:
     """Draw the speedups beside the rooflines. Needs the extra `[report]`."""
     check_plot(path)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     drawn = [name for name in LABELS if getattr(result, name)]
-    figure, axes = pyplot.subplots(
-        1, len(drawn), figsize=(4 * len(drawn), 3.6), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(4 * len(drawn), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(drawn), squeeze=False)
     for axis, name in zip(axes[0], drawn, strict=True):
         points = getattr(result, name)
         x = [point.batch if name == "decode" else point.tokens for point in points]
@@ -331,4 +327,3 @@ def plot(result: Benchmark, path: str | Path) -> None:
     axes[0][0].legend()
     figure.suptitle(f"{result.model} {result.notation}, {result.dtype}, {result.device}")
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)

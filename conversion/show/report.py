@@ -84,9 +84,7 @@ def report(
         sample: A sentence whose way through the experts the page shows, at most 200 tokens.
         output: Folder of the page, default `report` in the model's folder. One that holds an
             earlier report is replaced.
-        dtype: Precision to compute in, default the checkpoint's.
-        device: Where to compute, default the accelerator if there is one.
-        trust_remote_code: Run Python code that comes with the model.
+        dtype, device, trust_remote_code: See `evaluate`.
         card: Show two of the figures in the model's README.md; only without `output`.
 
     Raises:

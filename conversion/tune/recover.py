@@ -143,9 +143,8 @@ def recover(
         control: Folder or Hub id of the dense model, to be tuned by the same recipe and compared.
         tuning: How to tune, default the paper's settings.
         dtype: `float32` or `bfloat16`; default that of the checkpoint.
-        device: Where to compute, default the accelerator if there is one.
+        device, trust_remote_code: See `evaluate`.
         max_shard_size: Of a file of weights, see `convert`.
-        trust_remote_code: Run Python code that comes with the models.
         overwrite: Replace an existing model repository or unfinished recovery at `output`.
 
     Raises:
