@@ -96,8 +96,8 @@ def benchmark(
         RequestError: The request cannot be satisfied.
         CMoEError: A model or text cannot be reached.
     """
-    check_sizes(tokens=tokens, prefill=prefill, batch=batch, context=[context], rounds=[rounds])
-    check_sizes(layers=[] if layers is None else [layers])
+    check_positive(tokens=tokens, prefill=prefill, batch=batch, context=[context], rounds=[rounds])
+    check_positive(layers=[] if layers is None else [layers])
     if not (tokens or prefill or batch):
         raise RequestError("nothing to time: give tokens, prefill or batch.")
     check_dtype(dtype)
@@ -221,7 +221,7 @@ def check_choice(
         raise RequestError("--shape has random weights: leave out --baseline and --text.")
 
 
-def check_sizes(**sizes: Sequence[int]) -> None:
+def check_positive(**sizes: Sequence[int]) -> None:
     """Raises `RequestError` for a size that is not positive."""
     for name, values in sizes.items():
         wrong = [value for value in values if value < 1]

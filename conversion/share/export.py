@@ -67,7 +67,7 @@ TINY = 2.0**-13
 """Scale of the router where more than one expert runs. A smaller one would round close scores of a
 float32 softmax to ties, a larger one would make the weights uneven."""
 COMPARED_TOKENS = 64
-ROUTERS = (CMoERouter, Qwen2MoeTopKRouter, Qwen3MoeTopKRouter)
+ROUTER_CLASSES = (CMoERouter, Qwen2MoeTopKRouter, Qwen3MoeTopKRouter)
 NO_SHARED = 8
 """Neurons, all zero, of the shared expert that Qwen2-MoE insists on, where there is none."""
 
@@ -368,7 +368,7 @@ def compare(carved: Path, native: Path, config: CMoEConfig) -> tuple[float, floa
             dtype=config.dtype,
             experts_implementation="eager",  # of any width: grouped kernels want 16 bytes
         ).eval()
-        gates = [module for module in loaded.modules() if isinstance(module, ROUTERS)]
+        gates = [module for module in loaded.modules() if isinstance(module, ROUTER_CLASSES)]
         with collected(gates, lambda *call: call[2][2].sort().values) as chosen:
             logits.append(loaded(ids, use_cache=False).logits.float())
         choices.append(torch.cat([index_TK for calls in chosen for index_TK in calls]))

@@ -129,7 +129,7 @@ def report(
                 "layers": [asdict(layer) for layer in observe_sample(carved, ids_T)],
             },
         }
-        figures = write(data, new)
+        figures = write_page(data, new)
     if card and output is None:
         show_in_card(folder / CARD_FILE, figures, measured)
     page, tokens = str(target / PAGE), windows_WL.numel()
@@ -241,7 +241,7 @@ def is_replaceable(folder: Path) -> bool:
     return not names or (ours and names <= {PAGE, *FILES})
 
 
-def write(data: dict[str, Any], folder: Path) -> list[str]:
+def write_page(data: dict[str, Any], folder: Path) -> list[str]:
     """Write the page and draw the figures; return their names."""
     try:
         (folder / PAGE).write_text(page(data), encoding="utf-8")
