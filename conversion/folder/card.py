@@ -261,27 +261,21 @@ def model_card(
         tags=["cmoe", "moe", "mixture-of-experts", "sparse", "custom_code"],
         **licence,
     )
+    routed = config.num_experts // config.num_parents
     return f"---\n{data.to_yaml()}\n---\n\n" + _BODY.format(
         code=with_section("", CODE, code_section(code)).strip(),
-        **_shape(config),
+        parents=_parents(config) if isinstance(config, CMoEHierarchicalConfig) else "",
+        notation=config.notation,
+        shared=config.num_shared,
+        active=config.num_experts_per_tok // config.num_parents_per_tok,
+        routed=routed,
+        experts=config.num_shared + routed,
+        activation=config.activation_ratio,
+        sparsity=1 - config.activation_ratio,
         **_provenance(source, report),
         measured=_measured(config, report["layers"]),
         licence=_licence_sentence(licence),
     )
-
-
-def _shape(config: CMoEConfig) -> dict[str, Any]:
-    routed = config.num_experts // config.num_parents
-    return {
-        "parents": _parents(config) if isinstance(config, CMoEHierarchicalConfig) else "",
-        "notation": config.notation,
-        "shared": config.num_shared,
-        "active": config.num_experts_per_tok // config.num_parents_per_tok,
-        "routed": routed,
-        "experts": config.num_shared + routed,
-        "activation": config.activation_ratio,
-        "sparsity": 1 - config.activation_ratio,
-    }
 
 
 def _parents(config: CMoEHierarchicalConfig) -> str:

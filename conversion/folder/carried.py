@@ -78,7 +78,9 @@ class Carried:
             except ValueError as error:  # of the library's validators
                 raise RequestError(f"config.json cannot be written again: {error}") from error
             if "auto_map" not in stated:
-                write(files, Path(trial))
+                for name, content in files.items():
+                    (Path(trial) / name).parent.mkdir(parents=True, exist_ok=True)
+                    (Path(trial) / name).write_bytes(content)
                 if not serves(Path(trial), tokenizer):
                     wanted = type(tokenizer).__name__
                     stated["tokenizer_class"] = _OLD_NAMES.get(wanted, wanted)
@@ -154,13 +156,6 @@ def tokenizer_code(folder: Path) -> Iterator[Path]:
             path = folder / f"{name.partition('.')[0]}.py"
             yield path
             yield from map(Path, get_relative_import_files(path))
-
-
-def write(files: dict[str, bytes], folder: Path) -> None:
-    """Write files into a folder."""
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
 
 
 def read_card(folder: Path) -> str:

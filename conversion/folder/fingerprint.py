@@ -49,9 +49,14 @@ def write_fingerprint(
     source: Path, work: PartialFolder, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """The `conversion.json` of a folder made from a carved one: its record, another fingerprint."""
-    record = read_json(source / CONVERSION) if (source / CONVERSION).is_file() else {}
+    record = conversion_record(source)
     record["fingerprint"] = fingerprint_of(work.folder, tokenizer)
     work.write_json(CONVERSION, record)
+
+
+def conversion_record(folder: Path) -> dict[str, Any]:
+    """What the folder says of its making; empty if nothing."""
+    return read_json(folder / CONVERSION) if (folder / CONVERSION).is_file() else {}
 
 
 def stated_fingerprint(folder: Path) -> dict[str, Any] | None:
@@ -59,9 +64,7 @@ def stated_fingerprint(folder: Path) -> dict[str, Any] | None:
 
     Raises `RequestError` for a fingerprint that is none.
     """
-    if not (folder / CONVERSION).is_file():
-        return None
-    stated = read_json(folder / CONVERSION).get("fingerprint")
+    stated: dict[str, Any] | None = conversion_record(folder).get("fingerprint")
     if stated is not None and not {"prompts", *COMPUTED} <= stated.keys():
         raise RequestError(f"the fingerprint in {CONVERSION} of {folder.name} is damaged.")
     return stated

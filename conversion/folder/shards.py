@@ -104,7 +104,7 @@ def join(path: Path, sources: Iterable[Path], names: Iterable[str]) -> None:
     wanted = set(names)
     entries, places = {}, {}
     for source in sources:
-        header, start = _read_header(source)
+        header, start = read_header(source)
         for name in wanted & header.keys():
             begin, end = header[name]["data_offsets"]
             entries[name] = Entry(header[name]["dtype"], header[name]["shape"], end - begin)
@@ -112,7 +112,7 @@ def join(path: Path, sources: Iterable[Path], names: Iterable[str]) -> None:
     write_shard(path, entries, ((name, _chunks(*places[name])) for name in sorted(places)))
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header of a file, and where its tensors begin."""
     with open(path, "rb") as file:
         [size] = struct.unpack("<Q", file.read(8))

@@ -91,15 +91,14 @@ def benchmark(
         backend: Experts backend, default the model's own choice.
         compiled: Decode with a static cache and `torch.compile(mode="reduce-overhead")`.
         dtype: Precision, default that of the carved model; float32 for a shape.
-        device: Where to compute, default the accelerator if there is one.
-        trust_remote_code: Run Python code that comes with a model.
+        device, trust_remote_code: See `evaluate`.
 
     Raises:
         RequestError: The request cannot be satisfied.
         CMoEError: A model or text cannot be reached.
     """
-    check_sizes(tokens=tokens, prefill=prefill, batch=batch, context=[context], rounds=[rounds])
-    check_sizes(layers=[] if layers is None else [layers])
+    check_positive(tokens=tokens, prefill=prefill, batch=batch, context=[context], rounds=[rounds])
+    check_positive(layers=[] if layers is None else [layers])
     if not (tokens or prefill or batch):
         raise RequestError("nothing to time: give tokens, prefill or batch.")
     check_dtype(dtype)
@@ -111,8 +110,7 @@ def benchmark(
     else:
         config = shape_config(shape, layers, Shape(shared, active, experts))
         carved, dense, ids = random_pair(config, where, dtype)
-    if backend is not None:
-        choose_backend(carved, backend)
+    choose_backend(carved, backend)
     bench = Bench(dense, carved, ids, rounds=rounds)
     points = bench.run(tokens, prefill, batch, context, compiled)
     return Benchmark(
@@ -203,10 +201,11 @@ def dense_beside(
     return dense
 
 
-def choose_backend(model: PreTrainedModel, backend: str) -> None:
-    """Switch the experts backend. Raises `RequestError` if there is none of that name."""
+def choose_backend(model: PreTrainedModel, backend: str | None) -> None:
+    """Switch the experts backend, if asked to. Raises `RequestError` if there is none such."""
     try:
-        model.set_experts_implementation(backend)
+        if backend is not None:
+            model.set_experts_implementation(backend)
     except ValueError as error:
         raise RequestError(f"there is no experts backend {backend!r}: {error}") from error
 
@@ -223,7 +222,7 @@ def check_choice(
         raise RequestError("--shape has random weights: leave out --baseline and --text.")
 
 
-def check_sizes(**sizes: Sequence[int]) -> None:
+def check_positive(**sizes: Sequence[int]) -> None:
     """Raises `RequestError` for a size that is not positive."""
     for name, values in sizes.items():
         wrong = [value for value in values if value < 1]

@@ -106,9 +106,7 @@ def evaluate_tasks(
         include_path: Folder with tasks of your own, as YAML files for the harness.
         batch_size: Requests in a batch.
         card: Write the results into `evaluation.json` and the card in the model's folder.
-        dtype: Precision to compute in, default that of each checkpoint.
-        device: Where to compute, default the accelerator if there is one.
-        trust_remote_code: Run Python code that comes with the model.
+        dtype, device, trust_remote_code: See `evaluate`.
 
     Raises:
         RequestError: The request cannot be satisfied; no model was loaded.

@@ -67,32 +67,17 @@ TINY = 2.0**-13
 """Scale of the router where more than one expert runs. A smaller one would round close scores of a
 float32 softmax to ties, a larger one would make the weights uneven."""
 COMPARED_TOKENS = 64
-ROUTERS = (CMoERouter, Qwen2MoeTopKRouter, Qwen3MoeTopKRouter)
+ROUTER_CLASSES = (CMoERouter, Qwen2MoeTopKRouter, Qwen3MoeTopKRouter)
 NO_SHARED = 8
 """Neurons, all zero, of the shared expert that Qwen2-MoE insists on, where there is none."""
 
 
 SAME_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "rope_parameters",
-    "attention_dropout",
-    "moe_intermediate_size",
-    "num_experts",
-    "num_experts_per_tok",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "dtype",
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act"),
+    *("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_parameters"),
+    *("attention_dropout", "moe_intermediate_size", "num_experts", "num_experts_per_tok"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "dtype"),
 )
 """Of the configuration; they mean the same in both."""
 
@@ -383,7 +368,7 @@ def compare(carved: Path, native: Path, config: CMoEConfig) -> tuple[float, floa
             dtype=config.dtype,
             experts_implementation="eager",  # of any width: grouped kernels want 16 bytes
         ).eval()
-        gates = [module for module in loaded.modules() if isinstance(module, ROUTERS)]
+        gates = [module for module in loaded.modules() if isinstance(module, ROUTER_CLASSES)]
         with collected(gates, lambda *call: call[2][2].sort().values) as chosen:
             logits.append(loaded(ids, use_cache=False).logits.float())
         choices.append(torch.cat([index_TK for calls in chosen for index_TK in calls]))

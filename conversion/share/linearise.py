@@ -4,7 +4,6 @@
 Shape suffixes: W windows, L tokens of a window, T tokens, H hidden size, N routed experts.
 """
 
-from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
@@ -35,14 +34,14 @@ def linear_routers(
     sums = [Sums(block.experts) for block in sparse_blocks(model)]
     with ExitStack() as stack:
         for block, here in zip(sparse_blocks(model), sums, strict=True):
-            stack.callback(block.register_forward_pre_hook(here.hook()).remove)
+            stack.callback(block.register_forward_pre_hook(here).remove)
         for window_L in tqdm(windows_WL, desc="fitting routers", unit="window", disable=None):
             model(window_L[None].to(model.device), use_cache=False, logits_to_keep=1)
     return [here.router(ridge) for here in sums]
 
 
 class Sums:
-    """What the regression of one layer needs to know of the tokens."""
+    """What the regression of one layer needs to know of the tokens; a forward pre-hook."""
 
     def __init__(self, experts: ExpertsLoop) -> None:
         self.experts = experts
@@ -52,19 +51,15 @@ class Sums:
         self.sum_H = torch.zeros(hidden, device=device)
         self.tokens = 0
 
-    def hook(self) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:
-        """Adds the tokens that enter a block."""
-
-        def add(block: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-            x_TH = inputs[0].reshape(-1, inputs[0].shape[-1])
-            energy_TN = expert_energies(self.experts, x_TH)
-            x_TH = x_TH.float()
-            self.gram_HH += x_TH.T @ x_TH
-            self.cross_HN += x_TH.T @ (energy_TN - energy_TN.mean(dim=1, keepdim=True))
-            self.sum_H += x_TH.sum(dim=0)
-            self.tokens += len(x_TH)
-
-        return add
+    def __call__(self, block: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        """Add the tokens that enter a block."""
+        x_TH = inputs[0].reshape(-1, inputs[0].shape[-1])
+        energy_TN = expert_energies(self.experts, x_TH)
+        x_TH = x_TH.float()
+        self.gram_HH += x_TH.T @ x_TH
+        self.cross_HN += x_TH.T @ (energy_TN - energy_TN.mean(dim=1, keepdim=True))
+        self.sum_H += x_TH.sum(dim=0)
+        self.tokens += len(x_TH)
 
     def router(self, ridge: float) -> torch.Tensor:
         """The weights; their scores have unit variance over tokens and experts."""

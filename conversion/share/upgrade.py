@@ -22,7 +22,14 @@ from cmoe_hf import CMoEConfig
 from ..errors import CMoEError, RequestError
 from ..folder.card import CARD_FILE, renewed_card
 from ..folder.carried import read_card
-from ..folder.fingerprint import CONVERSION, fingerprint_of, moved, prompts_for, stated_fingerprint
+from ..folder.fingerprint import (
+    CONVERSION,
+    conversion_record,
+    fingerprint_of,
+    moved,
+    prompts_for,
+    stated_fingerprint,
+)
 from ..folder.selection import REMOTE_CODE
 from ..folder.unfinished import SETTINGS, BriefFolder, sha256_of
 from ..source.checkpoint import find_model, from_hub, load_tokenizer
@@ -157,7 +164,7 @@ def share_files(folder: Path, target: Path) -> None:
 
 def write_record(folder: Path, work: UpgradeFolder, *, renewed: bool) -> None:
     """`conversion.json` with a fingerprint and, if the code is `renewed`, by which release."""
-    record = read_json(folder / CONVERSION) if (folder / CONVERSION).is_file() else {}
+    record = conversion_record(folder)
     if renewed:
         record["upgraded_to"] = [*record.get("upgraded_to", []), cmoe_hf.__version__]
     if not record.get("fingerprint"):

@@ -4,8 +4,8 @@ private matter."""
 
 import fnmatch
 import getpass
+import json
 import re
-import struct
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -18,6 +18,7 @@ from cmoe_hf import FAMILIES
 
 from ..errors import RequestError
 from ..folder.card import CARD_FILE, parsed_card, stated_hashes
+from ..folder.shards import read_header
 from ..folder.unfinished import SETTINGS, sha256_of
 from ..source.checkpoint import LEGAL_FILES, load_tokenizer
 from ..source.stored import WEIGHTS_FILE, WEIGHTS_INDEX, read_headers, read_json
@@ -223,14 +224,7 @@ def lines_of(path: Path, card: str, name: str) -> Iterator[str]:
     if name == CARD_FILE:
         yield from card.splitlines()
     elif path.suffix == ".safetensors":
-        yield from header_of(path)
+        yield json.dumps(read_header(path)[0], ensure_ascii=False)
     elif not matches(name, BINARIES):
         with open(path, encoding="utf-8", errors="replace") as file:
             yield from file
-
-
-def header_of(path: Path) -> Iterator[str]:
-    """The JSON header of a safetensors file, as one line."""
-    with open(path, "rb") as file:
-        [size] = struct.unpack("<Q", file.read(8))
-        yield file.read(size).decode("utf-8", errors="replace")

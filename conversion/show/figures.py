@@ -52,7 +52,7 @@ def draw_figures(data: Data, folder: Path) -> list[str]:
     if any(layer["relative_output_error"] is None for layer in data["layers"]):
         missing.add(reconstruction_error)
     if not data["model"]["active"]:
-        missing |= {router_agreement, imbalance, expert_load, routing_overview}
+        missing |= {router_agreement, load_imbalance, expert_load, routing_overview}
     chosen = {file: draw for file, draw in FILES.items() if draw not in missing}
     for file, draw in chosen.items():
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
@@ -151,7 +151,7 @@ def router_agreement(figure: Any, data: Data) -> str:
     return "tokens for which the router picks the oracle's experts"
 
 
-def imbalance(figure: Any, data: Data) -> str:
+def load_imbalance(figure: Any, data: Data) -> str:
     """Coefficient of variation of the loads, with the balance bias and without."""
     own, without = column(data, "imbalance"), column(data, "imbalance_unbiased")
     series = {"with the balance bias": (ORANGE, own)}
@@ -240,7 +240,7 @@ def activation_rate(figure: Any, data: Data) -> str:
     return f"how often neurons are among a token's {data['marked']} largest |h|"
 
 
-def hidden_values(figure: Any, data: Data) -> str:
+def hidden_histograms(figure: Any, data: Data) -> str:
     """Distributions of h, shared and routed neurons each for themselves."""
     for axis, layer in some_layers(figure, data, "hidden value h", "share of the values"):
         values = layer["hidden_values"]
@@ -283,11 +283,11 @@ FILES: dict[str, Callable[[Any, Data], str]] = {
     "routing-overview.png": routing_overview,
     "reconstruction-error.png": reconstruction_error,
     "router-agreement.png": router_agreement,
-    "imbalance.png": imbalance,
+    "imbalance.png": load_imbalance,
     "mass.png": mass,
     "expert-load.png": expert_load,
     "activation-rate.png": activation_rate,
-    "hidden-values.png": hidden_values,
+    "hidden-values.png": hidden_histograms,
 }
 """Who draws what; each returns its title. The names are those of the page's figures."""
 
@@ -303,15 +303,11 @@ def check_plot(path: str | Path) -> None:
 def plot(result: Benchmark, path: str | Path) -> None:
     """Draw the speedups beside the rooflines. Needs the extra `[report]`."""
     check_plot(path)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     drawn = [name for name in LABELS if getattr(result, name)]
-    figure, axes = pyplot.subplots(
-        1, len(drawn), figsize=(4 * len(drawn), 3.6), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(4 * len(drawn), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(drawn), squeeze=False)
     for axis, name in zip(axes[0], drawn, strict=True):
         points = getattr(result, name)
         x = [point.batch if name == "decode" else point.tokens for point in points]
@@ -331,4 +327,3 @@ def plot(result: Benchmark, path: str | Path) -> None:
     axes[0][0].legend()
     figure.suptitle(f"{result.model} {result.notation}, {result.dtype}, {result.device}")
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cmoe_hf.modeling_cmoe import PIN_LIMIT, CMoERouter, CMoESparseMoeBlock
+from cmoe_hf.modeling_cmoe import PIN_BIAS, PIN_LIMIT, CMoERouter, CMoESparseMoeBlock
 
 from ..carve.profile import activation_marks
 from ..carve.router import agreement, oracle_choice
 from ..errors import CMoEError
 from ..measure.evaluate import perplexity
-from ..measure.routing import imbalance, sparse_blocks
+from ..measure.routing import collected, imbalance, sparse_blocks
 
 MARKED = 10
 """Neurons that a token marks, the paper's K_a."""
@@ -260,28 +260,23 @@ def histogram(edges: list[float], shared_B: torch.Tensor, routed_B: torch.Tensor
 @torch.no_grad()
 def observe_sample(model: PreTrainedModel, ids_T: torch.Tensor) -> list[TokenRoutes]:
     """Where each layer that routes sends the tokens of a short text."""
-    layers: list[TokenRoutes] = []
 
-    def record(gate: CMoERouter, inputs: tuple[torch.Tensor], output: Any) -> None:
+    def routes(gate: CMoERouter, inputs: Any, output: Any) -> TokenRoutes:
         score_TN, weight_TK, index_TK = output
         probability_TK = score_TN.softmax(dim=1, dtype=torch.float32).gather(1, index_TK)
         # Probabilities are below 1: pinned experts fall behind the others.
         rank_TK = gate.balance_bias[index_TK] + probability_TK
-        rank_TK -= 4 * (gate.balance_bias[index_TK] > PIN_LIMIT)
+        rank_TK -= 2 * PIN_BIAS * (gate.balance_bias[index_TK] > PIN_LIMIT)
         order_TK = rank_TK.argsort(dim=1, descending=True, stable=True)
-        layers.append(
-            TokenRoutes(
-                experts=index_TK.gather(1, order_TK).tolist(),
-                probabilities=probability_TK.gather(1, order_TK).tolist(),
-                weights=weight_TK.float().gather(1, order_TK).tolist(),
-            )
+        return TokenRoutes(
+            experts=index_TK.gather(1, order_TK).tolist(),
+            probabilities=probability_TK.gather(1, order_TK).tolist(),
+            weights=weight_TK.float().gather(1, order_TK).tolist(),
         )
 
-    with ExitStack() as stack:
-        for block in sparse_blocks(model):
-            stack.callback(block.gate.register_forward_hook(record).remove)
+    with collected([block.gate for block in sparse_blocks(model)], routes) as found:
         model(input_ids=ids_T[None].to(model.device), use_cache=False)
-    return layers
+    return [layer for calls in found for layer in calls]
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids_T: torch.Tensor) -> list[str]:

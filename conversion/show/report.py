@@ -84,9 +84,7 @@ def report(
         sample: A sentence whose way through the experts the page shows, at most 200 tokens.
         output: Folder of the page, default `report` in the model's folder. One that holds an
             earlier report is replaced.
-        dtype: Precision to compute in, default the checkpoint's.
-        device: Where to compute, default the accelerator if there is one.
-        trust_remote_code: Run Python code that comes with the model.
+        dtype, device, trust_remote_code: See `evaluate`.
         card: Show two of the figures in the model's README.md; only without `output`.
 
     Raises:
@@ -131,7 +129,7 @@ def report(
                 "layers": [asdict(layer) for layer in observe_sample(carved, ids_T)],
             },
         }
-        figures = write(data, new)
+        figures = write_page(data, new)
     if card and output is None:
         show_in_card(folder / CARD_FILE, figures, measured)
     page, tokens = str(target / PAGE), windows_WL.numel()
@@ -243,7 +241,7 @@ def is_replaceable(folder: Path) -> bool:
     return not names or (ours and names <= {PAGE, *FILES})
 
 
-def write(data: dict[str, Any], folder: Path) -> list[str]:
+def write_page(data: dict[str, Any], folder: Path) -> list[str]:
     """Write the page and draw the figures; return their names."""
     try:
         (folder / PAGE).write_text(page(data), encoding="utf-8")

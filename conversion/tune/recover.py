@@ -143,9 +143,8 @@ def recover(
         control: Folder or Hub id of the dense model, to be tuned by the same recipe and compared.
         tuning: How to tune, default the paper's settings.
         dtype: `float32` or `bfloat16`; default that of the checkpoint.
-        device: Where to compute, default the accelerator if there is one.
+        device, trust_remote_code: See `evaluate`.
         max_shard_size: Of a file of weights, see `convert`.
-        trust_remote_code: Run Python code that comes with the models.
         overwrite: Replace an existing model repository or unfinished recovery at `output`.
 
     Raises:
@@ -167,11 +166,11 @@ def recover(
     ready = make_ready(request, tuning)
     if accelerate.PartialState().is_main_process:
         work = RecoveryFolder(output, overwrite=overwrite)
-        work.check(read_by(request, ready))
+        work.check(recovery_reads(request, ready))
         check_room(ready.folder, work)
     asked = {"request": asdict(request), "tuning": asdict(tuning)}
     settings = {**asked, **frozen_inputs(ready), "text_tokens": ready.text_tokens}
-    with opened(output, settings, overwrite=overwrite) as work:
+    with owned_folder(output, settings, overwrite=overwrite) as work:
         if accelerate.PartialState().is_main_process:
             keep_windows(work, training=ready.training_WL, test=ready.test_WL)
         return run(request, tuning, ready, work)
@@ -184,13 +183,13 @@ def resume_recovery(output: str | Path) -> Recovery:
         RequestError: There is none, or the model or a version have changed.
         CMoEError: The work failed again.
     """
-    with opened(output, None, overwrite=False) as work:
+    with owned_folder(output, None, overwrite=False) as work:
         request, tuning = Request(**work.settings["request"]), Tuning(**work.settings["tuning"])
         kept = None
         if (windows := kept_windows(work)) is not None:
             kept = (work.settings["text_tokens"], windows["training"], windows["test"])
         ready = make_ready(request, tuning, kept)
-        work.check_apart(read_by(request, ready))
+        work.check_apart(recovery_reads(request, ready))
         work.check_unchanged(frozen_inputs(ready))
         return run(request, tuning, ready, work)
 
@@ -253,7 +252,7 @@ def read_texts(
     return len(ids), training_WL, consecutive_windows(test_ids, length=length)
 
 
-def read_by(request: Request, ready: Ready) -> dict[str, str | Path | None]:
+def recovery_reads(request: Request, ready: Ready) -> dict[str, str | Path | None]:
     """What a recovery reads from this machine, by what to call it."""
     return {
         "the carved model": ready.folder,
@@ -327,7 +326,7 @@ class RecoveryFolder(PartialFolder):
 
 
 @contextmanager
-def opened(
+def owned_folder(
     output: str | Path, settings: dict[str, Any] | None, *, overwrite: bool
 ) -> Iterator[RecoveryFolder]:
     """The folder, created with `settings` or reopened; only the main process owns it."""

@@ -21,13 +21,17 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 ROUTER_TYPES = ("representative", "linear")
 
 
-FFN_PLAN = {
-    "layers.*.mlp.shared_expert.gate_proj": "colwise",
-    "layers.*.mlp.shared_expert.up_proj": "colwise",
-    "layers.*.mlp.shared_expert.down_proj": "rowwise",
+EXPERTS_PLAN = {
     "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
     "layers.*.mlp.experts.down_proj": "rowwise",
     "layers.*.mlp.experts": "moe_tp_experts",
+}
+
+
+FFN_PLAN = EXPERTS_PLAN | {
+    "layers.*.mlp.shared_expert.gate_proj": "colwise",
+    "layers.*.mlp.shared_expert.up_proj": "colwise",
+    "layers.*.mlp.shared_expert.down_proj": "rowwise",
 }
 
 
@@ -41,20 +45,11 @@ PLAIN_FFN_PLAN = {
 }
 
 
-EXPERT_PARALLEL_PLAN: dict[str, Any] = {  # Any: the library's annotation knows other plans only
-    "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
-    "layers.*.mlp.experts.down_proj": "grouped_gemm",
-    "layers.*.mlp.experts": "ep_dispatch_experts",
-}
-"""Needs transformers 5.20 or newer: the plan's names changed there."""
-
-
-PLAIN_EXPERT_PARALLEL_PLAN: dict[str, Any] = {
-    "layers.*.mlp.experts.up_proj": "grouped_gemm",
-    "layers.*.mlp.experts.up_proj_bias": "grouped_gemm",
-    "layers.*.mlp.experts.down_proj": "grouped_gemm",
-    "layers.*.mlp.experts": "ep_dispatch_experts",
-}
+def expert_parallel_plan(ffn: dict[str, str]) -> dict[str, Any]:
+    """Whole experts on each rank. Needs transformers 5.20: the plan's names changed there."""
+    names = [name for name in ffn if ".mlp.experts" in name]
+    kinds = {True: "ep_dispatch_experts", False: "grouped_gemm"}
+    return {name: kinds[name.endswith("experts")] for name in names}
 
 
 def tensor_parallel_plan(
@@ -101,7 +96,7 @@ class CMoEConfig(PreTrainedConfig):
     num_parents = num_parents_per_tok = 1
     """Of a hierarchical model, see `CMoEHierarchicalConfig`."""
 
-    base_model_ep_plan = EXPERT_PARALLEL_PLAN
+    base_model_ep_plan = expert_parallel_plan(FFN_PLAN)
 
     num_experts: int = 7
     """Routed experts, Nr."""
@@ -263,7 +258,7 @@ class CMoEGPTNeoXConfig(CMoEConfig, GPTNeoXConfig):
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
-    base_model_ep_plan = PLAIN_EXPERT_PARALLEL_PLAN
+    base_model_ep_plan = expert_parallel_plan(PLAIN_FFN_PLAN)
 
 
 @strict
@@ -316,13 +311,8 @@ class CMoEHierarchicalConfig(CMoEConfig):
             raise ValueError("flat_routing needs scores of a linear router.")
 
 
-HIERARCHICAL_FFN_PLAN = {
-    "layers.*.mlp.shared_experts.gate_up_proj": "packed_colwise",
-    "layers.*.mlp.shared_experts.down_proj": "rowwise",
-    "layers.*.mlp.shared_experts": "moe_tp_experts",
-    "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-    "layers.*.mlp.experts.down_proj": "rowwise",
-    "layers.*.mlp.experts": "moe_tp_experts",
+HIERARCHICAL_FFN_PLAN = EXPERTS_PLAN | {
+    name.replace(".experts", ".shared_experts"): how for name, how in EXPERTS_PLAN.items()
 }
 
 
