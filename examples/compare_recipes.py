@@ -24,8 +24,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cmoe_hf.conversion import RECIPES, Recipe, convert, evaluate
+import torch
+
+from cmoe_hf.conversion import RECIPES, Evaluation, Recipe, convert, evaluate, evaluate_tasks
 from cmoe_hf.conversion.carve.shape import Shape
+from cmoe_hf.conversion.measure.evaluate import perplexity, text_windows
+from cmoe_hf.conversion.measure.routing import sparse_blocks
+from cmoe_hf.conversion.source.loading import load_model
+from cmoe_hf.conversion.source.texts import open_text
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,10 @@ class Row:
     name: str
     recipe: Recipe = RECIPES["refined"]
     static: bool = False
+    budget: bool = False
+    """Only the share of the neurons is said; experts and dense layers are chosen."""
+    compensated: bool = False
+    """With biases for the mean of what is pruned, as in FLAP: no carved model has them."""
     finer: int = 1
     """Experts of 1 / finer the size, at equal activation."""
     more: float = 1
@@ -50,6 +60,15 @@ TABLES = {
         Row("paper", RECIPES["paper"], routers=("own", "oracle", "random")),
         Row("static", recipe=PLAIN, static=True),
         Row("static, refitted", static=True),
+        Row("FLAP", recipe=replace(PLAIN, importance="fluctuation"), static=True, compensated=True),
+        Row(
+            "FLAP's neurons, refitted",
+            recipe=replace(REFINED, importance="fluctuation"),
+            static=True,
+        ),
+        Row("largest weights", recipe=replace(PLAIN, importance="weight"), static=True),
+        Row("largest weights, refitted", recipe=replace(REFINED, importance="weight"), static=True),
+        Row("refined, budget only", budget=True),
         Row("refined, no refit", recipe=PLAIN, routers=("own", "oracle", "random")),
         Row("refined"),
         Row(
@@ -99,16 +118,19 @@ def measure(
     shared, active, experts = parsed.shared, parsed.active, parsed.experts
     if row.static:
         shared, active = shared + active, 0
-    runs, reports = defaultdict(list), []
+    runs, reports, tasks = defaultdict(list), [], []
     for seed in range(arguments.seeds):
         with tempfile.TemporaryDirectory() as folder:
             carved = Path(folder) / "carved"
+            parts = {
+                "shared": shared * row.finer,
+                "active": active * row.finer,
+                "experts": experts * row.finer,
+            }
             convert(
                 arguments.model,
                 carved,
-                shared=shared * row.finer,
-                active=active * row.finer,
-                experts=experts * row.finer,
+                **({"budget": parsed.activation_ratio} if row.budget else parts),
                 recipe=row.recipe,
                 calibration=arguments.calibration,
                 samples=round(arguments.samples * row.more),
@@ -116,8 +138,13 @@ def measure(
                 seed=seed,
             )
             reports.append(json.loads((carved / "conversion.json").read_text()))
+            if arguments.tasks:
+                tasks.append(accuracies(carved, arguments))
             for router in routers:
                 for text in arguments.texts:
+                    if row.compensated:
+                        runs[router, text].append(compensated(carved, text, arguments))
+                        continue
                     result = evaluate(
                         carved,
                         text=text,
@@ -140,9 +167,62 @@ def measure(
             "agreement": None if None in agreements else statistics.mean(agreements),
             "chance": results[0].router_chance_agreement,
             "errors": [round(statistics.mean(layer), 4) for layer in zip(*errors, strict=True)],
-            "pinned": [[layer["pinned_experts"] for layer in run["layers"]] for run in reports],
+            "pinned": [[layer.get("pinned_experts") for layer in run["layers"]] for run in reports],
+            "accuracies": {
+                name: statistics.mean(run[name] for run in tasks) for name in (tasks or [{}])[0]
+            },
             "seconds": statistics.median(run["result"]["seconds"] for run in reports),
         }
+
+
+def accuracies(model: str | Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Accuracy in each task, and their mean."""
+    measured = evaluate_tasks(
+        model,
+        tasks=arguments.tasks.split(","),
+        include_path=arguments.include_path,
+        limit=arguments.limit,
+        batch_size=16,
+    )
+    found = {f"{row.task}": row.value for row in measured.tasks}
+    return {**found, "mean": statistics.mean(found.values())}
+
+
+@torch.no_grad()
+def compensated(carved: Path, text: str, arguments: argparse.Namespace) -> Evaluation:
+    """Perplexity with what FLAP adds: the mean of what was pruned, measured on calibration text."""
+    cpu, length = torch.device("cpu"), arguments.sequence_length
+    model, tokenizer = load_model(carved, None, cpu, False)
+    dense, _ = load_model(arguments.model, None, cpu, False)
+    for block, layer in zip(sparse_blocks(model), dense.base_model.layers, strict=True):
+        block.register_forward_hook(Compensation(layer.mlp))
+    calibration = open_text(arguments.calibration)
+    model.base_model(text_windows(model, tokenizer, calibration, length, arguments.samples))
+    windows_WL = text_windows(model, tokenizer, open_text(text), length, None)
+    value = perplexity(model, windows_WL, description="compensated")
+    return Evaluation(
+        perplexity=value,
+        tokens=windows_WL[:, 1:].numel(),
+        sequence_length=length,
+        windows=None,
+        baseline_perplexity=None,
+        router="own",
+        router_oracle_agreement=None,
+        router_chance_agreement=None,
+    )
+
+
+class Compensation:
+    """A hook that adds the mean of what the dense FFN writes beside the pruned one, measured on the
+    first batch that it sees."""
+
+    def __init__(self, dense: torch.nn.Module) -> None:
+        self.dense, self.bias = dense, None
+
+    def __call__(self, block: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        if self.bias is None:
+            self.bias = (self.dense(inputs[0]) - output).mean(dim=(0, 1))
+        return output + self.bias
 
 
 def main() -> None:
@@ -157,12 +237,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--tasks", help="of the harness, separated by commas")
+    parser.add_argument("--include-path", type=Path)
+    parser.add_argument("--limit", type=int)
     arguments = parser.parse_args()
     dense = {}
     for text in arguments.texts:
         result = evaluate(arguments.model, text=text, sequence_length=arguments.sequence_length)
         dense[text] = result.perplexity
         record = {"row": "dense", "text": Path(text).name, "mean": result.perplexity}
+        print(json.dumps(record), flush=True)
+    if arguments.tasks:
+        record = {"row": "dense", "accuracies": accuracies(arguments.model, arguments)}
         print(json.dumps(record), flush=True)
     for shape in arguments.shape or ["S1A1E8", "S2A2E8", "S3A3E8"]:
         for row in TABLES[arguments.table]:

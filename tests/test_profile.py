@@ -12,6 +12,9 @@ from cmoe_hf.conversion.carve.profile import (
     activation_rates,
     activations,
     cosines,
+    energies,
+    fluctuations,
+    weight_ranges,
 )
 
 
@@ -52,3 +55,17 @@ def test_a_dead_neuron_and_an_empty_token_give_zero_not_nan():
     cosine_TF = cosines(x_TH @ w_FH.T, x_TH, w_FH)
     assert torch.isfinite(cosine_TF).all()
     assert (cosine_TF[1] == 0).all() and (cosine_TF[:, 2] == 0).all()
+
+
+def test_importance_neuron_by_neuron():
+    h_TF, down_HF, gate_FH, up_FH = (torch.randn(4, 4) for _ in range(4))
+    for j in range(4):
+        length = down_HF[:, j].norm() ** 2
+        energy = (h_TF[:, j] ** 2).mean() * length
+        assert energies(h_TF, down_HF)[j].item() == pytest.approx(energy.item(), rel=1e-5)
+        mean_square = h_TF[:, j].mean() ** 2
+        fluctuation = energy - mean_square * length
+        assert fluctuations(h_TF, down_HF)[j].item() == pytest.approx(fluctuation.item(), rel=1e-4)
+        ranges = sum((w[j].max() - w[j].min()).item() for w in (gate_FH, up_FH))
+        assert weight_ranges(gate_FH, up_FH)[j].item() == pytest.approx(ranges, rel=1e-6)
+    assert torch.equal(weight_ranges(None, up_FH), weight_ranges(up_FH))

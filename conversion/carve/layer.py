@@ -20,7 +20,14 @@ from ..errors import CMoEError
 from ..source.architectures import Architecture
 from ..source.checkpoint import Source
 from .partition import Partition, partition_by_contributions, partition_by_marks
-from .profile import activation_rates, activations, cosines, energies
+from .profile import (
+    activation_rates,
+    activations,
+    cosines,
+    energies,
+    fluctuations,
+    weight_ranges,
+)
 from .recipe import Recipe
 from .router import linear_router, oracle_choice, output_energies, representative_router
 
@@ -146,12 +153,20 @@ def take_ffn(
     return ffn, layer
 
 
+def importance(ffn: FFN, profile: Profile, measure: str) -> torch.Tensor:
+    """What decides which neurons are shared, (F,) float64: one of the recipe's measures."""
+    if measure == "energy":
+        return energies(profile.h_TF, ffn.down_HF)
+    if measure == "fluctuation":
+        return fluctuations(profile.h_TF, ffn.down_HF)
+    if measure == "weight":
+        return weight_ranges(ffn.gate_FH, ffn.up_FH)
+    return activation_rates(profile.marks_TK, ffn.width)
+
+
 def divide(ffn: FFN, profile: Profile, config: CMoEConfig, recipe: Recipe) -> Partition:
     """Shared neurons and routed experts, by the recipe's importance and clusters."""
-    if recipe.importance == "energy":
-        score_F = energies(profile.h_TF, ffn.down_HF)
-    else:
-        score_F = activation_rates(profile.marks_TK, ffn.width)
+    score_F = importance(ffn, profile, recipe.importance)
     shape = {
         "shared": config.shared_expert_intermediate_size,
         "experts": config.num_experts,

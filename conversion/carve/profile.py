@@ -58,3 +58,21 @@ def energies(h_TF: torch.Tensor, down_HF: torch.Tensor) -> torch.Tensor:
     # Moved before it is widened: not every accelerator has float64.
     square_F = h_TF.square().mean(dim=0).cpu().double()
     return square_F * down_HF.square().sum(dim=0).cpu().double()
+
+
+def fluctuations(h_TF: torch.Tensor, down_HF: torch.Tensor) -> torch.Tensor:
+    """The same without the mean, Var[h_j] * ||w_down,j||^2, (F,) float64 on CPU.
+
+    What a bias cannot stand for: the measure of FLAP (arXiv 2312.11983).
+    """
+    variance_F = h_TF.var(dim=0, correction=0).cpu().double()
+    return variance_F * down_HF.square().sum(dim=0).cpu().double()
+
+
+def weight_ranges(*weights_FH: torch.Tensor | None) -> torch.Tensor:
+    """Sum over the input matrices of the range of each neuron's weights, (F,) float64 on CPU.
+
+    What pruning by maximum absolute weight looks at, without any text.
+    """
+    ranges = [w.amax(dim=1) - w.amin(dim=1) for w in weights_FH if w is not None]
+    return torch.stack(ranges).sum(dim=0).cpu().double()

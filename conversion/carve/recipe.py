@@ -19,7 +19,8 @@ class Recipe:
     cosine_profile: bool = False
     """Mark neurons by products of cosines instead of by their true activations."""
     importance: str = "rate"
-    """What makes a neuron shared: its activation `"rate"`, or the `"energy"` of what it writes."""
+    """What makes a neuron shared: its activation `"rate"`, or the `"energy"` of what it writes. For
+    comparisons also the `"fluctuation"` of that, as in FLAP, and the `"weight"`s alone."""
     clusters: str = "marks"
     """Cluster neurons by their `"marks"`, or by their `"contributions"` to the output."""
     metric: str = "l2"
@@ -126,7 +127,7 @@ class Recipe:
 
 
 _KNOWN_CHOICES = {
-    "importance": ("rate", "energy"),
+    "importance": ("rate", "energy", "fluctuation", "weight"),
     "clusters": ("marks", "contributions"),
     "metric": ("l1", "l2"),
     "router": ROUTER_TYPES,
