@@ -7,11 +7,12 @@ from typing import Annotated
 import typer
 
 from ..carve.settings import MAX_SHARD_SIZE
-from ..share.export import EXPORTS, export
+from ..share.export import export
 from ..share.publish import publish
 from ..share.serve import serve
 from ..share.upgrade import upgrade
 from ..share.verify import verify
+from ..source.architectures import EXPORTS
 from .common import (
     Debug,
     Json,
@@ -30,7 +31,7 @@ def export_command(
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
     architecture: Annotated[
         str | None,
-        typer.Option(help=f"{' or '.join(sorted(set(EXPORTS.values())))}; default by family."),
+        typer.Option(help=f"{' or '.join(EXPORTS)}; default by family."),
     ] = None,
     refit_router: Annotated[
         str | None,

@@ -29,6 +29,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
+    Qwen2Config,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
@@ -49,6 +50,7 @@ from ..folder.fingerprint import write_fingerprint
 from ..folder.shards import Entry, file_names, index_of, packed, raw, write_shard
 from ..folder.unfinished import BriefFolder
 from ..measure.routing import collected
+from ..source.architectures import EXPORTS, architecture_of
 from ..source.calibration import random_windows, read_tokens
 from ..source.checkpoint import fetch_model, find_model, load_tokenizer
 from ..source.loading import window_length
@@ -56,13 +58,6 @@ from ..source.stored import CARVABLE, WEIGHTS_INDEX, read_headers, read_json, re
 from ..source.texts import open_text, text_file
 from .linearise import linear_routers
 
-EXPORTS = {
-    "cmoe_llama": "qwen2_moe",
-    "cmoe_mistral": "qwen2_moe",
-    "cmoe_qwen2": "qwen2_moe",
-    "cmoe_qwen3": "qwen3_moe",
-}
-"""Which stock architecture each family can become."""
 TINY = 2.0**-13
 """Scale of the router where more than one expert runs. A smaller one would round close scores of a
 float32 softmax to ties, a larger one would make the weights uneven."""
@@ -127,14 +122,15 @@ def export(
         CMoEError: The model cannot be reached or is damaged.
     """
     limit = shard_bytes(max_shard_size)
-    known = sorted(set(EXPORTS.values()))
-    if architecture is not None and architecture not in known:
+    if architecture not in (None, *EXPORTS):
         raise RequestError(
-            f"there is no export to {architecture!r}; choose one of {', '.join(known)}."
+            f"there is no export to {architecture!r}; choose one of {', '.join(EXPORTS)}."
         )
     folder, name, commit = find_model(model)
     config = AutoConfig.from_pretrained(folder)
-    architecture = architecture or EXPORTS.get(config.model_type, known[0])
+    row = architecture_of(config)
+    possible = row.exports if row is not None else ()
+    architecture = architecture or next(iter(possible), EXPORTS[0])
     check_config(config, name, architecture, refit=refit_router is not None)
     if commit is not None:
         folder = fetch_model(name, commit)
@@ -151,7 +147,7 @@ def export(
         windows_WL = random_windows(ids, samples=samples, length=length, seed=0)
         routers = fitted_routers(folder, windows_WL)
     with ExportFolder.create(output, {"model": name}, overwrite=overwrite) as work:
-        write_shards(folder, config, work, routers, limit)
+        write_shards(folder, config, architecture, work, routers, limit)
         native.save_pretrained(work.folder)
         written = read_json(work.folder / CONFIG_NAME)
         work.write_json(CONFIG_NAME, dict(sorted(with_legacy_keys(native, written).items())))
@@ -189,13 +185,14 @@ def check_config(config: PreTrainedConfig, name: str, architecture: str, *, refi
             "code loads wherever trust_remote_code may be given."
         )
     reasons = []
-    possible = EXPORTS.get(config.model_type)
+    row = architecture_of(config)
+    possible = row.exports if row is not None else ()
     if not config.has_gate:
         reasons.append("no stock architecture has experts with biases and without a gate")
-    elif possible is None:
+    elif not possible:
         reasons.append(f"nobody has said what stock architecture a {config.model_type} can become")
-    elif architecture != possible:
-        reasons.append(f"a {config.model_type} can only become {possible}")
+    elif architecture not in possible:
+        reasons.append(f"a {config.model_type} can only become {' or '.join(possible)}")
     if architecture == "qwen3_moe" and config.shared_expert_intermediate_size:
         reasons.append("it has a shared expert, and Qwen3-MoE has none: carve with --shared 0")
     if architecture == "qwen3_moe" and "sliding_attention" in attention_types(config):
@@ -270,6 +267,7 @@ def native_config(config: CMoEConfig, architecture: str) -> PreTrainedConfig:
 def write_shards(
     folder: Path,
     config: CMoEConfig,
+    architecture: str,
     work: ExportFolder,
     routers: dict[str, torch.Tensor] | None,
     limit: int,
@@ -283,7 +281,7 @@ def write_shards(
                 return {}
             name = f"{router}.linear_weight"
             tensor = routers[name].to(tensor.device)
-        return native_tensors(name, tensor, config)
+        return native_tensors(name, tensor, config, architecture)
 
     stored = read_headers(folder)
     parts: dict[Path, dict[str, Entry]] = {}
@@ -309,7 +307,9 @@ def write_shards(
         work.write_json(WEIGHTS_INDEX, index_of(files, sizes))
 
 
-def native_tensors(name: str, tensor: torch.Tensor, config: CMoEConfig) -> dict[str, torch.Tensor]:
+def native_tensors(
+    name: str, tensor: torch.Tensor, config: CMoEConfig, architecture: str
+) -> dict[str, torch.Tensor]:
     """What a tensor becomes, by the names that Qwen2-MoE and Qwen3-MoE have on the Hub."""
     block, _, part = name.rpartition("mlp.")
     block += "mlp."
@@ -318,7 +318,7 @@ def native_tensors(name: str, tensor: torch.Tensor, config: CMoEConfig) -> dict[
         return {}
     if part == "gate.linear_weight":
         found = {f"{block}gate.weight": tensor * (1 if active == 1 else TINY)}
-        if config.model_type == "cmoe_qwen3":
+        if architecture == "qwen3_moe":
             return found
         hidden = config.hidden_size
         found[f"{block}shared_expert_gate.weight"] = tensor.new_zeros(1, hidden)
@@ -344,16 +344,11 @@ def native_tensors(name: str, tensor: torch.Tensor, config: CMoEConfig) -> dict[
         }
     if part == "shared_expert.down_proj.weight":
         return {name: tensor * 2}
-    if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) and lacks_bias(config):
+    biased = isinstance(config, Qwen2Config) or getattr(config, "attention_bias", False)
+    inputs = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+    if architecture == "qwen2_moe" and inputs and not biased:
         return {name: tensor, name.removesuffix("weight") + "bias": tensor.new_zeros(len(tensor))}
     return {name: tensor}
-
-
-def lacks_bias(config: CMoEConfig) -> bool:
-    """Whether q, k and v have no biases, and Qwen2-MoE wants some."""
-    if EXPORTS[config.model_type] != "qwen2_moe" or config.model_type == "cmoe_qwen2":
-        return False
-    return not getattr(config, "attention_bias", False)
 
 
 @torch.no_grad()

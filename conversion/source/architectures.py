@@ -176,6 +176,10 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+EXPORTS = tuple(sorted({name for row in ARCHITECTURES.values() for name in row.exports}))
+"""Stock architectures that some family can become."""
+
+
 def find_architecture(config: dict[str, Any], folder: Path) -> Architecture:
     """The row of a model, from its raw `config.json`.
 

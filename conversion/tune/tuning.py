@@ -34,11 +34,8 @@ from cmoe_hf.modeling_cmoe import PIN_LIMIT, CMoERouter, ExpertsLoop
 
 from ..errors import CMoEError, RequestError
 from ..measure.routing import active_routers, count_loads
+from ..source.architectures import architecture_of
 
-LINEAR_LAYERS = [
-    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    *("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX
-]
 SCHEDULES = ("constant", "linear", "cosine")
 CHECKPOINTS = 10
 """Checkpoints of one training run; the last two are kept."""
@@ -252,10 +249,12 @@ def with_adapters(model: PreTrainedModel, tuning: Tuning) -> nn.Module:
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3
     }
+    row = architecture_of(model.config)
+    assert row is not None  # nothing else is tuned
     config = LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha,
-        target_modules=LINEAR_LAYERS,
+        target_modules=list(row.lora),
         target_parameters=sorted(packed) or None,
         modules_to_save=["gate"] if routed else None,
         task_type="CAUSAL_LM",
