@@ -39,6 +39,7 @@ def test_a_dense_layer_is_that_of_the_source(make_dense, carve, token_ids, famil
     assert config["dense_layers"] == [0]
     layers = json.loads((folder / "conversion.json").read_text())
     assert layers["layers"][0]["dense"] and layers["result"]["activation_ratio"] == 0.75
+    assert "layers 0 stay dense." in " ".join((folder / "README.md").read_text().split())
     exact = carve(source, (2, 6, 8), dense_layers=(1,))
     torch.testing.assert_close(
         logits(exact, token_ids), logits(source, token_ids), rtol=1e-4, atol=1e-4

@@ -18,7 +18,7 @@ _BODY = """\
 [{base}]({base_link}) carved into a sparse Mixture of Experts of shape **{notation}**: of
 {experts} experts, {shared} shared ones always run and a router picks {active} of the other
 {routed} for every token. {activation:.1%} of the FFN neurons run (FFN sparsity {sparsity:.1%}).
-Carving rearranges the neurons of the dense model and drops none.{refitted}{split} {untrained}
+Carving rearranges the neurons of the dense model and drops none.{dense}{refitted}{split} {untrained}
 {parents}
 
 ## How to load it
@@ -88,6 +88,7 @@ _SPLIT = """ In each layer
 a number of the routed experts, listed below, always run: the others were better left to the router
 on held-out calibration tokens."""
 
+_DENSE = " Of the decoder's layers {} stay dense."
 _REFITTED = " Their down projections were\nrefitted to the calibration text by least squares."
 
 
@@ -261,11 +262,12 @@ def model_card(
         tags=["cmoe", "moe", "mixture-of-experts", "sparse", "custom_code"],
         **licence,
     )
-    routed = config.num_experts // config.num_parents
+    routed, kept = config.num_experts // config.num_parents, config.dense_layers
     return f"---\n{data.to_yaml()}\n---\n\n" + _BODY.format(
         code=with_section("", CODE, code_section(code)).strip(),
         parents=_parents(config) if isinstance(config, CMoEHierarchicalConfig) else "",
         notation=config.notation,
+        dense=_DENSE.format(", ".join(map(str, kept))) if kept else "",
         shared=config.num_shared,
         active=config.num_experts_per_tok // config.num_parents_per_tok,
         routed=routed,

@@ -170,6 +170,7 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "notation": config.notation,
         "activation_ratio": config.activation_ratio,
+        "dense_layers": config.dense_layers or [],
         "shared": config.num_shared,
         "routed": routed,
         "active": active,
@@ -196,6 +197,10 @@ def describe_observation(observation: Observation, conversion: dict[str, Any]) -
     """What was measured, with the error of each layer that the conversion has measured."""
     layers = [asdict(layer) for layer in observation.layers]
     known = conversion.get("layers")
+    if isinstance(known, list):
+        known = [
+            figures for figures in known if not (isinstance(figures, dict) and "dense" in figures)
+        ]
     known = known if isinstance(known, list) and len(known) == len(layers) else [{}] * len(layers)
     for layer, figures in zip(layers, known, strict=True):
         error = figures.get("relative_output_error") if isinstance(figures, dict) else None
