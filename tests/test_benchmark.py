@@ -17,7 +17,7 @@ from cmoe_hf.conversion.carve.shape import Shape
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.measure.benchmark import Point, remarks
 from cmoe_hf.conversion.measure.roofline import Rates, Work, ffn_work, measure_rates, model_work
-from cmoe_hf.conversion.measure.shapes import SHAPES, dense_config, shape_config
+from cmoe_hf.conversion.measure.shapes import SHAPES, dense_twin, shape_config
 
 FEW = {"tokens": (1, 20), "prefill": (24,), "batch": (2,), "context": 8, "rounds": 3}
 FEW_OPTIONS = ["--tokens", "1,20", "--prefill", "24", "--batch", "2", "--context", "8"]
@@ -163,7 +163,7 @@ def small(shared, active):
     torch.manual_seed(0)
     config = shape_config("tiny", 2, Shape(shared, active, 8))
     config.vocab_size = 100
-    dense = LlamaForCausalLM(dense_config(config))
+    dense = LlamaForCausalLM(dense_twin(config))
     return dense, CMoELlamaForCausalLM(config)
 
 

@@ -166,6 +166,6 @@ def table_of(title: str, rows: Mapping[str, str]) -> Table:
     return table
 
 
-def agreement(own: float | None, chance: float | None) -> str:
+def agreement_in_words(own: float | None, chance: float | None) -> str:
     """How often a router agrees with the oracle, in words."""
     return "does not route" if own is None else f"{own:.1%} of tokens (chance {chance:.1%})"

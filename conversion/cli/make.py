@@ -31,7 +31,7 @@ from .common import (
     RecipeName,
     Shared,
     TrustRemoteCode,
-    agreement,
+    agreement_in_words,
     print_result,
     reporting,
     table_of,
@@ -92,7 +92,7 @@ def demo_command(
         table.add_row(
             "router picks the oracle's experts",
             "",
-            agreement(result.router_oracle_agreement, result.router_chance_agreement),
+            agreement_in_words(result.router_oracle_agreement, result.router_chance_agreement),
         )
         table.caption = f"carved model: {result.output}" if result.output else None
         return table

@@ -27,7 +27,7 @@ from .common import (
     SequenceLength,
     Shared,
     TrustRemoteCode,
-    agreement,
+    agreement_in_words,
     is_given,
     print_result,
     reporting,
@@ -132,7 +132,7 @@ def _perplexity_table(model: str, result: Evaluation) -> Table:
     if result.baseline_perplexity is not None:
         rows["perplexity of the baseline"] = f"{result.baseline_perplexity:.3f}"
     rows["predicted tokens"] = f"{result.tokens:,} in windows of {result.sequence_length}"
-    rows["router picks the oracle's experts"] = agreement(
+    rows["router picks the oracle's experts"] = agreement_in_words(
         result.router_oracle_agreement, result.router_chance_agreement
     )
     return table_of(model, rows)

@@ -18,7 +18,8 @@ _BODY = """\
 [{base}]({base_link}) carved into a sparse Mixture of Experts of shape **{notation}**: of
 {experts} experts, {shared} shared ones always run and a router picks {active} of the other
 {routed} for every token. {activation:.1%} of the FFN neurons run (FFN sparsity {sparsity:.1%}).
-Carving rearranges the neurons of the dense model and drops none.{dense}{refitted}{split} {untrained}
+Carving rearranges the neurons of the dense model and drops none.{dense}{refitted}{split}
+{untrained}
 {parents}
 
 ## How to load it

@@ -17,7 +17,7 @@ from ..source.checkpoint import find_model
 from ..source.loading import load_model
 from ..source.texts import open_text
 from .routing import check_flat, sparse_blocks
-from .shapes import check_memory, dense_config, random_model, shape_config
+from .shapes import check_memory, dense_twin, random_model, shape_config
 from .timing import LABELS, Bench, Point
 
 
@@ -195,7 +195,7 @@ def dense_beside(
 ) -> PreTrainedModel:
     """The dense model to compare with, in the same precision and place. Raises `RequestError`."""
     if baseline is None:
-        return random_model(dense_config(carved.config), carved.device, carved.dtype)
+        return random_model(dense_twin(carved.config), carved.device, carved.dtype)
     dense, _ = load_model(baseline, name_of(carved.dtype), carved.device, trust_remote_code)
     check_same_shape(dense, carved, baseline)
     return dense

@@ -63,7 +63,7 @@ def shape_config(name: str, layers: int | None, shape: Shape) -> PreTrainedConfi
     return carved_config(dense, ARCHITECTURES["llama"], shape, RECIPES["refined"])
 
 
-def dense_config(carved: PreTrainedConfig) -> PreTrainedConfig:
+def dense_twin(carved: PreTrainedConfig) -> PreTrainedConfig:
     """Configuration of the dense model of a carved one's shape."""
     row = architecture_of(carved)
     assert row is not None  # it is carved

@@ -42,5 +42,5 @@ def load_model(
     except Exception as error:  # the library raises whatever its readers raise
         reason = str(error).strip().splitlines()[0]
         raise CMoEError(f"{name} cannot be loaded: {reason}") from error
-    loaded.to(device)  # type: ignore[arg-type]
+    loaded.to(device)  # type: ignore[arg-type] # the library declares it for strings only
     return loaded.eval(), tokenizer
