@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmoe_hf.conversion.carve.partition import Partition
-from cmoe_hf.conversion.carve.refit import active_blocks, down_projected, refit_down
+from cmoe_hf.conversion.carve.refit import (
+    NormalEquations,
+    Running,
+    active_blocks,
+    down_projected,
+    held_out_errors,
+    refit_down,
+    refitted,
+    token_weights,
+)
 
 
 def problem(tokens, shape, hidden, seed, keep=0.6):
@@ -108,3 +117,96 @@ def test_float32_is_precise_enough_for_outlier_neurons(tokens):
         got = refit_down(blocks, wanted_TH.to(dtype), down_HF.to(dtype), ridge=0.003)
         outputs.append(down_projected(blocks, got, tokens).double())
     assert (outputs[0] - outputs[1]).norm() < 1e-3 * outputs[1].norm()
+
+
+def routed(tokens, width, experts, shared, hidden, seed=0, keep=0.5):
+    """Activations, a partition, a routing in which the last expert never runs, W and Y."""
+    generator = torch.Generator().manual_seed(seed)
+    h_TF = torch.randn(tokens, width, generator=generator)
+    order_F = torch.randperm(width, generator=generator)
+    parts = Partition(order_F[:shared], order_F[shared:].view(experts, -1), None, 0)
+    run_TN = torch.rand(tokens, experts, generator=generator) < keep
+    run_TN[:, -1] = False
+    down_HF = torch.randn(hidden, width, generator=generator)
+    return h_TF, parts, run_TN, down_HF, torch.randn(tokens, hidden, generator=generator)
+
+
+def summed(h_TF, parts, run_TN, down_HG, wanted_TH, *, batch, biased=False, weight_T=None):
+    """Normal equations of some tokens, added batch by batch."""
+    equations = NormalEquations.empty(Running.of(parts, run_TN), len(down_HG), biased=biased)
+    weight_T = torch.ones(len(h_TF)) if weight_T is None else weight_T
+    for rows in torch.arange(len(h_TF)).split(batch):
+        equations.add(h_TF[rows], run_TN[rows], wanted_TH[rows], down_HG, weight_T[rows])
+    return equations
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shared", [0, 6])
+@pytest.mark.parametrize("batch", [7, 64, 1000])
+def test_sums_over_batches_give_the_refit_of_all_tokens(batch, shared, biased):
+    h_TF, parts, run_TN, down_HG, wanted_TH = routed(300, 24 + shared, 4, shared, 5)
+    if biased:
+        down_HG = torch.cat([down_HG, torch.randn(5, 1)], dim=1)
+    blocks = active_blocks(h_TF, parts, run_TN, biased=biased)
+    equations = summed(h_TF, parts, run_TN, down_HG, wanted_TH, batch=batch, biased=biased)
+    expected = refit_down(blocks, wanted_TH, down_HG, ridge=0.1)
+    # Its ridge is relative to a mean over all columns, the idle ones too.
+    got = refitted(equations, down_HG, 0.1 * len(equations.gram_RR) / down_HG.shape[1])
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_equal_sums_whatever_ran_when():
+    h_TF, parts, run_TN, down_HF, wanted_TH = routed(200, 20, 4, 4, 3)
+    parts_of_it = [slice(0, 90), slice(90, 200)]
+    whole = summed(h_TF, parts, run_TN, down_HF, wanted_TH, batch=200)
+    halves = []
+    for rows in parts_of_it:
+        half = NormalEquations.empty(Running.of(parts, run_TN), 3)
+        half.add(h_TF[rows], run_TN[rows], wanted_TH[rows], down_HF)
+        halves.append(half)
+    both = halves[0] + halves[1]
+    torch.testing.assert_close(both.gram_RR, whole.gram_RR, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(both.cross_RH, whole.cross_RH, atol=1e-4, rtol=1e-4)
+    assert both.missing == pytest.approx(whole.missing, rel=1e-4)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_error_on_held_out_tokens_is_that_of_the_output(biased):
+    h_TF, parts, run_TN, down_HG, wanted_TH = routed(400, 24, 4, 4, 5)
+    if biased:
+        down_HG = torch.cat([down_HG, torch.randn(5, 1)], dim=1)
+    weight_T, running = torch.rand(400) + 0.5, Running.of(parts, run_TN)
+    seen, held = (NormalEquations.empty(running, 5, biased=biased) for _ in range(2))
+    for equations, rows in ((seen, slice(300)), (held, slice(300, 400))):
+        equations.add(h_TF[rows], run_TN[rows], wanted_TH[rows], down_HG, weight_T[rows])
+    errors = held_out_errors(seen, held, (0.01, 1.0))
+    for ridge, error in errors.items():
+        blocks = active_blocks(h_TF[300:], parts, run_TN[300:], biased=biased)
+        y_TH = down_projected(blocks, refitted(seen, down_HG, ridge), 100)
+        missing = ((y_TH - wanted_TH[300:]) * weight_T[300:, None]).norm()
+        assert error == pytest.approx(
+            (missing / (wanted_TH[300:] * weight_T[300:, None]).norm()).item(), rel=1e-3
+        )
+
+
+def test_a_few_noisy_tokens_want_a_strong_ridge_and_many_clean_ones_a_weak_one():
+    def best(tokens, noise):
+        torch.manual_seed(0)
+        h_TF, parts, run_TN, down_HF, _ = routed(tokens + 500, 24, 4, 4, 5, keep=1.0)
+        wanted_TH = h_TF @ (down_HF + 0.3 * torch.randn(5, 24)).T
+        wanted_TH += noise * torch.randn(wanted_TH.shape)
+        seen, held = (NormalEquations.empty(Running.of(parts, run_TN), 5) for _ in range(2))
+        for equations, rows in ((seen, slice(tokens)), (held, slice(tokens, None))):
+            equations.add(h_TF[rows], run_TN[rows], wanted_TH[rows], down_HF)
+        errors = held_out_errors(seen, held)
+        return min(errors, key=errors.__getitem__)
+
+    assert best(30, noise=5.0) > best(2000, noise=0.01)
+
+
+def test_long_tokens_weigh_less_and_none_weighs_much_more_than_most():
+    residual_TH = torch.ones(9, 4)
+    residual_TH[0] *= 1000
+    residual_TH[1] = 0
+    weight_T = token_weights(residual_TH)
+    assert weight_T.tolist() == pytest.approx([0.001, 2.0, *[1.0] * 7])

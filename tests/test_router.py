@@ -13,6 +13,7 @@ from cmoe_hf.conversion.carve.router import (
     linear_router,
     oracle_choice,
     output_energies,
+    ranking_router,
     representative_router,
 )
 
@@ -90,3 +91,27 @@ def test_the_linear_router_finds_what_is_linear():
 def test_a_single_expert_gets_a_router_of_zeros():
     router = linear_router(torch.randn(50, 8), torch.rand(50, 1), ridge=0.1)
     assert (router["linear_weight"] == 0).all()
+
+
+def test_a_ranking_router_keeps_more_energy_than_the_regression_it_starts_from():
+    torch.manual_seed(0)
+    x_TH = torch.randn(4000, 8)
+    # Heavy tails: what the regression spends its weights on, and what no choice depends on.
+    energy_TN = (x_TH @ torch.randn(8, 6)).mul(1.5).exp()
+    start_NH = linear_router(x_TH[:3000], energy_TN[:3000], ridge=0.5)["linear_weight"]
+    first, second = (
+        ranking_router(x_TH[:3000], energy_TN[:3000], start_NH, top_k=2)["linear_weight"]
+        for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+    def kept(weight_NH):
+        index_TK = (x_TH[3000:] @ weight_NH.T).topk(2, dim=1).indices
+        return energy_TN[3000:].gather(1, index_TK).sum() / energy_TN[3000:].sum()
+
+    def right(weight_NH):
+        index_TK = (x_TH[3000:] @ weight_NH.T).topk(2, dim=1).indices
+        return agreement(index_TK, energy_TN[3000:].topk(2, dim=1).indices)
+
+    assert kept(first) >= kept(start_NH) - 0.01
+    assert right(first) > right(start_NH)

@@ -40,6 +40,16 @@ class Recipe:
     refit_ridge: float = 0.003
     """Strength of the refit's ridge, relative to a mean squared activation. It is for ten
     calibration tokens a neuron and more; with fewer it is raised, see `refit.ridge_for`."""
+    held_out_ridge: bool = False
+    """Choose the refit's ridge for each layer on held-out calibration tokens, see
+    `refit.held_out_errors`; `refit_ridge` is then not used."""
+    token_weights: str = "equal"
+    """What a token's error counts in the refit: `"equal"`, or by its share of the `"residual"`
+    stream, so that a few massive tokens do not decide alone."""
+    router_epochs: int = 0
+    """Passes over the calibration tokens that train the linear router to rank the experts."""
+    polish_epochs: int = 0
+    """Passes over the calibration tokens that train the neurons of the carved layer, at most."""
     error_correction: bool = False
     """Let the refit aim at the dense model's hidden states, which also undoes what earlier layers
     got wrong, instead of at the dense FFN's output."""
@@ -122,6 +132,8 @@ class Recipe:
             )
         if self.adaptive_split and not self.refit:
             raise RequestError("a budget compares refitted layers: leave the refit on.")
+        if min(self.router_epochs, self.polish_epochs) < 0:
+            raise RequestError("the recipe's epochs cannot be negative.")
         if min(self.max_iterations, self.router_ridge, self.refit_ridge) <= 0:
             raise RequestError("the recipe's max_iterations and ridges must be above 0.")
 
@@ -131,6 +143,7 @@ _KNOWN_CHOICES = {
     "clusters": ("marks", "contributions"),
     "metric": ("l1", "l2"),
     "router": ROUTER_TYPES,
+    "token_weights": ("equal", "residual"),
     "competition": ("parent", "token"),
     "routed_by": ("router", "oracle", "random"),
 }

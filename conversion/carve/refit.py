@@ -13,19 +13,32 @@ so that with all experts active, where Z W^T = Y, nothing changes. The first for
 matrix, the second a T x T one; both are exact and the smaller one is used. Neither multiplies by
 the zeros of Z: it is kept as one block for each expert.
 
-Shape suffixes: T tokens, H hidden size, F dense FFN width, N routed experts, U tokens of one block,
+Where there are more tokens than activations fit in memory, `NormalEquations` sums Z^T Z and Z^T D
+batch by batch. Two such sums, of tokens seen and of tokens held out, also tell which lambda is best
+on text that the refit has not learnt: the error on the held-out tokens is a quadratic form of W',
+
+    ||Z (W' - W)^T - D||^2 = ||D||^2 - 2 <C, Z^T D> + <C, Z^T Z C>      with C = (W' - W)^T,
+
+so it costs one factorisation for each lambda tried, and no pass over tokens.
+
+Shape suffixes: T tokens, B tokens of one batch, H hidden size, F dense FFN width, G = F, or F + 1
+with an output bias, R running neurons, E running experts, N routed experts, U tokens of one block,
 M neurons of one block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import combinations_with_replacement
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 
-from .linalg import solve_shifted
+from .linalg import solve_shifted, strips
 from .partition import Partition
+
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""What `best_ridge` tries, relative to a mean squared activation."""
 
 
 class Block(NamedTuple):
@@ -146,3 +159,129 @@ def token_gram(blocks: Sequence[Block], like_TH: torch.Tensor) -> torch.Tensor:
 def transposed_product(blocks: Sequence[Block], right_TH: torch.Tensor) -> torch.Tensor:
     """Z^T R, (F, H), neurons in the order of the blocks."""
     return torch.cat([block.z_UM.T @ right_TH[block.tokens_U] for block in blocks])
+
+
+class Running(NamedTuple):
+    """The neurons that run for some token, the shared ones first, and which of them when."""
+
+    neurons_R: torch.Tensor
+    """Shared neurons, then those of the running experts, one expert after the other, int64."""
+    shared: int
+    """How many of them are shared."""
+    experts_E: torch.Tensor
+    """Experts that run for some token, ascending, int64."""
+
+    @classmethod
+    def of(cls, parts: Partition, run_TN: torch.Tensor) -> Self:
+        """Those of a partition under some routing."""
+        experts_E = run_TN.any(dim=0).nonzero().squeeze(1)
+        routed_R = parts.experts_NM.to(run_TN.device)[experts_E].flatten()
+        neurons_R = torch.cat([parts.shared_S.to(run_TN.device), routed_R])
+        return cls(neurons_R, len(parts.shared_S), experts_E)
+
+    def idle_zeroed(self, h_BR: torch.Tensor, run_BN: torch.Tensor) -> torch.Tensor:
+        """Z: activations of these neurons, zero where their expert does not run, (B, R)."""
+        shared_BR, routed_BR = h_BR.split([self.shared, h_BR.shape[1] - self.shared], dim=1)
+        if not len(self.experts_E):
+            return shared_BR
+        mask_BE = run_BN[:, self.experts_E]
+        width = routed_BR.shape[1] // len(self.experts_E)
+        return torch.cat([shared_BR, routed_BR * mask_BE.repeat_interleave(width, dim=1)], dim=1)
+
+
+@dataclass
+class NormalEquations:
+    """What a refit needs of any number of tokens, summed batch by batch."""
+
+    running: Running
+    """Whose neurons the equations are for."""
+    gram_RR: torch.Tensor
+    """Z^T Z, float32, with one more row and column for an output bias; its lower triangle."""
+    cross_RH: torch.Tensor
+    """Z^T D."""
+    missing: float = 0.0
+    """||D||^2."""
+    wanted: float = 0.0
+    """||Y||^2."""
+
+    @classmethod
+    def empty(cls, running: Running, hidden: int, *, biased: bool = False) -> Self:
+        """Sums over no tokens."""
+        order, device = len(running.neurons_R) + biased, running.neurons_R.device
+        gram_RR = torch.zeros(order, order, device=device)
+        return cls(running, gram_RR, torch.zeros(order, hidden, device=device))
+
+    def add(
+        self,
+        h_BF: torch.Tensor,
+        run_BN: torch.Tensor,
+        wanted_BH: torch.Tensor,
+        down_HG: torch.Tensor,
+        weight_B: torch.Tensor | None = None,
+    ) -> None:
+        """Add some tokens, each with the weight of its error (not squared), 1 if None."""
+        z_BR = self.running.idle_zeroed(h_BF[:, self.running.neurons_R], run_BN)
+        down_HR = down_HG[:, self.running.neurons_R]
+        if len(self.gram_RR) > z_BR.shape[1]:
+            z_BR = torch.cat([z_BR, z_BR.new_ones(len(z_BR), 1)], dim=1)
+            down_HR = torch.cat([down_HR, down_HG[:, -1:]], dim=1)
+        if weight_B is not None:
+            z_BR, wanted_BH = z_BR * weight_B[:, None], wanted_BH * weight_B[:, None]
+        missing_BH = wanted_BH - z_BR @ down_HR.T
+        for rows in strips(len(self.gram_RR)):
+            self.gram_RR[rows, : rows.stop] += z_BR[:, rows].T @ z_BR[:, : rows.stop]
+        self.cross_RH += z_BR.T @ missing_BH
+        self.missing += missing_BH.square().sum().item()
+        self.wanted += wanted_BH.square().sum().item()
+
+    def __add__(self, other: Self) -> Self:
+        """The sums over the tokens of both."""
+        return type(self)(
+            self.running,
+            self.gram_RR + other.gram_RR,
+            self.cross_RH + other.cross_RH,
+            self.missing + other.missing,
+            self.wanted + other.wanted,
+        )
+
+    def change(self, ridge: float) -> torch.Tensor:
+        """C, the change of the refit with lambda = `ridge` mean squared activations, (R, H)."""
+        shift = max(ridge * self.gram_RR.diagonal().mean().item(), 1e-30)
+        return solve_shifted(self.gram_RR.clone(), self.cross_RH, shift)
+
+    def error(self, change_RH: torch.Tensor) -> float:
+        """Relative error of the output on these tokens after a change of the down projection."""
+        lower_RR = self.gram_RR.tril(-1)
+        # Z^T Z C from one triangle: T + T^T + diagonal.
+        product_RH = lower_RR @ change_RH + lower_RR.T @ change_RH
+        product_RH += self.gram_RR.diagonal()[:, None] * change_RH
+        gained = (change_RH * (2 * self.cross_RH - product_RH)).sum().item()
+        return (max(self.missing - gained, 0.0) / max(self.wanted, 1e-30)) ** 0.5
+
+
+def held_out_errors(
+    seen: NormalEquations, held: NormalEquations, ridges: Iterable[float] = RIDGES
+) -> dict[float, float]:
+    """Relative error on the tokens held out of the refit on the tokens seen, for each ridge."""
+    return {ridge: held.error(seen.change(ridge)) for ridge in ridges}
+
+
+def refitted(equations: NormalEquations, down_HG: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The refitted down projection W' (H, G). Neurons that never run keep their weights."""
+    change_RH, running = equations.change(ridge), equations.running
+    down_HG = down_HG.clone()
+    down_HG[:, running.neurons_R] += change_RH[: len(running.neurons_R)].T
+    if len(change_RH) > len(running.neurons_R):
+        down_HG[:, -1] += change_RH[-1]
+    return down_HG
+
+
+def token_weights(residual_TH: torch.Tensor, *, most: float = 2.0) -> torch.Tensor:
+    """What the error of each token is worth, (T,): inverse to the length of its residual stream.
+
+    The next layer normalises that stream, so an error counts by its share of it. A few tokens,
+    first positions above all, are a hundred times as long as the others and would decide the least
+    squares alone. Relative to the median token; none counts more than `most`.
+    """
+    length_T = residual_TH.norm(dim=1)
+    return (length_T.median() / length_T.clamp_min(1e-30)).clamp_max(most)

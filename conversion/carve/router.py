@@ -4,7 +4,10 @@
 Shape suffixes: T tokens, H hidden size, F dense FFN width, N routed experts, K active experts.
 """
 
+import math
+
 import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from .linalg import lower_gram, quadratic_form, solve_shifted
 
@@ -55,6 +58,51 @@ def linear_router(
     if score_TN.numel() > 1:  # or there is no deviation
         weight_HN = weight_HN / score_TN.std().clamp_min(1e-30)
     return {"linear_weight": weight_HN.T.contiguous()}
+
+
+def ranking_router(
+    x_TH: torch.Tensor,
+    energy_TN: torch.Tensor,
+    start_NH: torch.Tensor,
+    *,
+    top_k: int,
+    epochs: int = 4,
+    rate: float = 0.06,
+    batch: int = 1024,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Router weights (N, H) trained to tell the `top_k` experts that write most from the others.
+
+    Logistic regression from the weights `start_NH` of a `linear_router`. Each decision counts by
+    how far the expert's energy lies from the border between running and idling, so that near
+    draws, which cost nothing, are not learnt. Adam with a cosine schedule; the order of the tokens
+    comes from `seed`. `rate` is relative to the root mean square of the weights.
+    """
+    energy_TN = energy_TN / energy_TN.mean().clamp_min(1e-30)
+    border_T1 = energy_TN.topk(top_k + 1, dim=1).values[:, -2:].mean(dim=1, keepdim=True)
+    weight_NH = (2 * start_NH).requires_grad_()
+    peak = rate * start_NH.square().mean().sqrt().item() * 2
+    optimiser = torch.optim.Adam([weight_NH], betas=(0.9, 0.999))
+    steps, step = epochs * math.ceil(len(x_TH) / batch), 0
+    order = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for chosen_B in torch.randperm(len(x_TH), generator=order).split(batch):
+            rows_B = chosen_B.to(x_TH.device)
+            optimiser.param_groups[0]["lr"] = peak * (1 + math.cos(math.pi * step / steps)) / 2
+            above_BN = energy_TN[rows_B] - border_T1[rows_B]
+            with torch.enable_grad():
+                loss = binary_cross_entropy_with_logits(
+                    x_TH[rows_B] @ weight_NH.T, (above_BN > 0).float(), weight=above_BN.abs()
+                )
+                loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            step += 1
+    weight_NH = weight_NH.detach()
+    score_TN = x_TH @ weight_NH.T
+    if score_TN.numel() > 1:  # or there is no deviation
+        weight_NH = weight_NH / score_TN.std().clamp_min(1e-30)
+    return {"linear_weight": weight_NH.contiguous()}
 
 
 def log_energy_router(
