@@ -25,7 +25,13 @@ from .errors import RequestError
 from .folder.carried import Carried, carried
 from .folder.layerwise import WorkFolder
 from .folder.selection import code_of
-from .source.calibration import CHARACTERS_PER_TOKEN, WHOLE_CHARACTERS, random_windows, read_tokens
+from .source.calibration import (
+    CHARACTERS_PER_TOKEN,
+    WHOLE_CHARACTERS,
+    apart_windows,
+    random_windows,
+    read_tokens,
+)
 from .source.checkpoint import Source, load_tokenizer, open_source
 from .source.loading import window_length
 from .source.texts import open_text, text_file
@@ -172,7 +178,8 @@ def calibration_windows(
     text = open_text(settings.calibration)
     most = max(WHOLE_CHARACTERS, CHARACTERS_PER_TOKEN * samples * length)
     read = read_tokens(text, tokenizer, source.config.vocab_size, most_characters=most)
-    windows_WL = random_windows(read.ids, samples=samples, length=length, seed=settings.seed)
+    draw = apart_windows if Recipe.of(settings.recipe).held_out_ridge else random_windows
+    windows_WL = draw(read.ids, samples=samples, length=length, seed=settings.seed)
     return windows_WL, {
         "source": text.name,
         "sha256": read.sha256,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from cmoe_hf.conversion.carve.decoder import FFN
+from cmoe_hf.conversion.carve.layer import FFN
 from cmoe_hf.conversion.carve.partition import Partition
 from cmoe_hf.conversion.carve.polish import Schedule, Trained, polish, rate_at
 

@@ -3,21 +3,15 @@
 import pytest
 import torch
 from test_polish import HIDDEN, TOKENS, carved, slow_output
-from torch.nn.functional import silu
 
-from cmoe_hf.conversion.carve.decoder import FFN
 from cmoe_hf.conversion.carve.polish import Schedule
 from cmoe_hf.conversion.carve.reconstruct import reconstruct
 from cmoe_hf.conversion.carve.refit import active_blocks, refit_down
 
 
-def error(ffn, result, parts, run_TN, x_TH, wanted_TH):
+def error(result, parts, run_TN, x_TH, wanted_TH):
     """Relative error of the sparse output, token by token."""
-    better = FFN(
-        result.gate_FH, result.up_FH, ffn.down_HF, silu, torch.float32,
-        ffn.up_bias_F, ffn.down_bias_H,
-    )  # fmt: skip
-    y_TH = slow_output(better, result.down_HG, parts, run_TN, x_TH)
+    y_TH = slow_output(result.ffn, result.down_HG, parts, run_TN, x_TH)
     return ((y_TH - wanted_TH).norm() / wanted_TH.norm()).item()
 
 
@@ -31,7 +25,7 @@ def test_polish_beats_refit_beats_nothing_on_unseen_tokens(gated, biased):
     before = slow_output(ffn, down_HG, parts, run_TN[rest], x_TH[rest])
     unseen = (run_TN[rest], x_TH[rest], wanted_TH[rest])
     nothing = ((before - wanted_TH[rest]).norm() / wanted_TH[rest].norm()).item()
-    assert error(ffn, polished, parts, *unseen) < error(ffn, plain, parts, *unseen) < nothing
+    assert error(polished, parts, *unseen) < error(plain, parts, *unseen) < nothing
     assert polished.held_out_error < plain.held_out_error
 
 
@@ -44,7 +38,7 @@ def test_without_polish_it_is_the_refit_of_all_tokens_with_the_best_ridge():
     ridge = result.ridge * ffn.width / (ffn.width - parts.experts_NM.shape[1])
     expected = refit_down(blocks, wanted_TH, down_HG, ridge=ridge)
     torch.testing.assert_close(result.down_HG, expected, atol=1e-3, rtol=1e-3)
-    assert result.up_FH is ffn.up_FH
+    assert result.ffn.up_FH is ffn.up_FH
 
 
 def test_where_nothing_is_missing_nothing_changes():
@@ -52,5 +46,5 @@ def test_where_nothing_is_missing_nothing_changes():
     run_TN = torch.ones(TOKENS, len(parts.experts_NM), dtype=torch.bool)
     result = reconstruct(ffn, parts, run_TN, x_TH, wanted_TH, held=100, schedule=Schedule(epochs=3))
     torch.testing.assert_close(result.down_HG, down_HG, atol=1e-5, rtol=1e-5)
-    assert torch.equal(result.up_FH, ffn.up_FH)
+    assert torch.equal(result.ffn.up_FH, ffn.up_FH)
     assert result.down_HG.shape == (HIDDEN, ffn.width)

@@ -19,11 +19,15 @@ import torch
 from ..device import Stopwatch
 from ..errors import CMoEError
 from ..source.library import AttentionHalf
-from .layer import FFN, Profile
+from .layer import FFN, Profile, all_finite
+from .partition import Partition
 from .profile import activation_marks, activations
+from .refit import active_blocks, down_projected
 
 BATCH_TOKENS = 2048
 """Tokens that cross a layer at once."""
+PROFILED_TOKENS = 16_384
+"""Tokens whose hidden activations are kept: enough for clusters and routers."""
 CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 """How file systems without `fallocate` say so, and C libraries that try to do without it."""
 
@@ -139,14 +143,43 @@ def profile_layer(
     clock: Stopwatch,
 ) -> None:
     """Run attention on all windows, in place, and fill `profile` with what comes out of it."""
+    profile.is_finite = True
     with clock("forward"):
         for tokens, x_BH in attend(attention, hidden_WLH):
             profile.x_TH[tokens] = x_BH
             products = ffn.products(profile.x_TH[tokens])
-            h_BF = profile.h_TF[tokens].copy_(activations(*products, ffn.act))
+            h_BF = activations(*products, ffn.act)
+            if tokens.start < len(profile.h_TF):
+                h_BF = profile.h_TF[tokens].copy_(h_BF)
             with clock("marks"):
                 signal_BF = ffn.cosine_hidden(x_BH, *products) if cosine else h_BF
-                profile.marks_TK[tokens] = activation_marks(signal_BF, profile.k_act)
+                marks_BK = activation_marks(signal_BF, profile.k_act)
+                profile.is_finite &= all_finite(h_BF, marks_BK)
+                profile.marks_TK[tokens] = marks_BK
+
+
+def sparse_output(
+    ffn: FFN, down_HG: torch.Tensor, parts: Partition, run_TN: torch.Tensor, x_TH: torch.Tensor
+) -> torch.Tensor:
+    """Output of the sparse FFN, (T, H), its hidden activations made for some tokens at a time."""
+    batches = zip(x_TH.split(BATCH_TOKENS), run_TN.split(BATCH_TOKENS), strict=True)
+    return torch.cat(
+        [
+            down_projected(
+                active_blocks(ffn.hidden(x_BH), parts, run_BN, biased=ffn.is_biased),
+                down_HG,
+                len(x_BH),
+            )
+            for x_BH, run_BN in batches
+        ]
+    )
+
+
+def dense_output(ffn: FFN, profile: Profile) -> torch.Tensor:
+    """Output of the dense FFN, (T, H)."""
+    if len(profile.h_TF) == len(profile.x_TH):
+        return ffn.output(profile.h_TF)
+    return torch.cat([ffn.output(ffn.hidden(x_BH)) for x_BH in profile.x_TH.split(BATCH_TOKENS)])
 
 
 def run_dense_layer(ffn: FFN, attention: AttentionHalf, hidden_WLH: torch.Tensor) -> None:

@@ -26,7 +26,16 @@ from ..device import Stopwatch
 from ..source.checkpoint import Source
 from ..source.library import AttentionHalf
 from .decoder import Storage, Streams, attend, with_totals
-from .layer import FFN, Profile, build_router, divide, overflowed, relative_error, take_ffn
+from .layer import (
+    FFN,
+    Profile,
+    all_finite,
+    build_router,
+    divide,
+    overflowed,
+    relative_error,
+    take_ffn,
+)
 from .partition import Partition
 from .profile import activation_marks, activations
 from .recipe import Recipe
@@ -57,7 +66,8 @@ class Parent:
         h_UF = activations(*products, self.ffn.act)
         signal_UF = self.ffn.cosine_hidden(x_UH, *products) if cosine else h_UF
         marks_UK = activation_marks(signal_UF, k).cpu()
-        return Profile(x_UH, h_UF * self.weight_U[:, None], marks_UK)
+        finite = all_finite(h_UF, marks_UK)
+        return Profile(x_UH, h_UF * self.weight_U[:, None], marks_UK, finite)
 
 
 @dataclass
@@ -242,7 +252,7 @@ def divide_parent(
         return CarvedParent(parts, {}, kept=True)
     with clock("forward"):
         profile = parent.profile(x_TH, k_act, cosine=recipe.cosine_profile)
-    if not profile.is_finite():
+    if not profile.is_finite:
         raise overflowed(index)
     with clock("partition"):
         parts = divide(ffn, profile, inner, recipe)
@@ -253,7 +263,7 @@ def divide_parent(
             energy_UN = energy_UN / weight_U1.clamp_min(torch.finfo(torch.float32).tiny)
             router = log_energy_router(profile.x_TH, energy_UN, ridge=recipe.router_ridge)
         else:
-            router = build_router(ffn, profile, parts, recipe)
+            router = build_router(ffn, profile, parts, inner, recipe)
     return CarvedParent(parts, router, kept=False)
 
 

@@ -29,7 +29,13 @@ from .profile import (
     weight_ranges,
 )
 from .recipe import Recipe
-from .router import linear_router, oracle_choice, output_energies, representative_router
+from .router import (
+    linear_router,
+    oracle_choice,
+    output_energies,
+    ranking_router,
+    representative_router,
+)
 
 Empty = Callable[..., torch.Tensor]
 """Makes an uninitialised float32 tensor of a name and a shape."""
@@ -49,6 +55,8 @@ class FFN:
     calibration sees what inference will see."""
     up_bias_F: torch.Tensor | None = None
     down_bias_H: torch.Tensor | None = None
+    is_polished: bool = False
+    """Whether gate and up are no longer the checkpoint's."""
 
     @property
     def width(self) -> int:
@@ -105,16 +113,19 @@ class Profile:
     x_TH: torch.Tensor
     """Inputs."""
     h_TF: torch.Tensor
-    """Hidden activations."""
+    """Hidden activations, of the first tokens only where there are many: the others are made again
+    where they are needed."""
     marks_TK: torch.Tensor
     """Indices of the marked neurons, on the CPU."""
+    is_finite: bool = True
+    """Whether no activation is NaN or infinite."""
 
     @classmethod
-    def empty(cls, tokens: int, hidden: int, width: int, k: int, empty: Empty) -> Self:
-        """Buffers for `tokens` tokens."""
+    def empty(cls, tokens: int, kept: int, hidden: int, width: int, k: int, empty: Empty) -> Self:
+        """Buffers for `tokens` tokens, and hidden activations of the first `kept` ones."""
         return cls(
             x_TH=empty("inputs", tokens, hidden),
-            h_TF=empty("hidden", tokens, width),
+            h_TF=empty("hidden", kept, width),
             marks_TK=torch.empty(tokens, k, dtype=torch.int64),
         )
 
@@ -122,15 +133,6 @@ class Profile:
     def k_act(self) -> int:
         """Marked neurons per token."""
         return self.marks_TK.shape[1]
-
-    def part(self, tokens: slice) -> Self:
-        """A view of some of the tokens."""
-        return type(self)(self.x_TH[tokens], self.h_TF[tokens], self.marks_TK[tokens])
-
-    def is_finite(self) -> bool:
-        """No NaN and no infinity: ATopK takes them for the largest, so the marked tell it all."""
-        marked_TK = self.h_TF.gather(1, self.marks_TK.to(self.h_TF.device))
-        return bool(torch.isfinite(marked_TK).all())
 
 
 def take_ffn(
@@ -180,12 +182,17 @@ def divide(ffn: FFN, profile: Profile, config: CMoEConfig, recipe: Recipe) -> Pa
 
 
 def build_router(
-    ffn: FFN, profile: Profile, parts: Partition, recipe: Recipe
+    ffn: FFN, profile: Profile, parts: Partition, config: CMoEConfig, recipe: Recipe
 ) -> dict[str, torch.Tensor]:
     """The router's parameters as they will be loaded, by the recipe's form."""
     if recipe.router == "linear":
+        x_TH = profile.x_TH[: len(profile.h_TF)]
         energy_TN = output_energies(profile.h_TF, ffn.down_HF, parts.experts_NM[parts.pinned :])
-        router = linear_router(profile.x_TH, energy_TN, ridge=recipe.router_ridge)
+        router = linear_router(x_TH, energy_TN, ridge=recipe.router_ridge)
+        top_k = config.num_experts_per_tok - parts.pinned
+        if recipe.router_epochs and 0 < top_k < energy_TN.shape[1]:
+            start_NH, epochs = router["linear_weight"], recipe.router_epochs
+            router = ranking_router(x_TH, energy_TN, start_NH, top_k=top_k, epochs=epochs)
     else:
         assert parts.representatives_N is not None  # the recipe has been checked
         router = representative_router(
@@ -248,13 +255,16 @@ class CarvedLayer:
     partition: Partition
     router: dict[str, torch.Tensor]
     """Parameters of the router as they will be loaded."""
+    ffn: FFN
+    """The FFN, its gate and up projections polished or not, in the dense order of neurons."""
     down_HG: torch.Tensor
-    """The down projection, refitted or not, float32, in the dense order of neurons; with an output
-    bias as its last column."""
+    """The down projection, refitted or not, float32; with an output bias as its last column."""
     run_TN: torch.Tensor
     """Which routed experts ran for the calibration tokens."""
     y_TH: torch.Tensor
     """Output of the carved FFN for the calibration tokens."""
+    figures: dict[str, Any]
+    """What the reconstruction found out."""
 
 
 def stored_tensors(
@@ -267,6 +277,9 @@ def stored_tensors(
         None if part is None else tensors.pop(part) for part in parts
     )
     assert up_FH is not None and down_HF is not None  # every row names them
+    if carved.ffn.is_polished:
+        up_FH = carved.ffn.up_FH.to(up_FH)
+        gate_FH = None if carved.ffn.gate_FH is None else carved.ffn.gate_FH.to(up_FH)
     down_HG = carved.down_HG.to(down_HF)
     shared_S, experts_NM = carved.partition.shared_S, carved.partition.experts_NM
     inputs = {"gate_proj.weight": gate_FH, "up_proj.weight": up_FH, "up_proj.bias": up_bias_F}
@@ -314,12 +327,18 @@ def layer_figures(carved: CarvedLayer, profile: Profile, sample_TH: torch.Tensor
         "shared_neurons": len(parts.shared_S),
         "pinned_experts": parts.pinned,
         # Order of the system that a refit solves, see refit.py.
-        "refit_order": min(profile.h_TF.shape),
+        "refit_order": min(len(profile.x_TH), profile.h_TF.shape[1]),
         "expert_sizes": [len(ids_M) for ids_M in parts.experts_NM],
         "expert_loads": carved.run_TN.float().mean(dim=0).tolist(),
         "clustering_iterations": parts.iterations,
         "relative_output_error": relative_error(carved.y_TH[: len(sample_TH)], sample_TH),
+        **carved.figures,
     }
+
+
+def all_finite(h_TF: torch.Tensor, marks_TK: torch.Tensor) -> bool:
+    """No NaN and no infinity: ATopK takes them for the largest, so the marked tell it all."""
+    return bool(torch.isfinite(h_TF.gather(1, marks_TK.to(h_TF.device))).all())
 
 
 def relative_error(got_TH: torch.Tensor, wanted_TH: torch.Tensor) -> float:

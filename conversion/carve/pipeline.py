@@ -17,9 +17,20 @@ import torch
 from cmoe_hf import CMoEConfig
 
 from ..device import Stopwatch
+from ..source.calibration import held_out
 from ..source.checkpoint import Source
 from ..source.library import AttentionHalf
-from .decoder import BATCH_TOKENS, Storage, Streams, profile_layer, run_dense_layer, with_totals
+from .decoder import (
+    BATCH_TOKENS,
+    PROFILED_TOKENS,
+    Storage,
+    Streams,
+    dense_output,
+    profile_layer,
+    run_dense_layer,
+    sparse_output,
+    with_totals,
+)
 from .layer import (
     FFN,
     CarvedLayer,
@@ -29,13 +40,14 @@ from .layer import (
     divide,
     layer_figures,
     overflowed,
-    relative_error,
     running_experts,
     stored_tensors,
     take_ffn,
 )
+from .polish import Schedule
 from .recipe import Recipe
-from .refit import active_blocks, down_projected, refit_down, ridge_for
+from .reconstruct import reconstruct
+from .refit import active_blocks, down_projected, refit_down, ridge_for, token_weights
 
 
 def carve_layer(
@@ -45,26 +57,41 @@ def carve_layer(
     config: CMoEConfig,
     recipe: Recipe,
     clock: Stopwatch,
+    *,
+    held: int,
+    weight_T: torch.Tensor | None = None,
 ) -> CarvedLayer:
     """Turn one dense FFN into shared expert, routed experts and router (paper, section 4).
 
-    `wanted_TH` is the output that a refit aims at, None for a recipe without one.
+    `wanted_TH` is the output that a refit aims at, None for a recipe without one; `held` of its
+    last tokens choose how, and `weight_T` is what a token's error is multiplied by.
     """
-    down_HG = ffn.down_with_bias
+    sparse, down_HG, blocks = ffn, ffn.down_with_bias, None
+    found: dict[str, Any] = {}
     with clock("partition"):
         parts = divide(ffn, profile, config, recipe)
     with clock("router"):
-        router = build_router(ffn, profile, parts, recipe)
+        router = build_router(ffn, profile, parts, config, recipe)
         run_TN = running_experts(router, profile, parts, config, recipe)
     with clock("refit"):
-        blocks = active_blocks(profile.h_TF, parts, run_TN, biased=ffn.is_biased)
-        if wanted_TH is not None:
-            ridge = ridge_for(len(wanted_TH), ffn.width, recipe.refit_ridge)
-            down_HG = refit_down(blocks, wanted_TH, down_HG, ridge=ridge)
-            down_HG = ffn.rounded(down_HG)
+        if wanted_TH is not None and recipe.held_out_ridge:
+            tokens = (run_TN, profile.x_TH, wanted_TH)
+            schedule = Schedule(epochs=recipe.polish_epochs) if recipe.polish_epochs else None
+            better = reconstruct(
+                ffn, parts, *tokens, held=held, weight_T=weight_T, schedule=schedule
+            )
+            sparse, down_HG, found = better.ffn, ffn.rounded(better.down_HG), better.figures
+        elif len(profile.h_TF) == len(run_TN):
+            blocks = active_blocks(profile.h_TF, parts, run_TN, biased=ffn.is_biased)
+            if wanted_TH is not None:
+                ridge = ridge_for(len(wanted_TH), ffn.width, recipe.refit_ridge)
+                down_HG = ffn.rounded(refit_down(blocks, wanted_TH, down_HG, ridge=ridge))
     with clock("carved_down"):
-        y_TH = down_projected(blocks, down_HG, len(profile.x_TH))
-    return CarvedLayer(parts, router, down_HG, run_TN, y_TH)
+        if blocks is not None:
+            y_TH = down_projected(blocks, down_HG, len(run_TN))
+        else:
+            y_TH = sparse_output(sparse, down_HG, parts, run_TN, profile.x_TH)
+    return CarvedLayer(parts, router, sparse, down_HG, run_TN, y_TH, found)
 
 
 def best_split(
@@ -73,23 +100,25 @@ def best_split(
     wanted_TH: torch.Tensor,
     config: CMoEConfig,
     recipe: Recipe,
+    *,
+    held: int,
+    weight_T: torch.Tensor | None = None,
 ) -> dict[int, float]:
     """Relative error on held-out tokens for each number of active experts that could be pinned.
 
     Routing adapts to the token, a fixed choice suits the refit better: which of them wins differs
-    from layer to layer. Each candidate is carved on the first seven eighths of the tokens.
+    from layer to layer. Where all are pinned the layer is pruned, not routed.
     """
-    cut = len(wanted_TH) * 7 // 8
-    seen, held = profile.part(slice(cut)), profile.part(slice(cut, None))
     errors = {}
     top_k = min(config.num_experts_per_tok, config.num_experts - 1)
     for pinned in sorted({round(top_k * step / 3) for step in range(4)}):
         trial = replace(recipe, pinned=pinned)
-        layer = carve_layer(ffn, seen, wanted_TH[:cut], config, trial, Stopwatch())
-        run_TN = running_experts(layer.router, held, layer.partition, config, trial)
-        blocks = active_blocks(held.h_TF, layer.partition, run_TN, biased=ffn.is_biased)
-        y_TH = down_projected(blocks, layer.down_HG, len(run_TN))
-        errors[pinned] = relative_error(y_TH, wanted_TH[cut:])
+        parts = divide(ffn, profile, config, trial)
+        router = build_router(ffn, profile, parts, config, trial)
+        run_TN = running_experts(router, profile, parts, config, trial)
+        tokens = (run_TN, profile.x_TH, wanted_TH)
+        tried = reconstruct(ffn, parts, *tokens, held=held, weight_T=weight_T)
+        errors[pinned] = tried.held_out_error
     return errors
 
 
@@ -114,9 +143,10 @@ def carve_model(
     row, tokens = source.architecture, streams.tokens
     hidden_TH = streams.carved_WLH.flatten(0, 1)
     attention = AttentionHalf(row, source.config, streams.length, storage.device)
-    profile = Profile.empty(
-        tokens, config.hidden_size, config.intermediate_size, k_act, storage.empty
-    )
+    kept = min(tokens, PROFILED_TOKENS) if recipe.makes_activations_again else tokens
+    sizes = (config.hidden_size, config.intermediate_size, k_act)
+    profile = Profile.empty(tokens, kept, *sizes, storage.empty)
+    held = held_out(len(streams.carved_WLH), streams.length)
     for index in range(first, config.num_hidden_layers):
         clock = Stopwatch()
         with clock("read"):
@@ -132,7 +162,7 @@ def carve_model(
             continue
         cosine = recipe.cosine_profile
         profile_layer(ffn, attention, streams.carved_WLH, profile, cosine=cosine, clock=clock)
-        if not profile.is_finite():
+        if not profile.is_finite:
             raise overflowed(index)
         wanted_TH = None
         if streams.dense_WLH is not None:
@@ -141,20 +171,24 @@ def carve_model(
                 wanted_TH = streams.dense_WLH.flatten(0, 1) - hidden_TH
         elif recipe.refit:
             with clock("dense_output"):
-                wanted_TH = ffn.output(profile.h_TF)
+                wanted_TH = dense_output(ffn, profile)
+        weight_T = None
+        if recipe.token_weights == "residual" and wanted_TH is not None:
+            weight_T = token_weights(hidden_TH + wanted_TH)
         split, chosen = {}, recipe
+        how: dict[str, Any] = {"held": held, "weight_T": weight_T}
         if recipe.adaptive_split and wanted_TH is not None:
             with clock("split"):
-                split = best_split(ffn, profile, wanted_TH, config, recipe)
+                split = best_split(ffn, profile, wanted_TH, config, recipe, **how)
                 chosen = replace(recipe, pinned=min(split, key=split.__getitem__))
-        carved = carve_layer(ffn, profile, wanted_TH, config, chosen, clock)
+        carved = carve_layer(ffn, profile, wanted_TH, config, chosen, clock, **how)
         hidden_TH += carved.y_TH
         with clock("dense_down_sample"):
             sample_TH = ffn.output(profile.h_TF[:BATCH_TOKENS])
         figures = layer_figures(carved, profile, sample_TH) | ({"split": split} if split else {})
         # Nothing of this layer may wait for the next one: weights are the largest thing in memory.
         attention.release()
-        del ffn, rest, wanted_TH
+        del ffn, rest, wanted_TH, how, weight_T
         with clock("read"):
             dense = source.read_layer(index)
         with clock("slicing"):

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from .decoder import BATCH_TOKENS, FFN
+from .decoder import BATCH_TOKENS
+from .layer import FFN
 from .partition import Partition
 from .refit import Running
 

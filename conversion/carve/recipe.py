@@ -103,6 +103,11 @@ class Recipe:
         """Whether the dense model runs beside the carved one."""
         return self.refit and self.error_correction
 
+    @property
+    def makes_activations_again(self) -> bool:
+        """Whether no step needs the hidden activations of all tokens at once."""
+        return self.routed_by == "router" and (self.held_out_ridge or not self.refit)
+
     def __post_init__(self) -> None:
         """Raises `RequestError` for a choice that does not exist or goes with no other."""
         for choice in fields(self):
@@ -132,6 +137,8 @@ class Recipe:
             )
         if self.adaptive_split and not self.refit:
             raise RequestError("a budget compares refitted layers: leave the refit on.")
+        if self.polish_epochs and not self.held_out_ridge:
+            raise RequestError("polish_epochs need held-out tokens: change held_out_ridge, too.")
         if min(self.router_epochs, self.polish_epochs) < 0:
             raise RequestError("the recipe's epochs cannot be negative.")
         if min(self.max_iterations, self.router_ridge, self.refit_ridge) <= 0:

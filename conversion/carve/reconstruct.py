@@ -11,22 +11,24 @@ with an output bias, N routed experts.
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .decoder import BATCH_TOKENS, FFN
+from .decoder import BATCH_TOKENS
+from .layer import FFN
 from .partition import Partition
-from .polish import Polished, Schedule, polish
+from .polish import Schedule, polish
 from .refit import NormalEquations, Running, held_out_errors, refitted
 
 
 class Reconstruction(NamedTuple):
-    """The weights, float32, in the dense order of neurons, and how they were found."""
+    """The weights and how they were found."""
 
-    gate_FH: torch.Tensor | None
-    up_FH: torch.Tensor
+    ffn: FFN
+    """With polished gate and up weights, or as it was; as they will be stored."""
     down_HG: torch.Tensor
+    """The refitted down projection, float32, in the dense order of neurons."""
     ridge: float
     """The best ridge on the held-out tokens."""
     refit_errors: dict[float, float]
@@ -38,6 +40,15 @@ class Reconstruction(NamedTuple):
     def held_out_error(self) -> float:
         """The least relative error on the held-out tokens, of weights that have not seen them."""
         return min([*self.refit_errors.values(), *self.polish_errors])
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What `conversion.json` says."""
+        return {
+            "ridge": self.ridge,
+            "held_out_error": self.held_out_error,
+            "polish_errors": self.polish_errors,
+        }
 
 
 def reconstruct(
@@ -52,7 +63,7 @@ def reconstruct(
     schedule: Schedule | None = None,
     seed: int = 0,
 ) -> Reconstruction:
-    """Refit and, with a `schedule`, polish one carved FFN.
+    """Refit and polish one carved FFN.
 
     Args:
         ffn: The dense FFN.
@@ -75,26 +86,25 @@ def reconstruct(
     unseen = equations_of(ffn, dense_HG, running, *(tensor[cut:] for tensor in tokens))
     refit_errors = held_out_errors(seen, unseen)
     ridge = min(refit_errors, key=refit_errors.__getitem__)
+    polish_errors: list[float] = []
     if schedule is not None:
         start_HG = refitted(seen, dense_HG, ridge)
-        polished = polish(
-            ffn, start_HG, parts, run_TN, x_TH, wanted_TH,
-            held=held, schedule=schedule, weight_T=weight_T, seed=seed,
-        )  # fmt: skip
-        if min(polished.errors) < polished.errors[0]:
-            better = with_weights(ffn, polished)
-            last = equations_of(better, polished.down_HG, running, *tokens)
-            down_HG = refitted(last, polished.down_HG, ridge)
-            return Reconstruction(
-                polished.gate_FH, polished.up_FH, down_HG, ridge, refit_errors, polished.errors
-            )
-    down_HG = refitted(seen + unseen, dense_HG, ridge)
-    return Reconstruction(ffn.gate_FH, ffn.up_FH, down_HG, ridge, refit_errors, [])
-
-
-def with_weights(ffn: FFN, polished: Polished) -> FFN:
-    """The FFN with polished gate and up weights."""
-    return replace(ffn, gate_FH=polished.gate_FH, up_FH=polished.up_FH)
+        how: dict[str, Any] = {"held": held, "weight_T": weight_T, "schedule": schedule}
+        polished = polish(ffn, start_HG, parts, *tokens[:3], seed=seed, **how)
+        polish_errors = polished.errors
+    if not polish_errors or min(polish_errors) == polish_errors[0]:
+        return Reconstruction(
+            ffn, refitted(seen + unseen, dense_HG, ridge), ridge, refit_errors, polish_errors
+        )
+    ffn = replace(
+        ffn,
+        gate_FH=None if polished.gate_FH is None else ffn.rounded(polished.gate_FH),
+        up_FH=ffn.rounded(polished.up_FH),
+        is_polished=True,
+    )
+    last = equations_of(ffn, polished.down_HG, running, *tokens)
+    down_HG = refitted(last, polished.down_HG, ridge)
+    return Reconstruction(ffn, down_HG, ridge, refit_errors, polish_errors)
 
 
 def equations_of(

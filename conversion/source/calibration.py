@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -143,6 +144,23 @@ def check_vocabulary(ids: torch.Tensor, vocabulary: int) -> None:
             f"the tokenizer gives token {int(ids.max())}, but the model's vocabulary has "
             f"{vocabulary}: it is the tokenizer of another model."
         )
+
+
+def held_out(windows: int, length: int) -> int:
+    """How many of the last tokens of calibration windows choose, and are not learnt first: an
+    eighth, in whole windows if there are several."""
+    return max(1, windows // 8) * length if windows > 1 else max(1, length // 8)
+
+
+def apart_windows(ids: torch.Tensor, *, samples: int, length: int, seed: int) -> torch.Tensor:
+    """As `random_windows`, but those that are held out come from the last eighth of the text, and
+    the others from before it, if it is long enough for both."""
+    windows_WL = random_windows(ids, samples=samples, length=length, seed=seed)
+    held, cut = held_out(samples, length) // length, len(ids) * 7 // 8
+    if samples < 2 or len(ids) - cut <= length:
+        return windows_WL
+    draw = partial(random_windows, length=length, seed=seed, least=0)
+    return torch.cat([draw(ids[:cut], samples=samples - held), draw(ids[cut:], samples=held)])
 
 
 def random_windows(
