@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from cmoe_hf import CMoEConfig
 
-from .carve.decoder import BATCH_TOKENS
+from .carve.decoder import BATCH_TOKENS, PROFILED_TOKENS
 from .carve.partition import CLUSTERING_TOKENS
 from .carve.recipe import Recipe
+from .carve.refit import RIDGES
 from .carve.settings import CALIBRATION_TOKENS, Settings, shard_bytes, with_settings
 from .carve.shape import carved_config, width_warning
 from .device import DTYPES, best_seconds, find_device
@@ -243,7 +244,9 @@ def memory_bytes(prepared: Prepared, on_disk: bool) -> int:
     layer = 4 * source.layer_parameters
     itemsize = round(source.nbytes(None) / source.parameters)
     down = 4 * hidden * width
-    kept = 0 if on_disk else 4 * tokens * (hidden * (3 if recipe.refit else 2) + width)
+    profiled = min(tokens, PROFILED_TOKENS) if recipe.makes_activations_again else tokens
+    kept = 4 * (tokens * hidden * (3 if recipe.refit else 2) + profiled * width)
+    kept = 0 if on_disk else kept
     batch = 4 * min(tokens, BATCH_TOKENS) * (4 * width + 2 * hidden)
     output = 4 * tokens * hidden
     steps = {"forward": batch}
@@ -252,7 +255,12 @@ def memory_bytes(prepared: Prepared, on_disk: bool) -> int:
         steps["partition"] = 2 * 4 * sampled * (width - config.shared_expert_intermediate_size)
     if recipe.router == "linear":
         steps["router"] = output + 8 * hidden**2
-    if recipe.refit:
+    if recipe.held_out_ridge:
+        order = running_neurons(config)
+        systems = 4 * (4 * order**2 + 2 * order * hidden)
+        weights = 4 * 6 * 3 * order * hidden if recipe.polish_epochs else 0
+        steps["refit"] = 2 * output + batch + max(systems, weights)
+    elif recipe.refit:
         blocks = 4 * tokens * width * config.activation_ratio
         order = min(tokens, width)
         solution = 2 * down if width <= tokens else output
@@ -316,6 +324,12 @@ def place_of_activations(prepared: Prepared) -> str:
     return "disk" if memory_bytes(prepared, on_disk=False) > free else "memory"
 
 
+def running_neurons(config: CMoEConfig) -> int:
+    """Neurons of one FFN that run for some token: all, unless it is pruned."""
+    routes = config.num_experts_per_tok > 0
+    return config.intermediate_size if routes else config.shared_expert_intermediate_size
+
+
 def seconds(prepared: Prepared) -> float:
     """Operations of the conversion over the speed of one matrix product of its size."""
     source, config, recipe = prepared.source, prepared.config, prepared.recipe
@@ -327,11 +341,19 @@ def seconds(prepared: Prepared) -> float:
     forward = tokens * (attention + prepared.windows_WL.shape[1] * hidden)
     ffn = tokens * config.num_parents_per_tok * hidden * width
     work = forward + (matrices - 1) * ffn + ratio * ffn
-    if recipe.refit:
+    if recipe.held_out_ridge:
+        order = running_neurons(config)
+        sums = (matrices - 1 + 2 * order / width) * ffn + tokens * order**2 / 2
+        solved = order**2 * (order / 6 + hidden)
+        trials = 4 if recipe.adaptive_split else 0
+        work += (1 + trials) * (sums + len(RIDGES) * solved)
+        if recipe.polish_epochs:
+            work += sums + solved + 3 * recipe.polish_epochs * matrices * ffn * order / width
+    elif recipe.refit:
         order = min(tokens, width)
         refit = 2 * ratio * ffn + tokens * width * order / 2 + order**2 * (order / 6 + hidden)
-        trials = 4 if recipe.adaptive_split else 0
-        work += refit * (1 + trials)
+        work += refit
+    if recipe.refit:
         work += (forward + matrices * ffn) if recipe.error_correction else ffn
     if recipe.router == "linear":
         work += tokens * hidden**2 + (1 - ratio) * ffn

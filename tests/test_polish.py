@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Polish: what it trains, what it must leave alone, and that it repeats itself byte for byte."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Refit, polish, refit: what comes out is better on text that none of it has seen."""
 
 import pytest
