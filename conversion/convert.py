@@ -99,6 +99,11 @@ def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Co
         CMoEError: The work failed again, or what was finished is damaged.
     """
     with WorkFolder.reopen(output) as work:
+        if "settings" not in work.settings:
+            raise RequestError(
+                "this conversion was begun by an older release, whose notes cannot be read. Start "
+                "again with --overwrite."
+            )
         model, settings = work.settings["model"], Settings.from_record(work.settings["settings"])
         known = {**vars(settings), "model": model}
         for name, value in (overrides or {}).items():
