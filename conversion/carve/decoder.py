@@ -22,7 +22,7 @@ from ..source.library import AttentionHalf
 from .layer import FFN, Profile, all_finite
 from .partition import Partition
 from .profile import activation_marks, activations
-from .refit import active_blocks, down_projected
+from .refit import Running
 
 BATCH_TOKENS = 2048
 """Tokens that cross a layer at once."""
@@ -162,17 +162,13 @@ def sparse_output(
     ffn: FFN, down_HG: torch.Tensor, parts: Partition, run_TN: torch.Tensor, x_TH: torch.Tensor
 ) -> torch.Tensor:
     """Output of the sparse FFN, (T, H), its hidden activations made for some tokens at a time."""
-    batches = zip(x_TH.split(BATCH_TOKENS), run_TN.split(BATCH_TOKENS), strict=True)
-    return torch.cat(
-        [
-            down_projected(
-                active_blocks(ffn.hidden(x_BH), parts, run_BN, biased=ffn.is_biased),
-                down_HG,
-                len(x_BH),
-            )
-            for x_BH, run_BN in batches
-        ]
-    )
+    running = Running.of(parts, run_TN)
+    down_HR, y_TH = down_HG[:, running.neurons_R], torch.empty_like(x_TH)
+    batches = (tensor.split(BATCH_TOKENS) for tensor in (x_TH, run_TN, y_TH))
+    for x_BH, run_BN, y_BH in zip(*batches, strict=True):
+        z_BR = running.idle_zeroed(ffn.hidden(x_BH)[:, running.neurons_R], run_BN)
+        y_BH.copy_(z_BR @ down_HR.T)
+    return y_TH + down_HG[:, -1] if ffn.is_biased else y_TH
 
 
 def dense_output(ffn: FFN, profile: Profile) -> torch.Tensor:
