@@ -53,6 +53,8 @@ class Settings:
     """Layers whose FFN stays dense, for example 0 or 0,29; all of their neurons run."""
     recipe: str | Recipe = "refined"
     """Method: refined (ours), paper, or released: the choices of the authors' code."""
+    polish: bool = True
+    """Train each carved layer by itself towards the dense one's output, if the recipe does."""
     calibration: str | Path = "wikitext2"
     """Text, JSONL, JSON or Parquet file (FILE:COLUMN names a column), wikitext2, c4, or
     dataset[:subset][:split][:column] of the Hub."""
@@ -87,7 +89,9 @@ class Settings:
         recipe, shape = Recipe.of(self.recipe), self.shape
         if self.budget is not None:
             recipe = replace(recipe, adaptive_split=True)
-            object.__setattr__(self, "recipe", recipe)
+        if not self.polish:
+            recipe = replace(recipe, polish_epochs=0)
+        object.__setattr__(self, "recipe", recipe)
         limit = min(shape.active, shape.experts - shape.shared - 1) if shape else recipe.pinned
         if shape and recipe.pinned > limit:
             raise RequestError(

@@ -94,10 +94,11 @@ def with_options(
 
     def option(field: Field[Any]) -> inspect.Parameter:
         [kind, *_] = get_args(hints[field.name]) or [hints[field.name]]
-        flag = [f"--{field.name.replace('_', '-')}"] if kind is bool else []
+        flag = f"--{field.name.replace('_', '-')}"
+        flags = [flag if not field.default else f"{flag}/--no-{flag[2:]}"] if kind is bool else []
         default = None if field.default is MISSING else field.default
         taken: Any = kind | None if default is None else kind
-        annotation: Any = Annotated[taken, typer.Option(*flag, help=texts[field.name])]
+        annotation: Any = Annotated[taken, typer.Option(*flags, help=texts[field.name])]
         return inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
         )
