@@ -26,11 +26,11 @@ from .refit import Running
 class Schedule(NamedTuple):
     """How long and how fast."""
 
-    epochs: int = 8
+    epochs: int = 3
     """Passes over the training tokens at most."""
     rate: float = 0.01
     """Peak step of Adam, relative to the root mean square of each matrix."""
-    batch: int = 1024
+    batch: int = 256
     """Tokens of one step."""
     warm_up: float = 0.05
     """Share of the steps in which the rate rises to its peak, before it falls as a cosine."""
@@ -78,6 +78,7 @@ def polish(
 
     Needs five times the weights of the running neurons, and the activations of one mini-batch.
     """
+    # Not under `torch.autocast` with its cache of weights: products would not see the steps.
     trained, tokens = Trained(ffn, down_HG, parts, run_TN), len(x_TH) - held
     weight_T1 = (x_TH.new_ones(len(x_TH)) if weight_T is None else weight_T).unsqueeze(1)
     seen, unseen = slice(tokens), slice(tokens, None)
