@@ -345,8 +345,8 @@ def seconds(prepared: Prepared) -> float:
         order = running_neurons(config)
         sums = (matrices - 1 + 2 * order / width) * ffn + tokens * order**2 / 2
         solved = order**2 * (order / 6 + hidden)
-        trials = 4 if recipe.adaptive_split else 0
-        work += (1 + trials) * (sums + len(RIDGES) * solved)
+        trials = 3 * min(1, PROFILED_TOKENS / tokens) if recipe.adaptive_split else 0
+        work += (1 + trials) * sums + (1 + 3 * recipe.adaptive_split) * len(RIDGES) * solved
         if recipe.polish_epochs:
             work += sums + solved + 3 * recipe.polish_epochs * matrices * ffn * order / width
     elif recipe.refit:

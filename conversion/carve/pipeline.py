@@ -111,13 +111,17 @@ def best_split(
     """
     errors = {}
     top_k = min(config.num_experts_per_tok, config.num_experts - 1)
-    for pinned in sorted({round(top_k * step / 3) for step in range(4)}):
-        trial = replace(recipe, pinned=pinned)
+    tokens = len(wanted_TH)
+    seen = torch.arange(min(tokens - held, PROFILED_TOKENS))  # enough to tell one from another
+    some = torch.cat([seen, torch.arange(tokens - held, tokens)])
+    for pinned in sorted({0, top_k // 2, top_k}):
+        trial = replace(recipe, pinned=pinned, routed_by="router")
         parts = divide(ffn, profile, config, trial)
         router = build_router(ffn, profile, parts, config, trial)
-        run_TN = running_experts(router, profile, parts, config, trial)
-        tokens = (run_TN, profile.x_TH, wanted_TH)
-        tried = reconstruct(ffn, parts, *tokens, held=held, weight_T=weight_T)
+        x_TH, weight_S = profile.x_TH[some], None if weight_T is None else weight_T[some]
+        run_TN = running_experts(router, replace(profile, x_TH=x_TH), parts, config, trial)
+        problem = (run_TN, x_TH, wanted_TH[some])
+        tried = reconstruct(ffn, parts, *problem, held=held, weight_T=weight_S)
         errors[pinned] = tried.held_out_error
     return errors
 

@@ -106,6 +106,9 @@ FIGURES, CODE = "cmoe report", "remote code"
 
 _NO_LICENCE = "The source states no licence; its terms, whatever they are, apply to this model."
 _UNTRAINED = "No gradient\ndescent was used."
+_POLISHED = """\
+Each layer was then trained by itself towards the dense one's output on these tokens, without labels
+and without gradients between layers."""
 _TRAINED = "Afterwards the\nmodel was [fine-tuned](#recovery)."
 
 _RECOVERY = """\
@@ -165,7 +168,8 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
     )
     parsed = parsed_card(card)
     parsed.data.eval_results = None
-    card = without_section(str(parsed), FIGURES).replace(_UNTRAINED, _TRAINED)
+    card = without_section(str(parsed), FIGURES)
+    card = card.replace(_UNTRAINED, _TRAINED).replace(_POLISHED, f"{_POLISHED} {_TRAINED}")
     card = renewed_card(card, code)
     return _before_licence(card, section)
 
@@ -289,6 +293,7 @@ def _parents(config: CMoEHierarchicalConfig) -> str:
 
 def _provenance(source: Source, report: dict[str, Any]) -> dict[str, Any]:
     calibration, result = report["calibration"], report["result"]
+    polished = any(layer.get("polish_errors") for layer in report["layers"])
     on_hub = source.revision is not None
     return {
         "title": f"{source.name.rpartition('/')[2]}-CMoE-{result['notation']}",
@@ -296,7 +301,7 @@ def _provenance(source: Source, report: dict[str, Any]) -> dict[str, Any]:
         "base_link": f"https://huggingface.co/{source.name}" if on_hub else "#how-it-was-made",
         "recipe": report["settings"]["recipe"],
         "refitted": _REFITTED if report["recipe"]["refit"] else "",
-        "untrained": _UNTRAINED,
+        "untrained": _POLISHED if polished else _UNTRAINED,
         "split": _SPLIT if report["recipe"]["adaptive_split"] else "",
         "revision": source.revision or "a local folder, no revision known",
         "tokens": calibration["tokens"],
