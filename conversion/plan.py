@@ -179,7 +179,8 @@ def calibration_windows(
     text = open_text(settings.calibration)
     most = max(WHOLE_CHARACTERS, CHARACTERS_PER_TOKEN * samples * length)
     read = read_tokens(text, tokenizer, source.config.vocab_size, most_characters=most)
-    draw = apart_windows if Recipe.of(settings.recipe).held_out_ridge else random_windows
+    holds_out = Recipe.of(settings.recipe).held_out_ridge and source.architecture.router is None
+    draw = apart_windows if holds_out else random_windows
     windows_WL = draw(read.ids, samples=samples, length=length, seed=settings.seed)
     return windows_WL, {
         "source": text.name,

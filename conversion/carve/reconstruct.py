@@ -71,7 +71,8 @@ def reconstruct(
         run_TN: True where a routed expert runs.
         x_TH: Inputs of the FFN.
         wanted_TH: The output wanted.
-        held: So many of the last tokens choose ridge and epoch. At least 1, and not all.
+        held: So many of the last tokens choose ridge and epoch, not all; without any the ridge is
+            the strongest and there is no polish.
         weight_T: What a token's error is multiplied by, 1 if None; see `refit.token_weights`.
         schedule: Of the polish; None for a refit alone.
         seed: Of the polish.
@@ -85,9 +86,9 @@ def reconstruct(
     seen = equations_of(ffn, dense_HG, running, *(tensor[:cut] for tensor in tokens))
     unseen = equations_of(ffn, dense_HG, running, *(tensor[cut:] for tensor in tokens))
     refit_errors = held_out_errors(seen, unseen)
-    ridge = min(refit_errors, key=refit_errors.__getitem__)
+    ridge = min(sorted(refit_errors, reverse=True), key=refit_errors.__getitem__)
     polish_errors: list[float] = []
-    if schedule is not None:
+    if schedule is not None and held:
         start_HG = refitted(seen, dense_HG, ridge)
         how: dict[str, Any] = {"held": held, "weight_T": weight_T, "schedule": schedule}
         polished = polish(ffn, start_HG, parts, *tokens[:3], seed=seed, **how)

@@ -148,8 +148,10 @@ def check_vocabulary(ids: torch.Tensor, vocabulary: int) -> None:
 
 def held_out(windows: int, length: int) -> int:
     """How many of the last tokens of calibration windows choose, and are not learnt first: an
-    eighth, in whole windows if there are several."""
-    return max(1, windows // 8) * length if windows > 1 else max(1, length // 8)
+    eighth, in whole windows if there are several. None of a single token."""
+    if windows > 1:
+        return max(1, windows // 8) * length
+    return min(max(1, length // 8), length - 1)
 
 
 def apart_windows(ids: torch.Tensor, *, samples: int, length: int, seed: int) -> torch.Tensor:
