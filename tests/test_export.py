@@ -53,7 +53,7 @@ def test_the_logits_are_the_same(make_dense, carve, token_ids, tmp_path, notatio
     far_BS = ((got - expected).abs() > tolerance * scale).any(dim=-1)
     # The softmax may round a close decision otherwise, and then every token behind it differs; but
     # not with one expert.
-    assert far_BS.float().mean() <= (0 if notation[1] == 1 else 0.25), far_BS
+    assert far_BS.float().mean() <= (0 if notation[1] == 1 else 0.5), far_BS
     assert result.routing_agreement == 1 or (notation[1] > 1 and result.routing_agreement > 0.95)
     if result.routing_agreement == 1:
         assert result.max_abs_logit_difference <= tolerance * scale
@@ -74,7 +74,7 @@ def test_a_qwen3_without_shared_expert_becomes_a_qwen3_moe(
     tolerance = 1e-5 if active == 1 else 2e-3
     far_BS = ((got - expected).abs() > tolerance * expected.abs().max()).any(dim=-1)
     # Behind one close decision that the softmax rounded otherwise, every token differs.
-    assert far_BS.float().mean() <= (0 if active == 1 else 0.25), far_BS
+    assert far_BS.float().mean() <= (0 if active == 1 else 0.5), far_BS
 
 
 def test_it_generates_the_same_text(embedded, carve, tmp_path):

@@ -180,7 +180,7 @@ def test_each_step_of_the_refined_recipe_can_be_switched(embedded, carve):
 
     plain = {"refit": False, "error_correction": False}
     assert error(error_correction=False) < error(**plain)
-    assert error(**plain) < error(importance="rate", **plain)
+    assert error(**plain) < error(importance="weight", **plain)
     assert error(**plain) < error(clusters="marks", router="representative", **plain)
 
 
