@@ -184,6 +184,7 @@ def test_each_step_of_the_refined_recipe_can_be_switched(embedded, carve):
     assert error(**plain) < error(clusters="marks", router="representative", **plain)
 
 
+@pytest.mark.thorough
 def test_refined_is_better_than_the_papers_recipes_and_than_static_pruning(
     embedded, carve, held_out
 ):
