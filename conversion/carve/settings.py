@@ -164,7 +164,7 @@ def with_settings(
     ) -> Verb[Options, Result]:
         @functools.wraps(verb)
         def called(model: str | Path, output: str | Path, **options: Any) -> Result:
-            return verb(model, output, settings(**options))  # type: ignore[call-arg]
+            return verb(model, output, settings(**options))  # type: ignore[call-arg] # by name only
 
         own = inspect.signature(verb)
         places = list(own.parameters.values())[:2]
