@@ -60,7 +60,7 @@ def convert(model: str | Path, output: str | Path, settings: Settings) -> Conver
     Args:
         model: Folder or Hub id of a supported dense model, with tokenizer and safetensors.
         output: Folder to create.
-        settings: As keywords, the fields of `Settings`; `experts`, and `budget` or `shared` and
+        settings: As keywords, the fields of `Settings`; `budget`, or `experts`, `shared` and
             `active`, must be given.
 
     Returns:

@@ -22,7 +22,7 @@ import torch
 from compare_families import FAMILIES, REFINED, WINDOW, carve, train
 from transformers import AutoTokenizer
 
-from cmoe_hf.conversion import RECIPES, evaluate
+from cmoe_hf.conversion import RECIPES, Recipe, evaluate
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT, MODEL
 
 EXPERTS = 8
@@ -37,7 +37,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**MOE, "moe_intermediate_size": 96, "head_dim": 32, "norm_topk_prob": True},
     "olmoe": {**MOE, "intermediate_size": 96},
 }
-ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+ROWS: dict[str, Recipe] = {
     "all_active": REFINED,  # must be the source
     "released": RECIPES["released"],
     "paper": RECIPES["paper"],

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from recipes import FIRST_EDITION
 from refusal import refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2MoeForCausalLM
@@ -41,7 +42,7 @@ def load(folder):
     "family", ["llama-2", "llama-3", "mistral", "mistral-sliding", "qwen2", "qwen2-sliding"]
 )
 def test_the_logits_are_the_same(make_dense, carve, token_ids, tmp_path, notation, family):
-    carved = carve(make_dense(family), notation)
+    carved = carve(make_dense(family), notation, recipe=FIRST_EDITION)
     result = export(carved, tmp_path / "native")
     native = load(tmp_path / "native")
     assert type(native) is Qwen2MoeForCausalLM
@@ -50,11 +51,9 @@ def test_the_logits_are_the_same(make_dense, carve, token_ids, tmp_path, notatio
     # With one active expert its weight is exactly 1; otherwise 1/A but for the scale of the router.
     tolerance = 1e-5 if notation[1] == 1 else 2e-3
     scale = expected.abs().max().item()
-    far_BS = ((got - expected).abs() > tolerance * scale).any(dim=-1)
-    # The softmax may round a close decision otherwise, and then every token behind it differs; but
-    # not with one expert.
-    assert far_BS.float().mean() <= (0 if notation[1] == 1 else 0.5), far_BS
-    assert result.routing_agreement == 1 or (notation[1] > 1 and result.routing_agreement > 0.95)
+    assert (got - expected).abs().max().item() <= tolerance * scale
+    # The softmax may round one close decision of these 128 otherwise, but not with one expert.
+    assert result.routing_agreement == 1 or (notation[1] > 1 and result.routing_agreement > 0.99)
     if result.routing_agreement == 1:
         assert result.max_abs_logit_difference <= tolerance * scale
 
@@ -63,7 +62,7 @@ def test_the_logits_are_the_same(make_dense, carve, token_ids, tmp_path, notatio
 def test_a_qwen3_without_shared_expert_becomes_a_qwen3_moe(
     make_dense, carve, token_ids, tmp_path, active
 ):
-    carved = carve(make_dense("qwen3"), (0, active, 8))
+    carved = carve(make_dense("qwen3"), (0, active, 8), recipe=FIRST_EDITION)
     result = export(carved, tmp_path / "native")
     native, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "native", output_loading_info=True
@@ -74,7 +73,7 @@ def test_a_qwen3_without_shared_expert_becomes_a_qwen3_moe(
     tolerance = 1e-5 if active == 1 else 2e-3
     far_BS = ((got - expected).abs() > tolerance * expected.abs().max()).any(dim=-1)
     # Behind one close decision that the softmax rounded otherwise, every token differs.
-    assert far_BS.float().mean() <= (0 if active == 1 else 0.5), far_BS
+    assert far_BS.float().mean() <= (0 if active == 1 else 0.25), far_BS
 
 
 def test_it_generates_the_same_text(embedded, carve, tmp_path):
@@ -220,7 +219,5 @@ def test_json_has_the_promised_keys(carved, tmp_path):
 
 def test_experts_that_grouped_kernels_cannot_run_are_exported(dense, carve, tmp_path):
     """12 neurons in 16 bits are no multiple of 16 bytes."""
-    result = export(carve(dense, dtype="bfloat16"), tmp_path / "native")
-    assert result.dtype == "bfloat16"
-    # In 16 bits a close decision may fall otherwise, and then the logits differ.
-    assert result.max_abs_logit_difference < 0.1 or 0.9 < result.routing_agreement < 1
+    result = export(carve(dense, dtype="bfloat16", recipe=FIRST_EDITION), tmp_path / "native")
+    assert result.dtype == "bfloat16" and result.max_abs_logit_difference < 0.1

@@ -7,9 +7,11 @@ import shutil
 import pytest
 import torch
 from families import FAMILIES
+from recipes import FIRST_CHANGES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cmoe_hf.conversion import convert, evaluate
+from cmoe_hf.conversion.carve import decoder, pipeline
 from cmoe_hf.conversion.carve.recipe import RECIPES, Recipe
 from cmoe_hf.conversion.demo import CALIBRATION
 from cmoe_hf.conversion.source.calibration import apart_windows, tokenize
@@ -169,6 +171,7 @@ def test_the_error_falls_to_zero_as_more_experts_run(embedded, carve):
 
 def test_each_step_of_the_refined_recipe_can_be_switched(embedded, carve):
     def error(**changes):
+        changes = {**FIRST_CHANGES, **changes}
         recipe = Recipe.of("refined", **changes)
         folder = carve(embedded, (1, 1, 8), samples=16, sequence_length=256, recipe=recipe)
         report = json.loads((folder / "conversion.json").read_text())
@@ -180,7 +183,7 @@ def test_each_step_of_the_refined_recipe_can_be_switched(embedded, carve):
 
     plain = {"refit": False, "error_correction": False}
     assert error(error_correction=False) < error(**plain)
-    assert error(**plain) < error(importance="weight", **plain)
+    assert error(**plain) < error(importance="rate", **plain)
     assert error(**plain) < error(clusters="marks", router="representative", **plain)
 
 
@@ -222,3 +225,14 @@ def test_a_budget_is_as_good_as_the_better_of_routing_and_static_pruning(
     static = measured(carve(embedded, (shared + active, 0, experts), **options))
     # Held-out errors of single layers are a noisy guide to perplexity in a model this small.
     assert measured(tmp_path / "out") < 1.02 * min(routed, static)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "refined"])
+def test_activations_of_many_tokens_are_made_again(dense, tmp_path, monkeypatch, recipe):
+    """Windows of 60 tokens, and 100 whose activations are kept: the limit lies within a window."""
+    monkeypatch.setattr(decoder, "BATCH_TOKENS", 60)
+    monkeypatch.setattr(pipeline, "PROFILED_TOKENS", 100)
+    options = {"calibration": CALIBRATION, "samples": 9, "sequence_length": 60, "recipe": recipe}
+    convert(dense, tmp_path / "routed", shared=2, active=2, experts=8, **options)
+    exact = convert(dense, tmp_path / "exact", shared=2, active=6, experts=8, **options)
+    assert exact.relative_output_error < 1e-5

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes import FIRST_EDITION
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
@@ -172,7 +173,8 @@ def test_bitsandbytes_can_pack_the_experts_into_4_bits(embedded, carve, token_id
     )
     # On some CPUs the library cannot run linear layers of which its blocks of 64 do not divide
     # the width: the shared expert has 192 neurons here.
-    repo = carve(embedded, (4, 2, 8), samples=16, sequence_length=256, dtype="float32")
+    options = {"samples": 16, "sequence_length": 256, "dtype": "float32"}
+    repo = carve(embedded, (4, 2, 8), recipe=FIRST_EDITION, **options)
     model = load(repo, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     expected = logits(model, token_ids)
     for layer in model.model.layers:
@@ -183,4 +185,4 @@ def test_bitsandbytes_can_pack_the_experts_into_4_bits(embedded, carve, token_id
         assert {tensor.dtype for tensor in stored.values()} == {torch.uint8}
     assert isinstance(model, CMoELlamaForCausalLM)
     error = (logits(model, token_ids) - expected).std() / expected.std()
-    assert 0 < error < 0.2
+    assert 0 < error < 0.15

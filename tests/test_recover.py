@@ -16,6 +16,7 @@ import yaml
 from families import SHORT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recipes import FIRST_EDITION
 from refusal import refused
 from transformers import AutoModelForCausalLM, Trainer
 from typer.testing import CliRunner
@@ -31,6 +32,12 @@ TEXTS = {"training": CALIBRATION, "text": SHORT}
 FEW = {"samples": 16, "sequence_length": 64}
 LOUD = {**FEW, "learning_rate": 3e-3, "router_learning_rate": 0.1, "bias_speed": 0.01}
 """Few steps, but large ones: what learns must be seen to move."""
+
+
+@pytest.fixture(scope="session")
+def carved(dense, carve):
+    """A carved pico model, S2A2E8. Read only."""
+    return carve(dense, recipe=FIRST_EDITION)
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +146,8 @@ def test_the_bias_moves_once_in_each_optimiser_step(recovered):
     biases = torch.tensor(report(recovered[0])["stages"]["carved"]["biases"])
     eighths = biases / (LOUD["bias_speed"] / 8)
     torch.testing.assert_close(eighths, eighths.round(), atol=1e-3, rtol=0)
-    # An expert that is nearly always too busy, or never busy enough, went most of the way.
-    assert 20 <= eighths.round().abs().max() <= sum(range(1, 9))
+    # An expert that is always too busy, or never busy enough, went the whole way.
+    assert eighths.round().abs().max() == sum(range(1, 9))
 
 
 @pytest.mark.thorough

@@ -149,8 +149,8 @@ def profile_layer(
             profile.x_TH[tokens] = x_BH
             products = ffn.products(profile.x_TH[tokens])
             h_BF = activations(*products, ffn.act)
-            if tokens.start < len(profile.h_TF):
-                h_BF = profile.h_TF[tokens].copy_(h_BF)
+            kept_BF = profile.h_TF[tokens]  # of the last batch perhaps a part, of later ones none
+            kept_BF.copy_(h_BF[: len(kept_BF)])
             with clock("marks"):
                 signal_BF = ffn.cosine_hidden(x_BH, *products) if cosine else h_BF
                 marks_BK = activation_marks(signal_BF, profile.k_act)

@@ -38,7 +38,7 @@ from .linalg import solve_shifted, strips
 from .partition import Partition
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""What `best_ridge` tries, relative to a mean squared activation."""
+"""What `held_out_errors` tries, relative to a mean squared activation."""
 
 
 class Block(NamedTuple):

@@ -128,9 +128,7 @@ def export(
         )
     folder, name, commit = find_model(model)
     config = AutoConfig.from_pretrained(folder)
-    row = architecture_of(config)
-    possible = row.exports if row is not None else ()
-    architecture = architecture or next(iter(possible), EXPORTS[0])
+    architecture = architecture or next(iter(exports_of(config)), EXPORTS[0])
     check_config(config, name, architecture, refit=refit_router is not None)
     if commit is not None:
         folder = fetch_model(name, commit)
@@ -175,6 +173,12 @@ class ExportFolder(BriefFolder):
     noun = "export"
 
 
+def exports_of(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Stock architectures that a model's family can become."""
+    row = architecture_of(config)
+    return row.exports if row is not None else ()
+
+
 def check_config(config: PreTrainedConfig, name: str, architecture: str, *, refit: bool) -> None:
     """Raises `RequestError` for what the configuration alone forbids."""
     if not isinstance(config, CMoEConfig):
@@ -185,8 +189,7 @@ def check_config(config: PreTrainedConfig, name: str, architecture: str, *, refi
             "code loads wherever trust_remote_code may be given."
         )
     reasons = []
-    row = architecture_of(config)
-    possible = row.exports if row is not None else ()
+    possible = exports_of(config)
     if not config.has_gate:
         reasons.append("no stock architecture has experts with biases and without a gate")
     elif not possible:
