@@ -43,7 +43,8 @@ ROWS: dict[str, Recipe] = {
     "paper": RECIPES["paper"],
     "static": replace(REFINED, refit=False),
     "static_refitted": REFINED,
-    "refined_within_parents": replace(REFINED, competition="parent"),
+    # Competition between parents knows no router that ranks: without one here, too.
+    "refined_within_parents": replace(REFINED, competition="parent", router_epochs=0),
     "refined_without_refit": replace(REFINED, refit=False),
     "refined": REFINED,
 }
