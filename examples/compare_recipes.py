@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from cmoe_hf.conversion import RECIPES, Evaluation, Recipe, convert, evaluate, evaluate_tasks
 from cmoe_hf.conversion.carve.shape import Shape
@@ -69,6 +70,7 @@ TABLES = {
         Row("largest weights", recipe=replace(PLAIN, importance="weight"), static=True),
         Row("largest weights, refitted", recipe=replace(REFINED, importance="weight"), static=True),
         Row("refined, budget only", budget=True),
+        Row("static, layers of the budget", static=True, budget=True),
         Row("refined, no refit", recipe=PLAIN, routers=("own", "oracle", "random")),
         Row("refined"),
         Row(
@@ -114,23 +116,15 @@ def measure(
     dense: dict[str, float],
 ) -> Iterator[dict[str, Any]]:
     """One record per router and text."""
-    parsed = Shape.parse(shape)
-    shared, active, experts = parsed.shared, parsed.active, parsed.experts
-    if row.static:
-        shared, active = shared + active, 0
+    parts = parts_of(Shape.parse(shape), row, arguments.model)
     runs, reports, tasks = defaultdict(list), [], []
     for seed in range(arguments.seeds):
         with tempfile.TemporaryDirectory() as folder:
             carved = Path(folder) / "carved"
-            parts = {
-                "shared": shared * row.finer,
-                "active": active * row.finer,
-                "experts": experts * row.finer,
-            }
             convert(
                 arguments.model,
                 carved,
-                **({"budget": parsed.activation_ratio} if row.budget else parts),
+                **parts,
                 recipe=row.recipe,
                 calibration=arguments.calibration,
                 samples=round(arguments.samples * row.more),
@@ -173,6 +167,24 @@ def measure(
             },
             "seconds": statistics.median(run["result"]["seconds"] for run in reports),
         }
+
+
+def parts_of(shape: Shape, row: Row, model: str) -> dict[str, Any]:
+    """What `convert` is told about experts and layers."""
+    if row.budget and not row.static:
+        return {"budget": shape.activation_ratio}
+    dense_layers: tuple[int, ...] = ()
+    if row.budget:
+        dense = AutoConfig.from_pretrained(model)
+        shape, dense_layers = Shape.spread(
+            shape.activation_ratio, dense.num_hidden_layers, dense.intermediate_size, None
+        )
+    shared, active = shape.shared, shape.active
+    if row.static:
+        shared, active = shared + active, 0
+    counts = {"shared": shared, "active": active, "experts": shape.experts}
+    counts = {name: count * row.finer for name, count in counts.items()}
+    return {**counts, "dense_layers": dense_layers}
 
 
 def accuracies(model: str | Path, arguments: argparse.Namespace) -> dict[str, float]:

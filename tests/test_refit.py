@@ -164,7 +164,8 @@ def test_equal_sums_whatever_ran_when():
         half = NormalEquations.empty(Running.of(parts, run_TN), 3)
         half.add(h_TF[rows], run_TN[rows], wanted_TH[rows], down_HF)
         halves.append(half)
-    both = halves[0] + halves[1]
+    both = halves[0]
+    both += halves[1]
     torch.testing.assert_close(both.gram_RR, whole.gram_RR, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(both.cross_RH, whole.cross_RH, atol=1e-4, rtol=1e-4)
     assert both.missing == pytest.approx(whole.missing, rel=1e-4)

@@ -88,15 +88,18 @@ def reconstruct(
     refit_errors = held_out_errors(seen, unseen)
     ridge = min(sorted(refit_errors, reverse=True), key=refit_errors.__getitem__)
     polish_errors: list[float] = []
-    if schedule is not None and held:
-        start_HG = refitted(seen, dense_HG, ridge)
+    is_polishing = schedule is not None and held > 0
+    start_HG = refitted(seen, dense_HG, ridge) if is_polishing else dense_HG
+    seen += unseen
+    del unseen
+    if is_polishing:
         how: dict[str, Any] = {"held": held, "weight_T": weight_T, "schedule": schedule}
         polished = polish(ffn, start_HG, parts, *tokens[:3], seed=seed, **how)
         polish_errors = polished.errors
     if not polish_errors or min(polish_errors) == polish_errors[0]:
-        return Reconstruction(
-            ffn, refitted(seen + unseen, dense_HG, ridge), ridge, refit_errors, polish_errors
-        )
+        down_HG = refitted(seen, dense_HG, ridge)
+        return Reconstruction(ffn, down_HG, ridge, refit_errors, polish_errors)
+    del seen
     ffn = replace(
         ffn,
         gate_FH=None if polished.gate_FH is None else ffn.rounded(polished.gate_FH),

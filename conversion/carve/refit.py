@@ -234,15 +234,13 @@ class NormalEquations:
         self.missing += missing_BH.square().sum().item()
         self.wanted += wanted_BH.square().sum().item()
 
-    def __add__(self, other: Self) -> Self:
-        """The sums over the tokens of both."""
-        return type(self)(
-            self.running,
-            self.gram_RR + other.gram_RR,
-            self.cross_RH + other.cross_RH,
-            self.missing + other.missing,
-            self.wanted + other.wanted,
-        )
+    def __iadd__(self, other: Self) -> Self:
+        """Add the tokens of another sum, in place: square matrices are the largest thing here."""
+        self.gram_RR += other.gram_RR
+        self.cross_RH += other.cross_RH
+        self.missing += other.missing
+        self.wanted += other.wanted
+        return self
 
     def change(self, ridge: float) -> torch.Tensor:
         """C, the change of the refit with lambda = `ridge` mean squared activations, (R, H)."""
