@@ -5,6 +5,7 @@ from cmoe_hf.conversion import Recipe
 
 FIRST_CHANGES = {
     "router_epochs": 0,
+    "reassignments": 0,
     "held_out_ridge": False,
     "token_weights": "equal",
     "polish_epochs": 0,

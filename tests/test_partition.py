@@ -18,6 +18,7 @@ from cmoe_hf.conversion.carve.partition import (
     mark_matrix,
     partition_by_contributions,
     partition_by_marks,
+    reassigned,
 )
 from cmoe_hf.conversion.carve.profile import activation_marks, activation_rates, energies
 
@@ -174,3 +175,32 @@ def test_a_llama_2_7b_layer_is_partitioned_in_seconds_on_one_core():
     )
     assert parts.experts_NM.shape == (6, 1376)
     assert time.process_time() - start < 3
+
+
+def test_reassigned_neurons_are_balanced_and_never_with_less_of_what_they_write():
+    torch.manual_seed(0)
+    h_TF, down_HF = torch.randn(300, 44), torch.randn(7, 44)
+    parts = partition_by_contributions(
+        h_TF, down_HF, torch.rand(44), shared=4, experts=10, pinned=2
+    )
+    run_TN = torch.rand(300, 10) < torch.linspace(0.1, 0.9, 10)
+    moved = reassigned(parts, h_TF, down_HF, run_TN)
+
+    def kept(experts_NM):
+        energy_TF = (h_TF.abs() * down_HF.norm(dim=0)).square()
+        pairs = zip(experts_NM, run_TN.T, strict=True)
+        return sum(energy_TF[run_T][:, ids_M].sum() for ids_M, run_T in pairs)
+
+    assert kept(moved.experts_NM) > kept(parts.experts_NM)
+    assert moved.experts_NM[:2].equal(parts.experts_NM[:2]) and moved.shared_S is parts.shared_S
+    everyone_F = torch.cat([moved.shared_S, moved.experts_NM.flatten()]).sort().values
+    assert everyone_F.equal(torch.arange(44))
+    assert (moved.experts_NM.diff(dim=1) > 0).all()
+    # The best of all balanced assignments: no exchange of two neurons would keep more.
+    free_NM = moved.experts_NM[2:]
+    for left, right in [(0, 1), (2, 7), (4, 5)]:
+        for a, b in itertools.product(range(4), range(4)):
+            other_NM = free_NM.clone()
+            other_NM[left, a], other_NM[right, b] = free_NM[right, b], free_NM[left, a]
+            swapped = torch.cat([moved.experts_NM[:2], other_NM])
+            assert kept(swapped) <= kept(moved.experts_NM) * (1 + 1e-6)

@@ -6,7 +6,7 @@ N routed experts, K active experts or marked neurons per token, M neurons of one
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -19,7 +19,12 @@ from cmoe_hf.modeling_cmoe import PIN_BIAS, CMoERouter
 from ..errors import CMoEError
 from ..source.architectures import Architecture
 from ..source.checkpoint import Source
-from .partition import Partition, partition_by_contributions, partition_by_marks
+from .partition import (
+    Partition,
+    partition_by_contributions,
+    partition_by_marks,
+    reassigned,
+)
 from .profile import (
     activation_rates,
     activations,
@@ -246,6 +251,21 @@ def chosen_experts(
     module.load_state_dict(router, strict=False)
     _, _, index_TK = module(x_TH)
     return index_TK
+
+
+def divide_for_router(
+    ffn: FFN, profile: Profile, config: CMoEConfig, recipe: Recipe
+) -> tuple[Partition, dict[str, torch.Tensor]]:
+    """Partition and router, made for one another in turns, by the recipe's rounds."""
+    sample = replace(profile, x_TH=profile.x_TH[: len(profile.h_TF)])
+    draft = replace(recipe, router_epochs=0)  # in the rounds it leads to better clusters, measured
+    parts = divide(ffn, profile, config, recipe)
+    is_static = parts.pinned == config.num_experts_per_tok
+    for _ in range(0 if is_static else recipe.reassignments):
+        router = build_router(ffn, profile, parts, config, draft)
+        run_TN = running_experts(router, sample, parts, config, draft)
+        parts = reassigned(parts, profile.h_TF, ffn.down_HF, run_TN)
+    return parts, build_router(ffn, profile, parts, config, recipe)
 
 
 @dataclass

@@ -137,6 +137,39 @@ def partition_by_contributions(
     return Partition(shared_S, routed_R[members_NM], None, iterations)
 
 
+def reassigned(
+    parts: Partition, h_TF: torch.Tensor, down_HF: torch.Tensor, run_TN: torch.Tensor
+) -> Partition:
+    """The routed neurons, each with the expert for whose tokens it writes most.
+
+    Clusters are made before there is a router, of what neurons have in common. Given a router,
+    what counts is what its choice keeps: the energy (h_j * ||w_down,j||)^2 of every neuron over the
+    tokens for which its expert runs. A balanced assignment makes its sum the largest.
+
+    Args:
+        parts: Who is routed; shared and pinned neurons stay.
+        h_TF: Hidden activations of the dense FFN.
+        down_HF: The dense down projection.
+        run_TN: True where a routed expert runs.
+    """
+    pinned_PM, free_NM = parts.experts_NM.tensor_split([parts.pinned])
+    if len(free_NM) < 2:
+        return parts
+    routed_R = free_NM.flatten().sort().values
+    kept_RN = h_TF.new_zeros(len(routed_R), len(free_NM))
+    batches = (tensor.split(CLUSTERING_TOKENS) for tensor in (h_TF, run_TN[:, parts.pinned :]))
+    for h_BF, run_BN in zip(*batches, strict=True):
+        kept_RN += h_BF[:, routed_R].square_().T @ run_BN.to(h_BF.dtype)
+    kept_RN *= down_HF.square().sum(dim=0)[routed_R].unsqueeze(1)
+    lost_RN = kept_RN.max(dim=1, keepdim=True).values - kept_RN
+    least = torch.finfo(torch.float32).tiny  # where nothing is written any experts are right
+    # Scaled: the solver's tolerance is absolute.
+    scaled_RN = (lost_RN / lost_RN.mean().clamp_min(least)).cpu().double().numpy()
+    label_R = torch.from_numpy(assign_balanced(scaled_RN))
+    members_NM = routed_R[label_R.argsort(stable=True).to(routed_R.device).view_as(free_NM)]
+    return parts._replace(experts_NM=torch.cat([pinned_PM, members_NM]))
+
+
 def split_by_score(
     score_F: torch.Tensor, shared: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -35,9 +35,8 @@ from .layer import (
     FFN,
     CarvedLayer,
     Profile,
-    build_router,
     dense_layer,
-    divide,
+    divide_for_router,
     layer_figures,
     overflowed,
     running_experts,
@@ -69,9 +68,8 @@ def carve_layer(
     sparse, down_HG, blocks = ffn, ffn.down_with_bias, None
     found: dict[str, Any] = {}
     with clock("partition"):
-        parts = divide(ffn, profile, config, recipe)
+        parts, router = divide_for_router(ffn, profile, config, recipe)
     with clock("router"):
-        router = build_router(ffn, profile, parts, config, recipe)
         run_TN = running_experts(router, profile, parts, config, recipe)
     with clock("refit"):
         if wanted_TH is not None and recipe.held_out_ridge:
@@ -104,7 +102,7 @@ def best_split(
     held: int,
     weight_T: torch.Tensor | None = None,
 ) -> dict[int, float]:
-    """Relative error on held-out tokens for each number of active experts that could be pinned.
+    """Relative error on held-out tokens with none of the active experts pinned, and with all.
 
     Routing adapts to the token, a fixed choice suits the refit better: which of them wins differs
     from layer to layer. Where all are pinned the layer is pruned, not routed.
@@ -114,10 +112,9 @@ def best_split(
     tokens = len(wanted_TH)
     seen = torch.arange(min(tokens - held, PROFILED_TOKENS))  # enough to tell one from another
     some = torch.cat([seen, torch.arange(tokens - held, tokens)])
-    for pinned in sorted({0, top_k // 2, top_k}):
+    for pinned in (0, top_k):
         trial = replace(recipe, pinned=pinned, routed_by="router")
-        parts = divide(ffn, profile, config, trial)
-        router = build_router(ffn, profile, parts, config, trial)
+        parts, router = divide_for_router(ffn, profile, config, trial)
         x_TH, weight_S = profile.x_TH[some], None if weight_T is None else weight_T[some]
         run_TN = running_experts(router, replace(profile, x_TH=x_TH), parts, config, trial)
         problem = (run_TN, x_TH, wanted_TH[some])

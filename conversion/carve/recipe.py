@@ -48,6 +48,9 @@ class Recipe:
     stream, so that a few massive tokens do not decide alone."""
     router_epochs: int = 0
     """Passes over the calibration tokens that train the linear router to rank the experts."""
+    reassignments: int = 0
+    """Rounds in which neurons move to the expert for whose tokens they write most, and the router
+    is made again. Not of a MoE that is carved again."""
     polish_epochs: int = 0
     """Passes over the calibration tokens that train the neurons of the carved layer, at most."""
     error_correction: bool = False
@@ -139,8 +142,10 @@ class Recipe:
             raise RequestError("a budget compares refitted layers: leave the refit on.")
         if self.polish_epochs and not self.held_out_ridge:
             raise RequestError("polish_epochs need held-out tokens: change held_out_ridge, too.")
-        if min(self.router_epochs, self.polish_epochs) < 0:
-            raise RequestError("the recipe's epochs cannot be negative.")
+        if self.reassignments and self.clusters != "contributions":
+            raise RequestError("reassignments need clusters of contributions: change both.")
+        if min(self.router_epochs, self.reassignments, self.polish_epochs) < 0:
+            raise RequestError("the recipe's epochs and rounds cannot be negative.")
         if min(self.max_iterations, self.router_ridge, self.refit_ridge) <= 0:
             raise RequestError("the recipe's max_iterations and ridges must be above 0.")
 
@@ -175,6 +180,7 @@ RECIPES: dict[str, Recipe] = {
         max_iterations=8,
         router="linear",
         router_epochs=4,
+        reassignments=8,
         competition="token",
         refit=True,
         held_out_ridge=True,

@@ -17,8 +17,8 @@ from ..errors import RequestError
 from ..source.architectures import ARCHITECTURES, Architecture
 from .recipe import Recipe
 
-FINEST = {0.4: 32, 1.0: 96}
-"""Up to a budget, experts at most where nobody says how many: as small as pays, measured."""
+FINEST = 96
+"""Experts at most where nobody says how many: as small as pays, measured."""
 DEEP, VERY_DEEP = 12, 24
 """Layers from which on the first one is worth its share of the budget as a dense one; and, of a
 budget above `AMPLE`, the first three and the last two."""
@@ -97,7 +97,7 @@ class Shape:
         cls, budget: float, layers: int, width: int, dense: Collection[int] | None
     ) -> tuple[Self, tuple[int, ...]]:
         """That runs at most a share `budget` of all neurons of `layers` FFNs of `width`, and the
-        layers that stay dense unless that is said. Three quarters of what runs is shared.
+        layers that stay dense unless that is said. Half of what runs is shared.
 
         Raises `RequestError`.
         """
@@ -105,8 +105,7 @@ class Shape:
             dense = (0,) if layers >= DEEP else ()
             if budget > AMPLE and layers >= VERY_DEEP:
                 dense = (0, 1, 2, layers - 2, layers - 1)
-        most = next((count for limit, count in FINEST.items() if budget <= limit), 2)
-        fitting = [count for count in range(2, most + 1) if width % (8 * count) == 0]
+        fitting = [count for count in range(2, FINEST + 1) if width % (8 * count) == 0]
         experts, running = max(fitting, default=1), 0
         if 0 < budget < 1 and len(dense) < layers:
             rest = (budget * layers - len(dense)) / (layers - len(dense))
@@ -116,7 +115,7 @@ class Shape:
                 f"--budget {budget:g} cannot be had in {layers} layers of {width} neurons of which "
                 f"{len(dense)} stay dense: say --experts, --shared and --active."
             )
-        active = -(-running // 4)
+        active = -(-running // 2)
         return cls(running - active, active, experts), tuple(dense)
 
     @property
