@@ -19,7 +19,7 @@ PYTEST := -m pytest -n $(JOBS) --dist loadfile
 LOWEST := $(VENV)-lowest
 NEWEST := $(VENV)-newest
 
-.PHONY: demo test thorough check lowest newest lint types lock clean
+.PHONY: demo test thorough check lowest newest lint types results docs dist lock clean
 
 demo: $(VENV)/installed
 	$(BIN)/cmoe demo
