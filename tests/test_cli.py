@@ -15,7 +15,7 @@ from cmoe_hf.conversion.cli import COMMANDS, app
 from cmoe_hf.conversion.cli.common import field_texts
 from cmoe_hf.conversion.demo import CALIBRATION
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "convert.md"
 SHAPE = ["--shared", "2", "--active", "2", "--experts", "8"]
 CHEAP = ["--calibration", str(CALIBRATION), "--samples", "4", "--sequence-length", "64"]
 
@@ -44,7 +44,7 @@ main()
     assert all(f" {name} " in printed for name in COMMANDS)
 
 
-def test_the_readme_says_of_the_options_what_the_command_says():
+def test_the_page_says_of_the_options_what_the_command_says():
     printed = " ".join(invoke("convert", "--help").stdout.replace("│", " ").split())
     rows = []
     for name, text in field_texts(Settings).items():
@@ -52,7 +52,7 @@ def test_the_readme_says_of_the_options_what_the_command_says():
         rows.append(f"| `{option}` | {text} |")
         assert option in printed
     table = "\n".join(rows)
-    assert table in README.read_text(encoding="utf-8"), f"README.md should say\n{table}"
+    assert table in PAGE.read_text(encoding="utf-8"), f"{PAGE.name} should say\n{table}"
 
 
 def test_convert_json_has_the_promised_keys(dense, tmp_path):

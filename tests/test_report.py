@@ -281,7 +281,7 @@ def test_bad_requests(plain, dense, tmp_path, monkeypatch, undrawn):
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: None if name == "matplotlib" else found(name)
     )
-    refused(invoke(folder, *QUICK), 2, "pip install 'cmoe-hf[report]'")
+    refused(invoke(folder, *QUICK), 2, "pip install '.[report]'")
     assert not list(dense.glob("*report*"))
 
 
