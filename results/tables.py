@@ -28,7 +28,7 @@ def names() -> list[str]:
 
 
 def read(name: str) -> dict[str, Any]:
-    """One table. Raises `ValueError` if a key is missing or unknown, or a row has another length."""
+    """One table. Raises `ValueError` for keys or rows that are not as CONTRIBUTING.md says."""
     table: dict[str, Any] = json.loads((Path(__file__).parent / f"{name}.json").read_text("utf-8"))
     part = "part_of" in table
     unknown = table.keys() - (OF_A_PART if part else NEEDED | OPTIONAL)

@@ -45,15 +45,22 @@ def application() -> typer.Typer:
     return app
 
 
+def say_version(wanted: bool) -> None:
+    """Print the version and stop, if asked to."""
+    if wanted:
+        print(f"cmoe-hf {version('cmoe-hf')}")
+        raise typer.Exit
+
+
 def before_all(
     show_version: Annotated[
-        bool, typer.Option("--version", is_eager=True, help="Say the version, and stop.")
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=say_version, help="Say the version, and stop."
+        ),
     ] = False,
 ) -> None:
     """What goes before any command."""
-    if show_version:
-        print(f"cmoe-hf {version('cmoe-hf')}")
-        raise typer.Exit
 
 
 def overview() -> typer.Typer:

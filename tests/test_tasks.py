@@ -308,7 +308,7 @@ def test_a_card_that_cannot_be_written_is_refused(copy, hub, what):
 
 def test_without_the_harness_the_extra_is_named(carved, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
-    refused(invoke(carved, *TOPICS), 2, 'pip install '.[eval]'')
+    refused(invoke(carved, *TOPICS), 2, "pip install '.[eval]'")
 
 
 def test_data_that_cannot_be_reached_is_a_failure(carved):
