@@ -24,7 +24,7 @@ DIST := $(VENV)-dist
 .PHONY: demo test thorough check lowest newest lint types results docs dist lock clean
 
 demo: $(VENV)/installed
-	$(BIN)/cmoe demo
+	$(BIN)/cmoe demo demo --overwrite
 
 # What a change is likely to break.
 test: $(VENV)/installed-dev

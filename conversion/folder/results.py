@@ -41,7 +41,7 @@ def results_folder(model: str | Path) -> Path:
     if not (folder / CARD_FILE).is_file():
         raise RequestError(f"{folder.name} has no {CARD_FILE} that --card could write into.")
     try:
-        _recorded(folder)
+        recorded(folder)
         ModelCard.load(folder / CARD_FILE)
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise RequestError(
@@ -77,7 +77,7 @@ def write_results(
         "versions": {**versions(), **libraries},
     }
     new = {(record["task"], record["metric"]): {**record, **circumstances} for record in records}
-    kept = [it for it in _recorded(folder) if (it["task"], it["metric"]) not in new]
+    kept = [it for it in recorded(folder) if (it["task"], it["metric"]) not in new]
     content = {"results": [*kept, *new.values()]}
     replace_file(folder / RESULTS_FILE, to_json(content, indent=2) + "\n")
 
@@ -115,7 +115,7 @@ def eval_result(record: dict[str, Any]) -> EvalResult:
     )
 
 
-def _recorded(folder: Path) -> list[dict[str, Any]]:
+def recorded(folder: Path) -> list[dict[str, Any]]:
     """The records that the folder has already."""
     path = folder / RESULTS_FILE
     if not path.is_file():
