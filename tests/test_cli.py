@@ -113,6 +113,10 @@ def test_a_missing_option_is_a_wrong_request(dense, tmp_path):
 def test_the_demo_compares_dense_and_carved_and_generates_a_line(tmp_path):
     result = invoke("demo", tmp_path / "demo")
     assert result.exit_code == 0, result.stderr
-    for phrase in ("dense", "carved S3A3E8", "perplexity", "chance 10.0%)", "generated:"):
+    page = tmp_path / "demo" / "report" / "index.html"
+    shapes = ("carved S3A3E8", "carved S2A2E8", "carved S1A1E8")
+    told = ("dense continues: The value", "S3A3E8 continues: The value", f"report: {page}\n")
+    for phrase in ("perplexity", *shapes, "chance 10.0%)", *told):
         assert phrase in result.stdout, result.stdout
+    assert page.is_file()
     assert (tmp_path / "demo" / "config.json").is_file()

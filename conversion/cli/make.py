@@ -97,7 +97,8 @@ def demo_command(
     }
     for name, told in last.items():
         if told:
-            Console().print(f"{name}: {told}", markup=False, highlight=False)
+            is_text = name.endswith("continues")  # a path is not to be broken
+            Console(soft_wrap=not is_text).print(f"{name}: {told}", markup=False, highlight=False)
 
 
 def drawn(folder: str) -> str:
@@ -106,7 +107,7 @@ def drawn(folder: str) -> str:
 
 
 def _demo_table(result: Demo) -> Table:
-    title = "A Llama of 0.9 million parameters, on text that it has not seen"
+    title = "perplexity on text that the model has not seen"
     columns = ("", "FFN runs", "perplexity", "more than dense")
     table = Table(*columns, title=title, title_justify="left")
     table.add_row("dense", "100 %", f"{result.dense_perplexity:.2f}", "")
