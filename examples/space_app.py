@@ -105,6 +105,7 @@ def build(carved_name: str, dense_name: str | None) -> gr.Blocks:
     carved, tokenizer = load(carved_name)
     dense = load(dense_name)[0] if dense_name else None
     layers, config = len(routers(carved)), carved.config
+    title = carved_name.rstrip("/").rpartition("/")[2]
 
     def answer(prompt: str, tokens: float, layer: float) -> tuple[Any, ...]:
         if not prompt.strip():
@@ -123,9 +124,9 @@ def build(carved_name: str, dense_name: str | None) -> gr.Blocks:
         ids, experts = chosen
         return drawn(tokenizer, ids, experts[int(layer)])
 
-    with gr.Blocks(title=carved_name) as page:
+    with gr.Blocks(title=title) as page:
         gr.Markdown(
-            f"# {carved_name}\nCarved to **{config.notation}**: "
+            f"# {title}\nCarved to **{config.notation}**: "
             f"{config.activation_ratio:.0%} of the FFN neurons run for a token."
         )
         prompt = gr.Textbox(label="Prompt", value="What is a river?", lines=2)

@@ -13,12 +13,16 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from picture import svg
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PICTURE = ROOT / "docs" / "trade-off.svg"
+"""Of the table that says which of its rows are drawn."""
 PLACE = re.compile(r"<!-- (results|rows): ([a-z0-9-]+) -->\n.*?<!-- end -->", re.DOTALL)
 NEEDED = {"title", "machine", "versions", "date", "columns", "rows"}
 OPTIONAL = {"command", "commit", "about", "readings", "level"}
-OF_A_PART = {"part_of", "about", "columns", "rows", "readings"}
+OF_A_PART = {"part_of", "about", "columns", "rows", "readings", "picture"}
 WIDTH = 110
 
 
@@ -111,6 +115,13 @@ def main() -> None:
             stale.append(path.relative_to(ROOT).as_posix())
             if not check:
                 path.write_text(written(page), encoding="utf-8")
+    for table in map(read, names()):
+        if "picture" in table:
+            drawing = svg(table["columns"], [table["rows"][row] for row in table["picture"]])
+            if not PICTURE.is_file() or PICTURE.read_text(encoding="utf-8") != drawing:
+                stale.append(PICTURE.name)
+                if not check:
+                    PICTURE.write_text(drawing, encoding="utf-8")
     if missing := sorted(set(names()) - shown):
         sys.exit(f"no page shows {', '.join(missing)}: add `<!-- results: NAME --><!-- end -->`.")
     if check and stale:
