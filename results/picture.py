@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 330, 60, 20, 250, 48
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 820, 330, 60, 20, 330, 48
 COLOURS = ("#0072b2", "#cc7000", "#7f7f7f", "#009e73", "#cc79a7")
 TICKS = (10, 20, 50, 100, 200, 500, 1000, 2000)
 

@@ -2,6 +2,7 @@
 """The command line: its keys, its streams, its configuration file."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,10 @@ def test_the_page_says_of_the_options_what_the_command_says():
         assert option in printed
     table = "\n".join(rows)
     assert table in PAGE.read_text(encoding="utf-8"), f"{PAGE.name} should say\n{table}"
+
+
+def test_the_version_is_said():
+    assert re.fullmatch(r"cmoe-hf \d+\.\d+\.\d+\n", invoke("--version").stdout)
 
 
 def test_convert_json_has_the_promised_keys(dense, tmp_path):
