@@ -18,11 +18,13 @@ PYTEST := -m pytest -n $(JOBS) --dist loadfile
 # Laid over the environment: another transformers and what it needs.
 LOWEST := $(VENV)-lowest
 NEWEST := $(VENV)-newest
+DOCS := $(VENV)-docs
+DIST := $(VENV)-dist
 
-.PHONY: demo test thorough check lowest newest lint types lock clean
+.PHONY: demo test thorough check lowest newest lint types results docs dist lock clean
 
 demo: $(VENV)/installed
-	$(BIN)/cmoe demo
+	$(BIN)/cmoe demo demo --overwrite
 
 # What a change is likely to break.
 test: $(VENV)/installed-dev
@@ -49,6 +51,26 @@ newest: $(VENV)/installed-dev
 	$(if $(PINS),$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check $(PINS))
 	$(NEWEST)/bin/python $(PYTEST) -m "library and not thorough" $(TESTS)
 
+# The tables of the pages, from results/*.json; tests/test_docs.py compares.
+results:
+	$(PYTHON) results/tables.py
+
+# A site of the pages, in build/site; a broken link fails.
+docs: $(DOCS)/installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
+	@echo "build/site/index.html"
+
+# A source archive, a wheel from it, and whether that works where only its dependencies are.
+dist: $(VENV)/installed-dev
+	rm -rf build/lib dist
+	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+	$(PYTHON) -m venv --clear $(DIST)
+	$(DIST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dist/*.whl
+	echo "$(abspath $(VENV))"/lib/python*/site-packages > $$(echo $(DIST)/lib/python*/site-packages)/locked.pth
+	cd dist && HF_HUB_OFFLINE=1 $(abspath $(DIST))/bin/cmoe --version
+	cd dist && HF_HUB_OFFLINE=1 $(abspath $(DIST))/bin/cmoe demo
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,6 +90,12 @@ $(VENV)/installed-dev: requirements/dev.txt $(VENV)/installed
 	$(LOCKED) requirements/dev.txt
 	touch $@
 
+$(DOCS)/installed: requirements/docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+	    --requirement requirements/docs.txt
+	touch $@
+
 $(LOWEST)/installed: requirements/lowest.txt $(VENV)/installed-dev
 	rm -rf $(LOWEST)
 	$(LOCKED) requirements/lowest.txt --target $(LOWEST)
@@ -77,10 +105,11 @@ $(LOWEST)/installed: requirements/lowest.txt $(VENV)/installed-dev
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
-	rm -f requirements/dev.txt requirements/demo.txt requirements/lowest.txt
+	rm -f requirements/dev.txt requirements/demo.txt requirements/lowest.txt requirements/docs.txt
 	$(COMPILE) pyproject.toml --extra dev --output-file requirements/dev.txt requirements/build.in
 	$(COMPILE) pyproject.toml --constraint requirements/dev.txt --output-file requirements/demo.txt \
 	    requirements/build.in
+	$(COMPILE) --group docs --output-file requirements/docs.txt
 	echo "transformers==5.16.0" | $(COMPILE) --output-file requirements/lowest.txt -
 
 COMPILE = .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 \
@@ -88,4 +117,4 @@ COMPILE = .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.1
     --excludes requirements/gpu.txt
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) .venv-lock build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(DOCS) $(DIST) .venv-lock build dist *.egg-info

@@ -12,3 +12,8 @@ class RequestError(CMoEError, ValueError):
     """The request was wrong and nothing was started; the command line exits with status 2."""
 
     exit_status = 2
+
+
+def missing(what: str, extra: str) -> RequestError:
+    """For a package of an extra that is not installed. There is no release on an index yet."""
+    return RequestError(f"{what}: `pip install '.[{extra}]'` in a checkout of cmoe-hf.")

@@ -20,7 +20,7 @@ from .carve.partition import CLUSTERING_TOKENS
 from .carve.recipe import Recipe
 from .carve.refit import RIDGES
 from .carve.settings import CALIBRATION_TOKENS, Settings, shard_bytes, with_settings
-from .carve.shape import carved_config, width_warning
+from .carve.shape import active_parameters, carved_config, width_warning
 from .device import DTYPES, best_seconds, find_device
 from .errors import RequestError
 from .folder.carried import Carried, carried
@@ -279,7 +279,6 @@ def estimate(prepared: Prepared, work: WorkFolder) -> Plan:
     source, config = prepared.source, prepared.config
     tokens, width = prepared.windows_WL.numel(), config.intermediate_size
     on_disk = prepared.settings.activations == "disk"
-    ffn = source.ffn_parameters * config.num_hidden_layers
     resident = psutil.Process().memory_info().rss
     peak = resident + memory_bytes(prepared, on_disk)
     available = resident + psutil.virtual_memory().available
@@ -298,8 +297,7 @@ def estimate(prepared: Prepared, work: WorkFolder) -> Plan:
         expert_width=config.moe_intermediate_size,
         routed_experts=config.num_experts,
         parameters=source.parameters,
-        active_parameters=source.parameters
-        - round(ffn * (config.num_parents - config.num_parents_per_tok * config.activation_ratio)),
+        active_parameters=active_parameters(source, config),
         activation_ratio=config.activation_ratio,
         calibration_tokens=tokens,
         refit_order=min(tokens, width) if prepared.recipe.refit else None,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ideas for a better carving, tried on single layers: the rows of RESULTS.md that are not built.
+"""Ideas for a better carving, tried on single layers: the rows of the results that are not built.
 
     python examples/compare_layers.py MODEL CALIBRATION_TEXT --layer 4 --layer 10 --layer 22
 

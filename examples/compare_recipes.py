@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reproduce the quality tables of RESULTS.md on a model and texts of your own.
+"""Reproduce the tables of quality in results/ on a model and texts of your own.
 
     python examples/compare_recipes.py MODEL CALIBRATION_TEXT TEXT [TEXT ...] --shape S1A1E8
     python examples/compare_recipes.py MODEL CALIBRATION_TEXT TEXT --shape S1A1E8 --table ablation

@@ -3,7 +3,7 @@
 
     python examples/continue_with_peft.py REPOSITORY OUT TEXT_FILE [STEPS]
 
-Needs `pip install "cmoe-hf[train]"`.
+Needs `pip install '.[train]'`.
 """
 
 import sys

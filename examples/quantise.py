@@ -3,7 +3,7 @@
 
     python examples/quantise.py REPOSITORY QUANTISED
 
-Needs torchao (`pip install "cmoe-hf[quantise]"`), and so does whoever loads the result; neither
+Needs torchao (`pip install '.[quantise]'`), and so does whoever loads the result; neither
 needs cmoe-hf. There, `from_pretrained(QUANTISED, trust_remote_code=True)` is all.
 """
 

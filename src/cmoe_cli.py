@@ -6,6 +6,8 @@ It lies beside the package because importing anything inside imports torch and t
 
 import sys
 from importlib import import_module
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -32,13 +34,33 @@ SUMMARIES = {
 
 def application() -> typer.Typer:
     """`cmoe`, still without commands."""
-    return typer.Typer(
+    app = typer.Typer(
         name="cmoe",
         help="Turn a dense language model into a sparse Mixture of Experts, without training.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
+    app.callback()(before_all)
+    return app
+
+
+def say_version(wanted: bool) -> None:
+    """Print the version and stop, if asked to."""
+    if wanted:
+        print(f"cmoe-hf {version('cmoe-hf')}")
+        raise typer.Exit
+
+
+def before_all(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=say_version, help="Say the version, and stop."
+        ),
+    ] = False,
+) -> None:
+    """What goes before any command."""
 
 
 def overview() -> typer.Typer:
@@ -51,6 +73,6 @@ def overview() -> typer.Typer:
 
 def main() -> None:
     """Entry point of the console command."""
-    if sys.argv[1:] in ([], ["--help"]):
+    if sys.argv[1:] in ([], ["--help"], ["--version"]):
         overview()()
     import_module("cmoe_hf.conversion.cli").main()

@@ -2,6 +2,7 @@
 """The command line: its keys, its streams, its configuration file."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from cmoe_hf.conversion.cli import COMMANDS, app
 from cmoe_hf.conversion.cli.common import field_texts
 from cmoe_hf.conversion.demo import CALIBRATION
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "convert.md"
 SHAPE = ["--shared", "2", "--active", "2", "--experts", "8"]
 CHEAP = ["--calibration", str(CALIBRATION), "--samples", "4", "--sequence-length", "64"]
 
@@ -44,7 +45,7 @@ main()
     assert all(f" {name} " in printed for name in COMMANDS)
 
 
-def test_the_readme_says_of_the_options_what_the_command_says():
+def test_the_page_says_of_the_options_what_the_command_says():
     printed = " ".join(invoke("convert", "--help").stdout.replace("│", " ").split())
     rows = []
     for name, text in field_texts(Settings).items():
@@ -52,7 +53,11 @@ def test_the_readme_says_of_the_options_what_the_command_says():
         rows.append(f"| `{option}` | {text} |")
         assert option in printed
     table = "\n".join(rows)
-    assert table in README.read_text(encoding="utf-8"), f"README.md should say\n{table}"
+    assert table in PAGE.read_text(encoding="utf-8"), f"{PAGE.name} should say\n{table}"
+
+
+def test_the_version_is_said():
+    assert re.fullmatch(r"cmoe-hf \d+\.\d+\.\d+\n", invoke("--version").stdout)
 
 
 def test_convert_json_has_the_promised_keys(dense, tmp_path):
@@ -113,6 +118,10 @@ def test_a_missing_option_is_a_wrong_request(dense, tmp_path):
 def test_the_demo_compares_dense_and_carved_and_generates_a_line(tmp_path):
     result = invoke("demo", tmp_path / "demo")
     assert result.exit_code == 0, result.stderr
-    for phrase in ("dense", "carved S3A3E8", "perplexity", "chance 10.0%)", "generated:"):
+    page = tmp_path / "demo" / "report" / "index.html"
+    shapes = ("carved S3A3E8", "carved S2A2E8", "carved S1A1E8")
+    told = ("dense continues: The value", "S3A3E8 continues: The value", f"report: {page}\n")
+    for phrase in ("perplexity", *shapes, "chance 10.0%)", *told):
         assert phrase in result.stdout, result.stdout
+    assert page.is_file()
     assert (tmp_path / "demo" / "config.json").is_file()

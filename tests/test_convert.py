@@ -113,13 +113,19 @@ def test_the_card_states_base_model_licence_and_measurements(dense_copy, carve):
     (dense_copy / "LICENSE.txt").write_text("terms")
     folder = carve(dense_copy)
     card = ModelCard.load(folder / "README.md")
-    data = card.data.to_dict()
+    data, config = card.data.to_dict(), AutoConfig.from_pretrained(folder)
     assert data["base_model"] == "copy"
     assert data["license"] == "llama2" and data["license_link"] == "LICENSE"
     assert data["library_name"] == "transformers"
     assert data["pipeline_tag"] == "text-generation"
     assert {"moe", "cmoe"} <= set(data["tags"])
-    assert "S2A2E8" in card.text and "50.0%" in card.text
+    whole = sum(
+        tensor.numel() for tensor in AutoModelForCausalLM.from_pretrained(dense_copy).parameters()
+    )
+    ffn = 3 * config.hidden_size * config.intermediate_size * config.num_hidden_layers
+    run = f"{(whole - ffn / 2) / 1000:.3g} k of {whole / 1000:.3g} k"
+    led = f"| not measured yet: `cmoe evaluate --baseline DENSE --card` | 50.0% | {run} |"
+    assert "S2A2E8" in card.text and led in card.text
     assert "trust_remote_code=True" in card.text
     assert (folder / "LICENSE.txt").read_text() == "terms"
     assert card.text.count("\n| 0 | 0.") == 1  # the measured error of layer 0

@@ -214,6 +214,54 @@ def test_the_card_is_left_alone_where_the_page_is_elsewhere(plain, tmp_path, und
     assert not (folder / "README.md").exists()
 
 
+@pytest.fixture(scope="module")
+def compared(plain, embedded, carve, tmp_path_factory):
+    """The page of two models beside the dense one. Read only."""
+    folder, other = plain[0], carve(embedded, (1, 1, 8))
+    target = tmp_path_factory.mktemp("compared") / "page"
+    beside = {"baseline": embedded, "compare": other, "rounds": 1, "output": target}
+    with pytest.MonkeyPatch.context() as patch:
+        record = {"task": "piqa", "metric": "acc_norm", "value": 0.61, "baseline_value": 0.68}
+        patch.setattr(
+            importlib.import_module("cmoe_hf.conversion.show.gains"),
+            "recorded",
+            lambda place: [record] if place.name == folder.name else [],
+        )
+        made = report(folder, figures=False, dtype="float32", **beside, **QUICK_ARGUMENTS)
+    return made, other
+
+
+def test_the_page_opens_with_what_was_gained_and_lost(compared, plain, embedded):
+    made, other = compared
+    assert made.figures == []
+    assert made.gains["columns"] == ["dense", f"{plain[0].name} S2A2E8", f"{other.name} S1A1E8"]
+    rows = {row["name"]: row["values"] for row in made.gains["rows"]}
+    measured = [
+        evaluate(model, text=HELD_OUT, sequence_length=LENGTH, windows=WINDOWS, dtype="float32")
+        for model in (embedded, plain[0], other)
+    ]
+    perplexities = [it.perplexity for it in measured]
+    assert rows["perplexity on 256 tokens of heldout.txt"] == pytest.approx(perplexities)
+    agreements = [it.router_oracle_agreement for it in measured]
+    assert rows["the router picks the oracle's experts"] == pytest.approx(agreements)
+    assert rows["piqa (acc_norm)"] == [0.68, 0.61, None]
+    assert all(speed > 0 for speed in rows["tokens a second, decoding one sequence"])
+    dense = AutoModelForCausalLM.from_pretrained(embedded)
+    ffn = sum(p.numel() for name, p in dense.named_parameters() if ".mlp." in name)
+    whole, two, one = rows["parameters run for a token"]
+    assert whole == dense.num_parameters()
+    routers = [2 * 4 * 7 * dense.config.hidden_size, 2 * 4 * 7 * dense.config.hidden_size]
+    for run, share, router in zip((two, one), (0.5, 0.25), routers, strict=True):
+        assert whole - (1 - share) * ffn < run < whole - (1 - share) * ffn + router
+
+
+def test_without_a_baseline_the_page_says_how_to_get_one(plain):
+    gains = data_of(plain[0] / "report" / "index.html")["gains"]
+    rows = {row["name"]: row["values"] for row in gains["rows"]}
+    assert len(gains["columns"]) == 2 and rows["perplexity on 256 tokens of heldout.txt"][0] is None
+    assert "tokens a second, decoding one sequence" not in rows
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_what_fails_leaves_the_earlier_report(plain, tmp_path, monkeypatch, error):
     folder = shutil.copytree(plain[0], tmp_path / "again")
@@ -265,6 +313,10 @@ def test_bad_requests(plain, dense, tmp_path, monkeypatch, undrawn):
         ([tmp_path], ["no config.json"]),
         ([dense, *QUICK], ["is not a carved model"]),
         ([folder, *QUICK, "--windows", 0], ["--windows is 0"]),
+        ([folder, *QUICK, "--rounds", -1], ["--rounds is -1"]),
+        ([folder, *QUICK, "--compare", dense], ["is not a carved model"]),
+        ([folder, *QUICK, "--baseline", folder], ["is carved itself"]),
+        ([folder, *QUICK, "--baseline", tmp_path / "absent"], ["neither a folder nor"]),
         ([folder, *QUICK, "--sequence-length", 1], ["at least 2 tokens"]),
         ([folder, *QUICK, "--sequence-length", 10**6], ["fewer than one window"]),
         ([folder, *QUICK, "--sample", long], ["--sample has", "at most 200"]),
@@ -281,7 +333,7 @@ def test_bad_requests(plain, dense, tmp_path, monkeypatch, undrawn):
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: None if name == "matplotlib" else found(name)
     )
-    refused(invoke(folder, *QUICK), 2, "pip install 'cmoe-hf[report]'")
+    refused(invoke(folder, *QUICK), 2, "pip install '.[report]'")
     assert not list(dense.glob("*report*"))
 
 
@@ -401,6 +453,22 @@ def page(plain):
 @pytest.fixture
 def data(page):
     return data_of(page)
+
+
+def test_the_table_of_gains_tells_gains_from_losses(browser, compared):
+    browser.open(REPORT.Path(compared[0].output), width=390)
+    rows = compared[0].gains["rows"]
+    names = browser.map("#gains tbody th", "e.textContent")
+    assert names == [row["name"] for row in rows]
+    ways = browser.map(
+        "#gains tbody tr", "[...e.querySelectorAll('small')].map((s) => s.className)"
+    )
+    told = dict(zip(names, ways, strict=True))
+    assert told["perplexity on 256 tokens of heldout.txt"] == ["lost", "lost"]
+    assert told["FFN neurons run"] == ["gained", "gained"]
+    assert told["piqa (acc_norm)"] == ["lost"] and told["size of the weights"] == []
+    assert "\u22127\u202fpoints, lost" in browser.one("#gains table").text
+    assert browser.run("document.documentElement.scrollWidth") <= 390
 
 
 def test_every_figure_shows_all_of_its_data(browser, page, data):

@@ -228,7 +228,8 @@ def test_the_card_tells_each_result_once_and_keeps_its_body(copy, dense, held_ou
         "pydoc_topics (0-shot, first 3 documents only)",
         "pydoc_plain (1-shot, first 3 documents only)",
     ]
-    perplexity = evaluate(copy, text=held_out, sequence_length=64, **options).perplexity
+    measured = evaluate(copy, text=held_out, sequence_length=64, **options)
+    perplexity, dense_perplexity = measured.perplexity, measured.baseline_perplexity
     topics, plain = evaluate_tasks(copy, **tasks).tasks
     text = "heldout.txt (windows of 64 tokens)"
     assert told(copy) == [
@@ -237,7 +238,9 @@ def test_the_card_tells_each_result_once_and_keeps_its_body(copy, dense, held_ou
         ("pydoc_plain", "pydoc_plain (1-shot)", "acc", plain.value),
     ]
     again = ModelCard.load(copy / "README.md")
-    assert again.text == card.text
+    led = f"| **{perplexity:.2f}** (dense {dense_perplexity:.2f}) on `heldout.txt` |"
+    unmeasured = "| not measured yet: `cmoe evaluate --baseline DENSE --card` |"
+    assert led in again.text and again.text.replace(led, unmeasured) == card.text
     before, after = card.data.to_dict(), again.data.to_dict()
     del after["model-index"]
     assert after == before
@@ -308,7 +311,7 @@ def test_a_card_that_cannot_be_written_is_refused(copy, hub, what):
 
 def test_without_the_harness_the_extra_is_named(carved, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
-    refused(invoke(carved, *TOPICS), 2, 'pip install "cmoe-hf[eval]"')
+    refused(invoke(carved, *TOPICS), 2, "pip install '.[eval]'")
 
 
 def test_data_that_cannot_be_reached_is_a_failure(carved):

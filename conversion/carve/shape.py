@@ -15,6 +15,7 @@ from cmoe_hf import CMoEConfig
 
 from ..errors import RequestError
 from ..source.architectures import ARCHITECTURES, Architecture
+from ..source.checkpoint import Source
 from .recipe import Recipe
 
 FINEST = 96
@@ -217,6 +218,13 @@ def parent_config(config: CMoEConfig, recipe: Recipe) -> CMoEConfig:
     active = config.num_experts_per_tok // config.num_parents_per_tok
     shape = Shape(config.num_shared, active, config.num_shared + routed)
     return carved_config(dense, ARCHITECTURES["llama"], shape, recipe)
+
+
+def active_parameters(source: Source, config: CMoEConfig) -> int:
+    """Parameters that run for a token: all but the neurons that do not."""
+    ffn = source.ffn_parameters * config.num_hidden_layers
+    run = config.num_parents_per_tok * config.activation_ratio
+    return source.parameters - round(ffn * (config.num_parents - run))
 
 
 def width_warning(config: CMoEConfig) -> str | None:

@@ -14,9 +14,10 @@ from rich.table import Table
 from ..carve.recipe import Recipe
 from ..carve.settings import MAX_SHARD_SIZE, Settings
 from ..convert import convert, resume
-from ..demo import demo
+from ..demo import HELD_OUT, Demo, demo
 from ..errors import RequestError
 from ..plan import Plan, plan
+from ..show.report import report
 from ..tune.recover import Recovery, recover, resume_recovery
 from ..tune.tuning import Tuning
 from .common import (
@@ -82,24 +83,42 @@ def demo_command(
             recipe=recipe,
             overwrite=overwrite,
         )
+        page = drawn(result.output) if result.output else None
+    print_result(result, as_json, lambda: _demo_table(result))
+    if as_json:
+        return
+    agreement = agreement_in_words(result.router_oracle_agreement, result.router_chance_agreement)
+    last = {
+        "router picks the oracle's experts": agreement,
+        "dense continues": result.generated_dense,
+        f"{result.notation} continues": result.generated,
+        "carved model": result.output or "gone; `cmoe demo OUT` keeps it and draws a report",
+        "report": page,
+    }
+    for name, told in last.items():
+        if told:
+            is_text = name.endswith("continues")  # a path is not to be broken
+            Console(soft_wrap=not is_text).print(f"{name}: {told}", markup=False, highlight=False)
 
-    def table() -> Table:
-        table = Table("", "dense", f"carved {result.notation}", title="held-out text")
-        table.add_row(
-            "perplexity", f"{result.dense_perplexity:.2f}", f"{result.carved_perplexity:.2f}"
-        )
-        table.add_row("FFN neurons run per token", "100 %", f"{result.activation_ratio:.0%}")
-        table.add_row(
-            "router picks the oracle's experts",
-            "",
-            agreement_in_words(result.router_oracle_agreement, result.router_chance_agreement),
-        )
-        table.caption = f"carved model: {result.output}" if result.output else None
-        return table
 
-    print_result(result, as_json, table)
-    if not as_json:
-        Console().print(f"generated: {result.generated}", markup=False, highlight=False)
+def drawn(folder: str) -> str:
+    """The page of a report about the demo's model, without PNG files: they need an extra."""
+    return report(folder, text=HELD_OUT, windows=8, figures=False).output
+
+
+def _demo_table(result: Demo) -> Table:
+    title = "perplexity on text that the model has not seen"
+    columns = ("", "FFN runs", "perplexity", "more than dense")
+    table = Table(*columns, title=title, title_justify="left")
+    table.add_row("dense", "100 %", f"{result.dense_perplexity:.2f}", "")
+    for point in result.shapes:
+        table.add_row(
+            f"carved {point.notation}",
+            f"{point.activation_ratio:.0%}".replace("%", " %"),
+            f"{point.perplexity:.2f}",
+            f"{point.perplexity / result.dense_perplexity - 1:.0%}".replace("%", " %"),
+        )
+    return table
 
 
 @with_options(Settings)

@@ -27,17 +27,27 @@ from .common import (
 
 def report_command(
     model: Annotated[str, typer.Argument(help="Folder of a carved model.")],
+    baseline: Annotated[
+        str | None, typer.Option(help="The dense model: its perplexity, and the speed of both.")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Another carved model of the same source, side by side.")
+    ] = None,
     text: Annotated[
         str, typer.Option(help="Text file, wikitext2, c4 or a Hub data set to watch it on.")
     ] = "wikitext2",
     sequence_length: SequenceLength = None,
     windows: Annotated[int, typer.Option(help="Windows of the text, from its beginning.")] = 16,
+    rounds: Annotated[
+        int, typer.Option(help="Timed runs, dense and carved in turn; 0 for none.")
+    ] = 5,
     sample: Annotated[
         str | None, typer.Option(help="A sentence to follow through the experts.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for the page; default report in the model's.")
     ] = None,
+    figures: Annotated[bool, typer.Option(help="Draw PNG files beside the page.")] = True,
     card: Annotated[
         bool, typer.Option(help="Show two of the figures in the model's README.md.")
     ] = True,
@@ -53,11 +63,15 @@ def report_command(
     with reporting(debug):
         result = report(
             model,
+            baseline=baseline,
+            compare=compare,
             text=text,
             sequence_length=sequence_length,
             windows=windows,
+            rounds=rounds,
             sample=sample,
             output=output,
+            figures=figures,
             card=card,
             dtype=dtype,
             device=device,

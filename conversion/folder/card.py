@@ -8,17 +8,21 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from cmoe_hf import CMoEConfig, CMoEHierarchicalConfig
+from cmoe_hf.modeling_cmoe import TESTED
 
+from ..carve.shape import active_parameters
 from ..source.checkpoint import Source
 
 CARD_FILE = "README.md"
 _BODY = """\
 # {title}
 
-[{base}]({base_link}) carved into a sparse Mixture of Experts of shape **{notation}**: of
-{experts} experts, {shared} shared ones always run and a router picks {active} of the other
-{routed} for every token. {activation:.1%} of the FFN neurons run (FFN sparsity {sparsity:.1%}).
-Carving rearranges the neurons of the dense model and drops none.{dense}{refitted}{split}
+{headline}
+
+[{base}]({base_link}) carved into a sparse Mixture of Experts of shape **{notation}**: {experts}
+experts, {shared} of them shared and always running, and a router that picks {active} of the other
+{routed} for every token (FFN sparsity {sparsity:.1%}). Carving rearranges the neurons of the dense
+model and drops none.{dense}{refitted}{split}
 {untrained}
 {parents}
 
@@ -49,8 +53,8 @@ tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)
 
 {measured}
 
-Perplexity is not measured by the conversion: run `cmoe evaluate` on this repository with
-`--baseline` and the dense model. Per-layer figures are in `conversion.json`.
+Per-layer figures are in `conversion.json`; perplexity and tasks, if they were measured, in
+`evaluation.json`.
 
 ## Licence
 
@@ -95,13 +99,21 @@ _REFITTED = " Their down projections were\nrefitted to the calibration text by l
 
 _CODE = """\
 `trust_remote_code=True` runs the two Python files of this repository. They use no network, no files
-and no other process. With `pip install cmoe-hf` and `import cmoe_hf` it is not needed.
+and no other process. Where cmoe-hf is installed, `import cmoe_hf` makes it unnecessary. Tested with
+transformers {lowest} to {newest}; under whatever is installed, `cmoe verify` says whether the model
+still computes what it did when it was made.
 
 | file | SHA-256 |
 |---|---|
 {rows}"""
 
-FIGURES, CODE = "cmoe report", "remote code"
+_HEADLINE = """\
+| perplexity | FFN neurons run for a token | parameters run for a token |
+|---|---|---|
+| {perplexity} | {activation:.1%} | {active} of {parameters} |"""
+_UNMEASURED = "not measured yet: `cmoe evaluate --baseline DENSE --card`"
+
+HEADLINE, FIGURES, CODE = "headline", "cmoe report", "remote code"
 """Sections that can be replaced: comments around them bear these names."""
 
 _NO_LICENCE = "The source states no licence; its terms, whatever they are, apply to this model."
@@ -169,6 +181,8 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
     parsed = parsed_card(card)
     parsed.data.eval_results = None
     card = without_section(str(parsed), FIGURES)
+    perplexity = f"{result['perplexity_after']:.2f} on `{report['text']}`"
+    card = with_perplexity(card, f"{perplexity}, {result['perplexity_before']:.2f} before recovery")
     card = card.replace(_UNTRAINED, _TRAINED).replace(_POLISHED, f"{_POLISHED} {_TRAINED}")
     card = renewed_card(card, code)
     return _before_licence(card, section)
@@ -185,6 +199,7 @@ def native_card(card: str, architecture: str, difference: float, *, refitted: bo
         difference=difference,
         refitted=_REFITTED_ROUTER if refitted else "",
     )
+    card = with_perplexity(card, _UNMEASURED)
     return _before_licence(card.replace(", trust_remote_code=True", ""), section)
 
 
@@ -224,9 +239,17 @@ def without_section(card: str, name: str) -> str:
     return around[0].rstrip("\n") + "\n" + around[1] if around else card
 
 
+def with_perplexity(card: str, told: str) -> str:
+    """The card with another perplexity in its first table, if it has that."""
+    begin, end = map(re.escape, marked(HEADLINE))
+    table = rf"({begin}.*\n)\| [^|]* (\|[^\n]*\s*{end})"
+    return re.sub(table, lambda found: f"{found[1]}| {told} {found[2]}", card, flags=re.DOTALL)
+
+
 def code_section(code: Mapping[str, str]) -> str:
-    """What the Python files are, and their hashes."""
-    return _CODE.format(rows="\n".join(f"| `{name}` | `{code[name]}` |" for name in code))
+    """What the Python files are, their hashes, and what they were tested with."""
+    rows = "\n".join(f"| `{name}` | `{code[name]}` |" for name in code)
+    return _CODE.format(rows=rows, lowest=TESTED[0], newest=TESTED[1])
 
 
 def renewed_card(card: str, code: Mapping[str, str]) -> str:
@@ -268,7 +291,14 @@ def model_card(
         **licence,
     )
     routed, kept = config.num_experts // config.num_parents, config.dense_layers
+    headline = _HEADLINE.format(
+        perplexity=_UNMEASURED,
+        activation=config.activation_ratio,
+        active=in_words(active_parameters(source, config)),
+        parameters=in_words(source.parameters),
+    )
     return f"---\n{data.to_yaml()}\n---\n\n" + _BODY.format(
+        headline=with_section("", HEADLINE, headline).strip(),
         code=with_section("", CODE, code_section(code)).strip(),
         parents=_parents(config) if isinstance(config, CMoEHierarchicalConfig) else "",
         notation=config.notation,
@@ -277,12 +307,19 @@ def model_card(
         active=config.num_experts_per_tok // config.num_parents_per_tok,
         routed=routed,
         experts=config.num_shared + routed,
-        activation=config.activation_ratio,
         sparsity=1 - config.activation_ratio,
         **_provenance(source, report),
         measured=_measured(config, report["layers"]),
         licence=_licence_sentence(licence),
     )
+
+
+def in_words(count: int) -> str:
+    """A number of parameters, to three digits: 135 M."""
+    for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g} {letter}"
+    return str(count)
 
 
 def _parents(config: CMoEHierarchicalConfig) -> str:

@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard
 from ..device import versions
 from ..errors import RequestError
 from ..source.checkpoint import find_model
-from .card import CARD_FILE
+from .card import CARD_FILE, with_perplexity
 from .paths import replace_file
 from .strict import to_json
 
@@ -41,7 +41,7 @@ def results_folder(model: str | Path) -> Path:
     if not (folder / CARD_FILE).is_file():
         raise RequestError(f"{folder.name} has no {CARD_FILE} that --card could write into.")
     try:
-        _recorded(folder)
+        recorded(folder)
         ModelCard.load(folder / CARD_FILE)
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise RequestError(
@@ -77,7 +77,7 @@ def write_results(
         "versions": {**versions(), **libraries},
     }
     new = {(record["task"], record["metric"]): {**record, **circumstances} for record in records}
-    kept = [it for it in _recorded(folder) if (it["task"], it["metric"]) not in new]
+    kept = [it for it in recorded(folder) if (it["task"], it["metric"]) not in new]
     content = {"results": [*kept, *new.values()]}
     replace_file(folder / RESULTS_FILE, to_json(content, indent=2) + "\n")
 
@@ -86,7 +86,18 @@ def write_results(
     told = [it for it in told if (it.dataset_type, it.metric_type) not in new]
     card.data.eval_results = [*told, *map(eval_result, new.values())]
     card.data.model_name = card.data.model_name or folder.resolve().name
-    replace_file(folder / CARD_FILE, str(card))
+    text = str(card)
+    for record in new.values():
+        if record["metric"] == "perplexity":
+            text = with_perplexity(text, perplexity_in_words(record))
+    replace_file(folder / CARD_FILE, text)
+
+
+def perplexity_in_words(record: dict[str, Any]) -> str:
+    """A measured perplexity for the card's first table, beside the dense model's."""
+    dense = record.get("baseline_value")
+    beside = "" if dense is None else f" (dense {dense:.2f})"
+    return f"**{record['value']:.2f}**{beside} on `{record['task']}`"
 
 
 def eval_result(record: dict[str, Any]) -> EvalResult:
@@ -104,7 +115,7 @@ def eval_result(record: dict[str, Any]) -> EvalResult:
     )
 
 
-def _recorded(folder: Path) -> list[dict[str, Any]]:
+def recorded(folder: Path) -> list[dict[str, Any]]:
     """The records that the folder has already."""
     path = folder / RESULTS_FILE
     if not path.is_file():

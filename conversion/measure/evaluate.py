@@ -107,11 +107,7 @@ def evaluate(
     if baseline is not None:
         del carved  # one model in memory at a time
         dense, other = load_model(baseline, dtype, where, trust_remote_code)
-        if other.get_vocab() != tokenizer.get_vocab():
-            raise RequestError(
-                f"{baseline} has another vocabulary than {model}: their perplexities cannot be "
-                "compared. Give the model that was carved as the baseline."
-            )
+        check_same_vocabulary(baseline, other, tokenizer)
         check_vocabulary(windows_WL, dense.config.vocab_size)
         baseline_perplexity = perplexity(dense, windows_WL, description="baseline")
     result = Evaluation(
@@ -128,6 +124,17 @@ def evaluate(
         record = perplexity_record(result, text)
         write_results(folder, [record], baseline=baseline, dtype=dtype, device=where)
     return result
+
+
+def check_same_vocabulary(
+    other: str | Path, theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase
+) -> None:
+    """Raises `RequestError` if the perplexities of two models cannot be compared."""
+    if theirs.get_vocab() != ours.get_vocab():
+        raise RequestError(
+            f"{other} has another vocabulary: the perplexities cannot be compared. Give a model "
+            "of the same source."
+        )
 
 
 def text_windows(

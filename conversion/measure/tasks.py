@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from ..device import check_dtype, find_device
-from ..errors import CMoEError, RequestError
+from ..errors import CMoEError, RequestError, missing
 from ..folder.results import results_folder, write_results
 from ..source.checkpoint import find_model
 from ..source.loading import load_model
@@ -150,7 +150,7 @@ def evaluate_tasks(
 def check_harness() -> None:
     """Raises `RequestError` if the harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise RequestError('tasks need lm_eval: pip install "cmoe-hf[eval]".')
+        raise missing("tasks need lm_eval", "eval")
 
 
 def check_numbers(*, few_shot: int | None, limit: int | None, batch_size: int) -> None:

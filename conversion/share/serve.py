@@ -15,7 +15,7 @@ from transformers.utils.import_utils import is_serve_available
 
 import cmoe_hf
 
-from ..errors import RequestError
+from ..errors import RequestError, missing
 from ..source.checkpoint import load_tokenizer
 from ..source.loading import model_folder
 
@@ -35,7 +35,7 @@ def serve(model: str | Path, options: Sequence[str] = ()) -> None:
         CMoEError: The Hub cannot be reached.
     """
     if not is_serve_available():
-        raise RequestError("serving needs more packages: pip install 'cmoe-hf[serve]'.")
+        raise missing("serving needs more packages", "serve")
     if "@" in str(model):
         raise RequestError(f"{model}: the server takes what follows an @ for a revision.")
     folder, name = model_folder(model)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import RequestError, missing
 from ..measure.benchmark import Benchmark
 from ..measure.timing import LABELS
 
@@ -40,7 +40,7 @@ Data = dict[str, Any]
 def check_drawing(what: str) -> None:
     """Raises `RequestError` if `what`, for example "a report", cannot be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise RequestError(f"{what} needs matplotlib: pip install 'cmoe-hf[report]'.")
+        raise missing(f"{what} needs matplotlib", "report")
 
 
 def draw_figures(data: Data, folder: Path) -> list[str]:

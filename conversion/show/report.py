@@ -9,7 +9,8 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,23 @@ from ..errors import CMoEError, RequestError
 from ..folder.card import CARD_FILE, FIGURES, with_section
 from ..folder.paths import replace_file
 from ..folder.strict import to_json
-from ..measure.evaluate import text_windows
+from ..measure.evaluate import check_same_vocabulary, text_windows
 from ..measure.routing import check_flat, sparse_blocks
 from ..source.calibration import tokenize
 from ..source.checkpoint import fetch_model, find_model
 from ..source.loading import load_model
 from ..source.texts import open_text
 from .figures import FILES, check_drawing, draw_figures
+from .gains import (
+    Figures,
+    Loaded,
+    Loader,
+    decoding_speed,
+    dense_perplexity,
+    figures_of,
+    gains,
+    recorded_results,
+)
 from .observe import Observation, observe, observe_sample, token_texts
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "report.html"
@@ -59,16 +70,22 @@ class Report:
     perplexity: float
     tokens: int
     """Tokens that the model was watched on."""
+    gains: dict[str, Any]
+    """The table that the page opens with: names of the columns, and rows of values."""
 
 
 def report(
     model: str | Path,
     *,
+    baseline: str | Path | None = None,
+    compare: str | Path | None = None,
     text: str | Path = "wikitext2",
     sequence_length: int | None = None,
     windows: int = 16,
+    rounds: int = 5,
     sample: str | None = None,
     output: str | Path | None = None,
+    figures: bool = True,
     dtype: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -78,12 +95,16 @@ def report(
 
     Args:
         model: Folder of a carved model, or a Hub id if `output` is given.
+        baseline: The dense model: its perplexity on the same text, and the speed of both.
+        compare: Another carved model of the same source, for the table of gains and losses.
         text: Text file, `wikitext2`, `c4` or a Hub data set (their test parts).
         sequence_length: Window length in tokens, default 2,048 or the model's context.
         windows: Windows of the text to run, from its beginning.
+        rounds: Timed runs of dense and carved decoding, in turn; 0 for none.
         sample: A sentence whose way through the experts the page shows, at most 200 tokens.
         output: Folder of the page, default `report` in the model's folder. One that holds an
             earlier report is replaced.
+        figures: Draw the PNG files, which need the extra `[report]`; the page does not.
         dtype, device, trust_remote_code: See `evaluate`.
         card: Show two of the figures in the model's README.md; only without `output`.
 
@@ -91,26 +112,29 @@ def report(
         RequestError: The request cannot be satisfied; nothing was written.
         CMoEError: A model or text cannot be reached, yields NaN, or the page cannot be written.
     """
-    check_drawing("a report")
+    if figures:
+        check_drawing("a report")
     check_dtype(dtype)
     where = find_device(device)
-    if windows < 1:
-        raise RequestError(f"--windows is {windows}; it must be at least 1.")
+    for option, count, least in (("windows", windows, 1), ("rounds", rounds, 0)):
+        if count < least:
+            raise RequestError(f"--{option} is {count}; it must be at least {least}.")
     folder, name, commit = find_model(model)
-    check_flat(folder)
-    if commit is not None:
-        if output is None:
-            raise RequestError(f"{name} is on the Hub: give --output, the folder for the page.")
-        folder = fetch_model(name, commit)
-    conversion = read_conversion(folder)
+    if commit is not None and output is None:
+        raise RequestError(f"{name} is on the Hub: give --output, the folder for the page.")
+    given = [model] if compare is None else [model, compare]
+    places = [look_up(each) for each in given]
+    for other in (baseline, compare):
+        if other is not None:
+            find_model(other)
     opened = open_text(text, part="test")
     target = folder / "report" if output is None else Path(output).expanduser()
+    load = partial(load_model, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
     with fresh_folder(target.absolute()) as new:
-        carved, tokenizer = load_model(model, dtype, where, trust_remote_code)
-        if not sparse_blocks(carved):
-            raise RequestError(f"{model} is not a carved model: there is nothing to show.")
+        carved, tokenizer = load_carved(load, model)
         windows_WL = text_windows(carved, tokenizer, opened, sequence_length, windows)
         ids_T = sample_ids(carved, tokenizer, SAMPLE if sample is None else sample)
+        observation = observe(carved, windows_WL)
         measured = {
             "text": opened.name,
             "tokens": windows_WL.numel(),
@@ -120,20 +144,90 @@ def report(
         }
         data = {
             "model": {"name": name, **describe_model(carved)},
-            "source": describe_source(conversion),
+            "source": describe_source(places[0].conversion),
             "measured": measured,
             "versions": versions(),
-            **describe_observation(observe(carved, windows_WL), conversion),
+            **describe_observation(observation, places[0].conversion),
             "sample": {
                 "tokens": token_texts(tokenizer, ids_T),
                 "layers": [asdict(layer) for layer in observe_sample(carved, ids_T)],
             },
         }
-        figures = write_page(data, new)
+        known = [places[0].figures(carved, observation)]
+        del carved  # one model in memory at a time
+        if compare is not None:
+            known.append(other_figures(load, compare, places[1], tokenizer, windows_WL))
+        dense = None
+        if baseline is not None:
+            dense = dense_perplexity(load, baseline, tokenizer, windows_WL)
+        if baseline is not None and rounds:
+            time = partial(
+                decoding_speed,
+                baseline=baseline,
+                rounds=rounds,
+                dtype=dtype,
+                device=device,
+                trust_remote_code=trust_remote_code,
+            )
+            known = [replace(it, speed=time(one)) for it, one in zip(known, given, strict=True)]
+        data["gains"] = gains(known, dense, f"{measured['tokens']:,} tokens of {opened.name}")
+        drawn = write_page(data, new, figures)
     if card and output is None:
-        show_in_card(folder / CARD_FILE, figures, measured)
+        show_in_card(folder / CARD_FILE, drawn, measured)
     page, tokens = str(target / PAGE), windows_WL.numel()
-    return Report(output=page, figures=figures, perplexity=data["perplexity"], tokens=tokens)
+    return Report(
+        output=page,
+        figures=drawn,
+        perplexity=known[0].perplexity,
+        tokens=tokens,
+        gains=data["gains"],
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """A carved model before it is loaded: where it is, its name, what its conversion noted."""
+
+    folder: Path
+    name: str
+    conversion: dict[str, Any]
+
+    def figures(self, model: PreTrainedModel, observation: Observation) -> Figures:
+        """What is known of it."""
+        described = describe_observation(observation, self.conversion)["layers"]
+        errors = [layer["relative_output_error"] for layer in described]
+        return figures_of(self.name, self.folder, model, observation, errors)
+
+
+def look_up(model: str | Path) -> Place:
+    """Find a carved model and read what is beside its weights. Raises `RequestError`."""
+    folder, name, commit = find_model(model)
+    check_flat(folder)
+    if commit is not None:
+        folder = fetch_model(name, commit)
+    recorded_results(folder)
+    return Place(folder, name, read_conversion(folder))
+
+
+def load_carved(load: Loader, model: str | Path) -> Loaded:
+    """The model and its tokenizer. Raises `RequestError` if it is not carved."""
+    carved, tokenizer = load(model)
+    if not sparse_blocks(carved):
+        raise RequestError(f"{model} is not a carved model: there is nothing to show.")
+    return carved, tokenizer
+
+
+def other_figures(
+    load: Loader,
+    model: str | Path,
+    place: Place,
+    tokenizer: PreTrainedTokenizerBase,
+    windows_WL: torch.Tensor,
+) -> Figures:
+    """Of the model to compare with, on the same windows. Raises `RequestError`."""
+    carved, theirs = load_carved(load, model)
+    check_same_vocabulary(model, theirs, tokenizer)
+    return place.figures(carved, observe(carved, windows_WL))
 
 
 def sample_ids(
@@ -246,11 +340,11 @@ def is_replaceable(folder: Path) -> bool:
     return not names or (ours and names <= {PAGE, *FILES})
 
 
-def write_page(data: dict[str, Any], folder: Path) -> list[str]:
+def write_page(data: dict[str, Any], folder: Path, figures: bool) -> list[str]:
     """Write the page and draw the figures; return their names."""
     try:
         (folder / PAGE).write_text(page(data), encoding="utf-8")
-        return draw_figures(data, folder)
+        return draw_figures(data, folder) if figures else []
     except OSError as error:
         raise CMoEError(f"cannot write the report: {error.strerror}.") from error
 

@@ -32,7 +32,7 @@ from transformers import (
 
 from cmoe_hf.modeling_cmoe import PIN_LIMIT, CMoERouter, ExpertsLoop
 
-from ..errors import CMoEError, RequestError
+from ..errors import CMoEError, RequestError, missing
 from ..measure.routing import active_routers, count_loads
 from ..source.architectures import architecture_of
 
@@ -118,9 +118,7 @@ class Tuning:
 def check_peft() -> None:
     """Refuse to start without the extra. Raises `RequestError`."""
     if importlib.util.find_spec("peft") is None:
-        raise RequestError(
-            'fine-tuning needs PEFT: install it with `pip install "cmoe-hf[train]"`.'
-        )
+        raise missing("fine-tuning needs PEFT", "train")
 
 
 def check_sharding() -> None:

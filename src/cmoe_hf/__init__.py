@@ -50,7 +50,7 @@ for config, decoder, causal in FAMILIES:
     decoder.register_for_auto_class("AutoModel")
     causal.register_for_auto_class("AutoModelForCausalLM")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FAMILIES",

@@ -456,7 +456,7 @@ def cmoe_experts_forward(
 def fastest_backend(experts: ExpertsLoop, tokens: int, top_k: int) -> str:
     """Name of the fastest way to run `top_k` experts for each of `tokens` tokens.
 
-    The limits were measured on CPUs, see RESULTS.md of cmoe-hf. They depend on shapes and types
+    The limits were measured on CPUs, see results/ of cmoe-hf. They depend on shapes and types
     only, so that a compiler can decide while it traces.
     """
     weight_NHM, pairs = experts.down_proj, tokens * top_k
