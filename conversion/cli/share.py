@@ -10,9 +10,9 @@ from ..carve.settings import MAX_SHARD_SIZE
 from ..share.export import export
 from ..share.publish import publish
 from ..share.serve import serve
+from ..share.targets import TARGETS
 from ..share.upgrade import upgrade
 from ..share.verify import verify
-from ..source.architectures import EXPORTS
 from .common import (
     Debug,
     Json,
@@ -29,9 +29,9 @@ from .common import (
 def export_command(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a carved model.")],
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    architecture: Annotated[
+    to: Annotated[
         str | None,
-        typer.Option(help=f"{' or '.join(EXPORTS)}; default by family."),
+        typer.Option(help=f"{', '.join(TARGETS)}; default the most faithful that fits."),
     ] = None,
     refit_router: Annotated[
         str | None,
@@ -49,7 +49,7 @@ def export_command(
         result = export(
             model,
             out,
-            architecture=architecture,
+            to=to,
             refit_router=refit_router,
             samples=samples,
             sequence_length=sequence_length,
@@ -58,6 +58,7 @@ def export_command(
         )
     rows = {
         "output": result.output,
+        "chosen because": result.reason,
         "largest difference of the logits": f"{result.max_abs_logit_difference:.2g} "
         f"in {result.dtype}",
         "tokens routed alike": f"{result.routing_agreement:.2%}",
