@@ -4,7 +4,8 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from cmoe_hf import CMoEConfig
+from transformers import PreTrainedConfig
+
 from cmoe_hf.modeling_cmoe import PIN_LIMIT, attention_types
 
 from ..source.architectures import Architecture
@@ -28,10 +29,10 @@ UNDONE_BY = {"balance": "--bias-speed 0", "scale": "--router-learning-rate 0"}
 """With what option of `recover` a model does without."""
 
 
-def needs_of(config: CMoEConfig, row: Architecture, folder: Path) -> set[str]:
+def needs_of(config: PreTrainedConfig, row: Architecture, folder: Path) -> set[str]:
     """Names from `NEEDS`, from the configuration and the few tensors that decide."""
     needs = {*(row.differs or ())}
-    if config.shared_expert_intermediate_size:
+    if getattr(config, "shared_expert_intermediate_size", 0):
         needs.add("shared")
     if "sliding_attention" in attention_types(config):
         needs.add("window")
@@ -40,9 +41,9 @@ def needs_of(config: CMoEConfig, row: Architecture, folder: Path) -> set[str]:
     return needs | dense_needs(config) | trained_needs(folder)
 
 
-def dense_needs(config: CMoEConfig) -> set[str]:
-    """Where dense layers lie."""
-    dense = {*(config.dense_layers or [])}
+def dense_needs(config: PreTrainedConfig) -> set[str]:
+    """Where dense layers lie between carved ones."""
+    dense = {*(getattr(config, "dense_layers", None) or [])}
     carved = [index for index in range(config.num_hidden_layers) if index not in dense]
     places = {
         "leading": any(index < carved[0] for index in dense),

@@ -29,6 +29,8 @@ class Made:
     factor: float = 1.0
     interleaved: int = 0
     """Heads of which the two halves are interleaved: rotary embeddings that turn neighbours."""
+    precise: bool = False
+    """Whether it stays float32 whatever the others become."""
 
     @classmethod
     def of(cls, *parts: Stored | torch.Tensor, **changes: Any) -> Self:
