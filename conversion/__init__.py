@@ -11,6 +11,7 @@ from .measure.evaluate import Evaluation, evaluate
 from .measure.tasks import TaskEvaluation, TaskResult, evaluate_tasks
 from .plan import Plan, plan
 from .share.export import Export, export
+from .share.gguf_file import GGUFFile, export_gguf
 from .share.publish import Publication, publish
 from .share.serve import serve
 from .share.upgrade import Upgrade, upgrade
@@ -28,6 +29,7 @@ __all__ = [
     "Demo",
     "Evaluation",
     "Export",
+    "GGUFFile",
     "Plan",
     "Publication",
     "Recipe",
@@ -47,6 +49,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "export",
+    "export_gguf",
     "plan",
     "publish",
     "recover",

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from cmoe_hf import CMoEConfig, CMoEHierarchicalConfig
@@ -114,10 +114,7 @@ def export(
     work.check({"the carved model": folder, "the calibration text": text_file(refit_router)})
     routers = None
     if refit_router is not None:
-        ids = read_tokens(open_text(refit_router), tokenizer, config.vocab_size).ids
-        length = window_length(config, sequence_length)
-        windows_WL = random_windows(ids, samples=samples, length=length, seed=0)
-        routers = fitted_routers(folder, windows_WL)
+        routers = fitted_routers(folder, config, tokenizer, refit_router, samples, sequence_length)
     with ExportFolder.create(output, {"model": name}, overwrite=overwrite) as work:
         write_shards(made_tensors(folder, config, target, routers), work, limit)
         native.save_pretrained(work.folder)
@@ -198,8 +195,18 @@ def choose_target(
     return fitting[0], "; ".join([f"it scores experts {precision}", *(said[it] for it in before)])
 
 
-def fitted_routers(folder: Path, windows_WL: torch.Tensor) -> dict[str, torch.Tensor]:
+def fitted_routers(
+    folder: Path,
+    config: CMoEConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Path,
+    samples: int,
+    sequence_length: int | None,
+) -> dict[str, torch.Tensor]:
     """Linear routers for a carved model, by the names of their tensors."""
+    ids = read_tokens(open_text(text), tokenizer, config.vocab_size).ids
+    length = window_length(config, sequence_length)
+    windows_WL = random_windows(ids, samples=samples, length=length, seed=0)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     weights = linear_routers(model, windows_WL, ridge=Recipe.router_ridge)
     names = [name for name, module in model.named_modules() if isinstance(module, CMoERouter)]

@@ -4,7 +4,7 @@
 Written tensor by tensor, from our own weights: no converter's special cases stand in between.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -23,7 +23,8 @@ from ..folder.paths import check_apart, check_place, replace_file, resolved
 from ..source.architectures import architecture_of
 from ..source.checkpoint import fetch_model, find_model, load_tokenizer
 from ..source.stored import read_headers
-from .export import check_config
+from ..source.texts import text_file
+from .export import check_config, fitted_routers, with_router
 from .gguf_layouts import BLOCK, LAYOUTS, Layout, common_fields, empty_layer, rope_factors
 from .gguf_vocabulary import Vocabulary, vocabulary
 from .needs import needs_of
@@ -65,6 +66,9 @@ def export_gguf(
     *,
     type: str = "f16",
     to: str | None = None,
+    refit_router: str | Path | None = None,
+    samples: int = 8,
+    sequence_length: int | None = None,
     overwrite: bool = False,
 ) -> GGUFFile:
     """Write a model as a GGUF file, which llama.cpp and what is built on it run.
@@ -75,6 +79,7 @@ def export_gguf(
         output: File to create.
         type: Of the matrices, one of `FILE_TYPES`.
         to: Architecture of llama.cpp, default the first one that computes the same.
+        refit_router, samples, sequence_length: See `export`.
         overwrite: Replace a GGUF file at `output`.
 
     Raises:
@@ -89,16 +94,22 @@ def export_gguf(
         raise RequestError(f"there is no export to {to!r}; choose one of {', '.join(LAYOUTS)}.")
     folder, name, commit = find_model(model)
     config = AutoConfig.from_pretrained(folder)
-    row = check_config(config, name, refit=False) if carved(config) else architecture_of(config)
+    row = architecture_of(config)
+    if carved(config):
+        check_config(config, name, refit=refit_router is not None)
     if row is None or row.differs is None or row.router is not None:
         raise RequestError(f"{name} cannot be a GGUF file: a {config.model_type} is not known.")
     path = check_output(output, overwrite)
     if commit is not None:
         folder = fetch_model(name, commit)
-    check_apart(path, {"the model": folder})
+    check_apart(path, {"the model": folder, "the calibration text": text_file(refit_router)})
     layout, reason = choose_layout(config, name, needs_of(config, row, folder), to)
-    words = vocabulary(load_tokenizer(folder), config.vocab_size)
-    made = made_tensors(folder, config, layout)
+    tokenizer = load_tokenizer(folder)
+    words = vocabulary(tokenizer, config.vocab_size)
+    routers = None
+    if refit_router is not None:
+        routers = fitted_routers(folder, config, tokenizer, refit_router, samples, sequence_length)
+    made = made_tensors(folder, config, layout, routers)
     coarse = sum(kind_of(it, type) == "f16" for it in made.values()) if type == "q8_0" else 0
 
     def write(new: Path) -> None:
@@ -166,7 +177,12 @@ def choose_layout(
     return fitting[0], "; ".join(["it computes the same", *reasons])
 
 
-def made_tensors(folder: Path, config: PreTrainedConfig, layout: Layout) -> dict[str, Made]:
+def made_tensors(
+    folder: Path,
+    config: PreTrainedConfig,
+    layout: Layout,
+    routers: Mapping[str, torch.Tensor] | None,
+) -> dict[str, Made]:
     """All tensors of the file, by name."""
     made = {}
     layers = by_layer(read_headers(folder))
@@ -179,8 +195,9 @@ def made_tensors(folder: Path, config: PreTrainedConfig, layout: Layout) -> dict
     factors_D = rope_factors(config)
     if factors_D is not None:
         made["rope_freqs.weight"] = Made.of(factors_D)
-    for layer, parts in layers.items():
+    for layer, stored in layers.items():
         number = layer.split(".")[2]
+        parts = with_router(stored, layer, routers)
         made |= {f"blk.{number}.{part}": it for part, it in layout.layer(parts, config).items()}
     if layout.wants_window and "sliding_attention" not in attention_types(config):
         empty = empty_layer(config, made["token_embd.weight"])
