@@ -7,6 +7,7 @@ from .convert import Conversion, convert, resume
 from .demo import Demo, demo
 from .errors import CMoEError, RequestError
 from .measure.benchmark import Benchmark, benchmark
+from .measure.engine import EngineBenchmark, benchmark_gguf
 from .measure.evaluate import Evaluation, evaluate
 from .measure.tasks import TaskEvaluation, TaskResult, evaluate_tasks
 from .plan import Plan, plan
@@ -27,6 +28,7 @@ __all__ = [
     "CMoEError",
     "Conversion",
     "Demo",
+    "EngineBenchmark",
     "Evaluation",
     "Export",
     "GGUFFile",
@@ -44,6 +46,7 @@ __all__ = [
     "Upgrade",
     "Verification",
     "benchmark",
+    "benchmark_gguf",
     "convert",
     "demo",
     "evaluate",

@@ -310,3 +310,29 @@ def test_engines_that_are_not_there(tmp_path):
         ([str(tmp_path / "x.gguf"), "--engine", "llama.cpp"], "there is no file"),
     ):
         refused(CliRunner().invoke(app, ["serve", *arguments]), 2, phrase)
+
+
+def test_dense_beside_carved_in_llama_cpp(server, carved, dense, tmp_path):
+    file = export_gguf(carved, tmp_path / "carved.gguf", type="q8_0").output
+    command = ["benchmark", file, "--baseline", str(dense), "--engine", "llama.cpp", "--json"]
+    command += ["--prefill", "16", "--context", "8", "--rounds", "2"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert printed["architectures"] == ["llama", "glm4moe"] and "llama.cpp" in printed["engine"]
+    for kind in ("prefill", "decode"):
+        [point] = printed[kind]
+        assert point["dense_ms"] > 0 and point["carved_ms"] > 0
+    # Half of the FFN runs: 2 * 64 * 96 * 3 / 2 numbers of it, 2 * 64 * 64 * 4 of attention.
+    assert 1.1 < printed["prefill"][0]["roofline_speedup"] < 1.4
+    assert printed["dense_bytes"] > printed["carved_bytes"]
+
+
+def test_a_comparison_that_cannot_be_made(carved, tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"no")
+    for arguments, phrase in (
+        ([str(carved)], "needs MODEL and --baseline"),
+        ([str(tmp_path / "x.gguf"), "--baseline", str(tmp_path / "y.gguf")], "cannot be read"),
+    ):
+        result = CliRunner().invoke(app, ["benchmark", *arguments, "--engine", "llama.cpp"])
+        refused(result, 2, phrase)

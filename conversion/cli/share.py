@@ -205,7 +205,6 @@ def serve_command(
     ] = ENGINES[0],
     debug: Debug = False,
 ) -> None:
-    """Serve a model by the OpenAI protocol: `transformers serve` or `llama-server`, with all their
-    options."""
+    """Serve a model by the OpenAI protocol: `transformers serve` or `llama-server`."""
     with reporting(debug):
         serve(model, context.args, engine=engine)
