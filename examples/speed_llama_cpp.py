@@ -57,6 +57,7 @@ def random_models(name: str, layers: int, shapes: list[str], folder: Path) -> li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=[], metavar="DENSE=CARVED,CARVED")
+    parser.add_argument("--random", nargs="*", default=list(SHAPES), help="Of which shapes.")
     parser.add_argument("--shapes", nargs="*", default=["S1A1E8", "S3A3E8"])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--types", nargs="*", default=["q8_0", "f16"])
@@ -71,7 +72,7 @@ def main() -> None:
             [Path(dense), *map(Path, carved.split(","))]
             for dense, carved in (pair.split("=") for pair in arguments.models)
         ]
-        for shape in SHAPES:
+        for shape in arguments.random:
             groups.append(random_models(shape, arguments.layers, arguments.shapes, folder))
         for dense, *carved in groups:
             for type in arguments.types:
