@@ -7,10 +7,12 @@ from .convert import Conversion, convert, resume
 from .demo import Demo, demo
 from .errors import CMoEError, RequestError
 from .measure.benchmark import Benchmark, benchmark
+from .measure.engine import EngineBenchmark, benchmark_gguf
 from .measure.evaluate import Evaluation, evaluate
 from .measure.tasks import TaskEvaluation, TaskResult, evaluate_tasks
 from .plan import Plan, plan
 from .share.export import Export, export
+from .share.gguf_file import GGUFFile, export_gguf
 from .share.publish import Publication, publish
 from .share.serve import serve
 from .share.upgrade import Upgrade, upgrade
@@ -26,8 +28,10 @@ __all__ = [
     "CMoEError",
     "Conversion",
     "Demo",
+    "EngineBenchmark",
     "Evaluation",
     "Export",
+    "GGUFFile",
     "Plan",
     "Publication",
     "Recipe",
@@ -42,11 +46,13 @@ __all__ = [
     "Upgrade",
     "Verification",
     "benchmark",
+    "benchmark_gguf",
     "convert",
     "demo",
     "evaluate",
     "evaluate_tasks",
     "export",
+    "export_gguf",
     "plan",
     "publish",
     "recover",

@@ -178,7 +178,7 @@ def carve_all(arguments: argparse.Namespace) -> list[Case]:
                 exported = Case(shape, router, "exported")
                 source, target = (arguments.folder / case.folder for case in (carved, exported))
                 with suppress(RequestError):  # no stock architecture has a place for it
-                    export(source, target, overwrite=True)
+                    export(source, target, to="qwen2", overwrite=True)
                     cases.append(exported)
     return cases
 

@@ -27,7 +27,7 @@ SUMMARIES = {
     "upgrade": "Put the code of this release into a model that an older one has carved; weights "
     "stay.",
     "publish": "Upload a model to the Hub, checked before and compared afterwards.",
-    "serve": "Serve a model by the OpenAI protocol: `transformers serve`, with all its options.",
+    "serve": "Serve a model by the OpenAI protocol: `transformers serve` or `llama-server`.",
 }
 """What the commands say of themselves; a test compares."""
 

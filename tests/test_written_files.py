@@ -155,11 +155,13 @@ def test_the_tokenizer_is_the_source_s(make_dense, carve, tmp_path, family, stat
             json.loads((place / "tokenizer_config.json").read_text()) for place in (source, folder)
         )
         if before != after:  # the library takes the class of the model type there
-            assert (family, stated) != ("llama-2", "LlamaTokenizer")
-            assert after == before | {"tokenizer_class": after["tokenizer_class"]}
+            assert after | {"tokenizer_class": 0, "padding_side": 0} == before | {
+                "tokenizer_class": 0,
+                "padding_side": 0,
+            }
             assert after["tokenizer_class"] != "TokenizersBackend"  # which 4.x does not know
         for name in names:
-            if before == after or name != "tokenizer_config.json":
+            if before == after or not name.startswith("tokenizer"):
                 assert (folder / name).read_bytes() == (source / name).read_bytes(), name
         again = AutoTokenizer.from_pretrained(folder)
         assert again(TEXT)["input_ids"] == first(TEXT)["input_ids"]
@@ -271,10 +273,11 @@ def test_the_configuration_speaks_to_older_engines_too(make_dense, carve, tmp_pa
     caplog.clear()
     for folder in folders:
         written = json.loads((folder / "config.json").read_text())
-        assert {name: written[name] for name in OLDER if name in written} == expected
+        whole = {} if folder.name != "native" else {"partial_rotary_factor": 1.0}  # of a GLM
+        assert {name: written[name] for name in OLDER if name in written} == expected | whole
         assert written["torch_dtype"] == written["dtype"] == "bfloat16"
         config = AutoConfig.from_pretrained(folder)
-        assert config.rope_parameters == written["rope_parameters"] == rope
+        assert config.rope_parameters == written["rope_parameters"] == rope | whole
         assert config.dtype == torch.bfloat16
         assert not set(vars(config)) & {*OLDER, "torch_dtype"}
     assert not caplog.records

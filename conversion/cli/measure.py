@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands that measure models."""
 
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,12 @@ from rich.table import Table
 from ..device import DTYPES
 from ..errors import RequestError
 from ..measure.benchmark import Benchmark, benchmark
+from ..measure.engine import EngineBenchmark, benchmark_gguf
 from ..measure.evaluate import ROUTERS, Evaluation, evaluate
 from ..measure.shapes import SHAPES
 from ..measure.tasks import TaskEvaluation, evaluate_tasks
 from ..measure.timing import LABELS
+from ..share.gguf_file import export_gguf
 from ..show.figures import check_plot, plot
 from .common import (
     Active,
@@ -200,12 +203,29 @@ def benchmark_command(
     dtype: Annotated[
         str | None, typer.Option(help=f"{', '.join(DTYPES)}; default the carved model's.")
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="transformers, or llama.cpp: MODEL and --baseline may be GGUF files then, and "
+            "only --prefill, --context and --rounds count."
+        ),
+    ] = "transformers",
+    threads: Annotated[int, typer.Option(help="Of llama.cpp.")] = 1,
+    type: Annotated[
+        str, typer.Option(help="Of the GGUF files that are written for llama.cpp.")
+    ] = "q8_0",
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Time FFN, prefill and decoding, dense and carved in turn, beside what is possible."""
+    if engine != "transformers":
+        with reporting(debug):
+            sizes = {"prefill": _sizes("--prefill", prefill), "context": [context]}
+            timed = _in_llama_cpp(engine, model, baseline, type, sizes, threads, rounds)
+        print_result(timed, as_json, lambda: _engine_table(timed))
+        return
     with reporting(debug):
         if plot_file is not None:
             check_plot(plot_file)
@@ -259,6 +279,59 @@ def _benchmark_table(result: Benchmark) -> Table:
             size = f"batch {point.batch}" if name == "decode" else f"{point.tokens} tokens"
             table.add_row(
                 f"{label}, {size}",
+                f"{point.dense_ms:.3g}",
+                f"{point.carved_ms:.3g}",
+                f"{point.speedup:.2f}",
+                f"{point.speedup_low:.2f}-{point.speedup_high:.2f}",
+                f"{point.roofline_speedup:.2f}",
+                style="red" if point.speedup < 1 else None,
+            )
+    return table
+
+
+def _in_llama_cpp(
+    engine: str,
+    model: str | None,
+    baseline: str | None,
+    type: str,
+    sizes: dict[str, list[int]],
+    threads: int,
+    rounds: int,
+) -> EngineBenchmark:
+    if engine != "llama.cpp":
+        raise RequestError(f"there is no engine {engine!r}; choose transformers or llama.cpp.")
+    if model is None or baseline is None:
+        raise RequestError("llama.cpp needs MODEL and --baseline: folders, or GGUF files.")
+    with tempfile.TemporaryDirectory(prefix="cmoe-") as folder:
+        files: list[str] = []
+        for name, given in (("carved", model), ("dense", baseline)):
+            made = Path(folder) / f"{name}.gguf"
+            is_file = given.endswith(".gguf")
+            files.append(given if is_file else export_gguf(given, made, type=type).output)
+        carved, dense = files
+        return benchmark_gguf(
+            carved,
+            dense,
+            threads=threads,
+            prefill=sizes["prefill"],
+            context=sizes["context"],
+            rounds=rounds,
+        )
+
+
+def _engine_table(result: EngineBenchmark) -> Table:
+    table = Table(
+        "",
+        *("dense ms", "carved ms", "speed", "runs", "roofline"),
+        title="speed of carved relative to dense",
+        title_justify="left",
+        caption=f"{result.engine}, {result.device}, {result.threads} threads",
+    )
+    labels = {"prefill": "prompt of {} tokens", "decode": "one token behind {}"}
+    for name, label in labels.items():
+        for point in getattr(result, name):
+            table.add_row(
+                label.format(point.tokens),
                 f"{point.dense_ms:.3g}",
                 f"{point.carved_ms:.3g}",
                 f"{point.speedup:.2f}",

@@ -5,14 +5,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from ..carve.settings import MAX_SHARD_SIZE
+from ..errors import RequestError
 from ..share.export import export
+from ..share.gguf_file import FILE_TYPES, GGUFFile, export_gguf
+from ..share.gguf_layouts import LAYOUTS
 from ..share.publish import publish
-from ..share.serve import serve
+from ..share.serve import ENGINES, serve
+from ..share.targets import TARGETS
 from ..share.upgrade import upgrade
 from ..share.verify import verify
-from ..source.architectures import EXPORTS
 from .common import (
     Debug,
     Json,
@@ -28,11 +32,21 @@ from .common import (
 
 def export_command(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a carved model.")],
-    out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    architecture: Annotated[
-        str | None,
-        typer.Option(help=f"{' or '.join(EXPORTS)}; default by family."),
+    out: Annotated[Path | None, typer.Argument(help="Folder to create.")] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(help="GGUF file to write for llama.cpp, instead; dense models too."),
     ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(TARGETS)}; with --gguf {', '.join(LAYOUTS)}. Default the most "
+            "faithful that fits."
+        ),
+    ] = None,
+    type: Annotated[
+        str, typer.Option(help=f"Of a GGUF file's matrices: {', '.join(FILE_TYPES)}.")
+    ] = "f16",
     refit_router: Annotated[
         str | None,
         typer.Option(help="Text to fit linear routers to, where the model has others."),
@@ -46,10 +60,26 @@ def export_command(
 ) -> None:
     """Write the same function as a stock architecture, which needs no remote code."""
     with reporting(debug):
+        if (out is None) == (gguf is None):
+            raise RequestError("give either a folder OUT or --gguf FILE.")
+        if gguf is not None:
+            file = export_gguf(
+                model,
+                gguf,
+                type=type,
+                to=to,
+                refit_router=refit_router,
+                samples=samples,
+                sequence_length=sequence_length,
+                overwrite=overwrite,
+            )
+            print_result(file, as_json, lambda: gguf_table(file))
+            return
+        assert out is not None
         result = export(
             model,
             out,
-            architecture=architecture,
+            to=to,
             refit_router=refit_router,
             samples=samples,
             sequence_length=sequence_length,
@@ -58,12 +88,25 @@ def export_command(
         )
     rows = {
         "output": result.output,
+        "chosen because": result.reason,
         "largest difference of the logits": f"{result.max_abs_logit_difference:.2g} "
         f"in {result.dtype}",
         "tokens routed alike": f"{result.routing_agreement:.2%}",
         "routers": "refitted" if result.refitted_router else "the same",
     }
     print_result(result, as_json, lambda: table_of(f"exported to {result.architecture}", rows))
+
+
+def gguf_table(result: GGUFFile) -> Table:
+    """What was written, for people."""
+    rows = {
+        "output": f"{result.output}, {result.bytes / 1e6:,.1f} MB",
+        "chosen because": result.reason,
+        "numbers": result.type,
+    }
+    if result.coarse:
+        rows["float16 instead"] = f"{result.coarse} matrices whose rows q8_0 does not divide"
+    return table_of(f"exported to llama.cpp's {result.architecture}", rows)
 
 
 def publish_command(
@@ -157,8 +200,11 @@ def upgrade_command(
 def serve_command(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or Hub id; clients name it like this.")],
+    engine: Annotated[
+        str, typer.Option(help=f"{' or '.join(ENGINES)}; the second takes GGUF files too.")
+    ] = ENGINES[0],
     debug: Debug = False,
 ) -> None:
-    """Serve a model by the OpenAI protocol: `transformers serve`, with all its options."""
+    """Serve a model by the OpenAI protocol: `transformers serve` or `llama-server`."""
     with reporting(debug):
-        serve(model, context.args)
+        serve(model, context.args, engine=engine)

@@ -62,8 +62,9 @@ class Carried:
         """The files as they serve beside another configuration, which is saved here for trial.
 
         Where the class of the tokenizer follows from the source's model type, which may overrule
-        what the files say, and beside the new type it would do something else, it is stated. There
-        is a generation configuration in any case.
+        what the files say, and beside the new type it would do something else, it is stated; where
+        the new type overrules that, the tokenizer is written as it is. There is a generation
+        configuration in any case.
         """
         files = dict(self.files)
         stated = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
@@ -78,13 +79,13 @@ class Carried:
             except ValueError as error:  # of the library's validators
                 raise RequestError(f"config.json cannot be written again: {error}") from error
             if "auto_map" not in stated:
-                for name, content in files.items():
-                    (Path(trial) / name).parent.mkdir(parents=True, exist_ok=True)
-                    (Path(trial) / name).write_bytes(content)
-                if not serves(Path(trial), tokenizer):
-                    wanted = type(tokenizer).__name__
-                    stated["tokenizer_class"] = _OLD_NAMES.get(wanted, wanted)
-                    files[TOKENIZER_CONFIG] = _as_json(stated)
+                for changes in changed_files(stated, tokenizer):
+                    files |= changes
+                    for name, content in files.items():
+                        (Path(trial) / name).parent.mkdir(parents=True, exist_ok=True)
+                        (Path(trial) / name).write_bytes(content)
+                    if serves(Path(trial), tokenizer):
+                        break
         return replace(self, files=files)
 
 
@@ -106,12 +107,27 @@ def carried(folder: Path, *others: str) -> Carried:
     return Carried(files, read_card(folder))
 
 
+def changed_files(
+    stated: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[dict[str, bytes]]:
+    """Files to try one after the other until they serve: the least change first."""
+    yield {}
+    wanted = type(tokenizer).__name__
+    said = {**stated, "tokenizer_class": _OLD_NAMES.get(wanted, wanted)}
+    yield {TOKENIZER_CONFIG: _as_json(said)}
+    said["padding_side"] = tokenizer.padding_side
+    yield {TOKENIZER_CONFIG: _as_json(said)}
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        yield {"tokenizer.json": backend.to_str(pretty=True).encode()}
+
+
 def serves(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether what loads from a folder does the same as a tokenizer."""
 
-    def function(of: PreTrainedTokenizerBase) -> str:
+    def function(of: PreTrainedTokenizerBase) -> tuple[Any, ...]:
         backend = getattr(of, "backend_tokenizer", None)
-        return type(of).__name__ if backend is None else backend.to_str()
+        does = type(of).__name__ if backend is None else backend.to_str()
+        return does, of.padding_side, of.truncation_side, of.special_tokens_map
 
     try:
         return function(AutoTokenizer.from_pretrained(folder)) == function(tokenizer)

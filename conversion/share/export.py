@@ -1,23 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verb `export`: the same function as a stock architecture, without remote code.
 
-A carved Llama, Mistral or Qwen2 with a linear router is a Qwen2-MoE with other numbers in it. What
-differs:
+`needs` says what a model has that not every architecture represents, `targets` what there is to
+choose from, and what they make of our tensors.
 
-* attention: Qwen2-MoE has biases on q, k and v, as Qwen2; for the others they are zero.
-* shared expert: its output passes a gate sigmoid(x w). With w = 0 that is 1/2, and the down
-  projection is doubled.
-* routing weights: ours are 1, those of Qwen2-MoE are the softmax over the experts, renormalised
-  over the A chosen ones. With A = 1 that is exactly 1. With more, the router is scaled by a tiny
-  power of two, which leaves the order of the scores alone and makes every weight 1/A but for `TINY`
-  times the spread of the scores; the down projections of the experts are multiplied by A.
-
-Qwen2-MoE has no norms on q and k: a carved Qwen3 becomes a Qwen3-MoE, by the same routing. That one
-has no shared expert, nor anything that always runs, so that only shapes S0 can be represented.
-
-Shape suffixes: T tokens, H hidden size, N routed experts, M neurons of an expert, Q = 2M.
+Shape suffixes: T tokens, K active experts, W windows, L tokens of a window.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,21 +15,12 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen2MoeConfig,
-    Qwen3MoeConfig,
-)
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from cmoe_hf import CMoEConfig, CMoEHierarchicalConfig
 from cmoe_hf.configuration_cmoe import with_legacy_keys
-from cmoe_hf.modeling_cmoe import PIN_LIMIT, CMoERouter, attention_types
+from cmoe_hf.modeling_cmoe import CMoERouter
 
 from ..carve.recipe import Recipe
 from ..carve.settings import MAX_SHARD_SIZE, shard_bytes
@@ -47,34 +28,25 @@ from ..errors import RequestError
 from ..folder.card import CARD_FILE, native_card
 from ..folder.carried import carried
 from ..folder.fingerprint import write_fingerprint
-from ..folder.shards import Entry, file_names, index_of, packed, raw, write_shard
+from ..folder.shards import file_names, index_of, packed, raw, write_shard
 from ..folder.unfinished import BriefFolder
 from ..measure.routing import collected
-from ..source.architectures import EXPORTS, architecture_of
+from ..source.architectures import Architecture, architecture_of
 from ..source.calibration import random_windows, read_tokens
 from ..source.checkpoint import fetch_model, find_model, load_tokenizer
 from ..source.loading import window_length
-from ..source.stored import CARVABLE, WEIGHTS_INDEX, read_headers, read_json, read_tensors
+from ..source.stored import WEIGHTS_INDEX, Stored, read_headers, read_json
 from ..source.texts import open_text, text_file
 from .linearise import linear_routers
+from .needs import needs_of
+from .pieces import Files, Made, by_layer
+from .targets import TARGETS, Target, by_faithfulness
 
-TINY = 2.0**-13
-"""Scale of the router where more than one expert runs. A smaller one would round close scores of a
-float32 softmax to ties, a larger one would make the weights uneven."""
 COMPARED_TOKENS = 64
-ROUTER_CLASSES = (CMoERouter, Qwen2MoeTopKRouter, Qwen3MoeTopKRouter)
-NO_SHARED = 8
-"""Neurons, all zero, of the shared expert that Qwen2-MoE insists on, where there is none."""
-
-
-SAME_FIELDS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act"),
-    *("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "rope_parameters"),
-    *("attention_dropout", "moe_intermediate_size", "num_experts", "num_experts_per_tok"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "dtype"),
+ROUTER_CLASSES: tuple[type[torch.nn.Module], ...] = (
+    CMoERouter,
+    *(target.router_class for target in TARGETS.values()),
 )
-"""Of the configuration; they mean the same in both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +55,9 @@ class Export:
 
     output: str
     architecture: str
+    """As transformers calls it."""
+    reason: str
+    """Why this one."""
     dtype: str
     max_abs_logit_difference: float
     """Between the logits of both models, in the precision of the checkpoint, on random tokens."""
@@ -97,7 +72,7 @@ def export(
     model: str | Path,
     output: str | Path,
     *,
-    architecture: str | None = None,
+    to: str | None = None,
     refit_router: str | Path | None = None,
     samples: int = 8,
     sequence_length: int | None = None,
@@ -109,43 +84,39 @@ def export(
     Args:
         model: Folder or Hub id of a carved model with a linear router and no fine-tuned gates.
         output: Folder to create.
-        architecture: `"qwen2_moe"` or `"qwen3_moe"`, default the one of the family.
+        to: Name in `targets.TARGETS`, default the most faithful that represents the model.
         refit_router: Calibration text (as for `convert`) to which linear routers are fitted, in
-            place of routers that the architecture does not have.
+            place of routers that no stock architecture has.
         samples: Calibration windows.
         sequence_length: Tokens of each, default 2,048 or the model's context.
         max_shard_size: Of a file of weights, see `convert`.
         overwrite: Replace an existing model repository at `output`.
 
     Raises:
-        RequestError: The architecture cannot represent the model; the message says why.
+        RequestError: No architecture, or not the one asked for, represents the model; the message
+            says why.
         CMoEError: The model cannot be reached or is damaged.
     """
     limit = shard_bytes(max_shard_size)
-    if architecture not in (None, *EXPORTS):
-        raise RequestError(
-            f"there is no export to {architecture!r}; choose one of {', '.join(EXPORTS)}."
-        )
+    if to not in (None, *TARGETS):
+        raise RequestError(f"there is no export to {to!r}; choose one of {', '.join(TARGETS)}.")
     folder, name, commit = find_model(model)
     config = AutoConfig.from_pretrained(folder)
-    architecture = architecture or next(iter(exports_of(config)), EXPORTS[0])
-    check_config(config, name, architecture, refit=refit_router is not None)
+    row = check_config(config, name, refit=refit_router is not None)
     if commit is not None:
         folder = fetch_model(name, commit)
-    check_gates(folder)
+    needs = needs_of(config, row, folder)
+    target, reason = choose_target(config, name, needs, to)
     tokenizer = load_tokenizer(folder)
-    native = native_config(config, architecture)
+    native = target.config(config, needs)
     kept = carried(folder).beside(native, tokenizer)
     work = ExportFolder(output, overwrite=overwrite)
     work.check({"the carved model": folder, "the calibration text": text_file(refit_router)})
     routers = None
     if refit_router is not None:
-        ids = read_tokens(open_text(refit_router), tokenizer, config.vocab_size).ids
-        length = window_length(config, sequence_length)
-        windows_WL = random_windows(ids, samples=samples, length=length, seed=0)
-        routers = fitted_routers(folder, windows_WL)
+        routers = fitted_routers(folder, config, tokenizer, refit_router, samples, sequence_length)
     with ExportFolder.create(output, {"model": name}, overwrite=overwrite) as work:
-        write_shards(folder, config, architecture, work, routers, limit)
+        write_shards(made_tensors(folder, config, target, routers), work, limit)
         native.save_pretrained(work.folder)
         written = read_json(work.folder / CONFIG_NAME)
         work.write_json(CONFIG_NAME, dict(sorted(with_legacy_keys(native, written).items())))
@@ -154,14 +125,16 @@ def export(
         difference, agreement = compare(folder, work.folder, config)
         result = Export(
             output=str(work.output),
-            architecture=architecture,
+            architecture=target.model_type,
+            reason=reason,
             dtype=str(config.dtype).removeprefix("torch."),
             max_abs_logit_difference=difference,
             routing_agreement=agreement,
             refitted_router=routers is not None,
         )
         if kept.card:
-            text = native_card(kept.card, architecture, difference, refitted=routers is not None)
+            refitted = routers is not None
+            text = native_card(kept.card, target.model_type, difference, refitted=refitted)
             work.write_text(CARD_FILE, text)
     return result
 
@@ -173,14 +146,8 @@ class ExportFolder(BriefFolder):
     noun = "export"
 
 
-def exports_of(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Stock architectures that a model's family can become."""
-    row = architecture_of(config)
-    return row.exports if row is not None else ()
-
-
-def check_config(config: PreTrainedConfig, name: str, architecture: str, *, refit: bool) -> None:
-    """Raises `RequestError` for what the configuration alone forbids."""
+def check_config(config: PreTrainedConfig, name: str, *, refit: bool) -> Architecture:
+    """The row of a carved model. Raises `RequestError` for what no architecture represents."""
     if not isinstance(config, CMoEConfig):
         raise RequestError(f"{name} is a {config.model_type} model, not a carved one.")
     if isinstance(config, CMoEHierarchicalConfig):
@@ -189,54 +156,57 @@ def check_config(config: PreTrainedConfig, name: str, architecture: str, *, refi
             "code loads wherever trust_remote_code may be given."
         )
     reasons = []
-    possible = exports_of(config)
+    row = architecture_of(config)
     if not config.has_gate:
         reasons.append("no stock architecture has experts with biases and without a gate")
-    elif not possible:
+    elif row is None or row.differs is None:
         reasons.append(f"nobody has said what stock architecture a {config.model_type} can become")
-    elif architecture not in possible:
-        reasons.append(f"a {config.model_type} can only become {' or '.join(possible)}")
-    if architecture == "qwen3_moe" and config.shared_expert_intermediate_size:
-        reasons.append("it has a shared expert, and Qwen3-MoE has none: carve with --shared 0")
-    if architecture == "qwen3_moe" and "sliding_attention" in attention_types(config):
-        reasons.append("some of its layers attend in a sliding window")
     if config.router_type != "linear" and not refit:
         reasons.append(
-            f"its router is {config.router_type}, products of neurons, where {architecture} has "
-            "a matrix: pass --refit-router with a calibration text to fit one"
+            f"its router is {config.router_type}, products of neurons, where stock architectures "
+            "have a matrix: pass --refit-router with a calibration text to fit one"
         )
     if config.router_absolute_score and not refit:
         reasons.append("its router takes absolute values")
     if config.num_experts_per_tok == 0:
         reasons.append("it does not route")
-    if reasons:
-        raise RequestError(f"{name} cannot be a {architecture}: {'; '.join(reasons)}.")
+    if reasons or row is None:
+        raise RequestError(f"{name} cannot be exported: {'; '.join(reasons)}.")
+    return row
 
 
-def check_gates(folder: Path) -> None:
-    """Raises `RequestError` for gate scales, balance biases or attention biases of the output."""
-    found: dict[str, int] = {}
-    kinds = {"mlp.gate.scale": "scale", "mlp.gate.balance_bias": "balance_bias"}
-    kinds["o_proj.bias"] = "attention output biases"
-    stored = read_headers(folder)
-    asked = {name: it for name, it in stored.items() if name.endswith(tuple(kinds))}
-    for name, tensor in read_tensors(asked):
-        kind = next(kind for end, kind in kinds.items() if name.endswith(end))
-        if kind == "balance_bias" and (tensor > PIN_LIMIT).any():
-            kind = "pinned experts (--budget)"
-        if tensor.any():
-            found[kind] = found.get(kind, 0) + 1
-    if found:
-        listed = ", ".join(f"{kind} in {layers} layers" for kind, layers in found.items())
-        raise RequestError(
-            f"the model has {listed}: stock architectures have no place for them. Export a model "
-            "as carved with --shared and --active, or recover it with --router-learning-rate 0 "
-            "and --bias-speed 0."
-        )
+def choose_target(
+    config: CMoEConfig, name: str, needs: set[str], to: str | None
+) -> tuple[Target, str]:
+    """The architecture to write, and why. Raises `RequestError` if it cannot be the model."""
+    refused = {it.name: it.refusals(config, needs) for it in by_faithfulness(config)}
+    fitting = [TARGETS[it] for it, reasons in refused.items() if not reasons]
+    others = ", ".join(it.name for it in fitting) or "nothing"
+    said = {it: f"{it} {' and '.join(reasons)}" for it, reasons in refused.items() if reasons}
+    if to is not None:
+        if to in said:
+            raise RequestError(f"{name} cannot be exported: {said[to]}. {others} represents it.")
+        return TARGETS[to], "asked for"
+    if not fitting:
+        raise RequestError(f"{name} cannot be exported: {'; '.join(said.values())}.")
+    before = list(refused)[: list(refused).index(fitting[0].name)]
+    precise = fitting[0].float32_router or config.dtype == torch.float32
+    precision = "in float32" if precise else "in 16 bits, less precisely than we do"
+    return fitting[0], "; ".join([f"it scores experts {precision}", *(said[it] for it in before)])
 
 
-def fitted_routers(folder: Path, windows_WL: torch.Tensor) -> dict[str, torch.Tensor]:
+def fitted_routers(
+    folder: Path,
+    config: CMoEConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | Path,
+    samples: int,
+    sequence_length: int | None,
+) -> dict[str, torch.Tensor]:
     """Linear routers for a carved model, by the names of their tensors."""
+    ids = read_tokens(open_text(text), tokenizer, config.vocab_size).ids
+    length = window_length(config, sequence_length)
+    windows_WL = random_windows(ids, samples=samples, length=length, seed=0)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     weights = linear_routers(model, windows_WL, ridge=Recipe.router_ridge)
     names = [name for name, module in model.named_modules() if isinstance(module, CMoERouter)]
@@ -246,112 +216,51 @@ def fitted_routers(folder: Path, windows_WL: torch.Tensor) -> dict[str, torch.Te
     }
 
 
-def native_config(config: CMoEConfig, architecture: str) -> PreTrainedConfig:
-    """The configuration of the same model as a stock one."""
-    same: dict[str, Any] = {
-        name: getattr(config, name) for name in SAME_FIELDS if hasattr(config, name)
-    }
-    same |= {"norm_topk_prob": True, "mlp_only_layers": list(config.dense_layers or [])}
-    if architecture == "qwen3_moe":
-        return Qwen3MoeConfig(
-            **same, attention_bias=config.attention_bias, architectures=["Qwen3MoeForCausalLM"]
-        )
-    types = attention_types(config)
-    return Qwen2MoeConfig(
-        **same,
-        shared_expert_intermediate_size=config.shared_expert_intermediate_size or NO_SHARED,
-        layer_types=types,
-        use_sliding_window="sliding_attention" in types,
-        sliding_window=getattr(config, "sliding_window", None),
-        architectures=["Qwen2MoeForCausalLM"],
-    )
-
-
-def write_shards(
+def made_tensors(
     folder: Path,
     config: CMoEConfig,
-    architecture: str,
-    work: ExportFolder,
-    routers: dict[str, torch.Tensor] | None,
-    limit: int,
-) -> None:
-    """Rename and scale all tensors, one in memory at a time; `routers` replace others."""
+    target: Target,
+    routers: Mapping[str, torch.Tensor] | None,
+) -> list[dict[str, Made]]:
+    """The tensors of the target, by name, for each layer; `routers` replace others."""
+    layers = []
+    for layer, parts in by_layer(read_headers(folder)).items():
+        made = {part: Made.of(it) for part, it in parts.items()}
+        if layer:
+            made = target.layer(with_router(parts, layer, routers), config)
+        layers.append({layer + part: it for part, it in made.items()})
+    return layers
 
-    def native(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        router, _, part = name.rpartition(".")
-        if routers is not None and router.endswith("mlp.gate"):
-            if part != "scale":  # every router has one, whatever its kind
-                return {}
-            name = f"{router}.linear_weight"
-            tensor = routers[name].to(tensor.device)
-        return native_tensors(name, tensor, config, architecture)
 
-    stored = read_headers(folder)
-    parts: dict[Path, dict[str, Entry]] = {}
-    origins: dict[str, str] = {}
-    for name, it in stored.items():
-        empty = torch.empty(it.shape, dtype=CARVABLE[it.dtype], device="meta")
-        for new, tensor in native(name, empty).items():
-            parts.setdefault(it.path, {})[new], origins[new] = Entry.of(tensor), name
-    entries = {name: entry for part in parts.values() for name, entry in part.items()}
-    sizes = {name: entry.nbytes for name, entry in entries.items()}
-    plan = packed([{name: sizes[name] for name in part} for part in parts.values()], limit)
+def with_router(
+    parts: dict[str, Stored], layer: str, routers: Mapping[str, torch.Tensor] | None
+) -> dict[str, Any]:
+    """The tensors of a layer with another router, if there is one for it."""
+    name = "mlp.gate.linear_weight"
+    if routers is None or layer + name not in routers:
+        return parts
+    gates = {part for part in parts if part.startswith("mlp.gate.") and "bias" not in part}
+    kept = {part: it for part, it in parts.items() if part not in gates}
+    return {**kept, name: routers[layer + name]}
+
+
+def write_shards(layers: list[dict[str, Made]], work: ExportFolder, limit: int) -> None:
+    """Write all tensors, a part of one in memory at a time."""
+    made = {name: it for layer in layers for name, it in layer.items()}
+    sizes = {name: it.entry.nbytes for name, it in made.items()}
+    plan = packed([{name: sizes[name] for name in layer} for layer in layers], limit)
     files = dict(zip(file_names(len(plan)), plan, strict=True))
-    for file, names in tqdm(files.items(), desc="exporting", unit="file", disable=None):
-        here = {name: entries[name] for name in names}
-        pieces = (
-            (new, [raw(tensor)])
-            for name, read in read_tensors({origins[new]: stored[origins[new]] for new in names})
-            for new, tensor in native(name, read).items()
-            if new in here
-        )
-        work.replace(work.folder / file, partial(write_shard, entries=here, pieces=pieces))
+    with Files() as opened:
+
+        def pieces(names: list[str]) -> Iterator[tuple[str, Iterator[Any]]]:
+            return ((name, map(raw, made[name].read(opened))) for name in names)
+
+        for file, names in tqdm(files.items(), desc="exporting", unit="file", disable=None):
+            entries = {name: made[name].entry for name in names}
+            write = partial(write_shard, entries=entries, pieces=pieces(names))
+            work.replace(work.folder / file, write)
     if len(files) > 1:
         work.write_json(WEIGHTS_INDEX, index_of(files, sizes))
-
-
-def native_tensors(
-    name: str, tensor: torch.Tensor, config: CMoEConfig, architecture: str
-) -> dict[str, torch.Tensor]:
-    """What a tensor becomes, by the names that Qwen2-MoE and Qwen3-MoE have on the Hub."""
-    block, _, part = name.rpartition("mlp.")
-    block += "mlp."
-    active = config.num_experts_per_tok
-    if part in ("gate.scale", "gate.balance_bias") or name.endswith("o_proj.bias"):
-        return {}
-    if part == "gate.linear_weight":
-        found = {f"{block}gate.weight": tensor * (1 if active == 1 else TINY)}
-        if architecture == "qwen3_moe":
-            return found
-        hidden = config.hidden_size
-        found[f"{block}shared_expert_gate.weight"] = tensor.new_zeros(1, hidden)
-        if config.shared_expert_intermediate_size == 0:
-            for projection, shape in {
-                "gate_proj": (NO_SHARED, hidden),
-                "up_proj": (NO_SHARED, hidden),
-                "down_proj": (hidden, NO_SHARED),
-            }.items():
-                found[f"{block}shared_expert.{projection}.weight"] = tensor.new_zeros(shape)
-        return found
-    if part == "experts.gate_up_proj":
-        found = {}
-        for expert, gate_up_QH in enumerate(tensor):
-            gate_MH, up_MH = gate_up_QH.chunk(2)
-            found[f"{block}experts.{expert}.gate_proj.weight"] = gate_MH.contiguous()
-            found[f"{block}experts.{expert}.up_proj.weight"] = up_MH.contiguous()
-        return found
-    if part == "experts.down_proj":
-        return {
-            f"{block}experts.{expert}.down_proj.weight": down_HM * active
-            for expert, down_HM in enumerate(tensor)
-        }
-    if part == "shared_expert.down_proj.weight":
-        return {name: tensor * 2}
-    biased = isinstance(config, Qwen2Config) or getattr(config, "attention_bias", False)
-    inputs = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
-    if architecture == "qwen2_moe" and inputs and not biased:
-        return {name: tensor, name.removesuffix("weight") + "bias": tensor.new_zeros(len(tensor))}
-    return {name: tensor}
 
 
 @torch.no_grad()
@@ -367,9 +276,14 @@ def compare(carved: Path, native: Path, config: CMoEConfig) -> tuple[float, floa
             experts_implementation="eager",  # of any width: grouped kernels want 16 bytes
         ).eval()
         gates = [module for module in loaded.modules() if isinstance(module, ROUTER_CLASSES)]
-        with collected(gates, lambda *call: call[2][2].sort().values) as chosen:
+        with collected(gates, lambda *call: chosen_by(call[2])) as chosen:
             logits.append(loaded(ids, use_cache=False).logits.float())
         choices.append(torch.cat([index_TK for calls in chosen for index_TK in calls]))
         del loaded, gates
     same_T = (choices[0] == choices[1]).all(dim=1)
     return (logits[0] - logits[1]).abs().max().item(), same_T.double().mean().item()
+
+
+def chosen_by(output: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The experts that a router chose, in order of number: its one output of whole numbers."""
+    return next(it for it in output if not it.is_floating_point()).sort().values

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `serve`: an OpenAI-compatible server, which is `transformers serve`.
+"""The verb `serve`: an OpenAI-compatible server, which is `transformers serve` or `llama-server`.
 
-By itself that command looks a model's class up among the library's own and finds none of ours.
+By itself the first looks a model's class up among the library's own and finds none of ours.
 """
 
 import logging
+import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,25 +17,34 @@ from transformers.utils.import_utils import is_serve_available
 
 import cmoe_hf
 
-from ..errors import RequestError, missing
+from ..errors import CMoEError, RequestError, missing
+from ..measure.llama_cpp import find_server, stop
 from ..source.checkpoint import load_tokenizer
 from ..source.loading import model_folder
+from .gguf_file import export_gguf
 
+ENGINES = ("transformers", "llama.cpp")
 logger = logging.getLogger(__name__)
 
 
-def serve(model: str | Path, options: Sequence[str] = ()) -> None:
+def serve(model: str | Path, options: Sequence[str] = (), *, engine: str = "transformers") -> None:
     """Serve a model until interrupted. It is loaded before the first request.
 
     Args:
         model: Folder or Hub id, of a carved or any other causal model. Clients have to name it as
-            it is given here.
-        options: Further options of `transformers serve`, for example `["--port", "8001"]`.
+            it is given here. For llama.cpp also a GGUF file.
+        options: Further options of `transformers serve`, or of `llama-server`, for example
+            `["--port", "8001"]`.
+        engine: One of `ENGINES`.
 
     Raises:
         RequestError: There is no such model, it has no tokenizer, or the extra is not installed.
         CMoEError: The Hub cannot be reached.
     """
+    if engine not in ENGINES:
+        raise RequestError(f"there is no engine {engine!r}; choose one of {', '.join(ENGINES)}.")
+    if engine == "llama.cpp":
+        return serve_llama_cpp(model, options)
     if not is_serve_available():
         raise missing("serving needs more packages", "serve")
     if "@" in str(model):
@@ -62,3 +73,24 @@ def serve(model: str | Path, options: Sequence[str] = ()) -> None:
         if getattr(error, "exit_code", None) != 2:  # that of a usage error
             raise
         raise RequestError(f"`transformers serve` refuses: {error}") from error
+
+
+def serve_llama_cpp(model: str | Path, options: Sequence[str]) -> None:
+    """Run `llama-server` on a GGUF file, which is written for the time being if it is none."""
+    program = find_server()
+    with tempfile.TemporaryDirectory(prefix="cmoe-") as folder:
+        file = Path(model)
+        if file.suffix != ".gguf":
+            file = Path(export_gguf(model, Path(folder) / "model.gguf").output)
+        elif not file.is_file():
+            raise RequestError(f"there is no file {file}.")
+        command = [program, "--model", str(file), "--alias", str(model), "--jinja", *options]
+        process = subprocess.Popen(command)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            return  # Ctrl-C: this is how a server ends
+        finally:
+            stop(process)
+        if status:
+            raise CMoEError(f"llama-server ended with status {status}.")

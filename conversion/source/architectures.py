@@ -57,8 +57,9 @@ class Architecture:
         *("gate_proj", "up_proj", "down_proj"),
     )
     """Linear layers, dense or carved, that recovery adapts by LoRA."""
-    exports: tuple[str, ...] = ()
-    """Stock architectures that can compute what its carved models do."""
+    differs: tuple[str, ...] | None = None
+    """In what its decoder differs from Llama's, by the names in `share.needs`; None if nobody has
+    said, so that its carved models cannot become another architecture."""
     driver: str = "pipeline"
     """The room of `carve` that walks its layers."""
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -86,7 +87,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         rotary_embedding=llama.LlamaRotaryEmbedding,
         cmoe_config=cmoe_hf.CMoELlamaConfig,
         cmoe_model=cmoe_hf.CMoELlamaForCausalLM,
-        exports=("qwen2_moe",),
+        differs=(),
     ),
     "mistral": Architecture(
         dense_config=mistral.MistralConfig,
@@ -95,7 +96,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         rotary_embedding=mistral.MistralRotaryEmbedding,
         cmoe_config=cmoe_hf.CMoEMistralConfig,
         cmoe_model=cmoe_hf.CMoEMistralForCausalLM,
-        exports=("qwen2_moe",),
+        differs=(),
     ),
     "qwen2": Architecture(
         dense_config=qwen2.Qwen2Config,
@@ -104,7 +105,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         rotary_embedding=qwen2.Qwen2RotaryEmbedding,
         cmoe_config=cmoe_hf.CMoEQwen2Config,
         cmoe_model=cmoe_hf.CMoEQwen2ForCausalLM,
-        exports=("qwen2_moe",),
+        differs=("biases",),
     ),
     "qwen3": Architecture(
         dense_config=qwen3.Qwen3Config,
@@ -113,7 +114,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         rotary_embedding=qwen3.Qwen3RotaryEmbedding,
         cmoe_config=cmoe_hf.CMoEQwen3Config,
         cmoe_model=cmoe_hf.CMoEQwen3ForCausalLM,
-        exports=("qwen3_moe",),
+        differs=("norms",),
     ),
     "qwen3_moe": Architecture(
         dense_config=qwen3_moe.Qwen3MoeConfig,
@@ -174,10 +175,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
     ),
 }
-
-
-EXPORTS = tuple(sorted({name for row in ARCHITECTURES.values() for name in row.exports}))
-"""Stock architectures that some family can become."""
 
 
 def find_architecture(config: dict[str, Any], folder: Path) -> Architecture:

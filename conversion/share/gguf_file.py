@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `export_gguf`: a carved model, or a dense one, as a file for llama.cpp.
+
+Written tensor by tensor, from our own weights: no converter's special cases stand in between.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig, PreTrainedConfig
+
+from cmoe_hf import CMoEConfig
+from cmoe_hf.modeling_cmoe import attention_types
+
+from ..errors import CMoEError, RequestError, missing
+from ..folder.paths import check_apart, check_place, replace_file, resolved
+from ..source.architectures import architecture_of
+from ..source.checkpoint import fetch_model, find_model, load_tokenizer
+from ..source.stored import read_headers
+from ..source.texts import text_file
+from .export import check_config, fitted_routers, with_router
+from .gguf_layouts import BLOCK, LAYOUTS, Layout, common_fields, empty_layer, rope_factors
+from .gguf_vocabulary import Vocabulary, vocabulary
+from .needs import needs_of
+from .pieces import Files, Made, by_layer
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+"""Types of numbers in which matrices can be written, and how a file says which."""
+OUTSIDE = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+"""Names outside the layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GGUFFile:
+    """What was written; the keys of `cmoe export --gguf --json`."""
+
+    output: str
+    architecture: str
+    """As llama.cpp calls it."""
+    reason: str
+    """Why this one."""
+    type: str
+    """Of the matrices; vectors and routers are float32."""
+    tensors: int
+    bytes: int
+    coarse: int
+    """Matrices with rows of no multiple of 32 numbers, which are float16 in a Q8_0 file."""
+
+
+def export_gguf(
+    model: str | Path,
+    output: str | Path,
+    *,
+    type: str = "f16",
+    to: str | None = None,
+    refit_router: str | Path | None = None,
+    samples: int = 8,
+    sequence_length: int | None = None,
+    overwrite: bool = False,
+) -> GGUFFile:
+    """Write a model as a GGUF file, which llama.cpp and what is built on it run.
+
+    Args:
+        model: Folder or Hub id of a carved model with a linear router and no fine-tuned gates, or
+            of a dense one.
+        output: File to create.
+        type: Of the matrices, one of `FILE_TYPES`.
+        to: Architecture of llama.cpp, default the first one that computes the same.
+        refit_router, samples, sequence_length: See `export`.
+        overwrite: Replace a GGUF file at `output`.
+
+    Raises:
+        RequestError: The extra is not installed, or llama.cpp would compute something else; the
+            message says what.
+        CMoEError: The model cannot be reached or is damaged.
+    """
+    library()
+    if type not in FILE_TYPES:
+        raise RequestError(f"there is no type {type!r}; choose one of {', '.join(FILE_TYPES)}.")
+    if to not in (None, *LAYOUTS):
+        raise RequestError(f"there is no export to {to!r}; choose one of {', '.join(LAYOUTS)}.")
+    folder, name, commit = find_model(model)
+    config = AutoConfig.from_pretrained(folder)
+    row = architecture_of(config)
+    if carved(config):
+        check_config(config, name, refit=refit_router is not None)
+    if row is None or row.differs is None or row.router is not None:
+        raise RequestError(f"{name} cannot be a GGUF file: a {config.model_type} is not known.")
+    path = check_output(output, overwrite)
+    if commit is not None:
+        folder = fetch_model(name, commit)
+    check_apart(path, {"the model": folder, "the calibration text": text_file(refit_router)})
+    layout, reason = choose_layout(config, name, needs_of(config, row, folder), to)
+    tokenizer = load_tokenizer(folder)
+    words = vocabulary(tokenizer, config.vocab_size)
+    routers = None
+    if refit_router is not None:
+        routers = fitted_routers(folder, config, tokenizer, refit_router, samples, sequence_length)
+    made = made_tensors(folder, config, layout, routers)
+    coarse = sum(kind_of(it, type) == "f16" for it in made.values()) if type == "q8_0" else 0
+
+    def write(new: Path) -> None:
+        write_file(new, name, config, layout, words, made, type)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, write)
+    return GGUFFile(
+        output=str(path),
+        architecture=layout.name,
+        reason=reason,
+        type=type,
+        tensors=len(made),
+        bytes=path.stat().st_size,
+        coarse=coarse,
+    )
+
+
+def library() -> Any:
+    """The package that knows the format. Raises `RequestError` if the extra is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise missing("GGUF files need one more package", "gguf") from None
+    return gguf
+
+
+def carved(config: PreTrainedConfig) -> bool:
+    """Whether it is a carved model's."""
+    return isinstance(config, CMoEConfig)
+
+
+def check_output(output: str | Path, overwrite: bool) -> Path:
+    """Where the file goes. Raises `RequestError` if it cannot, or something else is there."""
+    path = resolved(output)
+    if path.suffix != ".gguf":
+        raise RequestError(f"{path.name} should end in .gguf, as tools look for it.")
+    check_place(path)
+    if path.is_dir() or (path.exists() and not overwrite):
+        hint = "Choose another name." if path.is_dir() else "Pass --overwrite to replace it."
+        raise RequestError(f"{path.name} exists already in {path.parent}. {hint}")
+    return path
+
+
+def choose_layout(
+    config: PreTrainedConfig, name: str, needs: set[str], to: str | None
+) -> tuple[Layout, str]:
+    """The architecture to write, and why. Raises `RequestError` if there is none."""
+    if getattr(config, "hidden_act", None) not in ("silu", "swish"):
+        raise RequestError(f"{name} cannot be a GGUF file: its activation is {config.hidden_act}.")
+    refused = {it.name: it.refusals(config, needs) for it in LAYOUTS.values()}
+    if to is not None:
+        if refused[to]:
+            raise RequestError(f"{name} cannot be a {to}: it {' and '.join(refused[to])}.")
+        return LAYOUTS[to], "asked for"
+    same_kind = [it for it in LAYOUTS.values() if it.routes == carved(config)]
+    said = {it.name: f"{it.name} {' and '.join(refused[it.name])}" for it in same_kind}
+    fitting = [it for it in same_kind if not refused[it.name]]
+    if not fitting:
+        raise RequestError(f"llama.cpp cannot run {name}: {'; '.join(said.values())}.")
+    before = same_kind[: same_kind.index(fitting[0])]
+    reasons = [said[it.name] for it in before]
+    return fitting[0], "; ".join(["it computes the same", *reasons])
+
+
+def made_tensors(
+    folder: Path,
+    config: PreTrainedConfig,
+    layout: Layout,
+    routers: Mapping[str, torch.Tensor] | None,
+) -> dict[str, Made]:
+    """All tensors of the file, by name."""
+    made = {}
+    layers = by_layer(read_headers(folder))
+    outside = layers.pop("", {})
+    for name, new in OUTSIDE.items():
+        if name in outside:
+            made[new] = Made.of(outside[name])
+    if "output.weight" not in made and layout.own_head:
+        made["output.weight"] = made["token_embd.weight"]
+    factors_D = rope_factors(config)
+    if factors_D is not None:
+        made["rope_freqs.weight"] = Made.of(factors_D)
+    for layer, stored in layers.items():
+        number = layer.split(".")[2]
+        parts = with_router(stored, layer, routers)
+        made |= {f"blk.{number}.{part}": it for part, it in layout.layer(parts, config).items()}
+    if layout.wants_window and "sliding_attention" not in attention_types(config):
+        empty = empty_layer(config, made["token_embd.weight"])
+        made |= {f"blk.{len(layers)}.{part}": it for part, it in empty.items()}
+    return made
+
+
+def kind_of(made: Made, type: str) -> str:
+    """In what type of numbers a tensor is written."""
+    if len(made.shape) == 1 or made.precise:
+        return "f32"
+    return "f16" if type == "q8_0" and made.shape[-1] % BLOCK else type
+
+
+def write_file(
+    path: Path,
+    name: str,
+    config: Any,
+    layout: Layout,
+    words: Vocabulary,
+    made: dict[str, Made],
+    type: str,
+) -> None:
+    """Write the file, one tensor in memory at a time."""
+    gguf = library()
+    writer = gguf.GGUFWriter(path, layout.name)
+    writer.add_name(name)
+    writer.add_file_type(FILE_TYPES[type])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    fields = common_fields(config) | layout.fields(config)
+    add_fields(writer, {f"{layout.name}.{key}": value for key, value in fields.items()})
+    for part in asdict(words).values():
+        add_fields(writer, part)
+    for tensor, it in made.items():
+        kind = gguf.GGMLQuantizationType[kind_of(it, type).upper()]
+        shape, size = stored_size(it.shape, kind)
+        writer.add_tensor_info(tensor, shape, np.dtype(np.uint8), size, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    with Files() as files:
+        for tensor, it in tqdm(made.items(), desc="exporting", unit="tensor", disable=None):
+            kind = gguf.GGMLQuantizationType[kind_of(it, type).upper()]
+            writer.write_tensor_data(numbers(tensor, it.read(files), it.shape[-1], kind))
+    writer.close()
+
+
+def add_fields(writer: "GGUFWriter", fields: dict[str, Any]) -> None:
+    """Add metadata, each as the type that it has in Python; numbers are 32 bits wide."""
+    for key, value in fields.items():
+        match value:
+            case bool():
+                writer.add_bool(key, value)
+            case int():
+                writer.add_uint32(key, value)
+            case float():
+                writer.add_float32(key, value)
+            case str():
+                writer.add_string(key, value)
+            case _:
+                writer.add_array(key, value)
+
+
+def stored_size(shape: tuple[int, ...], kind: "GGMLQuantizationType") -> tuple[list[int], int]:
+    """Shape of a tensor's bytes, and how many they are."""
+    block, width = library().GGML_QUANT_SIZES[kind]
+    stored = [*shape[:-1], shape[-1] // block * width]
+    return stored, prod(stored)
+
+
+def numbers(
+    name: str, parts: Iterator[torch.Tensor], columns: int, kind: "GGMLQuantizationType"
+) -> np.ndarray[Any, Any]:
+    """The bytes of a tensor. Raises `CMoEError` for values that the type cannot hold."""
+    pieces = []
+    for part in parts:
+        values = part.float().reshape(-1, columns).numpy()
+        with np.errstate(over="ignore"):
+            made = library().quants.quantize(np.ascontiguousarray(values), kind)
+        if made.dtype == np.float16 and not np.isfinite(made).all():
+            raise CMoEError(f"{name} has values that float16 cannot hold: use --type bf16.")
+        pieces.append(made.view(np.uint8).reshape(-1))
+    return np.concatenate(pieces)

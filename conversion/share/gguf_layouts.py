@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The architectures of llama.cpp that compute what our models and their dense sources do.
+
+Of those that route, llama.cpp weighs experts by scores that sum to 1 over the chosen ones. Where a
+file can say how, we let it choose by the scores themselves and take the softmax over the chosen
+experts alone: of scores scaled to nearly nothing that is 1/A exactly, and the file multiplies by A.
+
+Read in llama.cpp's source, October 2026 (86a2835): `src/models/{granite,glm4-moe,step35}.cpp` and
+`build_moe_ffn` of `src/llama-graph.cpp`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from cmoe_hf.modeling_cmoe import attention_types
+
+from ..source.stored import Stored
+from .needs import lacking
+from .pieces import Made
+from .targets import head_width
+
+SOFTMAX_OF_CHOSEN = 3
+"""llama.cpp's number for choosing by scores and weighing by their softmax."""
+TINY = 2.0**-30
+"""Scale of the router where several experts run: every exponential is 1."""
+BLOCK = 32
+"""Neurons of a shared expert of zeros: what every type of numbers comes in multiples of."""
+Fields = dict[str, Any]
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+}
+"""Beginnings of names within a layer."""
+
+
+def no_fields(config: Any) -> Fields:
+    """A dense model has no others."""
+    return {}
+
+
+def granite_fields(config: Any) -> Fields:
+    """Of `granitemoe`."""
+    return {
+        "logit_scale": 1.0,
+        "attention.scale": head_width(config) ** -0.5,
+        "feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_feed_forward_length": config.shared_expert_intermediate_size,
+    }
+
+
+def glm_fields(config: Any) -> Fields:
+    """Of `glm4moe`."""
+    return choosing(config) | {
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_count": config.num_shared,
+        "leading_dense_block_count": len(config.dense_layers or []),
+    }
+
+
+def step_fields(config: Any) -> Fields:
+    """Of `step35`, of which layers without a window turn half of what the file says."""
+    types, width = attention_types(config), head_width(config)
+    window = getattr(config, "sliding_window", None)
+    empty = {} if window else empty_layer_fields(config)
+    return (
+        choosing(config)
+        | {
+            "expert_feed_forward_length": config.moe_intermediate_size,
+            "expert_shared_feed_forward_length": config.shared_expert_intermediate_size or BLOCK,
+            "attention.sliding_window": window or 1,
+            "attention.sliding_window_pattern": [it == "sliding_attention" for it in types],
+            "rope.dimension_count": 2 * width,
+            "rope.dimension_count_swa": width,
+            "rope.freq_base_swa": float(config.rope_parameters["rope_theta"]),
+        }
+        | empty
+    )
+
+
+def empty_layer_fields(config: Any) -> Fields:
+    """With a last layer that has a window of one token, one head, and adds nothing.
+
+    llama.cpp stops if `step35` has no layer with a window.
+    """
+    count = config.num_hidden_layers
+    return {
+        "block_count": count + 1,
+        "attention.head_count": [config.num_attention_heads] * count + [1],
+        "attention.head_count_kv": [config.num_key_value_heads] * count + [1],
+        "attention.sliding_window_pattern": [False] * count + [True],
+    }
+
+
+def empty_layer(config: Any, like: Made) -> dict[str, Made]:
+    """Its tensors, all zero, by the rest of their names; of an FFN that is not there nothing."""
+    hidden, width = config.hidden_size, head_width(config)
+    shapes = dict.fromkeys(("attn_q", "attn_k", "attn_v"), (width, hidden))
+    shapes["attn_output"] = (hidden, width)
+    norms = [("attn_norm", hidden), ("ffn_norm", hidden)]
+    norms += [(name, width) for name in ("attn_q_norm", "attn_k_norm")]
+    made = {f"{name}.weight": Made(shape, like.dtype) for name, shape in shapes.items()}
+    return made | {f"{name}.weight": Made((count,), like.dtype) for name, count in norms}
+
+
+def choosing(config: Any) -> Fields:
+    """How experts are chosen and weighed, where a file can say so."""
+    return {
+        "expert_gating_func": SOFTMAX_OF_CHOSEN,
+        "expert_weights_norm": False,
+        "expert_weights_scale": float(config.num_experts_per_tok),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """An architecture of llama.cpp."""
+
+    name: str
+    represents: frozenset[str]
+    """Names from `NEEDS`."""
+    wants: frozenset[str] = frozenset()
+    """What it insists on."""
+    ropes: tuple[str, ...] = ("default", "linear", "llama3")
+    fields: Callable[[Any], Fields] = no_fields
+    """Beside those of every model, without the name in front."""
+    routes: bool = True
+    says_how: bool = True
+    """Whether the file says how experts are chosen."""
+    neighbours: bool = False
+    """Rotary embeddings turn neighbouring rows: queries and keys are interleaved."""
+    own_head: bool = False
+    """It does not know heads that are tied to the embedding."""
+    wants_window: bool = False
+    """It does not know models of which no layer has a window."""
+    renamed: tuple[tuple[str, str], ...] = ()
+
+    def refusals(self, config: Any, needs: set[str]) -> list[str]:
+        """Why it cannot be this model, if so."""
+        if self.routes != hasattr(config, "moe_intermediate_size"):
+            return ["is of dense models" if not self.routes else "is of models that route"]
+        reasons = [f"has no {what}" for what in lacking(needs, self.represents)]
+        reasons += [f"always has {what}" for what in lacking(self.wants, needs)]
+        rope = rope_type(config)
+        if rope not in self.ropes:
+            reasons.append(f"has no rotary embeddings of type {rope}")
+        if self.routes and not self.says_how and config.num_experts_per_tok > 1:
+            reasons.append("weighs several experts unevenly")
+        if "window" in needs and rope != "default":
+            reasons.append(f"has no rotary embeddings of type {rope} within a window")
+        return reasons
+
+    def layer(self, parts: Mapping[str, Stored], config: Any) -> dict[str, Made]:
+        """What the tensors of a layer become, by the rest of their names."""
+        names = NAMES | dict(self.renamed)
+        made = {}
+        for part, it in parts.items():
+            stem, _, kind = part.rpartition(".")
+            if stem in names and not (part == "self_attn.o_proj.bias" and self.routes):
+                heads = self.heads(stem, config)
+                made[f"{names[stem]}.{kind}"] = Made.of(it, interleaved=heads)
+        if "mlp.experts.down_proj" in parts:
+            made |= self.routed(parts, config)
+        return made
+
+    def heads(self, stem: str, config: Any) -> int:
+        """How many heads' rows are interleaved."""
+        count = {
+            "self_attn.q_proj": config.num_attention_heads,
+            "self_attn.k_proj": getattr(config, "num_key_value_heads", 0),
+        }
+        return count.get(stem, 0) if self.neighbours else 0
+
+    def routed(self, parts: Mapping[str, Stored], config: Any) -> dict[str, Made]:
+        """Router and experts of a layer."""
+        router, gate_up = parts["mlp.gate.linear_weight"], parts["mlp.experts.gate_up_proj"]
+        several = config.num_experts_per_tok > 1
+        made = {
+            "ffn_gate_inp.weight": replace(
+                Made.of(router), dtype="F32", factor=TINY if several else 1.0, precise=True
+            ),
+            "ffn_gate_exps.weight": Made.of_experts(gate_up, 0, 2),
+            "ffn_up_exps.weight": Made.of_experts(gate_up, 1, 2),
+            "ffn_down_exps.weight": Made.of_experts(parts["mlp.experts.down_proj"]),
+        }
+        if self.says_how:
+            bias = parts["mlp.gate.balance_bias"]
+            made["exp_probs_b.bias"] = Made.of(bias)
+        if not config.shared_expert_intermediate_size and self.says_how:
+            hidden = config.hidden_size
+            made["ffn_gate_shexp.weight"] = Made.zeros(gate_up, BLOCK, hidden)
+            made["ffn_up_shexp.weight"] = Made.zeros(gate_up, BLOCK, hidden)
+            made["ffn_down_shexp.weight"] = Made.zeros(gate_up, hidden, BLOCK)
+        return made
+
+
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (
+        Layout(
+            name="llama",
+            represents=frozenset({"biases", "output bias"}),
+            routes=False,
+            neighbours=True,
+        ),
+        Layout(
+            name="qwen2",
+            represents=frozenset({"biases"}),
+            wants=frozenset({"biases"}),
+            ropes=("default", "linear"),
+            routes=False,
+        ),
+        Layout(
+            name="qwen3",
+            represents=frozenset({"norms"}),
+            wants=frozenset({"norms"}),
+            ropes=("default", "linear"),
+            routes=False,
+        ),
+        Layout(
+            name="granitemoe",
+            represents=frozenset({"shared", "biases"}),
+            fields=granite_fields,
+            says_how=False,
+            neighbours=True,
+        ),
+        Layout(
+            name="glm4moe",
+            represents=frozenset({"shared", "pins", "leading", "biases", "norms"}),
+            wants=frozenset({"shared"}),
+            ropes=("default", "linear"),
+            fields=glm_fields,
+            renamed=(("post_attention_layernorm", "post_attention_norm"),),
+        ),
+        Layout(
+            name="step35",
+            represents=frozenset(
+                {"shared", "pins", "leading", "trailing", "between", "norms", "window"}
+            ),
+            fields=step_fields,
+            own_head=True,
+            wants_window=True,
+        ),
+    )
+}
+"""Those that more versions of llama.cpp know come first."""
+
+
+def rope_type(config: PreTrainedConfig) -> str:
+    """The kind of rotary embeddings, as transformers calls it."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if float(rope.get("partial_rotary_factor", 1.0)) != 1:
+        return "partial"
+    return str(rope.get("rope_type", "default"))
+
+
+def common_fields(config: Any) -> Fields:
+    """What a file of any architecture says, without its name in front."""
+    rope, width = config.rope_parameters, head_width(config)
+    fields = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": width,
+        "attention.value_length": width,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": width,
+        "rope.freq_base": float(rope["rope_theta"]),
+    }
+    if rope_type(config) == "linear":
+        fields |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    if hasattr(config, "moe_intermediate_size"):
+        fields |= {
+            "expert_count": config.num_experts,
+            "expert_used_count": config.num_experts_per_tok,
+        }
+    return fields
+
+
+def rope_factors(config: Any) -> torch.Tensor | None:
+    """What the periods of the rotary embeddings are multiplied by, (D/2) float32, if anything."""
+    if rope_type(config) != "llama3":
+        return None
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    width = head_width(config)
+    exponents = torch.arange(0, width, 2, dtype=torch.int64).float() / width
+    return 1.0 / config.rope_parameters["rope_theta"] ** exponents / scaled

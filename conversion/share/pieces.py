@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors that are made of stored ones: cut, put together, scaled, in another order."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+
+from ..folder.shards import Entry
+from ..source.stored import CARVABLE, Stored
+
+LAYER = "model.layers."
+
+
+@dataclass(frozen=True)
+class Made:
+    """Rows of stored tensors below each other, reshaped; zeros if there are none."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors names it."""
+    parts: tuple[Stored | torch.Tensor, ...] = ()
+    factor: float = 1.0
+    interleaved: int = 0
+    """Heads of which the two halves are interleaved: rotary embeddings that turn neighbours."""
+    precise: bool = False
+    """Whether it stays float32 whatever the others become."""
+
+    @classmethod
+    def of(cls, *parts: Stored | torch.Tensor, **changes: Any) -> Self:
+        """Of rows below each other; of several matrices with `stacked` of them a packed one."""
+        shapes = [tuple(part.shape) for part in parts]
+        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        return replace(cls(shape, type_name(parts[0]), parts), **changes)
+
+    @classmethod
+    def zeros(cls, like: Stored, *shape: int) -> Self:
+        """Zeros of the same type."""
+        return cls(shape, like.dtype)
+
+    @classmethod
+    def of_experts(cls, packed: Stored, part: int = 0, parts: int = 1) -> Self:
+        """The same part of every packed expert, (N, rows, columns)."""
+        pieces = [packed.of_expert(number, part, parts) for number in range(packed.shape[0])]
+        return cls((len(pieces), *pieces[0].shape), packed.dtype, tuple(pieces))
+
+    @property
+    def entry(self) -> Entry:
+        """For the header of a file."""
+        size = torch.empty((), dtype=CARVABLE[self.dtype]).element_size()
+        return Entry(self.dtype, list(self.shape), prod(self.shape) * size)
+
+    def read(self, files: "Files") -> Iterator[torch.Tensor]:
+        """The values, a part at a time."""
+        dtype = CARVABLE[self.dtype]
+        if not self.parts:
+            yield torch.zeros(self.shape, dtype=dtype)
+        for part in self.parts:
+            tensor = (files.read(part) if isinstance(part, Stored) else part).to(dtype)
+            if self.interleaved:
+                halves = tensor.unflatten(0, (self.interleaved, 2, -1))
+                tensor = halves.transpose(1, 2).flatten(0, 2)
+            yield tensor if self.factor == 1 else tensor * self.factor
+
+
+def type_name(part: Stored | torch.Tensor) -> str:
+    """As safetensors names it."""
+    return part.dtype if isinstance(part, Stored) else Entry.of(part).dtype
+
+
+class Files:
+    """Open files of weights; use it in a `with` block."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._opened: dict[Path, Any] = {}
+
+    def read(self, stored: Stored) -> torch.Tensor:
+        """The values of a tensor."""
+        if stored.path not in self._opened:
+            opened = safe_open(stored.path, framework="pt", backend="pread")
+            self._opened[stored.path] = self._stack.enter_context(opened)
+        return stored.read(self._opened[stored.path])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+
+def by_layer(stored: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
+    """Tensors by the beginning of their names, up to the layer's number, and the rest of them.
+
+    What is of no layer begins with nothing.
+    """
+    layers: dict[str, dict[str, Stored]] = {}
+    for name, tensor in stored.items():
+        layer = ""
+        if name.startswith(LAYER):
+            layer = LAYER + name.removeprefix(LAYER).partition(".")[0] + "."
+        layers.setdefault(layer, {})[name.removeprefix(layer)] = tensor
+    return layers
