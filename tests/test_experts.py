@@ -13,7 +13,7 @@ from cmoe_hf.modeling_cmoe import (
     LARGE,
     CMoEExperts,
     CMoESparseMoeBlock,
-    fastest_backend,
+    backends,
     fastest_backend_on_a_gpu,
 )
 
@@ -127,20 +127,25 @@ def test_gradients_are_those_of_the_loop_over_experts(tokens, frozen):
 @pytest.mark.parametrize("size", ["small", "large"])
 def test_it_steps_aside(size, monkeypatch):
     module = CMoEExperts(configuration(size, 5, 2))
+    x_TH = torch.randn(3000, module.hidden_dim)
     assert (module.down_proj[0].numel() >= LARGE) == (size == "large")
     with torch.no_grad():
-        assert fastest_backend(module, 1, 2) == "direct"
+        assert backends(module, x_TH[:1], 2) == ["direct"]
+        assert backends(module, x_TH, 2) == ["direct"]
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert fastest_backend(module, 3000, 2) == "grouped_mm"
-        assert fastest_backend(module, 1, 2) == ("batched_mm" if size == "small" else "grouped_mm")
+        assert backends(module, x_TH, 2) == ["grouped_mm"]
+        few = "batched_mm" if size == "small" else "grouped_mm"
+        assert backends(module, x_TH[:1], 2) == [few]
         monkeypatch.undo()
         module._is_expert_parallel = True
-        assert fastest_backend(module, 1, 2) == "grouped_mm"
+        assert backends(module, x_TH[:1], 2) == ["grouped_mm"]
         module._is_expert_parallel = False
-        assert fastest_backend(module.to("meta"), 1, 2) == "grouped_mm"
+        with torch.autocast("cpu"):
+            assert backends(module, x_TH, 2) == ["grouped_mm"]
+        assert backends(module.to("meta"), x_TH[:1], 2) == ["grouped_mm"]
     with_gradients = CMoEExperts(module.config)
-    assert fastest_backend(with_gradients, 300, 2) == "grouped_mm"
-    assert fastest_backend(with_gradients, 1, 2) in ("batched_mm", "grouped_mm")
+    assert backends(with_gradients, x_TH[:300], 2) == ["grouped_mm"]
+    assert backends(with_gradients, x_TH[:1], 2) in (["batched_mm"], ["grouped_mm"])
 
 
 @pytest.mark.parametrize(
