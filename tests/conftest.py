@@ -27,7 +27,6 @@ os.environ.update(
     HF_HUB_DISABLE_XET="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",
-    CMOE_MEASURE="0",  # ways agree to rounding only
     OMP_NUM_THREADS="1",  # also in child processes: thread counts change the last bits
 )
 os.environ.pop("HF_TOKEN", None)
@@ -42,6 +41,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from cmoe_hf.conversion import convert  # noqa: E402
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT, MODEL  # noqa: E402
+
+# Else the fastest way to compute a product is measured, and ways agree to rounding only.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def pytest_sessionfinish() -> None:

@@ -13,7 +13,6 @@ K active experts, M neurons of one routed expert.
 
 import inspect
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -361,17 +360,17 @@ class CMoEHierarchicalRouter(CMoERouter):
 
 CHOSEN: dict[tuple[Any, ...], str] = {}
 """The fastest way to compute something on this CPU, by what it is, of which shapes and type."""
-MEASURES = os.environ.get("CMOE_MEASURE", "1") != "0"
-"""Whether the fastest way is measured at first use. Else the first is taken, the same every time:
-ways agree to rounding only."""
 LARGE = 2**19
 """Elements of a weight that no longer fits into the nearer caches: reading it well pays."""
 
 
 def measure(key: tuple[Any, ...], ways: Mapping[str, Callable[[], Any]]) -> str:
-    """Choose one of the ways for good: the first, if the others are not clearly faster."""
+    """Choose one of the ways for good: the first, if the others are not clearly faster.
+
+    Under `torch.use_deterministic_algorithms` always the first: ways agree to rounding only.
+    """
     [first, *others] = ways
-    if others and MEASURES:
+    if others and not torch.are_deterministic_algorithms_enabled():
         beyond_caches = torch.ones(2**23, dtype=torch.int32)  # where weights are in real use
         seconds = dict.fromkeys(ways, math.inf)
         for _ in range(4):
