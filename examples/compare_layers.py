@@ -13,8 +13,8 @@ output on those tokens.
   both with a threshold for all tokens, of equal mean, instead of the K best of each;
 * path: as static or routed, with fewer neurons and a linear map of rank r from the FFN's input that
   adds what idle neurons would have written, of equal size;
-* alternated: neurons go to the expert whose tokens, under the router there is, they write most
-  for; then a new router; three rounds;
+* reassigned: as the recipe does it, neurons go to the expert for whose tokens, under the router
+  there is, they write most; then a new router; eight rounds;
 * signs: clusters of neurons whose gates have the same sign.
 """
 
@@ -29,8 +29,8 @@ from cmoe_hf.conversion.carve.layer import FFN
 from cmoe_hf.conversion.carve.linalg import lower_gram, solve_shifted
 from cmoe_hf.conversion.carve.partition import (
     Partition,
-    assign_balanced,
     partition_by_contributions,
+    reassigned,
     split_by_score,
 )
 from cmoe_hf.conversion.carve.profile import energies
@@ -39,19 +39,21 @@ from cmoe_hf.conversion.carve.router import linear_router, output_energies, rank
 from cmoe_hf.conversion.source.calibration import apart_windows, held_out
 from cmoe_hf.conversion.source.loading import load_model
 
-EXPERTS = 32
 PATH_RIDGE = 0.3
 
 
 class Layer:
     """One dense FFN, its inputs on calibration tokens, and what is computed of them once."""
 
-    def __init__(self, mlp: torch.nn.Module, x_TH: torch.Tensor, act: str, held: int) -> None:
+    def __init__(
+        self, mlp: torch.nn.Module, x_TH: torch.Tensor, act: str, held: int, experts: int
+    ) -> None:
         gate_FH, up_FH, down_HF = (
             part.weight.detach().float() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         )
         self.ffn = FFN(gate_FH, up_FH, down_HF, ACT2FN[act], torch.float32)
         self.x_TH, self.held, self.cut = x_TH, held, len(x_TH) - held
+        self.experts = experts
         self.h_TF = self.ffn.hidden(x_TH)
         self.wanted_TH = self.h_TF @ down_HF.T
         self.score_F = energies(self.h_TF[: self.cut], down_HF)
@@ -68,16 +70,16 @@ class Layer:
             len(self.x_TH), 1
         ).bool()
 
-    def routed(self, running: int) -> tuple[Partition, int]:
-        """The recipe's partition into E experts, three quarters of the running ones shared."""
-        active = -(-running // 4)
-        shared = (running - active) * self.ffn.width // EXPERTS
+    def routed(self, running: int, shared_of_them: float) -> tuple[Partition, int]:
+        """The recipe's first partition, and how many experts are active."""
+        active = max(1, round(running * (1 - shared_of_them)))
+        shared = (running - active) * self.ffn.width // self.experts
         parts = partition_by_contributions(
             self.h_TF[: self.cut],
             self.ffn.down_HF,
             self.score_F,
             shared=shared,
-            experts=EXPERTS - running + active,
+            experts=self.experts - running + active,
         )
         return parts, active
 
@@ -111,18 +113,14 @@ class Layer:
         held_TH, left_TH = wanted_TH[cut:], (wanted_TH - path_TH)[cut:]
         return found.held_out_error * (left_TH.norm() / held_TH.norm()).item()
 
-    def alternated(self, parts: Partition, active: int, rounds: int = 3) -> Partition:
+    def reassigned(self, parts: Partition, active: int, rounds: int = 8) -> Partition:
         """Clusters for the router that there is."""
-        norm_F = self.ffn.down_HF.norm(dim=0)
+        x_TH, h_TF = self.x_TH[: self.cut], self.h_TF[: self.cut]
         for _ in range(rounds):
-            run_TN = best(self.scores(parts, active), active)[: self.cut].float()
-            routed_R = parts.experts_NM.flatten().sort().values
-            energy_TR = (self.h_TF[: self.cut, routed_R] * norm_F[routed_R]).square()
-            gain_RN = energy_TR.T @ run_TN
-            label_R = assign_balanced((-gain_RN / gain_RN.mean()).double().numpy())
-            members_NM = torch.from_numpy(label_R).argsort(stable=True)
-            members_NM = members_NM.view(len(parts.experts_NM), -1)
-            parts = parts._replace(experts_NM=routed_R[members_NM])
+            energy_TN = output_energies(h_TF, self.ffn.down_HF, parts.experts_NM)
+            router_NH = linear_router(x_TH, energy_TN, ridge=0.5)["linear_weight"]
+            run_TN = best(x_TH @ router_NH.T, active)
+            parts = reassigned(parts, h_TF, self.ffn.down_HF, run_TN)
         return parts
 
     def by_signs(self, parts: Partition) -> Partition:
@@ -152,16 +150,16 @@ def above(score_TN: torch.Tensor, top_k: int) -> torch.Tensor:
     return score_TN > score_TN.flatten().topk(count + 1).values[-1]
 
 
-def rows(layer: Layer, share: float) -> Iterator[tuple[str, float]]:
+def rows(layer: Layer, share: float, shared: float) -> Iterator[tuple[str, float]]:
     """Each idea and its error."""
     width, hidden = layer.ffn.width, layer.x_TH.shape[1]
-    running = round(share * EXPERTS)
-    neurons, path_cost = running * width // EXPERTS, 2 * hidden / (3 * hidden)
+    running = round(share * layer.experts)
+    neurons, path_cost = running * width // layer.experts, 2 * hidden / (3 * hidden)
     yield "static", layer.error(*layer.static(neurons))
     for rank in (32, 64):
         fewer = neurons - round(rank * path_cost)
         yield f"static, path of rank {rank}", layer.path_error(*layer.static(fewer), rank)
-    parts, active = layer.routed(running)
+    parts, active = layer.routed(running, shared)
     score_TN = layer.scores(parts, active)
     energy_TN = output_energies(layer.h_TF, layer.ffn.down_HF, parts.experts_NM)
     yield "routed", layer.error(parts, best(score_TN, active))
@@ -169,12 +167,12 @@ def rows(layer: Layer, share: float) -> Iterator[tuple[str, float]]:
     yield "oracle", layer.error(parts, best(energy_TN, active))
     yield "oracle, threshold", layer.error(parts, above(energy_TN, active))
     for rank in (32, 64):  # paid in whole experts, so rank 32 for nothing
-        saved = round(rank * path_cost * EXPERTS / width)
-        fewer_parts, fewer_active = layer.routed(running - saved)
+        saved = round(rank * path_cost * layer.experts / width)
+        fewer_parts, fewer_active = layer.routed(running - saved, shared)
         run_TN = best(layer.scores(fewer_parts, fewer_active), fewer_active)
         yield f"routed, path of rank {rank}", layer.path_error(fewer_parts, run_TN, rank)
     for name, other in (
-        ("alternated", layer.alternated(parts, active)),
+        ("reassigned", layer.reassigned(parts, active)),
         ("signs", layer.by_signs(parts)),
     ):
         yield f"routed, {name}", layer.error(other, best(layer.scores(other, active), active))
@@ -189,6 +187,8 @@ def main() -> None:
     parser.add_argument("calibration")
     parser.add_argument("--layer", type=int, action="append", help="repeatable")
     parser.add_argument("--share", type=float, action="append", help="of the neurons; repeatable")
+    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("--shared", type=float, default=0.75, help="of the neurons that run")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=2048)
     arguments = parser.parse_args()
@@ -206,9 +206,9 @@ def main() -> None:
         model.base_model(window_L.unsqueeze(0))
     for index, mlp in blocks.items():
         act, held = model.config.hidden_act, held_out(samples, length)
-        layer = Layer(mlp, torch.cat(inputs.pop(index)), act, held)
+        layer = Layer(mlp, torch.cat(inputs.pop(index)), act, held, arguments.experts)
         for share in arguments.share or [0.25, 0.5, 0.75]:
-            for idea, error in rows(layer, share):
+            for idea, error in rows(layer, share, arguments.shared):
                 found = {"layer": index, "share": share, "idea": idea, "error": round(error, 4)}
                 print(json.dumps(found), flush=True)
 
