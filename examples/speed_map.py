@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where carved models are faster on this CPU: shapes, notations, tokens and types; rows and a map.
+
+    python examples/speed_map.py results/speed_map.json --quick
+    python examples/speed_map.py results/speed_map.json --before 8f3385a   # beside an older code
+    python examples/speed_map.py results/speed_map.json --draw docs/speed_map.png
+
+Weights are random: the speed does not depend on them. Everything of one point, dense, carved and,
+with --before, carved by the modelling code of another commit, runs in turn in the same process.
+Decoding uses a model of the shape with some of its layers and as large a part of its vocabulary, so
+that the head weighs what it weighs in the whole. The file is written after every shape; points that
+it has are not measured again.
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import cmoe_hf.modeling_cmoe
+from cmoe_hf.conversion.carve.recipe import RECIPES
+from cmoe_hf.conversion.carve.shape import Shape, carved_config
+from cmoe_hf.conversion.device import device_name, versions
+from cmoe_hf.conversion.measure.roofline import ffn_work, measure_rates, model_work
+from cmoe_hf.conversion.measure.timing import Decoder
+from cmoe_hf.conversion.source.architectures import ARCHITECTURES
+
+FIELDS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "vocab_size"),
+)
+SHAPES = {
+    "SmolLM2-135M": ((576, 1536, 30, 9, 3, 49152), 3),
+    "SmolLM2-360M": ((960, 2560, 32, 15, 5, 49152), 4),
+    "TinyLlama": ((2048, 5632, 22, 32, 4, 32000), 5),
+    "Llama-3.2-1B": ((2048, 8192, 16, 32, 8, 128256), 4),
+    "Llama-3.2-3B": ((3072, 8192, 28, 24, 8, 128256), 7),
+}
+"""Sizes, and the part of the layers and of the vocabulary that decodes: one in so many."""
+NOTATIONS = {"S1A1E8": (1, 1, 8), "S3A3E8": (3, 3, 8), "S4A4E32": (4, 4, 32)}
+TOKENS = (1, 4, 16, 64, 512)
+DTYPES = ("float32", "bfloat16", "int8")
+CONTEXT = 128
+
+
+def code_of_commit(commit: str) -> ModuleType:
+    """The modelling code of another commit; its experts backend is called `cmoe` and the commit."""
+    folder = Path(tempfile.mkdtemp())
+    package = folder / "cmoe_before"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for name in ("configuration_cmoe.py", "modeling_cmoe.py"):
+        shown = subprocess.run(
+            ["git", "show", f"{commit}:src/cmoe_hf/{name}"], check=True, capture_output=True
+        )
+        (package / name).write_bytes(shown.stdout)
+    sys.path.insert(0, str(folder))
+    ours = ALL_EXPERTS_FUNCTIONS["cmoe"]
+    code = importlib.import_module("cmoe_before.modeling_cmoe")
+    ALL_EXPERTS_FUNCTIONS.register("cmoe_before", ALL_EXPERTS_FUNCTIONS["cmoe"])
+    ALL_EXPERTS_FUNCTIONS.register("cmoe", ours)
+    return code
+
+
+def prepared(module: torch.nn.Module, dtype: str) -> Any:
+    """In its type, with weights that keep activations at one size."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        elif name.endswith("scale"):
+            torch.nn.init.zeros_(parameter)
+    module = module.to(torch.float32 if dtype == "float32" else torch.bfloat16).eval()
+    for name, buffer in module.named_buffers():
+        if name.endswith("balance_bias"):
+            buffer.data = buffer.data.float()
+    if dtype == "int8":
+        from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig, quantize_
+
+        names = r"re:.*(_proj\.weight|experts\..*_proj|^(gate|up|down)_proj\.weight)"
+        quantize_(module, FqnToConfig({names: Int8WeightOnlyConfig()}), filter_fn=None)
+    return module
+
+
+def medians(calls: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each call, in turn, `rounds` times."""
+    for call in calls.values():
+        call(0)
+    start = time.perf_counter()
+    calls["dense"](1)
+    repeats = max(1, min(100, round(0.05 / (time.perf_counter() - start))))
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        for name in list(calls)[:: (-1) ** turn]:
+            start = time.perf_counter()
+            for index in range(repeats):
+                calls[name](turn * repeats + index)
+            found[name].append(1e3 * (time.perf_counter() - start) / repeats)
+    return found
+
+
+class Map:
+    """The rows so far, and how to measure one more."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.before = code_of_commit(options.before) if options.before else None
+        self.rows: list[dict[str, Any]] = []
+        if options.output.exists():
+            self.rows = json.loads(options.output.read_text())["rows"]
+        self.rates: dict[str, Any] = {}
+
+    def save(self) -> None:
+        """Everything, with what it was measured on."""
+        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        record = {
+            "command": " ".join(["python", *sys.argv]),
+            "device": device_name(torch.device("cpu")),
+            "instructions": [name for name in ("avx512f", "avx512_bf16", "amx_bf16")
+                             if name in flags],
+            "threads": torch.get_num_threads(),
+            "before": self.options.before,
+            "bandwidth_gb_per_s": {k: rate.bytes / 1e9 for k, rate in self.rates.items()},
+            "versions": versions(),
+            "rows": self.rows,
+        }  # fmt: skip
+        self.options.output.write_text(json.dumps(record, indent=1) + "\n")
+
+    def add(self, key: dict[str, Any], calls: dict[str, Any], works: tuple[Any, Any]) -> None:
+        """One row."""
+        dtype = key["dtype"]
+        if dtype not in self.rates:
+            kind = torch.float32 if dtype == "float32" else torch.bfloat16
+            self.rates[dtype] = measure_rates(torch.device("cpu"), kind)
+        found = medians(calls, self.options.rounds)
+        dense, carved = (self.rates[dtype].seconds(work) for work in works)
+        ratios = {
+            name: round(statistics.median(map(lambda d, c: d / c, found["dense"], times)), 3)
+            for name, times in found.items()
+            if name != "dense"
+        }
+        times = {f"{name}_ms": round(statistics.median(found[name]), 4) for name in found}
+        row = {**key, **times, "roofline_speedup": round(dense / carved, 3)}
+        row |= {"speedup": ratios["carved"]}
+        if "before" in ratios:
+            row["speedup_before"] = ratios["before"]
+        self.rows.append(row)
+        print(row, flush=True)
+
+    def lacks(self, key: dict[str, Any]) -> bool:
+        """Whether a point is still to be measured."""
+        return not any(all(row[name] == value for name, value in key.items()) for row in self.rows)
+
+    def models(self, config: LlamaConfig, shape: Shape) -> dict[str, tuple[Any, Any]]:
+        """Classes and configuration of the carved model, by ours and the older code."""
+        ours = carved_config(config, ARCHITECTURES["llama"], shape, RECIPES["refined"])
+        ours._experts_implementation = "cmoe"
+        found = {"carved": (cmoe_hf.modeling_cmoe, ours)}
+        if self.before is not None:
+            fields = ours.to_dict()
+            fields.pop("model_type", None)
+            theirs = self.before.CMoELlamaConfig(**fields)
+            theirs._experts_implementation = "cmoe_before"
+            found["before"] = (self.before, theirs)
+        return found
+
+    @torch.no_grad()
+    def ffn(self, name: str, notation: str, dtype: str) -> None:
+        """One FFN block, of several with other weights, so that none stays in the caches."""
+        config = LlamaConfig(**dict(zip(FIELDS, SHAPES[name][0], strict=True)))
+        keys = [
+            {"kind": "ffn", "shape": name, "notation": notation, "dtype": dtype, "tokens": tokens}
+            for tokens in self.options.tokens
+        ]
+        keys = [key for key in keys if self.lacks(key)]
+        if not keys:
+            return
+        hidden, width = config.hidden_size, config.intermediate_size
+        copies = max(2, round(1.5e8 / (3 * hidden * width * (4 if dtype == "float32" else 2))))
+        blocks = {"dense": [prepared(LlamaMLP(config), dtype) for _ in range(copies)]}
+        for code_name, (code, carved) in self.models(config, Shape(*NOTATIONS[notation])).items():
+            blocks[code_name] = [
+                prepared(code.CMoESparseMoeBlock(carved), dtype) for _ in range(copies)
+            ]
+        for key in keys:
+            tokens = key["tokens"]
+            kind = torch.float32 if dtype == "float32" else torch.bfloat16
+            x = torch.randn(8, 1, tokens, hidden).to(kind)
+            calls = {
+                code_name: lambda turn, some=some, x=x: some[turn % copies](x[turn % 8])
+                for code_name, some in blocks.items()
+            }
+            index_TK = blocks["carved"][0].gate(x[0, 0])[2]
+            hit = index_TK.unique().numel()
+            works = (
+                ffn_work(blocks["dense"][0], tokens, 0),
+                ffn_work(blocks["carved"][0], tokens, hit),
+            )
+            self.add(key, calls, works)
+
+    @torch.no_grad()
+    def decode(self, name: str, notation: str, dtype: str) -> None:
+        """Decoding of one sequence, and a prefill of 256 tokens."""
+        sizes, part = SHAPES[name]
+        config = LlamaConfig(**dict(zip(FIELDS, sizes, strict=True)), tie_word_embeddings=True)
+        config.num_hidden_layers = round(config.num_hidden_layers / part)
+        config.vocab_size //= part
+        key = {"shape": name, "notation": notation, "dtype": dtype, "tokens": 1}
+        if not self.lacks({"kind": "decode", **key}):
+            return
+        models = {"dense": prepared(AutoModelForCausalLM.from_config(config), dtype)}
+        for code_name, (code, carved) in self.models(config, Shape(*NOTATIONS[notation])).items():
+            models[code_name] = prepared(code.CMoELlamaForCausalLM(carved), dtype)
+        dense = [layer.mlp for layer in models["dense"].model.layers]
+        blocks = [layer.mlp for layer in models["carved"].model.layers]
+        active = float(NOTATIONS[notation][1])
+        ids = torch.randint(config.vocab_size, (1, 2 * CONTEXT))
+
+        def works(hit: float, **more: int) -> tuple[Any, Any]:
+            hits = [hit] * len(blocks)
+            return (
+                model_work(models["dense"], dense, hits, batch=1, **more),
+                model_work(models["carved"], blocks, hits, batch=1, **more),
+            )
+
+        calls: dict[str, Any] = {
+            code_name: Decoder(model, ids[:, :CONTEXT], None) for code_name, model in models.items()
+        }
+        self.add({"kind": "decode", **key}, calls, works(active, tokens=1, context=CONTEXT))
+        prompts = {
+            code_name: lambda turn, model=model: model(ids, use_cache=True, logits_to_keep=1)
+            for code_name, model in models.items()
+        }
+        prefill = {"kind": "prefill", **key, "tokens": ids.numel()}
+        routed = float(blocks[0].experts.num_experts)
+        self.add(prefill, prompts, works(routed, tokens=ids.numel(), context=0))
+
+
+def draw(rows: list[dict[str, Any]], output: Path) -> None:
+    """The map: a field a type and notation, a line a shape, a column a number of tokens."""
+    import matplotlib.pyplot as plt
+
+    kinds = sorted({(row["dtype"], row["notation"]) for row in rows})
+    columns = [("ffn", tokens) for tokens in TOKENS] + [("decode", 1), ("prefill", 2 * CONTEXT)]
+    labels = [f"FFN {tokens}" for tokens in TOKENS] + ["decode", "prefill"]
+    figure, fields = plt.subplots(
+        len(kinds), 1, figsize=(8, 2.2 * len(kinds)), squeeze=False, layout="constrained"
+    )
+    for (dtype, notation), field in zip(kinds, fields[:, 0], strict=True):
+        found = {
+            (row["shape"], row["kind"], row["tokens"]): row
+            for row in rows
+            if (row["dtype"], row["notation"]) == (dtype, notation)
+        }
+        grid = [
+            [found.get((shape, *column), {}).get("speedup", float("nan")) for column in columns]
+            for shape in SHAPES
+        ]
+        field.imshow(grid, cmap="RdBu", vmin=0, vmax=2, aspect="auto")
+        for line, shape in enumerate(SHAPES):
+            for place, column in enumerate(columns):
+                if row := found.get((shape, *column)):
+                    text = f"{row['speedup']:.2f} ({row['roofline_speedup']:.1f})"
+                    field.text(place, line, text, ha="center", va="center", fontsize=7)
+        field.set_xticks(range(len(labels)), labels, fontsize=7)
+        field.set_yticks(range(len(SHAPES)), list(SHAPES), fontsize=7)
+        field.set_title(f"{notation}, {dtype}: times dense (roofline)", fontsize=8)
+    figure.savefig(output, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path, help="JSON; what it has is kept")
+    parser.add_argument("--quick", action="store_true", help="two shapes, S1A1E8, few points")
+    parser.add_argument("--shape", action="append", choices=SHAPES)
+    parser.add_argument("--notation", action="append", choices=NOTATIONS)
+    parser.add_argument("--dtype", action="append", choices=DTYPES)
+    parser.add_argument("--tokens", type=int, nargs="*", default=None)
+    parser.add_argument("--ffn-only", action="store_true")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--before", metavar="COMMIT", help="time its modelling code as well")
+    parser.add_argument("--draw", type=Path, metavar="PNG", help="draw what the file has, only")
+    options = parser.parse_args()
+    if options.draw:
+        draw(json.loads(options.output.read_text())["rows"], options.draw)
+        return
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    quick = options.quick
+    if options.tokens is None:
+        options.tokens = (1, 16) if quick else TOKENS
+    points = Map(options)
+    for name in options.shape or (["SmolLM2-135M", "TinyLlama"] if quick else list(SHAPES)):
+        for dtype in options.dtype or (DTYPES[:2] if quick else DTYPES):
+            for notation in options.notation or (["S1A1E8"] if quick else list(NOTATIONS)):
+                points.ffn(name, notation, dtype)
+                if not options.ffn_only:
+                    points.decode(name, notation, dtype)
+                points.save()
+
+
+if __name__ == "__main__":
+    main()
