@@ -260,8 +260,8 @@ def divide_for_router(
     sample = replace(profile, x_TH=profile.x_TH[: len(profile.h_TF)])
     draft = replace(recipe, router_epochs=0)  # in the rounds it leads to better clusters, measured
     parts = divide(ffn, profile, config, recipe)
-    is_static = parts.pinned == config.num_experts_per_tok
-    for _ in range(0 if is_static else recipe.reassignments):
+    chooses = parts.pinned < config.num_experts_per_tok and recipe.clusters == "contributions"
+    for _ in range(recipe.reassignments if chooses else 0):
         router = build_router(ffn, profile, parts, config, draft)
         run_TN = running_experts(router, sample, parts, config, draft)
         parts = reassigned(parts, profile.h_TF, ffn.down_HF, run_TN)

@@ -49,8 +49,8 @@ class Recipe:
     router_epochs: int = 0
     """Passes over the calibration tokens that train the linear router to rank the experts."""
     reassignments: int = 0
-    """Rounds in which neurons move to the expert for whose tokens they write most, and the router
-    is made again. Not of a MoE that is carved again."""
+    """Rounds in which neurons move from clusters of contributions to the expert for whose tokens
+    they write most, and the router is made again. Not of a MoE that is carved again."""
     polish_epochs: int = 0
     """Passes over the calibration tokens that train the neurons of the carved layer, at most."""
     error_correction: bool = False
@@ -142,8 +142,6 @@ class Recipe:
             raise RequestError("a budget compares refitted layers: leave the refit on.")
         if self.polish_epochs and not self.held_out_ridge:
             raise RequestError("polish_epochs need held-out tokens: change held_out_ridge, too.")
-        if self.reassignments and self.clusters != "contributions":
-            raise RequestError("reassignments need clusters of contributions: change both.")
         if min(self.router_epochs, self.reassignments, self.polish_epochs) < 0:
             raise RequestError("the recipe's epochs and rounds cannot be negative.")
         if min(self.max_iterations, self.router_ridge, self.refit_ridge) <= 0:
