@@ -5,8 +5,10 @@ import re
 import shutil
 
 from selenium import webdriver
+from selenium.webdriver import ActionChains
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 
 
 def start_chromium(profile):
@@ -53,6 +55,12 @@ class Browser:
         element = self.one(selector)
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
         element.click()
+
+    def hover(self, element):
+        """In the middle of the screen, and until the page has answered."""
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+        ActionChains(self.driver).move_to_element(element).perform()
+        WebDriverWait(self.driver, 10).until(lambda _: self.one("#tip").is_displayed())
 
     def run(self, script):
         return self.driver.execute_script(f"return {script}")

@@ -553,7 +553,7 @@ def test_choosing_a_layer_changes_the_figures_of_the_layer(browser, page, data):
 def test_a_token_tells_all_of_its_experts(browser, page, data):
     browser.open(page)
     for token in (3, 0):
-        ActionChains(browser.driver).move_to_element(browser.all(".token")[token]).perform()
+        browser.hover(browser.all(".token")[token])
         tip = browser.one("#tip")
         assert tip.is_displayed()
         for expert in data["sample"]["layers"][0]["experts"][token]:
@@ -644,7 +644,7 @@ def test_a_model_with_biases_and_a_pinned_expert(browser, balanced):
     assert browser.map(".expert", "e.textContent")[1] == "1always"
     even = browser.map("#layer-load path.rule", "Number(e.dataset.value)")
     assert even == pytest.approx([(2 - 1) / (6 - 1)])
-    ActionChains(browser.driver).move_to_element(browser.one(".token")).perform()
+    browser.hover(browser.one(".token"))
     assert "expert 1: p = " in browser.one("#tip").text
     assert "always runs" in browser.one("#tip").text
     weights = data["sample"]["layers"][0]["weights"][0]
