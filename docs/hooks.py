@@ -123,8 +123,7 @@ def spoken(node: ast.expr) -> str:
 
 
 def api() -> str:
-    """The public names, each with a directive for mkdocstrings; and the sources where it looks."""
-    import_paths()
+    """The public names, each with a directive for mkdocstrings."""
     tree = ast.parse((ROOT / "conversion" / "__init__.py").read_text(encoding="utf-8"))
     homes = {
         alias.name: node.module
@@ -145,8 +144,9 @@ def api() -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def import_paths() -> None:
-    """Both halves of the package as one tree, for a reader that does not import."""
+def on_startup(command: str, dirty: bool) -> None:
+    """Both halves of the package as one tree, for mkdocstrings, which does not import. It forgets
+    paths that are not there when it is configured."""
     package = ROOT / "build" / "api" / "cmoe_hf"
     shutil.rmtree(package, ignore_errors=True)
     only_code = shutil.ignore_patterns("__pycache__", "assets")
