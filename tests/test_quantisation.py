@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from cmoe_hf.conversion import evaluate
-from cmoe_hf.modeling_cmoe import CMoEExperts, CMoELlamaForCausalLM, int8_linear, is_int8
+from cmoe_hf.modeling_cmoe import CMoEExperts, CMoELlamaForCausalLM
 
 torchao = pytest.importorskip("torchao.quantization", reason="needs the extra [quantise]")
 
@@ -112,18 +112,6 @@ def test_the_default_backend_computes_what_the_dequantised_weights_do(quantised,
             assert isinstance(weight, torchao.Int8Tensor)
             setattr(experts, name, nn.Parameter(weight.dequantize(), requires_grad=False))
     torch.testing.assert_close(got, logits(model, ids), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("rows", [1, 5, 40])
-def test_eight_bits_are_multiplied_without_a_copy(rows):
-    linear = nn.Linear(96, 64, bias=False).to(torch.bfloat16)
-    torchao.quantize_(linear, torchao.Int8WeightOnlyConfig())
-    x_TH, weight_QH = torch.randn(rows, 96).to(torch.bfloat16), linear.weight
-    assert is_int8(weight_QH)
-    expected = x_TH.float() @ weight_QH.dequantize().float().T
-    got = int8_linear(x_TH, weight_QH).float()
-    torch.testing.assert_close(got, expected, atol=1e-2, rtol=1e-2)
-    assert not is_int8(linear.float().weight)  # its kernel is slow there
 
 
 def test_perplexity_stays_within_a_percent(repo, quantised, held_out):

@@ -407,39 +407,17 @@ def doubled_linear(x_1H: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
     return F.linear(torch.cat((x_1H, x_1H)), weight_QH)[:1]
 
 
-def int8_linear(x_TH: torch.Tensor, weight_QH: Any) -> torch.Tensor:
-    """x Wᵀ of torchao's 8-bit weights, without making 16-bit ones of them first."""
-    return torch.ops.aten._weight_int8pack_mm(x_TH, weight_QH.qdata, weight_QH.scale.flatten())
-
-
 LINEAR: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "plain": F.linear,
     "onednn": onednn_linear,
     "turned": turned_linear,
     "doubled": doubled_linear,
-    "int8": int8_linear,
 }
-
-
-def is_int8(weight: Any) -> bool:
-    """Whether `int8_linear` knows it: bfloat16 in 8 bits, a scale a row, and nothing else."""
-    return (
-        type(weight).__name__ == "Int8Tensor"
-        and weight.dtype == torch.bfloat16
-        and weight.block_size[-1] == weight.shape[-1]
-        and weight.scale.numel() * weight.shape[-1] == weight.qdata.numel()
-        and all(
-            getattr(weight, name, None) is None
-            for name in ("zero_point", "act_quant_kwargs", "act_quant_scale", "act_pre_scale")
-        )
-    )
 
 
 def linear_ways(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> list[str]:
     """Names of the ways to compute x Wᵀ that may be the fastest, the likeliest first."""
     rows = len(x_TH)
-    if is_int8(weight_QH):
-        return ["int8", "plain"]
     if weight_QH.dtype == torch.bfloat16:
         return ["plain", "turned", "doubled"] if rows == 1 else ["plain", "turned"]
     if weight_QH.dtype != torch.float32:
@@ -456,7 +434,7 @@ def is_free(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> bool:
     return (
         weight_QH.is_cpu
         and weight_QH.dtype == x_TH.dtype
-        and (kind is nn.Parameter or kind is torch.Tensor or is_int8(weight_QH))
+        and (kind is nn.Parameter or kind is torch.Tensor)
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and (x_TH.requires_grad or weight_QH.requires_grad))
         and not torch.is_autocast_enabled("cpu")
@@ -596,7 +574,7 @@ def backends(experts: ExpertsLoop, x_TH: torch.Tensor, top_k: int) -> list[str]:
         quantised = type(weight_NHM).__module__.startswith("torchao")  # knows one expert at a time
         return ["eager" if quantised else "batched_mm" if copied <= 50_000 else grouped]
     # The others cost more before they begin, or copy every token top_k times.
-    if (len(x_TH) == 1 and top_k <= 4) or pairs >= 64 * experts.num_experts or is_int8(weight_NHM):
+    if (len(x_TH) == 1 and top_k <= 4) or pairs >= 64 * experts.num_experts:
         return ["direct"]
     ways = ["direct", grouped] if grouped != "eager" else ["direct"]
     if copied <= 500_000:
