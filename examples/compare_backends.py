@@ -17,8 +17,7 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from cmoe_hf import CMoELlamaConfig
-from cmoe_hf.modeling_cmoe import CHOSEN, CMoEExperts
-from cmoe_hf.modeling_cmoe import backends as ways_to_run
+from cmoe_hf.modeling_cmoe import CMoEExperts, fastest_backend
 
 SIZES = [
     (4096, 1376, 7, 1),  # Llama-2-7B S1A1E8
@@ -71,9 +70,7 @@ def compare(size: tuple[int, ...], tokens: int, dtype: torch.dtype, rounds: int)
     medians = {name: 1e3 * statistics.median(seconds[1:]) for name, seconds in times.items()}
     best = min(value for name, value in medians.items() if name != "cmoe")
     columns = [f"{medians[name]:10.3f}" if name in medians else f"{'':10}" for name in TITLES]
-    [chosen, *others] = ways_to_run(module, x_TH, active)
-    if others:  # measured
-        [*_, chosen] = (way for key, way in CHOSEN.items() if key[0] is CMoEExperts)
+    chosen = fastest_backend(module, tokens, active)
     return f"{size!s:22}{tokens:6} {''.join(columns)}{medians['cmoe'] / best:8.2f}  {chosen}"
 
 

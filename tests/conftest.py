@@ -42,10 +42,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from cmoe_hf.conversion import convert  # noqa: E402
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT, MODEL  # noqa: E402
 
-# Else the fastest way to compute a product is measured, and ways agree to rounding only.
-torch.use_deterministic_algorithms(True, warn_only=True)
-torch.utils.deterministic.fill_uninitialized_memory = False
-
 
 def pytest_sessionfinish() -> None:
     shutil.rmtree(_CACHE, ignore_errors=True)

@@ -49,7 +49,6 @@ sys.modules["cmoe_hf"] = None  # any import of it fails
 USE = """
 import json
 import torch
-torch.use_deterministic_algorithms(True)
 from transformers import AutoModelForCausalLM
 folder, settings, found = sys.argv[-3:]
 options = {} if sys.modules["cmoe_hf"] else {"trust_remote_code": True}

@@ -26,7 +26,6 @@ WITHOUT_PACKAGE = """
 import sys
 sys.modules["cmoe_hf"] = None  # any import of it fails
 import torch
-torch.use_deterministic_algorithms(True)
 from transformers import AutoModelForCausalLM
 model, info = AutoModelForCausalLM.from_pretrained(
     sys.argv[1], trust_remote_code=True, output_loading_info=True

@@ -13,9 +13,7 @@ from cmoe_hf.conversion.folder.selection import REMOTE_CODE
 from cmoe_hf.conversion.folder.unfinished import sha256_of
 
 HERE = Path(cmoe_hf.__file__).parent
-LIBRARIES = re.compile(
-    r"(torch|transformers|typing|math|time|functools|collections|huggingface_hub\.dataclasses)(\.|$)"
-)
+LIBRARIES = re.compile(r"(torch|transformers|typing|huggingface_hub\.dataclasses)(\.|$)")
 DANGEROUS = re.compile(r"hub\b|hub_|cpp_extension|dynamic_module|multiprocessing|_dynamo|package")
 """Parts of these libraries that fetch, build or start something."""
 CALLS = {

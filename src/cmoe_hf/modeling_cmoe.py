@@ -12,10 +12,6 @@ K active experts, M neurons of one routed expert.
 # vLLM and llm-compressor read this source and these annotations.
 
 import inspect
-import math
-import time
-from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -187,30 +183,6 @@ class CMoERouter(nn.Module):
         self.register_buffer(
             "balance_bias", torch.zeros(config.num_experts, dtype=torch.float32), persistent=True
         )
-        self._zeros: tuple[tuple[int, ...], bool, bool] = ((), False, False)
-
-    def zeros(self) -> tuple[bool, bool]:
-        """Whether u, and whether b, is known to be zero for every expert, on a CPU.
-
-        Looked up once, and again when one of them is replaced or written to. In training, where
-        optimisers may write past the counters, and under a compiler nothing is known.
-        """
-        parts = (self.scale, self.balance_bias)
-        plain = type(parts[0]) is nn.Parameter and type(parts[1]) is torch.Tensor
-        if self.training or torch.compiler.is_compiling() or not plain or not parts[0].is_cpu:
-            return False, False
-        if parts[0].is_inference() or parts[1].is_inference():  # these have no counters
-            return False, False
-        state = tuple(number for part in parts for number in (part.data_ptr(), part._version))
-        if state != self._zeros[0]:
-            u, b = (not bool(part.any()) for part in parts)
-            self._zeros = (state, u, b)
-        return self._zeros[1:]
-
-    def train(self, mode: bool = True) -> "CMoERouter":
-        """As ever; what was known of u and b is forgotten."""
-        self._zeros = ((), False, False)
-        return super().train(mode)
 
     def score(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Score s of every expert, in float32: rounding to 16 bits would reorder close experts."""
@@ -240,8 +212,6 @@ class CMoERouter(nn.Module):
 
     def pick(self, value_TN: torch.Tensor, x_TH: torch.Tensor) -> torch.Tensor:
         """The experts of the highest value, (T, K), of those that the tokens x may have."""
-        if self.top_k == 1:
-            return value_TN.argmax(dim=-1, keepdim=True)
         return torch.topk(value_TN, self.top_k, dim=-1).indices
 
     def weigh(self, probability_TN: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
@@ -249,17 +219,10 @@ class CMoERouter(nn.Module):
         return (1 + probability_TN * self.scale).gather(1, index_TK)
 
     def forward(self, x_TH: torch.Tensor) -> Routing | HierarchicalRouting:
-        """Route every token; where u and b are zero, all weights are 1 and p ranks as s does."""
+        """Route every token."""
         score_TN = self.score(x_TH)
-        no_scale, no_bias = self.zeros()
-        ranks_by_score = no_bias and "selection_score" not in vars(self)
-        value_TN = probability_TN = score_TN
-        if not (ranks_by_score and no_scale):
-            probability_TN = torch.softmax(score_TN, dim=-1, dtype=torch.float32)
-            value_TN = self.selection_score(probability_TN, None, x_TH)
-        index_TK = self.pick(value_TN, x_TH)
-        if no_scale:
-            return Routing(score_TN, x_TH.new_ones(index_TK.shape), index_TK)
+        probability_TN = torch.softmax(score_TN, dim=-1, dtype=torch.float32)
+        index_TK = self.pick(self.selection_score(probability_TN, None, x_TH), x_TH)
         weight_TK = self.weigh(probability_TN, index_TK)
         return Routing(score_TN, weight_TK.to(x_TH.dtype), index_TK)
 
@@ -358,99 +321,38 @@ class CMoEHierarchicalRouter(CMoERouter):
         )
 
 
-CHOSEN: dict[tuple[Any, ...], str] = {}
-"""The fastest way to compute something on this CPU, by what it is, of which shapes and type."""
 LARGE = 2**19
 """Elements of a weight that no longer fits into the nearer caches: reading it well pays."""
-
-
-def measure(key: tuple[Any, ...], ways: Mapping[str, Callable[[], Any]]) -> str:
-    """Choose one of the ways for good: the first, if the others are not clearly faster.
-
-    Under `torch.use_deterministic_algorithms` always the first: ways agree to rounding only.
-    """
-    [first, *others] = ways
-    if others and not torch.are_deterministic_algorithms_enabled():
-        beyond_caches = torch.ones(2**23, dtype=torch.int32)  # where weights are in real use
-        seconds = dict.fromkeys(ways, math.inf)
-        for _ in range(4):
-            for name, way in ways.items():
-                beyond_caches.sum()
-                start = time.perf_counter()
-                way()
-                seconds[name] = min(seconds[name], time.perf_counter() - start)
-        seconds[first] *= 0.95
-        first = min(seconds, key=lambda name: seconds[name])
-    CHOSEN[key] = first
-    return first
-
-
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def onednn_linear(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
-    """x Wᵀ by oneDNN, which float32 is not by default."""
-    assert ONEDNN_LINEAR is not None
-    return ONEDNN_LINEAR(x_TH, weight_QH, None, "none", [], "")
+def is_thin(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> bool:
+    """Whether x Wᵀ is a few float32 rows on a CPU against a large weight, without gradients.
 
-
-def turned_linear(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
-    """x Wᵀ as W xᵀ: faster for some shapes, at two columns or more and multiples of eight."""
-    rows = len(x_TH)
-    x_TH = torch.cat((x_TH, x_TH)) if rows == 1 else x_TH
-    x_TH = F.pad(x_TH, (0, 0, 0, -rows % 8)) if rows > 4 else x_TH
-    return (weight_QH @ x_TH.T).T[:rows]
-
-
-def doubled_linear(x_1H: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
-    """x Wᵀ of one row as of two, for which the kernels of 16-bit types read the weight faster."""
-    return F.linear(torch.cat((x_1H, x_1H)), weight_QH)[:1]
-
-
-LINEAR: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "plain": F.linear,
-    "onednn": onednn_linear,
-    "turned": turned_linear,
-    "doubled": doubled_linear,
-}
-
-
-def linear_ways(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> list[str]:
-    """Names of the ways to compute x Wᵀ that may be the fastest, the likeliest first."""
-    rows = len(x_TH)
-    if weight_QH.dtype == torch.bfloat16:
-        return ["plain", "turned", "doubled"] if rows == 1 else ["plain", "turned"]
-    if weight_QH.dtype != torch.float32:
-        return ["plain"]
-    ways = ["plain", "turned"] if ONEDNN_LINEAR is None else ["plain", "onednn", "turned"]
-    if weight_QH.numel() >= LARGE and rows <= 512:
-        return ways[::-1] if rows > 24 else [*ways[1:], "plain"]
-    return ways
-
-
-def is_free(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> bool:
-    """Whether it is ours to choose how x Wᵀ is computed: on a CPU, and nobody looks into it."""
-    kind = type(weight_QH)
+    `torch.nn.functional.linear` reads the weight much slower there than memory allows, and with
+    two to eight rows once for each of them.
+    """
     return (
-        weight_QH.is_cpu
-        and weight_QH.dtype == x_TH.dtype
-        and (kind is nn.Parameter or kind is torch.Tensor)
+        len(x_TH) <= 512
+        and weight_QH.is_cpu
+        and weight_QH.numel() >= LARGE
+        and weight_QH.dtype == x_TH.dtype == torch.float32
+        and type(weight_QH) in (torch.Tensor, nn.Parameter)
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and (x_TH.requires_grad or weight_QH.requires_grad))
-        and not torch.is_autocast_enabled("cpu")
     )
 
 
-def fast_linear(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
-    """`torch.nn.functional.linear` where `is_free`, in the fastest way."""
-    rows = min(len(x_TH), 512)
-    key = (rows.bit_length(), weight_QH.shape, type(weight_QH), x_TH.dtype, torch.get_num_threads())
-    way = CHOSEN.get(key)
-    if way is None:
-        ways = linear_ways(x_TH, weight_QH)
-        few_TH = x_TH[:rows]
-        way = measure(key, {name: partial(LINEAR[name], few_TH, weight_QH) for name in ways})
-    return LINEAR[way](x_TH, weight_QH)
+def thin_linear(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
+    """`torch.nn.functional.linear`, faster where `is_thin`."""
+    rows = len(x_TH)
+    if not is_thin(x_TH, weight_QH):
+        return F.linear(x_TH, weight_QH)
+    if rows <= 24 and ONEDNN_LINEAR is not None:
+        return ONEDNN_LINEAR(x_TH, weight_QH, None, "none", [], "")
+    # MKL is faster at W xᵀ than at x Wᵀ, if the product has a multiple of eight columns.
+    padded_TH = F.pad(x_TH, (0, 0, 0, -rows % 8)) if rows > 4 else x_TH
+    return (weight_QH @ padded_TH.T).T[:rows]
 
 
 class ExpertsLoop(nn.Module):
@@ -542,44 +444,44 @@ def cmoe_experts_forward(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     """The default backend, `"cmoe"`: the fastest of its own loop and the stock ones."""
+    backend = fastest_backend(self, *top_k_index.shape)
     arguments = (self, hidden_states, top_k_index, top_k_weights)
-    names = backends(self, hidden_states, top_k_index.shape[1])
-    ways = {name: EXPERTS.get(name) or ALL_EXPERTS_FUNCTIONS[name] for name in names}
-    backend = names[0]
-    if len(names) > 1:  # all that decides which is the fastest
-        weight_NHM, rows = self.down_proj, len(hidden_states).bit_length()
-        key = (type(self), rows, top_k_index.shape[1], weight_NHM.shape, weight_NHM.dtype)
-        calls = {name: partial(way, *arguments) for name, way in ways.items()}
-        backend = CHOSEN.get(key) or measure(key, calls)
-    return ways[backend](*arguments)
+    if backend == "direct":
+        return direct_experts_forward(*arguments)
+    if backend == "eager":
+        return ExpertsLoop.forward(*arguments)
+    return ALL_EXPERTS_FUNCTIONS[backend](*arguments)
 
 
-def backends(experts: ExpertsLoop, x_TH: torch.Tensor, top_k: int) -> list[str]:
-    """Names of the ways to run `top_k` experts for each token.
+def fastest_backend(experts: ExpertsLoop, tokens: int, top_k: int) -> str:
+    """Name of the fastest way to run `top_k` experts for each of `tokens` tokens.
 
-    More than one if it takes a measurement to know the fastest, the likeliest first. They depend
-    on shapes and types only, so that a compiler can decide while it traces.
+    The limits were measured on CPUs, see results/ of cmoe-hf. They depend on shapes and types
+    only, so that a compiler can decide while it traces.
     """
-    weight_NHM, pairs = experts.down_proj, len(x_TH) * top_k
-    if weight_NHM.is_cuda:
-        return [fastest_backend_on_a_gpu(weight_NHM, experts.num_experts, pairs)]
+    weight_NHM, pairs = experts.down_proj, tokens * top_k
+    if not torch.compiler.is_compiling() and type(weight_NHM).__module__.startswith("torchao"):
+        return "eager"  # the products of a quantised weight know one expert at a time
     grouped = grouped_backend(weight_NHM)
+    if weight_NHM.is_cuda:
+        return fastest_backend_on_a_gpu(weight_NHM, experts.num_experts, pairs)
+    expert_size = experts.hidden_dim * experts.intermediate_dim
     # Older releases do not have the attribute, nor the parallel plan.
     if getattr(experts, "_is_expert_parallel", False) or not weight_NHM.is_cpu:
-        return [grouped]
-    copied = pairs * experts.hidden_dim * experts.intermediate_dim
+        return grouped
     if torch.compiler.is_compiling():  # to one loop that gathers and multiplies
-        return ["batched_mm" if copied <= 500_000 else grouped]
-    if not is_free(x_TH, weight_NHM):  # a view of one expert has a gradient of the size of all
-        quantised = type(weight_NHM).__module__.startswith("torchao")  # knows one expert at a time
-        return ["eager" if quantised else "batched_mm" if copied <= 50_000 else grouped]
-    # The others cost more before they begin, or copy every token top_k times.
-    if (len(x_TH) == 1 and top_k <= 4) or pairs >= 64 * experts.num_experts:
-        return ["direct"]
-    ways = ["direct", grouped] if grouped != "eager" else ["direct"]
-    if copied <= 500_000:
-        ways.insert(0 if copied <= 50_000 else 2, "batched_mm")
-    return ways
+        return "batched_mm" if pairs * expert_size <= 500_000 else grouped
+    if pairs * expert_size <= 50_000 and (tokens > 1 or top_k > 4):
+        return "batched_mm"  # copying so little is cheaper than sorting
+    if weight_NHM.requires_grad and torch.is_grad_enabled():
+        return grouped  # a view of one expert has a gradient of the size of all
+    if tokens == 1 and top_k <= 4:
+        return "direct"
+    if expert_size >= LARGE and weight_NHM.dtype == torch.float32:
+        return "direct"
+    if pairs >= 64 * experts.num_experts and pairs * experts.hidden_dim >= 300_000:
+        return "eager"  # the others copy every token top_k times, here beyond the caches
+    return grouped
 
 
 def fastest_backend_on_a_gpu(weight_NHM: torch.Tensor, experts: int, pairs: int) -> str:
@@ -608,12 +510,8 @@ def direct_experts_forward(
     """Loop over the experts that were chosen, on views of the packed weights, on a CPU."""
     tokens, top_k = top_k_index.shape
     if tokens == 1:
-        first, *others = top_k_index[0].tolist()
-        out_TH = run_expert(self, first, hidden_states, fast_linear).mul_(top_k_weights[:, :1])
-        for slot, expert in enumerate(others, start=1):
-            y_TH = run_expert(self, expert, hidden_states, fast_linear)
-            out_TH.addcmul_(y_TH, top_k_weights[:, slot : slot + 1])
-        return out_TH
+        y_KH = [run_expert(self, expert, hidden_states) for expert in top_k_index[0].tolist()]
+        return top_k_weights @ (y_KH[0] if top_k == 1 else torch.cat(y_KH))
     expert_P = top_k_index.flatten()
     order_P = expert_P.argsort(stable=True)
     rows = torch.bincount(expert_P, minlength=self.num_experts).tolist()
@@ -622,22 +520,16 @@ def direct_experts_forward(
     parts = zip(token_P.split(rows), weight_P1.split(rows), strict=True)
     for expert, (token_U, weight_U1) in enumerate(parts):
         if len(token_U):
-            y_UH = run_expert(self, expert, hidden_states[token_U], fast_linear).mul_(weight_U1)
-            out_TH.index_add_(0, token_U, y_UH.contiguous())
+            y_UH = run_expert(self, expert, hidden_states[token_U]) * weight_U1
+            out_TH.index_add_(0, token_U, y_UH.to(out_TH.dtype).contiguous())
     return out_TH
 
 
-def run_expert(
-    experts: ExpertsLoop, expert: int, x_UH: torch.Tensor, linear: Any = F.linear
-) -> torch.Tensor:
+def run_expert(experts: ExpertsLoop, expert: int, x_UH: torch.Tensor) -> torch.Tensor:
     """One expert on the tokens that chose it, (U, H)."""
-    return linear(experts.hidden(expert, x_UH, linear), experts.down_proj[expert])
+    return thin_linear(experts.hidden(expert, x_UH, thin_linear), experts.down_proj[expert])
 
 
-EXPERTS: dict[str, Callable[..., torch.Tensor]] = {
-    "direct": direct_experts_forward,
-    "eager": ExpertsLoop.forward,
-}
 ALL_EXPERTS_FUNCTIONS.register("cmoe", cmoe_experts_forward)
 
 
@@ -679,21 +571,22 @@ class CMoEPlainSharedExpert(nn.Module):
 
 
 def run_shared_expert(shared: Any, x_TH: torch.Tensor) -> torch.Tensor:
-    """The shared expert, (T, H); by `fast_linear` if nobody would notice.
+    """The shared expert, (T, H); by `thin_linear` if that is faster and nobody would notice.
 
     Not part of the module: what replaces or watches its parts (adapters, quantisation, parallel
     plans, offloading, vLLM, hooks) must find plain linear layers that are called as such.
     """
-    if type(shared) is not CMoESharedExpert or not hasattr(shared, "gate_proj"):
-        return shared(x_TH)  # or vLLM has merged gate_proj with up_proj
-    parts = (shared.gate_proj, shared.up_proj, shared.down_proj)
-    for module in (shared, *parts):
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return shared(x_TH)
-    if not all(type(part) is nn.Linear and is_free(x_TH, part.weight) for part in parts):
+    if not hasattr(shared, "gate_proj"):  # there is none, or vLLM has merged it with up_proj
         return shared(x_TH)
+    parts = (shared.gate_proj, shared.up_proj, shared.down_proj)
+    if not (type(parts[0]) is nn.Linear and is_thin(x_TH, parts[0].weight)):
+        return shared(x_TH)
+    for module in (shared, *parts):
+        watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        if watched or type(module) not in (nn.Linear, CMoESharedExpert):
+            return shared(x_TH)
     gate, up, down = (part.weight for part in parts)
-    return fast_linear(shared.act_fn(fast_linear(x_TH, gate)) * fast_linear(x_TH, up), down)
+    return thin_linear(shared.act_fn(thin_linear(x_TH, gate)) * thin_linear(x_TH, up), down)
 
 
 class CMoESparseMoeBlock(nn.Module):
@@ -715,18 +608,13 @@ class CMoESparseMoeBlock(nn.Module):
         """(B, S, H) to (B, S, H)."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         # vLLM's kernel overwrites its input: everything else that needs it comes first.
-        always_TH = None
+        always_TH = x_TH.new_zeros(()) if self.down_bias is None else self.down_bias
         if self.shared_expert is not None:
-            always_TH = run_shared_expert(self.shared_expert, x_TH)
-        if self.down_bias is not None:
-            always_TH = self.down_bias if always_TH is None else always_TH + self.down_bias
+            always_TH = always_TH + run_shared_expert(self.shared_expert, x_TH)
         if self.gate.top_k == 0:
-            assert always_TH is not None
             return always_TH.reshape(hidden_states.shape)
         _, weight_TK, index_TK = self.gate(x_TH)
-        out_TH = self.experts(x_TH, index_TK, weight_TK)
-        if always_TH is not None:
-            out_TH = out_TH + always_TH
+        out_TH = self.experts(x_TH, index_TK, weight_TK) + always_TH
         return out_TH.reshape(hidden_states.shape)
 
 
