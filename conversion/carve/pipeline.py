@@ -34,6 +34,7 @@ from .decoder import (
 from .layer import (
     FFN,
     CarvedLayer,
+    Divided,
     Profile,
     dense_layer,
     divide_for_router,
@@ -59,16 +60,18 @@ def carve_layer(
     *,
     held: int,
     weight_T: torch.Tensor | None = None,
+    divided: Divided | None = None,
 ) -> CarvedLayer:
     """Turn one dense FFN into shared expert, routed experts and router (paper, section 4).
 
     `wanted_TH` is the output that a refit aims at, None for a recipe without one; `held` of its
-    last tokens choose how, and `weight_T` is what a token's error is multiplied by.
+    last tokens choose how, and `weight_T` is what a token's error is multiplied by. `divided` is
+    the partition with its router if they are known.
     """
     sparse, down_HG, blocks = ffn, ffn.down_with_bias, None
     found: dict[str, Any] = {}
     with clock("partition"):
-        parts, router = divide_for_router(ffn, profile, config, recipe)
+        parts, router = divided or divide_for_router(ffn, profile, config, recipe)
     with clock("router"):
         run_TN = running_experts(router, profile, parts, config, recipe)
     with clock("refit"):
@@ -101,26 +104,27 @@ def best_split(
     *,
     held: int,
     weight_T: torch.Tensor | None = None,
-) -> dict[int, float]:
-    """Relative error on held-out tokens with none of the active experts pinned, and with all.
+) -> tuple[dict[int, float], Divided]:
+    """Relative error on held-out tokens with none of the active experts pinned, and with all; and
+    the better partition with its router.
 
     Routing adapts to the token, a fixed choice suits the refit better: which of them wins differs
     from layer to layer. Where all are pinned the layer is pruned, not routed.
     """
-    errors = {}
+    errors, divided = {}, {}
     top_k = min(config.num_experts_per_tok, config.num_experts - 1)
     tokens = len(wanted_TH)
     seen = torch.arange(min(tokens - held, PROFILED_TOKENS))  # enough to tell one from another
     some = torch.cat([seen, torch.arange(tokens - held, tokens)])
     for pinned in (0, top_k):
         trial = replace(recipe, pinned=pinned, routed_by="router")
-        parts, router = divide_for_router(ffn, profile, config, trial)
+        parts, router = divided[pinned] = divide_for_router(ffn, profile, config, trial)
         x_TH, weight_S = profile.x_TH[some], None if weight_T is None else weight_T[some]
         run_TN = running_experts(router, replace(profile, x_TH=x_TH), parts, config, trial)
         problem = (run_TN, x_TH, wanted_TH[some])
         tried = reconstruct(ffn, parts, *problem, held=held, weight_T=weight_S)
         errors[pinned] = tried.held_out_error
-    return errors
+    return errors, divided[min(errors, key=errors.__getitem__)]
 
 
 def carve_model(
@@ -176,13 +180,13 @@ def carve_model(
         weight_T = None
         if recipe.token_weights == "residual" and wanted_TH is not None:
             weight_T = token_weights(hidden_TH + wanted_TH)
-        split, chosen = {}, recipe
+        split: dict[int, float] = {}
+        divided = None
         how: dict[str, Any] = {"held": held, "weight_T": weight_T}
         if recipe.adaptive_split and wanted_TH is not None:
             with clock("split"):
-                split = best_split(ffn, profile, wanted_TH, config, recipe, **how)
-                chosen = replace(recipe, pinned=min(split, key=split.__getitem__))
-        carved = carve_layer(ffn, profile, wanted_TH, config, chosen, clock, **how)
+                split, divided = best_split(ffn, profile, wanted_TH, config, recipe, **how)
+        carved = carve_layer(ffn, profile, wanted_TH, config, recipe, clock, divided=divided, **how)
         hidden_TH += carved.y_TH
         with clock("dense_down_sample"):
             sample_TH = ffn.output(profile.h_TF[:BATCH_TOKENS])

@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -74,30 +73,19 @@ def type_name(part: Stored | torch.Tensor) -> str:
     return part.dtype if isinstance(part, Stored) else Entry.of(part).dtype
 
 
-class Files:
+class Files(ExitStack):
     """Open files of weights; use it in a `with` block."""
 
     def __init__(self) -> None:
-        self._stack = ExitStack()
+        super().__init__()
         self._opened: dict[Path, Any] = {}
 
     def read(self, stored: Stored) -> torch.Tensor:
         """The values of a tensor."""
         if stored.path not in self._opened:
             opened = safe_open(stored.path, framework="pt", backend="pread")
-            self._opened[stored.path] = self._stack.enter_context(opened)
+            self._opened[stored.path] = self.enter_context(opened)
         return stored.read(self._opened[stored.path])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.close()
 
 
 def by_layer(stored: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
