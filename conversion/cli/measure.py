@@ -14,11 +14,11 @@ from rich.table import Table
 from ..device import DTYPES
 from ..errors import RequestError
 from ..measure.benchmark import Benchmark, benchmark
-from ..measure.engine import EngineBenchmark, benchmark_gguf
+from ..measure.engine import EngineBenchmark, EnginePoint, benchmark_gguf
 from ..measure.evaluate import ROUTERS, Evaluation, evaluate
 from ..measure.shapes import SHAPES
 from ..measure.tasks import TaskEvaluation, evaluate_tasks
-from ..measure.timing import LABELS
+from ..measure.timing import LABELS, Point
 from ..share.gguf_file import export_gguf
 from ..show.figures import check_plot, plot
 from .common import (
@@ -277,16 +277,20 @@ def _benchmark_table(result: Benchmark) -> Table:
     for name, label in LABELS.items():
         for point in getattr(result, name):
             size = f"batch {point.batch}" if name == "decode" else f"{point.tokens} tokens"
-            table.add_row(
-                f"{label}, {size}",
-                f"{point.dense_ms:.3g}",
-                f"{point.carved_ms:.3g}",
-                f"{point.speedup:.2f}",
-                f"{point.speedup_low:.2f}-{point.speedup_high:.2f}",
-                f"{point.roofline_speedup:.2f}",
-                style="red" if point.speedup < 1 else None,
-            )
+            _add_speed(table, f"{label}, {size}", point)
     return table
+
+
+def _add_speed(table: Table, label: str, point: Point | EnginePoint) -> None:
+    table.add_row(
+        label,
+        f"{point.dense_ms:.3g}",
+        f"{point.carved_ms:.3g}",
+        f"{point.speedup:.2f}",
+        f"{point.speedup_low:.2f}-{point.speedup_high:.2f}",
+        f"{point.roofline_speedup:.2f}",
+        style="red" if point.speedup < 1 else None,
+    )
 
 
 def _in_llama_cpp(
@@ -330,13 +334,5 @@ def _engine_table(result: EngineBenchmark) -> Table:
     labels = {"prefill": "prompt of {} tokens", "decode": "one token behind {}"}
     for name, label in labels.items():
         for point in getattr(result, name):
-            table.add_row(
-                label.format(point.tokens),
-                f"{point.dense_ms:.3g}",
-                f"{point.carved_ms:.3g}",
-                f"{point.speedup:.2f}",
-                f"{point.speedup_low:.2f}-{point.speedup_high:.2f}",
-                f"{point.roofline_speedup:.2f}",
-                style="red" if point.speedup < 1 else None,
-            )
+            _add_speed(table, label.format(point.tokens), point)
     return table
