@@ -117,7 +117,7 @@ def test_where_nothing_is_missing_it_stops_and_keeps_the_weights():
         ffn, down_HG, parts, run_TN, x_TH, wanted_TH, held=100, schedule=Schedule(epochs=9)
     )
     assert torch.equal(result.down_HG, down_HG)
-    assert len(result.errors) == 3  # before, and two epochs of patience
+    assert len(result.errors) == 2  # before, and one epoch of patience
 
 
 def test_a_token_of_no_weight_is_not_learnt():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The analytical router, and the oracle it is compared with."""
 
+import pytest
 import torch
 from torch.nn.functional import silu
 
@@ -69,8 +70,9 @@ def test_the_papers_representative_is_almost_the_least_marked_neuron():
         assert rate_F[representative] * (1 - 2 * 4 / 24) <= rate_F[members_M].min() + 1e-12
 
 
-def test_output_energies_are_squared_lengths_of_the_experts_outputs():
-    h_TF, down_HF = torch.randn(5, 6), torch.randn(3, 6)
+@pytest.mark.parametrize("hidden", [3, 2, 1], ids=["narrow", "square", "wide"])
+def test_output_energies_are_squared_lengths_of_the_experts_outputs(hidden):
+    h_TF, down_HF = torch.randn(5, 6), torch.randn(hidden, 6)
     experts_NM = torch.tensor([[0, 4], [2, 5]])
     energy_TN = output_energies(h_TF, down_HF, experts_NM)
     for token in range(5):

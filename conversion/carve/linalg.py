@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Linear algebra of symmetric matrices, of which half is computed.
 
-Shape suffixes: X equations, H hidden size, T tokens, M neurons, I of a part of them.
+Shape suffixes: X equations, H hidden size, T tokens.
 """
 
 import torch
@@ -23,17 +23,6 @@ def solve_shifted(gram_XX: torch.Tensor, right_XH: torch.Tensor, shift: float) -
         "the refit's Gram matrix is not positive definite even with a strong ridge. Give more "
         "calibration text, or use --recipe paper."
     )
-
-
-def quadratic_form(h_TM: torch.Tensor, gram_MM: torch.Tensor) -> torch.Tensor:
-    """h G hᵀ of every row, (T,), for a symmetric G: what is left of the diagonal counts twice."""
-    energy_T = h_TM.new_zeros(len(h_TM))
-    for rows in strips(gram_MM.shape[0]):
-        half_MI = gram_MM[:, rows].clone()
-        half_MI[rows] /= 2
-        product_TI = h_TM[:, : rows.stop] @ half_MI[: rows.stop]
-        energy_T += 2 * product_TI.mul_(h_TM[:, rows]).sum(dim=1)
-    return energy_T
 
 
 def lower_gram(x_TH: torch.Tensor) -> torch.Tensor:

@@ -118,6 +118,8 @@ def best_split(
     some = torch.cat([seen, torch.arange(tokens - held, tokens)])
     for pinned in (0, top_k):
         trial = replace(recipe, pinned=pinned, routed_by="router")
+        if pinned == config.num_experts_per_tok:  # none of the others ever runs: any clusters do
+            trial = replace(trial, max_iterations=1)
         parts, router = divided[pinned] = divide_for_router(ffn, profile, config, trial)
         x_TH, weight_S = profile.x_TH[some], None if weight_T is None else weight_T[some]
         run_TN = running_experts(router, replace(profile, x_TH=x_TH), parts, config, trial)

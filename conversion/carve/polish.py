@@ -34,7 +34,7 @@ class Schedule(NamedTuple):
     """Tokens of one step."""
     warm_up: float = 0.05
     """Share of the steps in which the rate rises to its peak, before it falls as a cosine."""
-    patience: int = 2
+    patience: int = 1
     """Epochs without a new best on the held-out tokens after which it stops."""
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The analytical router (paper, section 4.3): made of neurons of the dense FFN, not trained.
 
-Shape suffixes: T tokens, H hidden size, F dense FFN width, N routed experts, K active experts.
+Shape suffixes: T tokens, B of a part of them, H hidden size, F dense FFN width, N routed experts,
+K active experts, M neurons of one expert, R of all of them, X of what is summed over.
 """
 
 import math
@@ -9,7 +10,10 @@ import math
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from .linalg import lower_gram, quadratic_form, solve_shifted
+from .linalg import lower_gram, solve_shifted
+
+ENERGY_TOKENS = 2048
+"""Tokens whose experts' outputs are measured at once."""
 
 
 def representative_router(
@@ -126,16 +130,18 @@ def log_energy_router(
 def output_energies(
     h_TF: torch.Tensor, down_HF: torch.Tensor, experts_NM: torch.Tensor
 ) -> torch.Tensor:
-    """Squared length of each expert's output for every token, (T, N)."""
-    energies = []
-    for ids_M in experts_NM:
-        h_TM, down_HM = h_TF[:, ids_M], down_HF[:, ids_M]
-        if down_HM.shape[0] < down_HM.shape[1]:
-            energy_T = (h_TM @ down_HM.T).square().sum(dim=1)
-        else:
-            energy_T = quadratic_form(h_TM, down_HM.T @ down_HM)
-        energies.append(energy_T)
-    return torch.stack(energies, dim=1)
+    """Squared length of each expert's output for every token, (T, N): |h W^T|^2 = h (W^T W) h^T."""
+    experts, neurons = experts_NM.shape
+    ids_R = experts_NM.flatten().to(h_TF.device)
+    down_NHM = down_HF[:, ids_R].view(-1, experts, neurons).transpose(0, 1)
+    is_wide = neurons > len(down_HF)
+    right_NMX = down_NHM.mT if is_wide else down_NHM.mT @ down_NHM
+    energies_BN = []
+    for h_BF in h_TF.split(ENERGY_TOKENS):
+        h_NBM = h_BF.index_select(1, ids_R).view(-1, experts, neurons).transpose(0, 1)
+        product_NBX = h_NBM @ right_NMX
+        energies_BN.append(product_NBX.mul_(product_NBX if is_wide else h_NBM).sum(dim=2).T)
+    return torch.cat(energies_BN)
 
 
 def oracle_choice(mass_TN: torch.Tensor, top_k: int) -> torch.Tensor:
