@@ -37,6 +37,11 @@ from .source.checkpoint import Source, load_tokenizer, open_source
 from .source.loading import window_length
 from .source.texts import open_text, text_file
 
+CPU_READS = 25e9
+"""Bytes that a CPU of two memory channels reads in a second."""
+ROUTING_SECONDS, EXPERT_SECONDS = 1e-4, 3e-5
+"""What a layer's routing takes, and what each expert that runs adds: measured, results/speed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -55,6 +60,11 @@ class Plan:
     active_parameters: int
     """Run for a token, embedding and head included."""
     activation_ratio: float
+    speedup_bound: float
+    """What a sequence can be decoded faster at most: what the dense model reads for a token, over
+    what the carved one does."""
+    speedup_expected: float
+    """The same on a CPU, with what choosing experts costs there."""
     calibration_tokens: int
     refit_order: int | None
     """Order of the linear system of a layer's refit: the smaller of T and F. None without one."""
@@ -299,6 +309,8 @@ def estimate(prepared: Prepared, work: WorkFolder) -> Plan:
         parameters=source.parameters,
         active_parameters=active_parameters(source, config),
         activation_ratio=config.activation_ratio,
+        speedup_bound=speedup(source, config),
+        speedup_expected=speedup(source, config, ROUTING_SECONDS),
         calibration_tokens=tokens,
         refit_order=min(tokens, width) if prepared.recipe.refit else None,
         device=str(prepared.device),
@@ -311,6 +323,24 @@ def estimate(prepared: Prepared, work: WorkFolder) -> Plan:
         seconds=seconds(prepared),
         warnings=warnings,
     )
+
+
+def speedup(source: Source, config: CMoEConfig, routing: float = 0) -> float:
+    """How much faster one sequence can be decoded, if a layer's routing takes so many seconds.
+
+    Many small experts take longer to call than to read: then all of them are run in one product.
+    """
+    table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    carved = active_parameters(source, config) - table
+    idle = config.num_parents_per_tok * (1 - config.activation_ratio)
+    dense = carved + idle * source.ffn_parameters * config.num_hidden_layers
+    routed = config.num_hidden_layers - len(config.dense_layers or ())
+    itemsize = source.nbytes(None) / source.parameters
+    rate = CPU_READS / itemsize * routed
+    chosen = carved + rate * (
+        routing and routing + EXPERT_SECONDS * (config.num_experts_per_tok - 1)
+    )
+    return dense / min(chosen, dense + rate * routing)
 
 
 def place_of_activations(prepared: Prepared) -> str:

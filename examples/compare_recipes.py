@@ -29,6 +29,7 @@ from transformers import AutoConfig
 
 from cmoe_hf.conversion import RECIPES, Evaluation, Recipe, convert, evaluate, evaluate_tasks
 from cmoe_hf.conversion.carve.shape import Shape
+from cmoe_hf.conversion.device import find_device
 from cmoe_hf.conversion.measure.evaluate import perplexity, text_windows
 from cmoe_hf.conversion.measure.routing import sparse_blocks
 from cmoe_hf.conversion.source.loading import load_model
@@ -143,7 +144,8 @@ def measure(
                         carved,
                         text=text,
                         router=router,
-                        sequence_length=arguments.sequence_length,
+                        sequence_length=arguments.evaluation_length,
+                        windows=arguments.windows,
                     )
                     runs[router, text].append(result)
     errors = [[layer["relative_output_error"] for layer in run["layers"]] for run in reports]
@@ -203,20 +205,22 @@ def accuracies(model: str | Path, arguments: argparse.Namespace) -> dict[str, fl
 @torch.no_grad()
 def compensated(carved: Path, text: str, arguments: argparse.Namespace) -> Evaluation:
     """Perplexity with what FLAP adds: the mean of what was pruned, measured on calibration text."""
-    cpu, length = torch.device("cpu"), arguments.sequence_length
-    model, tokenizer = load_model(carved, None, cpu, False)
-    dense, _ = load_model(arguments.model, None, cpu, False)
+    device, length = find_device(None), arguments.sequence_length
+    model, tokenizer = load_model(carved, None, device, False)
+    dense, _ = load_model(arguments.model, None, device, False)
     for block, layer in zip(sparse_blocks(model), dense.base_model.layers, strict=True):
         block.register_forward_hook(Compensation(layer.mlp))
     calibration = open_text(arguments.calibration)
-    model.base_model(text_windows(model, tokenizer, calibration, length, arguments.samples))
-    windows_WL = text_windows(model, tokenizer, open_text(text), length, None)
+    windows_WL = text_windows(model, tokenizer, calibration, length, arguments.samples)
+    model.base_model(windows_WL.to(device))
+    length = arguments.evaluation_length
+    windows_WL = text_windows(model, tokenizer, open_text(text), length, arguments.windows)
     value = perplexity(model, windows_WL, description="compensated")
     return Evaluation(
         perplexity=value,
         tokens=windows_WL[:, 1:].numel(),
         sequence_length=length,
-        windows=None,
+        windows=arguments.windows,
         baseline_perplexity=None,
         router="own",
         router_oracle_agreement=None,
@@ -249,13 +253,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--evaluation-length", type=int, help="default --sequence-length")
+    parser.add_argument("--windows", type=int, help="of each text, default all")
     parser.add_argument("--tasks", help="of the harness, separated by commas")
     parser.add_argument("--include-path", type=Path)
     parser.add_argument("--limit", type=int)
     arguments = parser.parse_args()
+    arguments.evaluation_length = arguments.evaluation_length or arguments.sequence_length
+    read = {"sequence_length": arguments.evaluation_length, "windows": arguments.windows}
     dense = {}
     for text in arguments.texts:
-        result = evaluate(arguments.model, text=text, sequence_length=arguments.sequence_length)
+        result = evaluate(arguments.model, text=text, **read)
         dense[text] = result.perplexity
         record = {"row": "dense", "text": Path(text).name, "mean": result.perplexity}
         print(json.dumps(record), flush=True)

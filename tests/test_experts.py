@@ -12,9 +12,11 @@ from cmoe_hf import CMoELlamaConfig, CMoELlamaForCausalLM
 from cmoe_hf.modeling_cmoe import (
     LARGE,
     CMoEExperts,
+    CMoEPlainExperts,
     CMoESparseMoeBlock,
     fastest_backend,
     fastest_backend_on_a_gpu,
+    whole_experts_forward,
 )
 
 pytestmark = pytest.mark.library
@@ -129,7 +131,7 @@ def test_it_steps_aside(size, monkeypatch):
     module = CMoEExperts(configuration(size, 5, 2))
     assert (module.down_proj[0].numel() >= LARGE) == (size == "large")
     with torch.no_grad():
-        assert fastest_backend(module, 1, 2) == "direct"
+        assert fastest_backend(module, 1, 2) == ("whole" if size == "small" else "direct")
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert fastest_backend(module, 3000, 2) == "grouped_mm"
         assert fastest_backend(module, 1, 2) == ("batched_mm" if size == "small" else "grouped_mm")
@@ -144,20 +146,45 @@ def test_it_steps_aside(size, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("width", "pairs", "compiling", "expected"),
+    ("width", "tokens", "compiling", "expected"),
     [
         (64, 1, False, "batched_mm"),  # a token or two
         (64, 7, True, "batched_mm"),
-        (64, 8, True, "grouped_mm"),  # reads every expert once
+        (64, 8, True, "whole"),  # reads every expert once
+        (64, 128, False, "whole"),
         (64, 4096, False, "grouped_mm"),
         (12, 4096, False, "eager"),  # 24 bytes: the grouped kernel would refuse them
         (12, 4096, True, "batched_mm"),
     ],
 )
-def test_on_a_gpu(width, pairs, compiling, expected, monkeypatch):
+def test_on_a_gpu(width, tokens, compiling, expected, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     weight_NHM = torch.empty(7, 32, width, dtype=torch.bfloat16, device="meta")
-    assert fastest_backend_on_a_gpu(weight_NHM, 7, pairs) == expected
+    assert fastest_backend_on_a_gpu(weight_NHM, 7, tokens, 1) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("plain", [False, True], ids=["gated", "plain"])
+@pytest.mark.parametrize("tokens", [1, 5, 32, 33, 300])
+def test_running_every_expert_is_running_the_chosen_ones(tokens, plain, dtype):
+    config = configuration("middle", 7, 4)
+    module = random_((CMoEPlainExperts if plain else CMoEExperts)(config)).to(dtype)
+    arguments = routed(tokens, config, dtype)
+    expected = run(module, "eager", *arguments)
+    got = whole_experts_forward(module, *arguments)
+    assert got.dtype == dtype
+    bound = 1e-4 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(got, expected, atol=bound, rtol=bound)
+
+
+def test_every_expert_runs_where_choosing_costs_more():
+    with torch.no_grad():
+        narrow = CMoEExperts(configuration("small", 6, 3))
+        assert {fastest_backend(narrow, tokens, 3) for tokens in (1, 9, 3000)} == {"whole"}
+        wide = CMoEExperts(configuration("large", 7, 1))
+        assert "whole" not in {fastest_backend(wide, tokens, 1) for tokens in (1, 9, 3000)}
+        assert fastest_backend(wide.to(torch.bfloat16), 1, 1) != "whole"
+    assert fastest_backend(CMoEExperts(configuration("small", 6, 3)), 9, 3) != "whole"
 
 
 def test_it_is_the_default_and_can_be_overruled(carved):

@@ -395,3 +395,11 @@ def test_the_plan_counts_what_runs(own_dense, tmp_path, family):
         share = next((share for part, share in shares.items() if part in name), 1)
         running += share * parameter.numel()
     assert planned.active_parameters == running
+    table = 0 if config.tie_word_embeddings else dense.get_input_embeddings().weight.numel()
+    picked = config.num_parents_per_tok / config.num_parents
+    reads = sum(
+        parameter.numel() * (picked if "mlp.experts." in name else 1)
+        for name, parameter in dense.named_parameters()
+    )
+    assert planned.speedup_bound == pytest.approx((reads - table) / (running - table))
+    assert planned.speedup_expected < planned.speedup_bound

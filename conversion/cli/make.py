@@ -179,12 +179,16 @@ def _plan_table(model: str, planned: Plan) -> Table:
     def size(count: float) -> str:
         return f"{count / 1e9:.2f} GB"
 
+    gain = f"about {planned.speedup_expected:.1f} on a CPU"
+    if planned.speedup_expected < 1.05:
+        gain = "no gain to be had on a CPU"
     rows = {
         "layers": f"{planned.layers} of hidden size {planned.hidden_size}",
         "FFN width": f"{planned.ffn_width} = experts of {planned.expert_width} neurons",
         "parameters": f"{planned.parameters:,}",
         "run for a token": f"{planned.active_parameters:,} "
         f"({planned.activation_ratio:.1%} of the FFN neurons)",
+        "decoding": f"at most {planned.speedup_bound:.2f} times as fast as the dense model, {gain}",
         "calibration tokens": f"{planned.calibration_tokens:,}, activations in "
         f"{planned.activations}",
         "disk for the result": size(planned.disk_bytes),

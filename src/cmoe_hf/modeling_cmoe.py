@@ -392,6 +392,10 @@ class ExpertsLoop(nn.Module):
         """Hidden activations of one expert, (U, M)."""
         raise NotImplementedError
 
+    def hidden_of_all(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """Hidden activations of every expert, (T, N, M)."""
+        raise NotImplementedError
+
 
 @use_experts_implementation
 class CMoEExperts(ExpertsLoop):
@@ -415,6 +419,11 @@ class CMoEExperts(ExpertsLoop):
         gate_UM, up_UM = linear(x_UH, self.gate_up_proj[expert]).chunk(2, dim=-1)
         return self.act_fn(gate_UM) * up_UM
 
+    def hidden_of_all(self, x_TH: torch.Tensor) -> torch.Tensor:
+        product_TQ = thin_linear(x_TH, self.gate_up_proj.flatten(0, 1))
+        gate_TNM, up_TNM = product_TQ.unflatten(1, (self.num_experts, 2, -1)).unbind(dim=2)
+        return self.act_fn(gate_TNM) * up_TNM
+
 
 @use_experts_implementation(has_gate=False, has_bias=True)
 class CMoEPlainExperts(ExpertsLoop):
@@ -436,6 +445,10 @@ class CMoEPlainExperts(ExpertsLoop):
     def hidden(self, expert: int, x_UH: torch.Tensor, linear: Any = F.linear) -> torch.Tensor:
         return self.act_fn(linear(x_UH, self.up_proj[expert]) + self.up_proj_bias[expert])
 
+    def hidden_of_all(self, x_TH: torch.Tensor) -> torch.Tensor:
+        product_TR = thin_linear(x_TH, self.up_proj.flatten(0, 1)) + self.up_proj_bias.flatten()
+        return self.act_fn(product_TR).unflatten(1, (self.num_experts, -1))
+
 
 def cmoe_experts_forward(
     self: ExpertsLoop,
@@ -448,6 +461,8 @@ def cmoe_experts_forward(
     arguments = (self, hidden_states, top_k_index, top_k_weights)
     if backend == "direct":
         return direct_experts_forward(*arguments)
+    if backend == "whole":
+        return whole_experts_forward(*arguments)
     if backend == "eager":
         return ExpertsLoop.forward(*arguments)
     return ALL_EXPERTS_FUNCTIONS[backend](*arguments)
@@ -464,13 +479,15 @@ def fastest_backend(experts: ExpertsLoop, tokens: int, top_k: int) -> str:
         return "eager"  # the products of a quantised weight know one expert at a time
     grouped = grouped_backend(weight_NHM)
     if weight_NHM.is_cuda:
-        return fastest_backend_on_a_gpu(weight_NHM, experts.num_experts, pairs)
+        return fastest_backend_on_a_gpu(weight_NHM, experts.num_experts, tokens, top_k)
     expert_size = experts.hidden_dim * experts.intermediate_dim
     # Older releases do not have the attribute, nor the parallel plan.
     if getattr(experts, "_is_expert_parallel", False) or not weight_NHM.is_cpu:
         return grouped
     if torch.compiler.is_compiling():  # to one loop that gathers and multiplies
         return "batched_mm" if pairs * expert_size <= 500_000 else grouped
+    if weight_NHM.dtype == torch.float32 and is_whole_faster(experts, tokens, top_k):
+        return "whole"
     if pairs * expert_size <= 50_000 and (tokens > 1 or top_k > 4):
         return "batched_mm"  # copying so little is cheaper than sorting
     if weight_NHM.requires_grad and torch.is_grad_enabled():
@@ -484,13 +501,35 @@ def fastest_backend(experts: ExpertsLoop, tokens: int, top_k: int) -> str:
     return grouped
 
 
-def fastest_backend_on_a_gpu(weight_NHM: torch.Tensor, experts: int, pairs: int) -> str:
-    """The same on a GPU, reasoned and not measured.
+def is_whole_faster(experts: ExpertsLoop, tokens: int, top_k: int) -> bool:
+    """Whether idle experts cost less than choosing, on a CPU in float32.
 
-    `batched_mm` launches less than `grouped_mm`, but reads the weights of every pair of token and
-    expert, not of every expert.
+    Every expert that is chosen costs some calls, as long as reading 100,000 of its neurons'
+    weights; with few tokens the idle ones are only read. Narrow experts multiply three times
+    slower than wide matrices whatever the tokens.
     """
-    return "batched_mm" if pairs <= experts else grouped_backend(weight_NHM)
+    if torch.is_grad_enabled() and experts.down_proj.requires_grad:
+        return False  # idle experts would have gradients, all of them zero
+    count = experts.num_experts
+    if experts.intermediate_dim <= 64 and count <= 2 * top_k:
+        return True
+    hit = count * (1 - (1 - top_k / count) ** tokens)
+    idle = (count - hit) * experts.hidden_dim * experts.intermediate_dim
+    return tokens * count <= 64 * top_k and idle <= 100_000 * hit
+
+
+def fastest_backend_on_a_gpu(
+    weight_NHM: torch.Tensor, experts: int, tokens: int, top_k: int
+) -> str:
+    """The same on a GPU, reasoned from what one H200 has shown of `grouped_mm`.
+
+    `batched_mm` launches least, but copies the weights of every pair of token and expert. With more
+    pairs than experts nearly all are needed: up to some hundred tokens reading them takes longer
+    than multiplying, and `grouped_mm`, which sorts, took four to ten times as long as either.
+    """
+    if tokens * top_k <= experts:
+        return "batched_mm"
+    return "whole" if tokens <= 128 else grouped_backend(weight_NHM)
 
 
 def grouped_backend(weight_NHM: torch.Tensor) -> str:
@@ -523,6 +562,22 @@ def direct_experts_forward(
             y_UH = run_expert(self, expert, hidden_states[token_U]) * weight_U1
             out_TH.index_add_(0, token_U, y_UH.to(out_TH.dtype).contiguous())
     return out_TH
+
+
+def whole_experts_forward(
+    self: ExpertsLoop,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Run every expert for every token, with weight 0 where it was not chosen."""
+    tokens = len(hidden_states)
+    nothing_TN = top_k_weights.new_zeros(tokens, self.num_experts)
+    weight_TN = nothing_TN.scatter(1, top_k_index, top_k_weights)
+    z_TNM = self.hidden_of_all(hidden_states) * weight_TN.unsqueeze(2)
+    if tokens <= 32 or self.down_proj.is_cuda:
+        return torch.bmm(z_TNM.transpose(0, 1), self.down_proj.mT).sum(dim=0)
+    return z_TNM.flatten(1) @ self.down_proj.mT.flatten(0, 1)  # copies the weights: one product
 
 
 def run_expert(experts: ExpertsLoop, expert: int, x_UH: torch.Tensor) -> torch.Tensor:
