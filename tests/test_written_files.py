@@ -279,7 +279,8 @@ def test_the_configuration_speaks_to_older_engines_too(make_dense, carve, tmp_pa
         config = AutoConfig.from_pretrained(folder)
         assert config.rope_parameters == written["rope_parameters"] == rope | whole
         assert config.dtype == torch.bfloat16
-        assert not set(vars(config)) & {*OLDER, "torch_dtype"}
+        # Transformers 5.16 keeps a GLM's factor as a field besides.
+        assert not set(vars(config)) & ({*OLDER, "torch_dtype"} - whole.keys())
     assert not caplog.records
 
 
