@@ -663,14 +663,15 @@ class CMoESparseMoeBlock(nn.Module):
         """(B, S, H) to (B, S, H)."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         # vLLM's kernel overwrites its input: everything else that needs it comes first.
-        always_TH = x_TH.new_zeros(()) if self.down_bias is None else self.down_bias
+        always_TH: Any = self.down_bias
         if self.shared_expert is not None:
-            always_TH = always_TH + run_shared_expert(self.shared_expert, x_TH)
+            shared_TH = run_shared_expert(self.shared_expert, x_TH)
+            always_TH = shared_TH if always_TH is None else always_TH + shared_TH
         if self.gate.top_k == 0:
             return always_TH.reshape(hidden_states.shape)
         _, weight_TK, index_TK = self.gate(x_TH)
-        out_TH = self.experts(x_TH, index_TK, weight_TK) + always_TH
-        return out_TH.reshape(hidden_states.shape)
+        out_TH = self.experts(x_TH, index_TK, weight_TK)
+        return (out_TH if always_TH is None else out_TH + always_TH).reshape(hidden_states.shape)
 
 
 class CMoEPlainBlock(CMoESparseMoeBlock):
