@@ -131,6 +131,7 @@ def measure(
                 samples=round(arguments.samples * row.more),
                 sequence_length=arguments.sequence_length,
                 seed=seed,
+                polish=arguments.polish and row.recipe.refit and row.recipe.held_out_ridge,
             )
             reports.append(json.loads((carved / "conversion.json").read_text()))
             if arguments.tasks:
@@ -255,6 +256,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--evaluation-length", type=int, help="default --sequence-length")
     parser.add_argument("--windows", type=int, help="of each text, default all")
+    parser.add_argument("--polish", action="store_true", help="every row that has a refit")
     parser.add_argument("--tasks", help="of the harness, separated by commas")
     parser.add_argument("--include-path", type=Path)
     parser.add_argument("--limit", type=int)

@@ -183,7 +183,6 @@ RECIPES: dict[str, Recipe] = {
         refit=True,
         held_out_ridge=True,
         token_weights="residual",
-        polish_epochs=3,
         error_correction=True,
     ),
 }

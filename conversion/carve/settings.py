@@ -17,6 +17,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeAlias, TypeVar
 from ..device import check_dtype
 from ..errors import RequestError
 from ..source.texts import absolute_text
+from .polish import Schedule
 from .recipe import Recipe
 from .shape import Shape
 
@@ -53,8 +54,8 @@ class Settings:
     """Layers whose FFN stays dense, for example 0 or 0,29; all of their neurons run."""
     recipe: str | Recipe = "refined"
     """Method: refined (ours), paper, or released: the choices of the authors' code."""
-    polish: bool = True
-    """Train each carved layer by itself towards the dense one's output, if the recipe does."""
+    polish: bool = False
+    """Train each carved layer by itself towards the dense one's output, after the refit."""
     calibration: str | Path = "wikitext2"
     """Text, JSONL, JSON or Parquet file (FILE:COLUMN names a column), wikitext2, c4, or
     `dataset[:subset][:split][:column]` of the Hub."""
@@ -89,8 +90,8 @@ class Settings:
         recipe, shape = Recipe.of(self.recipe), self.shape
         if self.budget is not None:
             recipe = replace(recipe, adaptive_split=True)
-        if not self.polish:
-            recipe = replace(recipe, polish_epochs=0)
+        if self.polish and not recipe.polish_epochs:
+            recipe = replace(recipe, polish_epochs=Schedule().epochs)
         object.__setattr__(self, "recipe", recipe)
         limit = min(shape.active, shape.experts - shape.shared - 1) if shape else recipe.pinned
         if shape and recipe.pinned > limit:

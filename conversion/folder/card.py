@@ -118,6 +118,7 @@ HEADLINE, FIGURES, CODE = "headline", "cmoe report", "remote code"
 
 _NO_LICENCE = "The source states no licence; its terms, whatever they are, apply to this model."
 _UNTRAINED = "No gradient\ndescent was used."
+_RANKED = "Nothing but the\nrouters descended a gradient, each by itself."
 _POLISHED = """\
 Each layer was then trained by itself towards the dense one's output on these tokens, without labels
 and without gradients between layers."""
@@ -183,7 +184,9 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
     card = without_section(str(parsed), FIGURES)
     perplexity = f"{result['perplexity_after']:.2f} on `{report['text']}`"
     card = with_perplexity(card, f"{perplexity}, {result['perplexity_before']:.2f} before recovery")
-    card = card.replace(_UNTRAINED, _TRAINED).replace(_POLISHED, f"{_POLISHED} {_TRAINED}")
+    card = card.replace(_UNTRAINED, _TRAINED)
+    for said in (_RANKED, _POLISHED):
+        card = card.replace(said, f"{said} {_TRAINED}")
     card = renewed_card(card, code)
     return _before_licence(card, section)
 
@@ -331,6 +334,7 @@ def _parents(config: CMoEHierarchicalConfig) -> str:
 def _provenance(source: Source, report: dict[str, Any]) -> dict[str, Any]:
     calibration, result = report["calibration"], report["result"]
     polished = any(layer.get("polish_errors") for layer in report["layers"])
+    ranks = report["recipe"]["router_epochs"] and source.architecture.router is None
     on_hub = source.revision is not None
     return {
         "title": f"{source.name.rpartition('/')[2]}-CMoE-{result['notation']}",
@@ -338,7 +342,7 @@ def _provenance(source: Source, report: dict[str, Any]) -> dict[str, Any]:
         "base_link": f"https://huggingface.co/{source.name}" if on_hub else "#how-it-was-made",
         "recipe": report["settings"]["recipe"],
         "refitted": _REFITTED if report["recipe"]["refit"] else "",
-        "untrained": _POLISHED if polished else _UNTRAINED,
+        "untrained": _POLISHED if polished else _RANKED if ranks else _UNTRAINED,
         "split": _SPLIT if report["recipe"]["adaptive_split"] else "",
         "revision": source.revision or "a local folder, no revision known",
         "tokens": calibration["tokens"],
