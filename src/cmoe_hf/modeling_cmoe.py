@@ -502,20 +502,21 @@ def fastest_backend(experts: ExpertsLoop, tokens: int, top_k: int) -> str:
 
 
 def is_whole_faster(experts: ExpertsLoop, tokens: int, top_k: int) -> bool:
-    """Whether idle experts cost less than choosing, on a CPU in float32.
+    """Whether running all experts takes less than choosing, on a CPU in float32, as measured.
 
-    Every expert that is chosen costs some calls, as long as reading 100,000 of its neurons'
-    weights; with few tokens the idle ones are only read. Narrow experts multiply three times
-    slower than wide matrices whatever the tokens.
+    Each chosen expert costs some calls, as long as reading so many weights of an idle one, more
+    where tokens must be sorted. With few tokens the idle ones are only read. Narrow experts
+    multiply slower than all of them as one wide matrix, the more so the narrower they are.
     """
     if torch.is_grad_enabled() and experts.down_proj.requires_grad:
         return False  # idle experts would have gradients, all of them zero
-    count = experts.num_experts
-    if experts.intermediate_dim <= 64 and count <= 2 * top_k:
+    count, width = experts.num_experts, experts.intermediate_dim
+    if count * width <= 100 * top_k:
         return True
     hit = count * (1 - (1 - top_k / count) ** tokens)
-    idle = (count - hit) * experts.hidden_dim * experts.intermediate_dim
-    return tokens * count <= 64 * top_k and idle <= 100_000 * hit
+    idle = (count - hit) * experts.hidden_dim * width
+    few = tokens * count <= (200 if width <= 64 else 64) * top_k
+    return few and idle <= (40_000 if tokens == 1 else 100_000) * hit
 
 
 def fastest_backend_on_a_gpu(
