@@ -8,6 +8,5 @@ FIRST_CHANGES = {
     "reassignments": 0,
     "held_out_ridge": False,
     "token_weights": "equal",
-    "polish_epochs": 0,
 }
 FIRST_EDITION = Recipe.of("refined", **FIRST_CHANGES)
