@@ -177,6 +177,16 @@ def test_running_every_expert_is_running_the_chosen_ones(tokens, plain, dtype):
     torch.testing.assert_close(got, expected, atol=bound, rtol=bound)
 
 
+def test_running_every_expert_leaves_out_those_of_other_ranks():
+    config = configuration("middle", 7, 4)
+    module = random_(CMoEExperts(config))
+    x_TH, index_TK, weight_TK = routed(5, config)
+    index_TK[:, ::2] = config.num_experts
+    got = whole_experts_forward(module, x_TH, index_TK, weight_TK)
+    expected = run(module, "eager", x_TH, index_TK, weight_TK)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_every_expert_runs_where_choosing_costs_more():
     with torch.no_grad():
         narrow = CMoEExperts(configuration("small", 6, 3))

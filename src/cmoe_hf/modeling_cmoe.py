@@ -573,8 +573,9 @@ def whole_experts_forward(
 ) -> torch.Tensor:
     """Run every expert for every token, with weight 0 where it was not chosen."""
     tokens = len(hidden_states)
-    nothing_TN = top_k_weights.new_zeros(tokens, self.num_experts)
-    weight_TN = nothing_TN.scatter(1, top_k_index, top_k_weights)
+    # One column more, which is dropped: of experts that are not on this rank.
+    nothing = top_k_weights.new_zeros(tokens, self.num_experts + 1)
+    weight_TN = nothing.scatter(1, top_k_index, top_k_weights)[:, :-1]
     z_TNM = self.hidden_of_all(hidden_states) * weight_TN.unsqueeze(2)
     if tokens <= 32 or self.down_proj.is_cuda:
         return torch.bmm(z_TNM.transpose(0, 1), self.down_proj.mT).sum(dim=0)
