@@ -3,14 +3,18 @@
 
     python examples/compare_recipes.py MODEL CALIBRATION_TEXT TEXT [TEXT ...] --shape S1A1E8
     python examples/compare_recipes.py MODEL CALIBRATION_TEXT TEXT --shape S1A1E8 --table ablation
+    python examples/compare_recipes.py MODEL CALIBRATION_TEXT TEXT --shape S2A2E8 --table budget
 
 One run compares, at the activation ratio of each shape, the dense model, static pruning (all
 active experts shared, nothing routed), the published recipes and ours, with the model's router, an
-oracle's and a random one; or ours with one choice changed at a time. Every text is measured on the
-same conversions. One JSON object per line goes to standard output: `perplexities` of every seed of
-the calibration windows, `gap` = mean ln(perplexity / dense), the error of each layer's FFN output
-on the calibration tokens, the router's agreement with the oracle beside chance, and seconds of
-conversion.
+oracle's and a random one; or ours with one choice changed at a time, at the shape (`ablation`) or
+where only the share is said (`budget`). Every text is measured on the same conversions, the tasks
+on those of the first seed. One JSON object per line goes to standard output: `perplexities` of
+every seed of the calibration windows, `gap` = mean ln(perplexity / dense), the error of each
+layer's FFN output on the calibration tokens, the router's agreement with the oracle beside chance,
+accuracy and standard error in each task and of their mean, and seconds of conversion.
+
+With `--jobs N` there are N conversions at a time, which share a GPU: seconds then mean little.
 """
 
 import argparse
@@ -18,9 +22,12 @@ import json
 import math
 import statistics
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +52,15 @@ class Row:
     static: bool = False
     budget: bool = False
     """Only the share of the neurons is said; experts and dense layers are chosen."""
+    everywhere: bool = False
+    """With the budget's number of experts in every layer: none stays dense."""
     compensated: bool = False
     """With biases for the mean of what is pruned, as in FLAP: no carved model has them."""
     finer: int = 1
     """Experts of 1 / finer the size, at equal activation."""
     more: float = 1
     """Calibration windows, relative to --samples."""
+    polish: bool = False
     routers: tuple[str, ...] = ("own",)
 
 
@@ -106,55 +116,119 @@ TABLES = {
         Row("experts of a quarter of the size", finer=4),
         Row("experts of an eighth of the size", finer=8),
     ),
+    "budget": (
+        Row("refined", budget=True),
+        Row("static", static=True, budget=True),
+        Row("no layer dense", budget=True, everywhere=True),
+        Row("neurons stay in their clusters", replace(REFINED, reassignments=0), budget=True),
+        Row("router of the regression", replace(REFINED, router_epochs=0), budget=True),
+        Row("every token counts the same", replace(REFINED, token_weights="equal"), budget=True),
+        Row("ridge 0.003 everywhere", replace(REFINED, held_out_ridge=False), budget=True),
+        Row(
+            "refit to the dense FFN's output", replace(REFINED, error_correction=False), budget=True
+        ),
+        Row("neurons by rate of marks", replace(REFINED, importance="rate"), budget=True),
+        Row("no refit", PLAIN, budget=True),
+        Row("half of the calibration tokens", budget=True, more=1 / 2),
+        Row("twice the calibration tokens", budget=True, more=2),
+        Row("4 times the calibration tokens", budget=True, more=4),
+        Row("16 times the calibration tokens", budget=True, more=16),
+        Row("polished", budget=True, polish=True),
+    ),
 }
 
 
-def measure(
-    arguments: argparse.Namespace,
-    shape: str,
-    row: Row,
-    routers: list[str],
-    dense: dict[str, float],
+@dataclass(frozen=True)
+class Outcome:
+    """What one conversion gives."""
+
+    report: dict[str, Any]
+    evaluations: dict[tuple[str, str], Evaluation]
+    """By router and text."""
+    accuracies: dict[str, tuple[float, float]]
+
+
+def outcome(arguments: argparse.Namespace, job: tuple[str, Row | None, int]) -> Outcome:
+    """Convert with one seed, and measure; or measure the dense model, which is no row."""
+    notation, row, seed = job
+    if row is None:
+        return Outcome(
+            report={},
+            evaluations={
+                ("own", text): routed(arguments.model, text, "own", arguments)
+                for text in arguments.texts
+            },
+            accuracies=accuracies(arguments.model, arguments) if arguments.tasks else {},
+        )
+    shape = Shape.parse(notation)
+    with tempfile.TemporaryDirectory() as folder:
+        carved = Path(folder) / "carved"
+        convert(
+            arguments.model,
+            carved,
+            **parts_of(shape, row, arguments.model),
+            recipe=row.recipe,
+            calibration=arguments.calibration,
+            samples=max(1, round(arguments.samples * row.more)),
+            sequence_length=arguments.sequence_length,
+            seed=seed,
+            polish=row.polish
+            or (arguments.polish and row.recipe.refit and row.recipe.held_out_ridge),
+        )
+        measure = compensated if row.compensated else routed
+        return Outcome(
+            report=json.loads((carved / "conversion.json").read_text()),
+            evaluations={
+                (router, text): measure(carved, text, router, arguments)
+                for router in routers_of(row, arguments)
+                for text in arguments.texts
+            },
+            accuracies=accuracies(carved, arguments) if arguments.tasks and not seed else {},
+        )
+
+
+@contextmanager
+def outcomes(arguments: argparse.Namespace) -> Iterator[Callable[..., Iterator[Outcome]]]:
+    """Something like `map`, in as many processes as asked for."""
+    if arguments.jobs == 1:
+        yield map
+        return
+    # CUDA wants fresh processes; and the harness starts some of its own, so no `Pool`.
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        yield pool.map
+
+
+def routed(carved: str | Path, text: str, router: str, arguments: argparse.Namespace) -> Evaluation:
+    """Perplexity as it is."""
+    return evaluate(
+        carved,
+        text=text,
+        router=router,
+        sequence_length=arguments.evaluation_length,
+        windows=arguments.windows,
+        dtype=arguments.dtype,
+    )
+
+
+def routers_of(row: Row, arguments: argparse.Namespace) -> list[str]:
+    """The routers to measure a row with."""
+    return [name for name in row.routers if name in (arguments.router or row.routers)]
+
+
+def records(
+    shape: str, row: Row, seeds: list[Outcome], dense: dict[str, float]
 ) -> Iterator[dict[str, Any]]:
-    """One record per router and text."""
-    parts = parts_of(Shape.parse(shape), row, arguments.model)
-    runs, reports, tasks = defaultdict(list), [], []
-    for seed in range(arguments.seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            carved = Path(folder) / "carved"
-            convert(
-                arguments.model,
-                carved,
-                **parts,
-                recipe=row.recipe,
-                calibration=arguments.calibration,
-                samples=round(arguments.samples * row.more),
-                sequence_length=arguments.sequence_length,
-                seed=seed,
-                polish=arguments.polish and row.recipe.refit and row.recipe.held_out_ridge,
-            )
-            reports.append(json.loads((carved / "conversion.json").read_text()))
-            if arguments.tasks:
-                tasks.append(accuracies(carved, arguments))
-            for router in routers:
-                for text in arguments.texts:
-                    if row.compensated:
-                        runs[router, text].append(compensated(carved, text, arguments))
-                        continue
-                    result = evaluate(
-                        carved,
-                        text=text,
-                        router=router,
-                        sequence_length=arguments.evaluation_length,
-                        windows=arguments.windows,
-                    )
-                    runs[router, text].append(result)
+    """One per router and text."""
+    reports = [seed.report for seed in seeds]
+    settings = reports[0]["settings"]
     errors = [[layer["relative_output_error"] for layer in run["layers"]] for run in reports]
-    for (router, text), results in runs.items():
+    for router, text in seeds[0].evaluations:
+        results = [seed.evaluations[router, text] for seed in seeds]
         perplexities = [result.perplexity for result in results]
         agreements = [result.router_oracle_agreement for result in results]
         yield {
             "shape": shape,
+            "carved": Shape(*(settings[name] for name in ("shared", "active", "experts"))).notation,
             "row": row.name,
             "router": router,
             "text": Path(text).name,
@@ -165,23 +239,23 @@ def measure(
             "chance": results[0].router_chance_agreement,
             "errors": [round(statistics.mean(layer), 4) for layer in zip(*errors, strict=True)],
             "pinned": [[layer.get("pinned_experts") for layer in run["layers"]] for run in reports],
-            "accuracies": {
-                name: statistics.mean(run[name] for run in tasks) for name in (tasks or [{}])[0]
-            },
+            "accuracies": seeds[0].accuracies,
             "seconds": statistics.median(run["result"]["seconds"] for run in reports),
         }
 
 
 def parts_of(shape: Shape, row: Row, model: str) -> dict[str, Any]:
     """What `convert` is told about experts and layers."""
-    if row.budget and not row.static:
-        return {"budget": shape.activation_ratio}
-    dense_layers: tuple[int, ...] = ()
+    budget, dense_layers = shape.activation_ratio, ()
     if row.budget:
         dense = AutoConfig.from_pretrained(model)
         shape, dense_layers = Shape.spread(
-            shape.activation_ratio, dense.num_hidden_layers, dense.intermediate_size, None
+            budget, dense.num_hidden_layers, dense.intermediate_size, None
         )
+    if row.everywhere:
+        return {"budget": budget, "experts": shape.experts}
+    if row.budget and not row.static and row.recipe.refit:  # or no split to choose
+        return {"budget": budget}
     shared, active = shape.shared, shape.active
     if row.static:
         shared, active = shared + active, 0
@@ -190,31 +264,32 @@ def parts_of(shape: Shape, row: Row, model: str) -> dict[str, Any]:
     return {**counts, "dense_layers": dense_layers}
 
 
-def accuracies(model: str | Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Accuracy in each task, and their mean."""
+def accuracies(model: str | Path, arguments: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Accuracy and standard error in each task, and of their mean."""
     measured = evaluate_tasks(
         model,
         tasks=arguments.tasks.split(","),
         include_path=arguments.include_path,
         limit=arguments.limit,
-        batch_size=16,
+        batch_size=8,
+        dtype=arguments.dtype,
     )
-    found = {f"{row.task}": row.value for row in measured.tasks}
-    return {**found, "mean": statistics.mean(found.values())}
+    found = {row.task: (row.value, row.stderr or 0.0) for row in measured.tasks}
+    values, errors = zip(*found.values(), strict=True)
+    return {**found, "mean": (statistics.mean(values), math.hypot(*errors) / len(errors))}
 
 
 @torch.no_grad()
-def compensated(carved: Path, text: str, arguments: argparse.Namespace) -> Evaluation:
+def compensated(carved: Path, text: str, router: str, arguments: argparse.Namespace) -> Evaluation:
     """Perplexity with what FLAP adds: the mean of what was pruned, measured on calibration text."""
-    device, length = find_device(None), arguments.sequence_length
-    model, tokenizer = load_model(carved, None, device, False)
-    dense, _ = load_model(arguments.model, None, device, False)
+    device, length = find_device(None), arguments.evaluation_length
+    model, tokenizer = load_model(carved, arguments.dtype, device, False)
+    dense, _ = load_model(arguments.model, arguments.dtype, device, False)
     for block, layer in zip(sparse_blocks(model), dense.base_model.layers, strict=True):
         block.register_forward_hook(Compensation(layer.mlp))
     calibration = open_text(arguments.calibration)
     windows_WL = text_windows(model, tokenizer, calibration, length, arguments.samples)
     model.base_model(windows_WL.to(device))
-    length = arguments.evaluation_length
     windows_WL = text_windows(model, tokenizer, open_text(text), length, arguments.windows)
     value = perplexity(model, windows_WL, description="compensated")
     return Evaluation(
@@ -223,7 +298,7 @@ def compensated(carved: Path, text: str, arguments: argparse.Namespace) -> Evalu
         sequence_length=length,
         windows=arguments.windows,
         baseline_perplexity=None,
-        router="own",
+        router=router,
         router_oracle_agreement=None,
         router_chance_agreement=None,
     )
@@ -250,6 +325,7 @@ def main() -> None:
     parser.add_argument("--shape", action="append", help="for example S3A3E8; repeatable")
     parser.add_argument("--table", choices=TABLES, default="compare")
     parser.add_argument("--row", action="append", help="only this row of the table; repeatable")
+    parser.add_argument("--jobs", type=int, default=1, help="conversions at a time")
     parser.add_argument("--router", action="append", help="only rows with this one; repeatable")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=64)
@@ -257,27 +333,31 @@ def main() -> None:
     parser.add_argument("--evaluation-length", type=int, help="default --sequence-length")
     parser.add_argument("--windows", type=int, help="of each text, default all")
     parser.add_argument("--polish", action="store_true", help="every row that has a refit")
-    parser.add_argument("--tasks", help="of the harness, separated by commas")
+    parser.add_argument("--dtype", help="of evaluation, for example float32")
+    parser.add_argument("--tasks", help="of the harness, separated by commas; first seed only")
     parser.add_argument("--include-path", type=Path)
     parser.add_argument("--limit", type=int)
     arguments = parser.parse_args()
     arguments.evaluation_length = arguments.evaluation_length or arguments.sequence_length
-    read = {"sequence_length": arguments.evaluation_length, "windows": arguments.windows}
-    dense = {}
-    for text in arguments.texts:
-        result = evaluate(arguments.model, text=text, **read)
-        dense[text] = result.perplexity
-        record = {"row": "dense", "text": Path(text).name, "mean": result.perplexity}
-        print(json.dumps(record), flush=True)
-    if arguments.tasks:
-        record = {"row": "dense", "accuracies": accuracies(arguments.model, arguments)}
-        print(json.dumps(record), flush=True)
-    for shape in arguments.shape or ["S1A1E8", "S2A2E8", "S3A3E8"]:
-        for row in TABLES[arguments.table]:
-            routers = [name for name in row.routers if name in (arguments.router or row.routers)]
-            if routers and row.name in (arguments.row or [row.name]):
-                for record in measure(arguments, shape, row, routers, dense):
-                    print(json.dumps(record), flush=True)
+    table = {row.name: row for row in TABLES[arguments.table]}
+    cases = [
+        (shape, table[name])
+        for name in arguments.row or table
+        if name in table and routers_of(table[name], arguments)
+        for shape in arguments.shape or ["S1A1E8", "S2A2E8", "S3A3E8"]
+    ]
+    jobs = [(*case, seed) for case in cases for seed in range(arguments.seeds)]
+    with outcomes(arguments) as run:
+        results = iter(run(partial(outcome, arguments), [("", None, 0), *jobs]))
+        first, dense = next(results), {}
+        for (_, text), evaluation in first.evaluations.items():
+            dense[text] = evaluation.perplexity
+            record = {"row": "dense", "text": Path(text).name, "mean": evaluation.perplexity}
+            print(json.dumps({**record, "accuracies": first.accuracies}), flush=True)
+        for shape, row in cases:
+            seeds = [next(results) for _ in range(arguments.seeds)]
+            for record in records(shape, row, seeds, dense):
+                print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":
