@@ -22,14 +22,13 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import AutoConfig
@@ -148,8 +147,12 @@ class Outcome:
     accuracies: dict[str, tuple[float, float]]
 
 
-def outcome(arguments: argparse.Namespace, job: tuple[str, Row | None, int]) -> Outcome:
-    """Convert with one seed, and measure; or measure the dense model, which is no row."""
+Job: TypeAlias = tuple[str, Row | None, int]
+"""Shape, row and seed; no row is the dense model."""
+
+
+def outcome(arguments: argparse.Namespace, job: Job) -> Outcome:
+    """Convert with one seed, and measure; or measure the dense model."""
     notation, row, seed = job
     if row is None:
         return Outcome(
@@ -187,15 +190,17 @@ def outcome(arguments: argparse.Namespace, job: tuple[str, Row | None, int]) -> 
         )
 
 
-@contextmanager
-def outcomes(arguments: argparse.Namespace) -> Iterator[Callable[..., Iterator[Outcome]]]:
-    """Something like `map`, in as many processes as asked for."""
+def outcomes(arguments: argparse.Namespace, jobs: list[Job]) -> Iterator[tuple[Job, Outcome]]:
+    """In as many processes as asked for; whatever is done first comes first."""
+    run = partial(outcome, arguments)
     if arguments.jobs == 1:
-        yield map
+        yield from ((job, run(job)) for job in jobs)
         return
     # CUDA wants fresh processes; and the harness starts some of its own, so no `Pool`.
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        yield pool.map
+        futures = {pool.submit(run, job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
 
 def routed(carved: str | Path, text: str, router: str, arguments: argparse.Namespace) -> Evaluation:
@@ -239,7 +244,7 @@ def records(
             "chance": results[0].router_chance_agreement,
             "errors": [round(statistics.mean(layer), 4) for layer in zip(*errors, strict=True)],
             "pinned": [[layer.get("pinned_experts") for layer in run["layers"]] for run in reports],
-            "accuracies": seeds[0].accuracies,
+            "accuracies": next((seed.accuracies for seed in seeds if seed.accuracies), {}),
             "seconds": statistics.median(run["result"]["seconds"] for run in reports),
         }
 
@@ -346,17 +351,20 @@ def main() -> None:
         if name in table and routers_of(table[name], arguments)
         for shape in arguments.shape or ["S1A1E8", "S2A2E8", "S3A3E8"]
     ]
-    jobs = [(*case, seed) for case in cases for seed in range(arguments.seeds)]
-    with outcomes(arguments) as run:
-        results = iter(run(partial(outcome, arguments), [("", None, 0), *jobs]))
-        first, dense = next(results), {}
-        for (_, text), evaluation in first.evaluations.items():
+    jobs: list[Job] = [(*case, seed) for case in cases for seed in range(arguments.seeds)]
+    dense: dict[str, float] = {}
+    done: dict[tuple[str, Row], dict[int, Outcome]] = {case: {} for case in cases}
+    for (shape, row, seed), found in outcomes(arguments, [("", None, 0), *jobs]):
+        if row is not None:
+            done[shape, row][seed] = found
+        for (_, text), evaluation in found.evaluations.items() if row is None else ():
             dense[text] = evaluation.perplexity
             record = {"row": "dense", "text": Path(text).name, "mean": evaluation.perplexity}
-            print(json.dumps({**record, "accuracies": first.accuracies}), flush=True)
-        for shape, row in cases:
-            seeds = [next(results) for _ in range(arguments.seeds)]
-            for record in records(shape, row, seeds, dense):
+            print(json.dumps({**record, "accuracies": found.accuracies}), flush=True)
+        complete = [case for case in done if dense and len(done[case]) == arguments.seeds]
+        for case in complete:
+            seeds = [found for _, found in sorted(done.pop(case).items())]
+            for record in records(*case, seeds, dense):
                 print(json.dumps(record), flush=True)
 
 

@@ -148,19 +148,23 @@ def test_it_steps_aside(size, monkeypatch):
 @pytest.mark.parametrize(
     ("width", "tokens", "compiling", "expected"),
     [
-        (64, 1, False, "batched_mm"),  # a token or two
-        (64, 7, True, "batched_mm"),
-        (64, 8, True, "whole"),  # reads every expert once
-        (64, 128, False, "whole"),
-        (64, 4096, False, "grouped_mm"),
-        (12, 4096, False, "eager"),  # 24 bytes: the grouped kernel would refuse them
-        (12, 4096, True, "batched_mm"),
+        (1376, 1, False, "whole"),  # launches least
+        (2752, 1, False, "batched_mm"),  # where reading the idle ones takes longer
+        (1376, 7, True, "batched_mm"),
+        (1376, 8, True, "whole"),  # reads every expert once
+        (1376, 512, False, "whole"),
+        (1376, 2048, False, "grouped_mm"),
+        (12, 200_000, False, "eager"),  # 24 bytes: the grouped kernel would refuse them
+        (12, 200_000, True, "batched_mm"),
     ],
 )
 def test_on_a_gpu(width, tokens, compiling, expected, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
-    weight_NHM = torch.empty(7, 32, width, dtype=torch.bfloat16, device="meta")
-    assert fastest_backend_on_a_gpu(weight_NHM, 7, tokens, 1) == expected
+    weight_NHM = torch.empty(7, 4096, width, dtype=torch.bfloat16, device="meta")
+    with torch.no_grad():
+        assert fastest_backend_on_a_gpu(weight_NHM, 7, tokens, 1) == expected
+    if tokens == 512:  # hidden activations of all experts would be kept
+        assert fastest_backend_on_a_gpu(weight_NHM, 7, tokens, 1) == "grouped_mm"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

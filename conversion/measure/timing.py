@@ -4,6 +4,7 @@
 Shape suffixes: B sequences, L tokens of each, T tokens, H hidden size, K active experts.
 """
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -251,16 +252,22 @@ def interleaved(
     """Seconds of a call of each, in turn, in every round; the calls are told their number.
 
     A round repeats the calls until they take about 50 ms, or `repeats` times. Which goes first
-    changes from round to round.
+    changes from round to round. As in `timeit`, nothing is collected meanwhile.
     """
 
     def timed(call: Callable[[int], None], first: int, count: int) -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        for turn in range(first, first + count):
-            call(turn)
-        synchronize(device)
-        return (time.perf_counter() - start) / count
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            synchronize(device)
+            start = time.perf_counter()
+            for turn in range(first, first + count):
+                call(turn)
+            synchronize(device)
+            return (time.perf_counter() - start) / count
+        finally:
+            if collects:
+                gc.enable()
 
     timed(dense, 0, repeats or 1)  # a graph is compiled and captured in the first calls
     timed(carved, 0, repeats or 1)

@@ -522,15 +522,21 @@ def is_whole_faster(experts: ExpertsLoop, tokens: int, top_k: int) -> bool:
 def fastest_backend_on_a_gpu(
     weight_NHM: torch.Tensor, experts: int, tokens: int, top_k: int
 ) -> str:
-    """The same on a GPU, reasoned from what one H200 has shown of `grouped_mm`.
+    """The same on a GPU, from what one H200 has shown in bfloat16.
 
-    `batched_mm` launches least, but copies the weights of every pair of token and expert. With more
-    pairs than experts nearly all are needed: up to some hundred tokens reading them takes longer
-    than multiplying, and `grouped_mm`, which sorts, took four to ten times as long as either.
+    `grouped_mm` sorts, 0.4 ms whatever the size; that long, idle experts can multiply as well, and
+    nothing launches less. `batched_mm` copies the weights of every pair of token and expert: good
+    for a token or two, where reading the idle ones would take longer, or launches cost nothing.
     """
-    if tokens * top_k <= experts:
+    expert_size = weight_NHM.shape[1] * weight_NHM.shape[2]
+    idle = (experts - top_k) * expert_size
+    if tokens * top_k <= experts and (torch.compiler.is_compiling() or idle > 50_000_000):
         return "batched_mm"
-    return "whole" if tokens <= 128 else grouped_backend(weight_NHM)
+    # Activations of all experts would be kept for the gradients.
+    most = 128 if torch.is_grad_enabled() else 2**26 / (experts * weight_NHM.shape[2])
+    if tokens <= most and tokens * idle <= 30_000_000_000:
+        return "whole"
+    return grouped_backend(weight_NHM)
 
 
 def grouped_backend(weight_NHM: torch.Tensor) -> str:
