@@ -32,6 +32,7 @@ ROUTERS = {
     "representative": {"router": "representative", "clusters": "marks", "competition": "parent"},
     "linear": {},
 }
+EXPORTS = ("granite", "glm4", "ernie", "qwen2", "qwen3")
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -47,7 +48,7 @@ class Case:
     shape: str
     router: str
     gates: str
-    """`"carved"`: u = b = 0; `"drawn"`: u and b at random; `"exported"`: as a Qwen2-MoE."""
+    """`"carved"`: u = b = 0; `"drawn"`: u and b at random; or what it was exported to."""
 
     @property
     def folder(self) -> str:
@@ -71,7 +72,7 @@ WAYS = {
     "tensor parallel, 2": Way({"tensor_parallel_size": 2}),
     "expert parallel, 2": Way({"tensor_parallel_size": 2, "enable_expert_parallel": True}),
     "pipeline parallel, 2": Way({"pipeline_parallel_size": 2}),
-    "its own Qwen2-MoE": Way({"model_impl": "auto"}, ("exported",), tuple(SHAPES)),
+    "its own code": Way({"model_impl": "auto"}, EXPORTS, tuple(SHAPES)),
 }
 
 
@@ -150,7 +151,7 @@ def start_vllm(
 
 
 def carve_all(arguments: argparse.Namespace) -> list[Case]:
-    """Carve the grid; draw u and b; export what a Qwen2-MoE can represent."""
+    """Carve the grid; draw u and b; export to what can represent it."""
     from cmoe_hf.conversion import Recipe, RequestError, convert, export
 
     cases = []
@@ -174,11 +175,11 @@ def carve_all(arguments: argparse.Namespace) -> list[Case]:
             if active:
                 cases.append(Case(shape, router, "drawn"))
                 draw_gates(arguments.folder / carved.folder, arguments.folder / cases[-1].folder)
-            if active and router == "linear":
-                exported = Case(shape, router, "exported")
+            for to in EXPORTS if active and router == "linear" else ():
+                exported = Case(shape, router, to)
                 source, target = (arguments.folder / case.folder for case in (carved, exported))
-                with suppress(RequestError):  # no stock architecture has a place for it
-                    export(source, target, to="qwen2", overwrite=True)
+                with suppress(RequestError):  # it has no place for what there is
+                    export(source, target, to=to, overwrite=True)
                     cases.append(exported)
     return cases
 
@@ -277,7 +278,7 @@ def compare_all(arguments: argparse.Namespace) -> None:
     references = {
         case: run_transformers(arguments.folder / case.folder, prompts, "float32")
         for case in cases
-        if case.gates != "exported"
+        if case.gates not in EXPORTS
     }
     print("| run by | shape | router | u and b | same tokens | largest difference of log p |")
     print("|---|---|---|---|---|---|")
@@ -288,7 +289,7 @@ def compare_all(arguments: argparse.Namespace) -> None:
         for case in chosen:
             folder = arguments.folder / case.folder
             # An export must do what the carved model does.
-            carved = replace(case, gates="carved") if case.gates == "exported" else case
+            carved = replace(case, gates="carved") if case.gates in EXPORTS else case
             print_row(f"vLLM, {name}", case, answer["found"][str(folder)], references[carved])
             if "dtype" in way.options:  # what the rounding alone does
                 rounded = run_transformers(folder, prompts, way.options["dtype"])
