@@ -225,9 +225,8 @@ def made_tensors(
     """The tensors of the target, by name, for each layer; `routers` replace others."""
     layers = []
     for layer, parts in by_layer(read_headers(folder)).items():
-        made = {part: Made.of(it) for part, it in parts.items()}
-        if layer:
-            made = target.layer(with_router(parts, layer, routers), config)
+        own = with_router(parts, layer, routers)
+        made = target.layer(own, config) if layer else target.ends(parts)
         layers.append({layer + part: it for part, it in made.items()})
     return layers
 

@@ -78,6 +78,8 @@ class Target:
     always_biased: ClassVar[bool] = False
     interleaved: ClassVar[bool] = False
     """Whether rotary embeddings turn neighbouring rows."""
+    ties: ClassVar[bool] = True
+    """Whether every engine takes the embeddings for a head that is not there."""
 
     @property
     def model_type(self) -> str:
@@ -102,7 +104,16 @@ class Target:
         """The configuration of the same model."""
         same = {name: getattr(config, name) for name in SAME_FIELDS if hasattr(config, name)}
         own = {"architectures": [self.causal], **self.fields(config, needs)}
+        if not self.ties:
+            own["tie_word_embeddings"] = False
         return self.config_class(**same | own)
+
+    def ends(self, parts: Parts) -> dict[str, Made]:
+        """What the tensors before and behind the layers become."""
+        made = {part: Made.of(it) for part, it in parts.items()}
+        if not self.ties and "lm_head.weight" not in made:
+            made["lm_head.weight"] = Made.of(parts["model.embed_tokens.weight"])
+        return made
 
     def layer(self, parts: Parts, config: CMoEConfig) -> dict[str, Made]:
         """What the tensors of a layer become, by the names that the architecture has on the Hub."""
@@ -232,6 +243,8 @@ class Glm4(Target):
     least_experts = 2
     bias = "mlp.gate.e_score_correction_bias"
     biased = QUERIES_KEYS_VALUES
+    ties = False
+    """vLLM 0.32 leaves the head of a tied model as memory happens to be, and answers with it."""
 
     def fields(self, config: CMoEConfig, needs: set[str]) -> dict[str, Any]:
         rope = {**(config.rope_parameters or {}), "partial_rotary_factor": 1.0}
