@@ -22,6 +22,7 @@ from cmoe_hf.conversion.share.export import ROUTER_CLASSES, chosen_by
 from cmoe_hf.conversion.share.linearise import expert_energies, linear_routers
 from cmoe_hf.conversion.share.targets import TARGETS
 from cmoe_hf.conversion.source.calibration import tokenize
+from cmoe_hf.conversion.source.stored import read_json
 
 pytestmark = pytest.mark.library
 
@@ -136,6 +137,18 @@ def test_pinned_experts_stay_pinned(dense, carve, token_ids, tmp_path, to):
         native(token_ids)
     for [index_TK] in chosen:
         assert (index_TK[:, :2] == torch.tensor([0, 1])).all()
+
+
+def test_what_vllm_does_not_read_is_said(make_dense, dense, carve, token_ids, tmp_path, caplog):
+    qwen2 = carve(make_dense("qwen2"), (1, 1, 8), dtype="float32")
+    assert export(qwen2, tmp_path / "best").architecture == "glm4_moe"
+    assert read_json(tmp_path / "best" / "config.json")["head_dim"] == 16
+    assert "vLLM" not in caplog.text
+    export(qwen2, tmp_path / "granite", to="granite")
+    assert "vLLM 0.32 does not read the biases of queries" in caplog.text
+    pinned = carve(dense, (2, 3, 8), recipe=Recipe.of(FIRST_EDITION, pinned=2))
+    export(pinned, tmp_path / "ernie", to="ernie")
+    assert "the pinned experts (--budget) of a Ernie4_5_MoeForCausalLM" in caplog.text
 
 
 def test_it_generates_the_same_text(embedded, carve, tmp_path):

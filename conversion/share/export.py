@@ -7,6 +7,7 @@ choose from, and what they make of our tensors.
 Shape suffixes: T tokens, K active experts, W windows, L tokens of a window.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -38,9 +39,11 @@ from ..source.loading import window_length
 from ..source.stored import WEIGHTS_INDEX, Stored, read_headers, read_json
 from ..source.texts import open_text, text_file
 from .linearise import linear_routers
-from .needs import needs_of
+from .needs import lacking, needs_of
 from .pieces import Files, Made, by_layer
 from .targets import TARGETS, Target, by_faithfulness
+
+logger = logging.getLogger(__name__)
 
 COMPARED_TOKENS = 64
 ROUTER_CLASSES: tuple[type[torch.nn.Module], ...] = (
@@ -107,6 +110,13 @@ def export(
         folder = fetch_model(name, commit)
     needs = needs_of(config, row, folder)
     target, reason = choose_target(config, name, needs, to)
+    if unread := lacking(target.unread & needs, ()):
+        logger.warning(
+            "vLLM 0.32 does not read the %s of a %s: there it would be another model. transformers "
+            "does.",
+            " and the ".join(unread),
+            target.causal,
+        )
     tokenizer = load_tokenizer(folder)
     native = target.config(config, needs)
     kept = carried(folder).beside(native, tokenizer)
@@ -179,7 +189,7 @@ def choose_target(
     config: CMoEConfig, name: str, needs: set[str], to: str | None
 ) -> tuple[Target, str]:
     """The architecture to write, and why. Raises `RequestError` if it cannot be the model."""
-    refused = {it.name: it.refusals(config, needs) for it in by_faithfulness(config)}
+    refused = {it.name: it.refusals(config, needs) for it in by_faithfulness(config, needs)}
     fitting = [TARGETS[it] for it, reasons in refused.items() if not reasons]
     others = ", ".join(it.name for it in fitting) or "nothing"
     said = {it: f"{it} {' and '.join(reasons)}" for it, reasons in refused.items() if reasons}

@@ -64,6 +64,8 @@ class Target:
     router_class: ClassVar[type[torch.nn.Module]]
     represents: ClassVar[frozenset[str]]
     """Names from `NEEDS`."""
+    unread: ClassVar[frozenset[str]] = frozenset()
+    """What of that vLLM does not read, without a word: there it would be another model."""
     float32_router: ClassVar[bool]
     """Whether it scores experts in float32 whatever the model's precision is."""
     few, tiny = 1.0, 2.0**-13
@@ -196,6 +198,7 @@ class Granite(Target):
     config_class, causal = GraniteMoeSharedConfig, "GraniteMoeSharedForCausalLM"
     router_class = GraniteMoeSharedTopKRouter
     represents = frozenset({"shared", "biases", "output bias"})
+    unread = frozenset({"biases", "output bias"})
     float32_router = False
     tiny = 2.0**-24
     """Its softmax is over the chosen experts alone: nothing can become a tie."""
@@ -258,6 +261,7 @@ class Glm4(Target):
             "first_k_dense_replace": len(config.dense_layers or []),
             "attention_bias": "biases" in needs,
             "use_qk_norm": "norms" in needs,
+            "head_dim": head_width(config),
             "num_nextn_predict_layers": 0,
         }
 
@@ -279,6 +283,7 @@ class Ernie(Target):
     config_class, causal = Ernie4_5_MoeConfig, "Ernie4_5_MoeForCausalLM"
     router_class = Ernie4_5_MoeTopKRouter
     represents = frozenset({"shared", "pins", "leading", "trailing"})
+    unread = frozenset({"pins", "balance"})  # on CPUs
     float32_router = True
     tiny = 2.0**-10
     bias = "mlp.moe_statics.e_score_correction_bias"
@@ -377,10 +382,15 @@ TARGETS: dict[str, Target] = {
 }
 
 
-def by_faithfulness(config: CMoEConfig) -> list[Target]:
-    """The targets, the best first: those that choose experts as precisely as our router does."""
-    precise = config.dtype == torch.float32
-    return sorted(TARGETS.values(), key=lambda target: not (precise or target.float32_router))
+def by_faithfulness(config: CMoEConfig, needs: set[str]) -> list[Target]:
+    """The targets, the best first: those that every engine reads, and of them those that choose
+    experts as precisely as our router does."""
+
+    def shortcomings(target: Target) -> tuple[bool, bool]:
+        precise = config.dtype == torch.float32 or target.float32_router
+        return bool(target.unread & needs), not precise
+
+    return sorted(TARGETS.values(), key=shortcomings)
 
 
 def head_width(config: CMoEConfig) -> int:
