@@ -201,6 +201,43 @@ def test_every_expert_runs_where_choosing_costs_more():
     assert fastest_backend(CMoEExperts(configuration("small", 6, 3)), 9, 3) != "whole"
 
 
+def watch(module):
+    module.register_forward_hook(lambda *call: None)
+
+
+def replace_forward(module):
+    module.forward = module.forward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", ["middle", "large"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_one_token_is_run_by_hand(size, dtype, absolute):
+    config = configuration(size, 7, 2)
+    config.router_absolute_score = absolute
+    block = random_(CMoESparseMoeBlock(config)).to(dtype).requires_grad_(False)
+    block.gate.balance_bias = block.gate.balance_bias.float().normal_(std=0.1)
+    x_TH = torch.randn(1, config.hidden_size, dtype=dtype)
+    with torch.no_grad():
+        config._experts_implementation = "eager"
+        assert not block.is_short(x_TH)
+        expected = block(x_TH[None])
+        config._experts_implementation = "cmoe"
+        assert block.is_short(x_TH) and not block.is_short(x_TH.expand(2, -1))
+        bound = 1e-4 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(block(x_TH[None]), expected, atol=bound, rtol=bound)
+    assert not block.is_short(x_TH)
+
+
+@pytest.mark.parametrize("part", ["gate", "experts", "shared_expert", "shared_expert.up_proj"])
+@pytest.mark.parametrize("change", [watch, replace_forward])
+def test_whoever_watches_a_part_sees_it_called(part, change):
+    block = random_(CMoESparseMoeBlock(configuration("middle", 7, 2)))
+    with torch.no_grad():
+        change(block.get_submodule(part))
+        assert not block.is_short(torch.randn(1, block.experts.hidden_dim))
+
+
 def test_it_is_the_default_and_can_be_overruled(carved):
     assert CMoELlamaForCausalLM(configuration("small", 4, 2)).config._experts_implementation
     loaded = CMoELlamaForCausalLM.from_pretrained(carved)

@@ -355,6 +355,13 @@ def thin_linear(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
     return (weight_QH @ padded_TH.T).T[:rows]
 
 
+def row_linear(x_1H: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
+    """`thin_linear` of one row on a CPU, without gradients."""
+    if weight_QH.numel() < LARGE or weight_QH.dtype != torch.float32 or ONEDNN_LINEAR is None:
+        return F.linear(x_1H, weight_QH)
+    return ONEDNN_LINEAR(x_1H, weight_QH, None, "none", [], "")
+
+
 class ExpertsLoop(nn.Module):
     """The readable reference, backend `"eager"`: loop over the experts that were chosen.
 
@@ -363,6 +370,7 @@ class ExpertsLoop(nn.Module):
     """
 
     down_proj: nn.Parameter
+    config: Any  # what `use_experts_implementation` keeps
 
     def __init__(
         self, config: CMoEConfig, num_experts: int | None = None, width: int | None = None
@@ -639,17 +647,26 @@ def run_shared_expert(shared: Any, x_TH: torch.Tensor) -> torch.Tensor:
     Not part of the module: what replaces or watches its parts (adapters, quantisation, parallel
     plans, offloading, vLLM, hooks) must find plain linear layers that are called as such.
     """
-    if not hasattr(shared, "gate_proj"):  # there is none, or vLLM has merged it with up_proj
+    if not is_plain(shared) or not is_thin(x_TH, shared.gate_proj.weight):
         return shared(x_TH)
+    hidden = shared.act_fn(thin_linear(x_TH, shared.gate_proj.weight))
+    return thin_linear(hidden * thin_linear(x_TH, shared.up_proj.weight), shared.down_proj.weight)
+
+
+def is_plain(shared: Any) -> bool:
+    """Whether a shared expert is a gated one as it was made, and nobody watches its parts."""
+    if type(shared) is not CMoESharedExpert or not hasattr(shared, "gate_proj"):
+        return False  # vLLM has merged it with up_proj
     parts = (shared.gate_proj, shared.up_proj, shared.down_proj)
-    if not (type(parts[0]) is nn.Linear and is_thin(x_TH, parts[0].weight)):
-        return shared(x_TH)
-    for module in (shared, *parts):
-        watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        if watched or type(module) not in (nn.Linear, CMoESharedExpert):
-            return shared(x_TH)
-    gate, up, down = (part.weight for part in parts)
-    return thin_linear(shared.act_fn(thin_linear(x_TH, gate)) * thin_linear(x_TH, up), down)
+    return all(type(part) is nn.Linear for part in parts) and not is_watched(shared, *parts)
+
+
+def is_watched(*modules: nn.Module) -> bool:
+    """Whether somebody would notice that one of them is not called: a hook, another forward."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        for module in modules
+    )
 
 
 class CMoESparseMoeBlock(nn.Module):
@@ -670,6 +687,8 @@ class CMoESparseMoeBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, S, H) to (B, S, H)."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if self.is_short(x_TH):
+            return self.run_one_token(x_TH).reshape(hidden_states.shape)
         # vLLM's kernel overwrites its input: everything else that needs it comes first.
         always_TH: Any = self.down_bias
         if self.shared_expert is not None:
@@ -680,6 +699,42 @@ class CMoESparseMoeBlock(nn.Module):
         _, weight_TK, index_TK = self.gate(x_TH)
         out_TH = self.experts(x_TH, index_TK, weight_TK)
         return (out_TH if always_TH is None else out_TH + always_TH).reshape(hidden_states.shape)
+
+    def is_short(self, x_TH: torch.Tensor) -> bool:
+        """Whether this is one token on a CPU, whose chosen experts run one after the other, and all
+        parts are as they were made and called by us alone.
+        """
+        if len(x_TH) != 1 or not x_TH.is_cpu or torch.is_grad_enabled():
+            return False
+        gate, experts = self.gate, self.experts
+        return (
+            type(experts) is CMoEExperts
+            and type(experts.down_proj) in (torch.Tensor, nn.Parameter)
+            and experts.config._experts_implementation == "cmoe"
+            and type(gate) is CMoERouter
+            and gate.router_type == "linear"
+            and is_plain(self.shared_expert)
+            and not is_watched(gate, experts)
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")
+            and fastest_backend(experts, 1, gate.top_k) == "direct"
+        )
+
+    def run_one_token(self, x_1H: torch.Tensor) -> torch.Tensor:
+        """The same as `forward` in few calls, each of which takes longer than a small product."""
+        gate, experts, shared = self.gate, self.experts, self.shared_expert
+        score_1N = F.linear(x_1H.float(), gate.linear_weight.float())
+        probability_1N = (score_1N.abs() if gate.absolute_score else score_1N).softmax(dim=-1)
+        selected_1N = gate.selection_score(probability_1N, None, x_1H)
+        [weights] = (1 + probability_1N * gate.scale).tolist()
+        gate_1M = row_linear(x_1H, shared.gate_proj.weight)
+        hidden_1M = shared.act_fn(gate_1M).mul_(row_linear(x_1H, shared.up_proj.weight))
+        out_1H = row_linear(hidden_1M, shared.down_proj.weight)
+        for expert in selected_1N.topk(gate.top_k).indices[0].tolist():
+            hidden_1M = experts.hidden(expert, x_1H, row_linear)
+            y_1H = row_linear(hidden_1M, experts.down_proj[expert])
+            out_1H.add_(y_1H, alpha=weights[expert])
+        return out_1H
 
 
 class CMoEPlainBlock(CMoESparseMoeBlock):
