@@ -211,10 +211,9 @@ def replace_forward(module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", ["middle", "large"])
-@pytest.mark.parametrize("absolute", [False, True])
-def test_one_token_is_run_by_hand(size, dtype, absolute):
-    config = configuration(size, 7, 2)
-    config.router_absolute_score = absolute
+@pytest.mark.parametrize("router", ["linear", "representative"])
+def test_one_token_is_run_by_hand(size, dtype, router):
+    config = configuration(size, 7, 2, router_type=router, router_absolute_score=True)
     block = random_(CMoESparseMoeBlock(config)).to(dtype).requires_grad_(False)
     block.gate.balance_bias = block.gate.balance_bias.float().normal_(std=0.1)
     x_TH = torch.randn(1, config.hidden_size, dtype=dtype)

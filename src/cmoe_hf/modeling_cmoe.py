@@ -186,17 +186,20 @@ class CMoERouter(nn.Module):
 
     def score(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Score s of every expert, in float32: rounding to 16 bits would reorder close experts."""
-        x_TH = x_TH.float()
         with maybe_autocast(device_type=x_TH.device.type, enabled=False):
-            if self.router_type == "linear":
-                score_TN = F.linear(x_TH, self.linear_weight.float())
-            elif self.has_gate:
-                gate_TN = F.linear(x_TH, self.gate_weight.float())
-                up_TN = F.linear(x_TH, self.up_weight.float())
-                score_TN = self.act_fn(gate_TN) * up_TN
-            else:
-                up_TN = F.linear(x_TH, self.up_weight.float(), self.up_bias.float())
-                score_TN = self.act_fn(up_TN)
+            return self.score_as_it_is(x_TH.float())
+
+    def score_as_it_is(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """The same of float32 tokens where nothing is cast unasked."""
+        if self.router_type == "linear":
+            score_TN = F.linear(x_TH, self.linear_weight.float())
+        elif self.has_gate:
+            gate_TN = F.linear(x_TH, self.gate_weight.float())
+            up_TN = F.linear(x_TH, self.up_weight.float())
+            score_TN = self.act_fn(gate_TN) * up_TN
+        else:
+            up_TN = F.linear(x_TH, self.up_weight.float(), self.up_bias.float())
+            score_TN = self.act_fn(up_TN)
         return score_TN.abs() if self.absolute_score else score_TN
 
     @property
@@ -712,7 +715,6 @@ class CMoESparseMoeBlock(nn.Module):
             and type(experts.down_proj) in (torch.Tensor, nn.Parameter)
             and experts.config._experts_implementation == "cmoe"
             and type(gate) is CMoERouter
-            and gate.router_type == "linear"
             and is_plain(self.shared_expert)
             and not is_watched(gate, experts)
             and not torch.compiler.is_compiling()
@@ -723,8 +725,7 @@ class CMoESparseMoeBlock(nn.Module):
     def run_one_token(self, x_1H: torch.Tensor) -> torch.Tensor:
         """The same as `forward` in few calls, each of which takes longer than a small product."""
         gate, experts, shared = self.gate, self.experts, self.shared_expert
-        score_1N = F.linear(x_1H.float(), gate.linear_weight.float())
-        probability_1N = (score_1N.abs() if gate.absolute_score else score_1N).softmax(dim=-1)
+        probability_1N = gate.score_as_it_is(x_1H.float()).softmax(dim=-1)
         selected_1N = gate.selection_score(probability_1N, None, x_1H)
         [weights] = (1 + probability_1N * gate.scale).tolist()
         gate_1M = row_linear(x_1H, shared.gate_proj.weight)
