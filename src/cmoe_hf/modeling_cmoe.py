@@ -326,6 +326,8 @@ class CMoEHierarchicalRouter(CMoERouter):
 
 LARGE = 2**19
 """Elements of a weight that no longer fits into the nearer caches: reading it well pays."""
+WIDE = 2**16
+"""The same for one row, which the library multiplies on one core alone."""
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -335,10 +337,11 @@ def is_thin(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> bool:
     `torch.nn.functional.linear` reads the weight much slower there than memory allows, and with
     two to eight rows once for each of them.
     """
+    rows = len(x_TH)
     return (
-        len(x_TH) <= 512
+        rows <= 512
         and weight_QH.is_cpu
-        and weight_QH.numel() >= LARGE
+        and weight_QH.numel() >= (WIDE if rows == 1 else LARGE)
         and weight_QH.dtype == x_TH.dtype == torch.float32
         and type(weight_QH) in (torch.Tensor, nn.Parameter)
         and not torch.compiler.is_compiling()
@@ -351,6 +354,8 @@ def thin_linear(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
     rows = len(x_TH)
     if not is_thin(x_TH, weight_QH):
         return F.linear(x_TH, weight_QH)
+    if rows == 1:
+        return row_linear(x_TH, weight_QH)
     if rows <= 24 and ONEDNN_LINEAR is not None:
         return ONEDNN_LINEAR(x_TH, weight_QH, None, "none", [], "")
     # MKL is faster at W xᵀ than at x Wᵀ, if the product has a multiple of eight columns.
@@ -359,10 +364,18 @@ def thin_linear(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
 
 
 def row_linear(x_1H: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
-    """`thin_linear` of one row on a CPU, without gradients."""
-    if weight_QH.numel() < LARGE or weight_QH.dtype != torch.float32 or ONEDNN_LINEAR is None:
+    """`torch.nn.functional.linear` of one row on a CPU, on all cores."""
+    rows = len(weight_QH)
+    pieces = min(rows & -rows, 16)  # the largest power of two that divides it
+    if (
+        pieces == 1
+        or weight_QH.dtype != torch.float32  # others run on all cores anyway
+        or weight_QH.numel() < WIDE
+        or not weight_QH.is_contiguous()
+    ):
         return F.linear(x_1H, weight_QH)
-    return ONEDNN_LINEAR(x_1H, weight_QH, None, "none", [], "")
+    weight_PRH = weight_QH.view(pieces, rows // pieces, -1)
+    return torch.bmm(weight_PRH, x_1H.T.expand(pieces, -1, 1)).view(1, rows)
 
 
 class ExpertsLoop(nn.Module):
