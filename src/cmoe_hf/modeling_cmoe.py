@@ -512,11 +512,12 @@ def fastest_backend(experts: ExpertsLoop, tokens: int, top_k: int) -> str:
         return "batched_mm" if pairs * expert_size <= 500_000 else grouped
     if weight_NHM.dtype == torch.float32 and is_whole_faster(experts, tokens, top_k):
         return "whole"
-    if pairs * expert_size <= 50_000 and (tokens > 1 or top_k > 4):
+    one_by_one = tokens == 1 and (weight_NHM.dtype == torch.float32 or top_k <= 5)
+    if pairs * expert_size <= 50_000 and not one_by_one:
         return "batched_mm"  # copying so little is cheaper than sorting
     if weight_NHM.requires_grad and torch.is_grad_enabled():
         return grouped  # a view of one expert has a gradient of the size of all
-    if tokens == 1 and top_k <= 4:
+    if one_by_one:
         return "direct"
     if expert_size >= LARGE and weight_NHM.dtype == torch.float32:
         return "direct"
@@ -535,12 +536,14 @@ def is_whole_faster(experts: ExpertsLoop, tokens: int, top_k: int) -> bool:
     if torch.is_grad_enabled() and experts.down_proj.requires_grad:
         return False  # idle experts would have gradients, all of them zero
     count, width = experts.num_experts, experts.intermediate_dim
-    if count * width <= 100 * top_k:
-        return True
     hit = count * (1 - (1 - top_k / count) ** tokens)
     idle = (count - hit) * experts.hidden_dim * width
+    if tokens == 1:  # three experts one by one take as long as the calls for all of them
+        return idle < 75_000 * (top_k - 3)
+    if count * width <= 100 * top_k:
+        return True
     few = tokens * count <= (200 if width <= 64 else 64) * top_k
-    return few and idle <= (40_000 if tokens == 1 else 100_000) * hit
+    return few and idle <= 100_000 * hit
 
 
 def fastest_backend_on_a_gpu(
