@@ -16,6 +16,7 @@ from cmoe_hf.modeling_cmoe import (
     CMoESparseMoeBlock,
     fastest_backend,
     fastest_backend_on_a_gpu,
+    row_linear,
     whole_experts_forward,
 )
 
@@ -227,6 +228,31 @@ def test_one_token_is_run_by_hand(size, dtype, router):
         bound = 1e-4 if dtype == torch.float32 else 3e-2
         torch.testing.assert_close(block(x_TH[None]), expected, atol=bound, rtol=bound)
     assert not block.is_short(x_TH)
+
+
+@pytest.mark.parametrize("rows", [192, 577, 1156, 96])
+@pytest.mark.parametrize("columns", [64, 700])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_row_in_pieces(rows, columns, turned):
+    torch.manual_seed(0)
+    weight_QH = torch.randn(columns, rows).T if turned else torch.randn(rows, columns)
+    x_1H = torch.randn(1, columns)
+    expected = nn.functional.linear(x_1H, weight_QH)
+    torch.testing.assert_close(row_linear(x_1H, weight_QH), expected, atol=1e-4, rtol=1e-4)
+
+
+class Quantised(torch.Tensor):
+    """A kind of weight that is not ours to cut."""
+
+
+def test_a_quantised_shared_expert_is_called():
+    block = random_(CMoESparseMoeBlock(configuration("middle", 7, 2))).requires_grad_(False)
+    x_TH = torch.randn(1, block.experts.hidden_dim)
+    with torch.no_grad():
+        assert block.is_short(x_TH)
+        weight = block.shared_expert.up_proj.weight
+        block.shared_expert.up_proj.weight = nn.Parameter(weight.as_subclass(Quantised), False)
+        assert not block.is_short(x_TH)
 
 
 @pytest.mark.parametrize("part", ["gate", "experts", "shared_expert", "shared_expert.up_proj"])

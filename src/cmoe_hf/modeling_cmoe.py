@@ -328,6 +328,8 @@ LARGE = 2**19
 """Elements of a weight that no longer fits into the nearer caches: reading it well pays."""
 WIDE = 2**16
 """The same for one row, which the library multiplies on one core alone."""
+PLAIN = (torch.Tensor, nn.Parameter)
+"""Kinds of weights that are numbers, neither quantised nor spread over devices."""
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -343,7 +345,7 @@ def is_thin(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> bool:
         and weight_QH.is_cpu
         and weight_QH.numel() >= (WIDE if rows == 1 else LARGE)
         and weight_QH.dtype == x_TH.dtype == torch.float32
-        and type(weight_QH) in (torch.Tensor, nn.Parameter)
+        and type(weight_QH) in PLAIN
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and (x_TH.requires_grad or weight_QH.requires_grad))
     )
@@ -677,7 +679,9 @@ def is_plain(shared: Any) -> bool:
     if type(shared) is not CMoESharedExpert or not hasattr(shared, "gate_proj"):
         return False  # vLLM has merged it with up_proj
     parts = (shared.gate_proj, shared.up_proj, shared.down_proj)
-    return all(type(part) is nn.Linear for part in parts) and not is_watched(shared, *parts)
+    return not is_watched(shared, *parts) and all(
+        type(part) is nn.Linear and type(part.weight) in PLAIN for part in parts
+    )
 
 
 def is_watched(*modules: nn.Module) -> bool:
@@ -728,7 +732,7 @@ class CMoESparseMoeBlock(nn.Module):
         gate, experts = self.gate, self.experts
         return (
             type(experts) is CMoEExperts
-            and type(experts.down_proj) in (torch.Tensor, nn.Parameter)
+            and type(experts.down_proj) in PLAIN
             and experts.config._experts_implementation == "cmoe"
             and type(gate) is CMoERouter
             and is_plain(self.shared_expert)
