@@ -357,10 +357,11 @@ def main() -> None:
     for (shape, row, seed), found in outcomes(arguments, [("", None, 0), *jobs]):
         if row is not None:
             done[shape, row][seed] = found
-        for (_, text), evaluation in found.evaluations.items() if row is None else ():
-            dense[text] = evaluation.perplexity
-            record = {"row": "dense", "text": Path(text).name, "mean": evaluation.perplexity}
-            print(json.dumps({**record, "accuracies": found.accuracies}), flush=True)
+        else:
+            for (_, text), evaluation in found.evaluations.items():
+                dense[text] = evaluation.perplexity
+                record = {"row": "dense", "text": Path(text).name, "mean": evaluation.perplexity}
+                print(json.dumps({**record, "accuracies": found.accuracies}), flush=True)
         complete = [case for case in done if dense and len(done[case]) == arguments.seeds]
         for case in complete:
             seeds = [found for _, found in sorted(done.pop(case).items())]

@@ -259,9 +259,11 @@ def test_a_quantised_shared_expert_is_called():
 @pytest.mark.parametrize("change", [watch, replace_forward])
 def test_whoever_watches_a_part_sees_it_called(part, change):
     block = random_(CMoESparseMoeBlock(configuration("middle", 7, 2)))
+    x_TH = torch.randn(1, block.experts.hidden_dim)
     with torch.no_grad():
+        assert block.is_short(x_TH)
         change(block.get_submodule(part))
-        assert not block.is_short(torch.randn(1, block.experts.hidden_dim))
+        assert not block.is_short(x_TH)
 
 
 def test_it_is_the_default_and_can_be_overruled(carved):

@@ -617,9 +617,11 @@ def whole_experts_forward(
     return z_TNM.flatten(1) @ self.down_proj.mT.flatten(0, 1)  # copies the weights: one product
 
 
-def run_expert(experts: ExpertsLoop, expert: int, x_UH: torch.Tensor) -> torch.Tensor:
+def run_expert(
+    experts: ExpertsLoop, expert: int, x_UH: torch.Tensor, linear: Any = thin_linear
+) -> torch.Tensor:
     """One expert on the tokens that chose it, (U, H)."""
-    return thin_linear(experts.hidden(expert, x_UH, thin_linear), experts.down_proj[expert])
+    return linear(experts.hidden(expert, x_UH, linear), experts.down_proj[expert])
 
 
 ALL_EXPERTS_FUNCTIONS.register("cmoe", cmoe_experts_forward)
@@ -670,8 +672,13 @@ def run_shared_expert(shared: Any, x_TH: torch.Tensor) -> torch.Tensor:
     """
     if not is_plain(shared) or not is_thin(x_TH, shared.gate_proj.weight):
         return shared(x_TH)
-    hidden = shared.act_fn(thin_linear(x_TH, shared.gate_proj.weight))
-    return thin_linear(hidden * thin_linear(x_TH, shared.up_proj.weight), shared.down_proj.weight)
+    return run_plain_shared_expert(shared, x_TH, thin_linear)
+
+
+def run_plain_shared_expert(shared: Any, x_TH: torch.Tensor, linear: Any) -> torch.Tensor:
+    """One that `is_plain`, by another product than `torch.nn.functional.linear`."""
+    hidden = shared.act_fn(linear(x_TH, shared.gate_proj.weight))
+    return linear(hidden * linear(x_TH, shared.up_proj.weight), shared.down_proj.weight)
 
 
 def is_plain(shared: Any) -> bool:
@@ -744,17 +751,13 @@ class CMoESparseMoeBlock(nn.Module):
 
     def run_one_token(self, x_1H: torch.Tensor) -> torch.Tensor:
         """The same as `forward` in few calls, each of which takes longer than a small product."""
-        gate, experts, shared = self.gate, self.experts, self.shared_expert
+        gate = self.gate
         probability_1N = gate.score_as_it_is(x_1H.float()).softmax(dim=-1)
-        selected_1N = gate.selection_score(probability_1N, None, x_1H)
-        [weights] = (1 + probability_1N * gate.scale).tolist()
-        gate_1M = row_linear(x_1H, shared.gate_proj.weight)
-        hidden_1M = shared.act_fn(gate_1M).mul_(row_linear(x_1H, shared.up_proj.weight))
-        out_1H = row_linear(hidden_1M, shared.down_proj.weight)
-        for expert in selected_1N.topk(gate.top_k).indices[0].tolist():
-            hidden_1M = experts.hidden(expert, x_1H, row_linear)
-            y_1H = row_linear(hidden_1M, experts.down_proj[expert])
-            out_1H.add_(y_1H, alpha=weights[expert])
+        index_1K = gate.pick(gate.selection_score(probability_1N, None, x_1H), x_1H)
+        [weights] = gate.weigh(probability_1N, index_1K).tolist()
+        out_1H = run_plain_shared_expert(self.shared_expert, x_1H, row_linear)
+        for expert, weight in zip(index_1K[0].tolist(), weights, strict=True):
+            out_1H.add_(run_expert(self.experts, expert, x_1H, row_linear), alpha=weight)
         return out_1H
 
 
