@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The default experts backend: equal to the loop over experts, and out of everybody's way."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -264,6 +267,28 @@ def test_whoever_watches_a_part_sees_it_called(part, change):
         assert block.is_short(x_TH)
         change(block.get_submodule(part))
         assert not block.is_short(x_TH)
+
+
+def test_who_has_gone_is_not_waited_for():
+    block = random_(CMoESparseMoeBlock(configuration("middle", 7, 2)))
+    x_TH = torch.randn(1, block.experts.hidden_dim)
+    with torch.no_grad():
+        handle = block.gate.register_forward_hook(lambda *call: None)
+        assert not block.is_short(x_TH)
+        handle.remove()
+        assert block.is_short(x_TH)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda block: pickle.loads(pickle.dumps(block))])
+def test_a_copy_has_watchers_of_its_own(copied):
+    block = random_(CMoESparseMoeBlock(configuration("middle", 7, 2)))
+    x_TH = torch.randn(1, block.experts.hidden_dim)
+    with torch.no_grad():
+        assert block.is_short(x_TH)
+        other = copied(block)
+        assert other.is_short(x_TH)
+        replace_forward(other.shared_expert)
+        assert not other.is_short(x_TH) and block.is_short(x_TH)
 
 
 def test_it_is_the_default_and_can_be_overruled(carved):

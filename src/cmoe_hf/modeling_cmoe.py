@@ -699,11 +699,44 @@ def is_watched(*modules: nn.Module) -> bool:
     )
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class Findings:
+    """Whether a block `may_be_short`, and what would have to change before that does.
+
+    To know it, its modules are asked some thirty things, each of them cold in the caches after a
+    layer's weights went by: a tenth of a small block's time. Whether the dictionaries behind the
+    answers still hold the same costs a tenth of that.
+    """
+
+    def __init__(self, block: "CMoESparseMoeBlock") -> None:
+        self.short = block.may_be_short()
+        modules = list(block.modules())
+        hooks = [vars(module)[name] for module in modules for name in HOOKS]
+        self.unused, self.used = [it for it in hooks if not it], [it for it in hooks if it]
+        owners = [vars(module)[name] for module in modules for name in ("_modules", "_parameters")]
+        self.same = [(owner, name, value) for owner in owners for name, value in owner.items()]
+        looks = [(module, "forward") for module in modules[1:]]
+        if isinstance(block.experts, ExpertsLoop):
+            looks.append((block.experts.config, "_experts_implementation_internal"))
+        self.same += [(vars(owner), name, vars(owner).get(name)) for owner, name in looks]
+
+    def hold(self) -> bool:
+        """Nothing was hooked, replaced or switched since."""
+        return (
+            not any(self.unused)
+            and all(self.used)
+            and all(owner.get(name) is value for owner, name, value in self.same)
+        )
+
+
 class CMoESparseMoeBlock(nn.Module):
     """Shared expert plus the K routed experts that the router picks for each token."""
 
     experts_class: type[ExpertsLoop] = CMoEExperts
     shared_class: type[nn.Module] = CMoESharedExpert
+    findings: "Findings | None" = None
 
     def __init__(self, config: CMoEConfig, layer_idx: int = 0) -> None:
         super().__init__()
@@ -734,8 +767,20 @@ class CMoESparseMoeBlock(nn.Module):
         """Whether this is one token on a CPU, whose chosen experts run one after the other, and all
         parts are as they were made and called by us alone.
         """
-        if len(x_TH) != 1 or not x_TH.is_cpu or torch.is_grad_enabled():
+        if (
+            len(x_TH) != 1
+            or not x_TH.is_cpu
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled("cpu")
+        ):
             return False
+        if self.findings is None or not self.findings.hold():
+            self.findings = Findings(self)
+        return self.findings.short
+
+    def may_be_short(self) -> bool:
+        """What of that is asked once, and again when one of `Findings` no longer holds."""
         gate, experts = self.gate, self.experts
         return (
             type(experts) is CMoEExperts
@@ -744,10 +789,12 @@ class CMoESparseMoeBlock(nn.Module):
             and type(gate) is CMoERouter
             and is_plain(self.shared_expert)
             and not is_watched(gate, experts)
-            and not torch.compiler.is_compiling()
-            and not torch.is_autocast_enabled("cpu")
             and fastest_backend(experts, 1, gate.top_k) == "direct"
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has other dictionaries to look at.
+        return {name: value for name, value in vars(self).items() if name != "findings"}
 
     def run_one_token(self, x_1H: torch.Tensor) -> torch.Tensor:
         """The same as `forward` in few calls, each of which takes longer than a small product."""
