@@ -67,6 +67,15 @@ def test_greedy_generation_with_each_cache_equals_decoding_without_one(model, pr
         assert torch.equal(ids, expected), cache
 
 
+def test_generation_by_a_compiled_forward_method(repo, model, prompt):
+    expected = slow_greedy(model, prompt["input_ids"], 12)
+    compiled = AutoModelForCausalLM.from_pretrained(repo, dtype=torch.float32).eval()
+    compiled.forward = torch.compile(compiled.forward, fullgraph=True, backend="eager")
+    options = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "eos_token_id": None}
+    ids = compiled.generate(**prompt, **options, cache_implementation="static")
+    assert torch.equal(ids, expected)
+
+
 def test_sampling_and_beam_search(model, prompt):
     torch.manual_seed(0)
     sampled = model.generate(**prompt, do_sample=True, top_p=0.9, max_new_tokens=8)
