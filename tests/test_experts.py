@@ -20,6 +20,7 @@ from cmoe_hf.modeling_cmoe import (
     fastest_backend,
     fastest_backend_on_a_gpu,
     row_linear,
+    sorted_experts_forward,
     whole_experts_forward,
 )
 
@@ -183,6 +184,29 @@ def test_running_every_expert_is_running_the_chosen_ones(tokens, plain, dtype):
     assert got.dtype == dtype
     bound = 1e-4 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(got, expected, atol=bound, rtol=bound)
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 40, 700])
+def test_tokens_sorted_by_their_experts(tokens, skewed):
+    config = configuration("middle", 7, 3)
+    module = random_(CMoEExperts(config))
+    arguments = routed(tokens, config, skewed=skewed)
+    with torch.no_grad():
+        expected = run(module, "eager", *arguments)
+        got = sorted_experts_forward(module, *arguments)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_tokens_are_sorted_only_where_nothing_follows_or_casts():
+    module = CMoEExperts(configuration("middle", 7, 3))
+    with torch.no_grad():
+        assert fastest_backend(module, 300, 3) == "sorted"
+        with torch.autocast("cpu"):
+            assert fastest_backend(module, 300, 3) != "sorted"
+        assert fastest_backend(CMoEPlainExperts(module.config), 300, 3) != "sorted"
+        assert fastest_backend(module.to(torch.bfloat16), 300, 3) != "sorted"
+    assert fastest_backend(module.float().requires_grad_(False), 300, 3) != "sorted"
 
 
 def test_running_every_expert_leaves_out_those_of_other_ranks():

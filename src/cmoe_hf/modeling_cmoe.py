@@ -489,6 +489,8 @@ def cmoe_experts_forward(
         return direct_experts_forward(*arguments)
     if backend == "whole":
         return whole_experts_forward(*arguments)
+    if backend == "sorted":
+        return sorted_experts_forward(*arguments)
     if backend == "eager":
         return ExpertsLoop.forward(*arguments)
     return ALL_EXPERTS_FUNCTIONS[backend](*arguments)
@@ -523,9 +525,21 @@ def fastest_backend(experts: ExpertsLoop, tokens: int, top_k: int) -> str:
         return "direct"
     if expert_size >= LARGE and weight_NHM.dtype == torch.float32:
         return "direct"
+    if pairs >= 16 * experts.num_experts and can_be_sorted(experts):
+        return "sorted"
     if pairs >= 64 * experts.num_experts and pairs * experts.hidden_dim >= 300_000:
         return "eager"  # the others copy every token top_k times, here beyond the caches
     return grouped
+
+
+def can_be_sorted(experts: ExpertsLoop) -> bool:
+    """Whether products may be written in place, which no gradient follows and nothing casts."""
+    return (
+        type(experts) is CMoEExperts
+        and experts.down_proj.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def is_whole_faster(experts: ExpertsLoop, tokens: int, top_k: int) -> bool:
@@ -598,6 +612,33 @@ def direct_experts_forward(
             y_UH = run_expert(self, expert, hidden_states[token_U]) * weight_U1
             out_TH.index_add_(0, token_U, y_UH.to(out_TH.dtype).contiguous())
     return out_TH
+
+
+def sorted_experts_forward(
+    self: Any,  # CMoEExperts
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """Sort the tokens by their experts, once, and write each expert's products where they belong.
+
+    Shape suffixes besides: P pairs of token and expert, Q rows of a weight.
+    """
+    expert_P = top_k_index.flatten()
+    order_P = expert_P.argsort(stable=True)
+    rows = torch.bincount(expert_P, minlength=self.num_experts).tolist()
+    token_P = order_P // top_k_index.shape[1]
+
+    def product(x_PH: torch.Tensor, weight_NQH: torch.Tensor) -> torch.Tensor:
+        out_PQ = x_PH.new_empty(len(x_PH), weight_NQH.shape[1])
+        parts = zip(x_PH.split(rows), weight_NQH.mT, out_PQ.split(rows), strict=True)
+        for x_UH, weight_HQ, out_UQ in parts:
+            torch.mm(x_UH, weight_HQ, out=out_UQ)
+        return out_PQ
+
+    gate_PM, up_PM = product(hidden_states[token_P], self.gate_up_proj).chunk(2, dim=-1)
+    z_PM = self.act_fn(gate_PM) * up_PM * top_k_weights.flatten()[order_P, None]
+    return torch.zeros_like(hidden_states).index_add_(0, token_P, product(z_PM, self.down_proj))
 
 
 def whole_experts_forward(
