@@ -96,8 +96,12 @@ class LoopbackHub:
         self.requests.clear()
 
     def publish(self, name: str, folder: Path) -> str:
-        """Serve the files of a folder as the repository `name`."""
-        files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        """Serve the files of a folder as the repository `name`; `datasets/...` is a data set."""
+        files = {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
         self.repositories[name] = Repository()
         self.repositories[name].commit("main", files, COMMIT)
         return name
@@ -115,7 +119,8 @@ class LoopbackHub:
         if self.fails(request, path):
             return
         body = self.body_of(request)
-        if request.command in ("POST", "PUT") or path == "api/whoami-v2":
+        asks = "/paths-info/" in path  # the one POST that reads
+        if (request.command in ("POST", "PUT") and not asks) or path == "api/whoami-v2":
             given = request.headers.get("Authorization", "")
             if not path.startswith("lfs/") and given != f"Bearer {TOKEN}":
                 self.refuse(request, 401, "", "Invalid credentials in Authorization header")
@@ -123,9 +128,10 @@ class LoopbackHub:
             self.answer_user(request, path, body)
             return
         parts = path.split("/")
-        is_api = parts[:2] == ["api", "models"]
-        parts = parts[2:] if is_api else parts
-        name = "/".join(parts[:2])
+        is_api = parts[0] == "api"
+        parts = parts[2 if parts[:2] == ["api", "models"] else int(is_api) :]
+        length = 3 if parts[0] == "datasets" else 2
+        name, parts = "/".join(parts[:length]), parts[length:]
         if name == "org/gated":
             self.refuse(request, 403, "GatedRepo")
         elif name not in self.repositories or (
@@ -134,9 +140,13 @@ class LoopbackHub:
         ):
             self.refuse(request, 404, "RepoNotFound")
         elif "discussions" in parts:
-            self.send_json(request, self.discussion(name, int(parts[3])))
+            self.send_json(request, self.discussion(name, int(parts[1])))
+        elif asks:
+            files = self.repositories[name].files(parts[1])
+            wanted = json.loads(body)["paths"]
+            self.send_json(request, [self.entry(it, files[it]) for it in wanted if it in files])
         else:
-            self.answer_download(request, name, parts[2:], is_api)
+            self.answer_download(request, name, parts, is_api)
 
     def answer_download(
         self, request: BaseHTTPRequestHandler, name: str, parts: list[str], is_api: bool
@@ -153,7 +163,7 @@ class LoopbackHub:
         oid = repository.branches.get(revision, revision)
         path = rest.removeprefix(revision).strip("/")
         if is_api and parts[:1] == ["tree"]:
-            self.send_json(request, [self.entry(path, files[path]) for path in sorted(files)])
+            self.send_json(request, self.listing(files, path, "recursive=false" in request.path))
         elif is_api:
             siblings = [{"rfilename": path} for path in sorted(files)]
             told = {"id": name, "sha": oid, "siblings": siblings, "private": repository.private}
@@ -162,6 +172,17 @@ class LoopbackHub:
             self.refuse(request, 404, "EntryNotFound")
         else:
             self.send(request, files[path], oid)
+
+    def listing(self, files: dict[str, bytes], path: str, flat: bool) -> list[dict[str, object]]:
+        """The files below a folder, or, flat, its files and folders."""
+        inside = [it for it in sorted(files) if not path or it.startswith(path + "/")]
+        if not flat:
+            return [self.entry(it, files[it]) for it in inside]
+        depth = len(path.split("/")) if path else 0
+        folders = {"/".join(it.split("/")[: depth + 1]) for it in inside} - set(inside)
+        entries = [self.entry(it, files[it]) for it in inside if it.count("/") == depth]
+        told = {"type": "directory", "size": 0, "oid": COMMIT}
+        return [{**told, "path": it} for it in sorted(folders)] + entries
 
     @staticmethod
     def entry(path: str, content: bytes) -> dict[str, object]:

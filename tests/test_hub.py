@@ -3,6 +3,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hub import COMMIT
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 
 from cmoe_hf.conversion import evaluate
 from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
 
 
 def test_a_hub_model_is_converted_with_its_revision_recorded(hub, dense, tmp_path, tensors, carved):
@@ -42,6 +45,40 @@ def test_saved_again_from_the_hub_it_points_at_its_own_code(hub, carved, tmp_pat
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert len(auto_map) == 3
     assert not any("--" in entry for entry in auto_map.values())
+
+
+CARD = """---
+configs:
+- config_name: wikitext-2-raw-v1
+  data_files:
+  - {split: test, path: wikitext-2-raw-v1/test-*}
+  - {split: train, path: wikitext-2-raw-v1/train-*}
+---
+"""
+
+
+def test_the_texts_that_nobody_named_come_from_the_hub(hub, dense, tmp_path, tensors):
+    data = tmp_path / "data" / "wikitext-2-raw-v1"
+    data.mkdir(parents=True)
+    (tmp_path / "data" / "README.md").write_text(CARD)
+    for split, text in (("train", CALIBRATION), ("test", HELD_OUT)):
+        lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
+        pq.write_table(pa.table({"text": lines}), data / f"{split}-00000-of-00001.parquet")
+    hub.publish("datasets/Salesforce/wikitext", tmp_path / "data")
+    shape = ["--shared", "2", "--active", "2", "--experts", "8"]
+    few = ["--samples", "4", "--sequence-length", "64"]
+    [train], [test] = data.glob("train-*"), data.glob("test-*")
+    for name, options in (("hub", []), ("local", ["--calibration", str(train)])):
+        made = [str(dense), str(tmp_path / name), *shape, *few, *options]
+        result = CliRunner().invoke(app, ["convert", *made])
+        assert result.exit_code == 0, result.stderr
+    local, remote = tensors(tmp_path / "local"), tensors(tmp_path / "hub")
+    assert all(torch.equal(local[name], remote[name]) for name in local)
+    arguments = ["evaluate", str(tmp_path / "hub"), "--json", "--sequence-length", "64"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    local = evaluate(tmp_path / "hub", text=test, sequence_length=64)
+    assert json.loads(result.stdout)["perplexity"] == local.perplexity
 
 
 def test_only_the_files_that_are_needed_are_fetched(hub, dense_copy, tmp_path):
