@@ -35,21 +35,18 @@ from cmoe_hf.conversion.carve.recipe import RECIPES
 from cmoe_hf.conversion.carve.shape import Shape, carved_config
 from cmoe_hf.conversion.device import device_name, versions
 from cmoe_hf.conversion.measure.roofline import ffn_work, measure_rates, model_work
+from cmoe_hf.conversion.measure.shapes import SHAPES
 from cmoe_hf.conversion.measure.timing import Decoder
 from cmoe_hf.conversion.source.architectures import ARCHITECTURES
 
-FIELDS = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "vocab_size"),
-)
-SHAPES = {
-    "SmolLM2-135M": ((576, 1536, 30, 9, 3, 49152), 3),
-    "SmolLM2-360M": ((960, 2560, 32, 15, 5, 49152), 4),
-    "TinyLlama": ((2048, 5632, 22, 32, 4, 32000), 5),
-    "Llama-3.2-1B": ((2048, 8192, 16, 32, 8, 128256), 4),
-    "Llama-3.2-3B": ((3072, 8192, 28, 24, 8, 128256), 7),
+PARTS = {
+    "smollm2-135m": 3,
+    "smollm2-360m": 4,
+    "tinyllama-1.1b": 5,
+    "llama-3.2-1b": 4,
+    "llama-3.2-3b": 7,
 }
-"""Sizes, and the part of the layers and of the vocabulary that decodes: one in so many."""
+"""The shapes, and the part of the layers and of the vocabulary that decodes: one in so many."""
 NOTATIONS = {"S1A1E8": (1, 1, 8), "S3A3E8": (3, 3, 8), "S4A4E32": (4, 4, 32)}
 TOKENS = (1, 4, 16, 64, 512)
 DTYPES = ("float32", "bfloat16", "int8")
@@ -179,7 +176,7 @@ class Map:
     @torch.no_grad()
     def ffn(self, name: str, notation: str, dtype: str) -> None:
         """One FFN block, of several with other weights, so that none stays in the caches."""
-        config = LlamaConfig(**dict(zip(FIELDS, SHAPES[name][0], strict=True)))
+        config = LlamaConfig(**SHAPES[name])
         keys = [
             {"kind": "ffn", "shape": name, "notation": notation, "dtype": dtype, "tokens": tokens}
             for tokens in self.options.tokens
@@ -213,10 +210,9 @@ class Map:
     @torch.no_grad()
     def decode(self, name: str, notation: str, dtype: str) -> None:
         """Decoding of one sequence, and a prefill of 256 tokens."""
-        sizes, part = SHAPES[name]
-        config = LlamaConfig(**dict(zip(FIELDS, sizes, strict=True)), tie_word_embeddings=True)
-        config.num_hidden_layers = round(config.num_hidden_layers / part)
-        config.vocab_size //= part
+        config = LlamaConfig(**SHAPES[name])
+        config.num_hidden_layers = round(config.num_hidden_layers / PARTS[name])
+        config.vocab_size //= PARTS[name]
         key = {"shape": name, "notation": notation, "dtype": dtype, "tokens": 1}
         if not self.lacks({"kind": "decode", **key}):
             return
@@ -266,16 +262,16 @@ def draw(rows: list[dict[str, Any]], output: Path) -> None:
         }
         grid = [
             [found.get((shape, *column), {}).get("speedup", float("nan")) for column in columns]
-            for shape in SHAPES
+            for shape in PARTS
         ]
         field.imshow(grid, cmap="RdBu", vmin=0, vmax=2, aspect="auto")
-        for line, shape in enumerate(SHAPES):
+        for line, shape in enumerate(PARTS):
             for place, column in enumerate(columns):
                 if row := found.get((shape, *column)):
                     text = f"{row['speedup']:.2f} ({row['roofline_speedup']:.1f})"
                     field.text(place, line, text, ha="center", va="center", fontsize=7)
         field.set_xticks(range(len(labels)), labels, fontsize=7)
-        field.set_yticks(range(len(SHAPES)), list(SHAPES), fontsize=7)
+        field.set_yticks(range(len(PARTS)), list(PARTS), fontsize=7)
         field.set_title(f"{notation}, {dtype}: times dense (roofline)", fontsize=8)
     figure.savefig(output, dpi=130)
 
@@ -284,7 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="JSON; what it has is kept")
     parser.add_argument("--quick", action="store_true", help="two shapes, S1A1E8, few points")
-    parser.add_argument("--shape", action="append", choices=SHAPES)
+    parser.add_argument("--shape", action="append", choices=PARTS)
     parser.add_argument("--notation", action="append", choices=NOTATIONS)
     parser.add_argument("--dtype", action="append", choices=DTYPES)
     parser.add_argument("--tokens", type=int, nargs="*", default=None)
@@ -301,7 +297,7 @@ def main() -> None:
     if options.tokens is None:
         options.tokens = (1, 16) if quick else TOKENS
     points = Map(options)
-    for name in options.shape or (["SmolLM2-135M", "TinyLlama"] if quick else list(SHAPES)):
+    for name in options.shape or (["smollm2-135m", "tinyllama-1.1b"] if quick else list(PARTS)):
         for dtype in options.dtype or (DTYPES[:2] if quick else DTYPES):
             for notation in options.notation or (["S1A1E8"] if quick else list(NOTATIONS)):
                 points.ffn(name, notation, dtype)
