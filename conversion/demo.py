@@ -16,7 +16,7 @@ ASSETS = Path(__file__).parent / "assets"
 MODEL = ASSETS / "llama-pydoc"
 CALIBRATION = ASSETS / "calibration.txt"
 HELD_OUT = ASSETS / "heldout.txt"
-PROMPT = "The value of the expression"
+PROMPT = "When a function is called,"
 SAMPLES = 32
 """Calibration windows: half of the default, so that three conversions take half a minute."""
 TRADE_OFF = ("S3A3E8", "S2A2E8", "S1A1E8")
@@ -111,7 +111,7 @@ def demo(
 def generated_by(model: Path) -> str:
     """What a model makes of the prompt, up to its last full stop."""
     [line] = pipeline("text-generation", model=str(model))(
-        PROMPT, max_new_tokens=60, do_sample=False, no_repeat_ngram_size=6
+        PROMPT, max_new_tokens=40, do_sample=False, no_repeat_ngram_size=6
     )
     text = " ".join(line["generated_text"].split())
     return text[: text.rfind(".") + 1] or text
