@@ -15,6 +15,7 @@ it has are not measured again.
 import argparse
 import importlib
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -244,6 +245,10 @@ class Map:
         self.add(prefill, prompts, works(routed, tokens=ids.numel(), context=0))
 
 
+COLOURS = {"cmap": "RdBu", "vmin": -2, "vmax": 2, "aspect": "auto"}
+"""Of a ratio's logarithm: a quarter of the dense speed to four times."""
+
+
 def draw(rows: list[dict[str, Any]], output: Path) -> None:
     """The map: a field a type and notation, a line a shape, a column a number of tokens."""
     import matplotlib.pyplot as plt
@@ -264,12 +269,13 @@ def draw(rows: list[dict[str, Any]], output: Path) -> None:
             [found.get((shape, *column), {}).get("speedup", float("nan")) for column in columns]
             for shape in PARTS
         ]
-        field.imshow(grid, cmap="RdBu", vmin=0, vmax=2, aspect="auto")
+        field.imshow([[math.log2(it) for it in line] for line in grid], **COLOURS)
         for line, shape in enumerate(PARTS):
             for place, column in enumerate(columns):
                 if row := found.get((shape, *column)):
                     text = f"{row['speedup']:.2f} ({row['roofline_speedup']:.1f})"
-                    field.text(place, line, text, ha="center", va="center", fontsize=7)
+                    ink = "white" if abs(math.log2(row["speedup"])) > 1.2 else "black"
+                    field.text(place, line, text, ha="center", va="center", fontsize=7, color=ink)
         field.set_xticks(range(len(labels)), labels, fontsize=7)
         field.set_yticks(range(len(PARTS)), list(PARTS), fontsize=7)
         field.set_title(f"{notation}, {dtype}: times dense (roofline)", fontsize=8)
