@@ -60,7 +60,7 @@ def svg(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
             for share, value in points
         ]
     for at, (row, colour) in enumerate(zip(rows, COLOURS, strict=False)):
-        name = str(row[0]).replace("*", "").replace("`", "").replace("perplexity, ", "")
+        name = re.sub(r"[*`]|WikiText-2 perplexity, |the same, ", "", str(row[0]))
         above = TOP + 14 + 22 * at
         parts.append(
             f'<path d="M{WIDTH - RIGHT + 16} {above - 4}h22" stroke="{colour}" stroke-width="2.5"/>'
