@@ -120,7 +120,7 @@ def test_the_demo_compares_dense_and_carved_and_generates_a_line(tmp_path):
     assert result.exit_code == 0, result.stderr
     page = tmp_path / "demo" / "report" / "index.html"
     shapes = ("carved S3A3E8", "carved S2A2E8", "carved S1A1E8")
-    told = ("dense continues: The value", "S3A3E8 continues: The value", f"report: {page}\n")
+    told = ("dense continues: When a", "S3A3E8 continues: When a", f"report: {page}\n")
     for phrase in ("perplexity", *shapes, "chance 10.0%)", *told):
         assert phrase in result.stdout, result.stdout
     assert page.is_file()
