@@ -127,9 +127,8 @@ class LoopbackHub:
                 return
             self.answer_user(request, path, body)
             return
-        parts = path.split("/")
-        is_api = parts[0] == "api"
-        parts = parts[2 if parts[:2] == ["api", "models"] else int(is_api) :]
+        is_api = path.startswith("api/")
+        parts = path.removeprefix("api/").removeprefix("models/").split("/")
         length = 3 if parts[0] == "datasets" else 2
         name, parts = "/".join(parts[:length]), parts[length:]
         if name == "org/gated":
