@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -313,6 +314,15 @@ def test_a_copy_has_watchers_of_its_own(copied):
         assert other.is_short(x_TH)
         replace_forward(other.shared_expert)
         assert not other.is_short(x_TH) and block.is_short(x_TH)
+
+
+def test_a_weight_that_is_replaced_is_not_kept():
+    block = random_(CMoESparseMoeBlock(configuration("middle", 7, 2)))
+    with torch.no_grad():
+        assert block.is_short(torch.randn(1, block.experts.hidden_dim))
+    old = weakref.ref(block.experts.down_proj)
+    block.experts.down_proj = nn.Parameter(torch.zeros_like(block.experts.down_proj))
+    assert old() is None
 
 
 def test_it_is_the_default_and_can_be_overruled(carved):

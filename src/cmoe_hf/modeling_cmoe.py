@@ -744,31 +744,30 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class Findings:
-    """Whether a block `may_be_short`, and what would have to change before that does.
+    """What a block looked at when it found that it `may_be_short`, to see that nothing changed.
 
     To know it, its modules are asked some thirty things, each of them cold in the caches after a
     layer's weights went by: a tenth of a small block's time. Whether the dictionaries behind the
-    answers still hold the same costs a tenth of that.
+    answers still hold the same costs a third of that. Weights are not kept: those that somebody
+    replaces must be free to go.
     """
 
     def __init__(self, block: "CMoESparseMoeBlock") -> None:
-        self.short = block.may_be_short()
         modules = list(block.modules())
-        hooks = [vars(module)[name] for module in modules for name in HOOKS]
-        self.unused, self.used = [it for it in hooks if not it], [it for it in hooks if it]
-        owners = [vars(module)[name] for module in modules for name in ("_modules", "_parameters")]
-        self.same = [(owner, name, value) for owner in owners for name, value in owner.items()]
-        looks = [(module, "forward") for module in modules[1:]]
-        if isinstance(block.experts, ExpertsLoop):
-            looks.append((block.experts.config, "_experts_implementation_internal"))
-        self.same += [(vars(owner), name, vars(owner).get(name)) for owner, name in looks]
+        self.hooks = [vars(module)[name] for module in modules for name in HOOKS]
+        looks = [(module._modules, name) for module in modules for name in module._modules]
+        looks += [(vars(module), "forward") for module in modules[1:]]
+        looks.append((vars(block.experts.config), "_experts_implementation_internal"))
+        self.same = [(owner, name, owner.get(name)) for owner, name in looks]
+        owners = [module._parameters for module in modules]
+        self.kinds = [(owner, name, type(owner[name])) for owner in owners for name in owner]
 
     def hold(self) -> bool:
         """Nothing was hooked, replaced or switched since."""
         return (
-            not any(self.unused)
-            and all(self.used)
+            not any(self.hooks)
             and all(owner.get(name) is value for owner, name, value in self.same)
+            and all(type(owner.get(name)) is kind for owner, name, kind in self.kinds)
         )
 
 
@@ -817,11 +816,11 @@ class CMoESparseMoeBlock(nn.Module):
         ):
             return False
         if self.findings is None or not self.findings.hold():
-            self.findings = Findings(self)
-        return self.findings.short
+            self.findings = Findings(self) if self.may_be_short() else None
+        return self.findings is not None
 
     def may_be_short(self) -> bool:
-        """What of that is asked once, and again when one of `Findings` no longer holds."""
+        """What of that is asked once, and again when the `Findings` no longer hold."""
         gate, experts = self.gate, self.experts
         return (
             type(experts) is CMoEExperts
