@@ -4,6 +4,7 @@
 import copy
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from cmoe_hf import CMoELlamaConfig, CMoELlamaForCausalLM
+from cmoe_hf import CMoELlamaConfig, CMoELlamaForCausalLM, modeling_cmoe
 from cmoe_hf.modeling_cmoe import (
     LARGE,
     CMoEExperts,
@@ -187,16 +188,18 @@ def test_running_every_expert_is_running_the_chosen_ones(tokens, plain, dtype):
     torch.testing.assert_close(got, expected, atol=bound, rtol=bound)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("skewed", [False, True])
 @pytest.mark.parametrize("tokens", [1, 40, 700])
-def test_tokens_sorted_by_their_experts(tokens, skewed):
+def test_tokens_sorted_by_their_experts(tokens, skewed, dtype):
     config = configuration("middle", 7, 3)
-    module = random_(CMoEExperts(config))
-    arguments = routed(tokens, config, skewed=skewed)
+    module = random_(CMoEExperts(config)).to(dtype)
+    arguments = routed(tokens, config, dtype, skewed=skewed)
     with torch.no_grad():
         expected = run(module, "eager", *arguments)
         got = sorted_experts_forward(module, *arguments)
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    bound = 1e-4 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(got, expected, atol=bound, rtol=bound)
 
 
 def test_tokens_are_sorted_only_where_nothing_follows_or_casts():
@@ -206,7 +209,7 @@ def test_tokens_are_sorted_only_where_nothing_follows_or_casts():
         with torch.autocast("cpu"):
             assert fastest_backend(module, 300, 3) != "sorted"
         assert fastest_backend(CMoEPlainExperts(module.config), 300, 3) != "sorted"
-        assert fastest_backend(module.to(torch.bfloat16), 300, 3) != "sorted"
+        assert fastest_backend(module.to(torch.float16), 300, 3) != "sorted"
     assert fastest_backend(module.float().requires_grad_(False), 300, 3) != "sorted"
 
 
@@ -229,6 +232,15 @@ def test_every_expert_runs_where_choosing_costs_more():
         assert "whole" not in {fastest_backend(wide, tokens, 1) for tokens in (1, 9, 3000)}
         assert fastest_backend(wide.to(torch.bfloat16), 1, 1) != "whole"
     assert fastest_backend(CMoEExperts(configuration("small", 6, 3)), 9, 3) != "whole"
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_a_cpu_that_converts_each_bfloat16_runs_no_idle_expert(multiplies, monkeypatch):
+    monkeypatch.setattr(modeling_cmoe, "MULTIPLIES_BFLOAT16", multiplies)
+    with torch.no_grad():
+        module = CMoEExperts(configuration("middle", 6, 3)).to(torch.bfloat16)
+        assert (fastest_backend(module, 9, 3) == "whole") == multiplies
+        assert fastest_backend(module, 3000, 3) != "whole"
 
 
 def watch(module):
@@ -267,6 +279,29 @@ def test_a_row_in_pieces(rows, columns, turned):
     x_1H = torch.randn(1, columns)
     expected = nn.functional.linear(x_1H, weight_QH)
     torch.testing.assert_close(row_linear(x_1H, weight_QH), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_row_in_bfloat16_leaves_the_library_as_it_was(enabled):
+    torch.manual_seed(0)
+    weight_QH, x_1H = torch.randn(192, 576).bfloat16(), torch.randn(1, 576).bfloat16()
+    exact = x_1H.double() @ weight_QH.double().T
+    with torch.backends.mkldnn.flags(enabled=enabled):
+        got = row_linear(x_1H, weight_QH)
+        with pytest.raises(RuntimeError):
+            row_linear(x_1H[:, 1:], weight_QH)
+        assert torch.backends.mkldnn.enabled == enabled
+    torch.testing.assert_close(got.double(), exact, atol=0.1, rtol=1e-2)
+
+
+def test_threads_leave_the_library_as_it_was():
+    weight_QH, x_1H = torch.randn(192, 576).bfloat16(), torch.randn(1, 576).bfloat16()
+    expected = row_linear(x_1H, weight_QH)
+    with ThreadPoolExecutor(4) as pool:
+        products = list(pool.map(lambda _: row_linear(x_1H, weight_QH), range(2000)))
+    assert torch.backends.mkldnn.enabled
+    for product in products[::100]:
+        torch.testing.assert_close(product, expected, atol=0.1, rtol=1e-2)
 
 
 class Quantised(torch.Tensor):

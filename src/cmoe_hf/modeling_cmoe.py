@@ -229,6 +229,18 @@ class CMoERouter(nn.Module):
         weight_TK = self.weigh(probability_TN, index_TK)
         return Routing(score_TN, weight_TK.to(x_TH.dtype), index_TK)
 
+    def route_one_token(self, x_1H: torch.Tensor) -> list[tuple[int, float]]:
+        """The experts of one token on a CPU, and their gate weights.
+
+        As `forward`, but in Python: choosing among a few dozen numbers takes it less than the
+        library's calls do.
+        """
+        [probability_N] = self.score_as_it_is(x_1H.float()).softmax(dim=-1).tolist()
+        scale_N, bias_N = self.scale.tolist(), self.balance_bias.tolist()
+        selection_N = [p + b for p, b in zip(probability_N, bias_N, strict=True)]
+        best_N = sorted(range(len(selection_N)), key=selection_N.__getitem__, reverse=True)
+        return [(n, 1 + probability_N[n] * scale_N[n]) for n in best_N[: self.top_k]]
+
 
 class CMoEHierarchicalRouter(CMoERouter):
     """The source's router over its experts, the parents, and one over the experts carved from them.
@@ -331,20 +343,26 @@ WIDE = 2**16
 PLAIN = (torch.Tensor, nn.Parameter)
 """Kinds of weights that are numbers, neither quantised nor spread over devices."""
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+SWITCH_ONEDNN = getattr(torch._C, "_set_mkldnn_enabled", None)
+BFLOAT16_INSTRUCTIONS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+MULTIPLIES_BFLOAT16 = any(getattr(torch.cpu, name, bool)() for name in BFLOAT16_INSTRUCTIONS)
+"""Whether this CPU does: where it does not, each number that is multiplied is converted."""
 
 
 def is_thin(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> bool:
-    """Whether x Wᵀ is a few float32 rows on a CPU against a large weight, without gradients.
+    """Whether x Wᵀ is a few rows on a CPU against a large weight, without gradients.
 
-    `torch.nn.functional.linear` reads the weight much slower there than memory allows, and with
-    two to eight rows once for each of them.
+    `torch.nn.functional.linear` reads the weight much slower there than memory allows, and in
+    float32 with two to eight rows once for each of them.
     """
     rows = len(x_TH)
+    types = (torch.float32, torch.bfloat16) if rows == 1 else (torch.float32,)
     return (
         rows <= 512
         and weight_QH.is_cpu
         and weight_QH.numel() >= (WIDE if rows == 1 else LARGE)
-        and weight_QH.dtype == x_TH.dtype == torch.float32
+        and weight_QH.dtype == x_TH.dtype
+        and weight_QH.dtype in types
         and type(weight_QH) in PLAIN
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and (x_TH.requires_grad or weight_QH.requires_grad))
@@ -366,7 +384,9 @@ def thin_linear(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
 
 
 def row_linear(x_1H: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
-    """`torch.nn.functional.linear` of one row on a CPU, on all cores."""
+    """`torch.nn.functional.linear` of one row on a CPU, as fast as memory gives the weight."""
+    if weight_QH.dtype == torch.bfloat16:
+        return row_linear_without_onednn(x_1H, weight_QH)
     rows = len(weight_QH)
     pieces = min(rows & -rows, 16)  # the largest power of two that divides it
     if (
@@ -378,6 +398,21 @@ def row_linear(x_1H: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
         return F.linear(x_1H, weight_QH)
     weight_PRH = weight_QH.view(pieces, rows // pieces, -1)
     return torch.bmm(weight_PRH, x_1H.T.expand(pieces, -1, 1)).view(1, rows)
+
+
+def row_linear_without_onednn(x_1H: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
+    """The same by PyTorch's own product: on CPUs that multiply bfloat16, oneDNN's takes 2.5 times
+    as long for one row.
+    """
+    # The switch is the process's. Another thread that finds it off leaves it alone, and whoever
+    # turned it off turns it on again: whatever happens in between, it does not stay off.
+    if SWITCH_ONEDNN is None or not torch.backends.mkldnn.enabled:
+        return F.linear(x_1H, weight_QH)
+    SWITCH_ONEDNN(False)
+    try:
+        return F.linear(x_1H, weight_QH)
+    finally:
+        SWITCH_ONEDNN(True)
 
 
 class ExpertsLoop(nn.Module):
@@ -514,9 +549,9 @@ def fastest_backend(experts: ExpertsLoop, tokens: int, top_k: int) -> str:
         return grouped
     if torch.compiler.is_compiling():  # to one loop that gathers and multiplies
         return "batched_mm" if pairs * expert_size <= 500_000 else grouped
-    if weight_NHM.dtype == torch.float32 and is_whole_faster(experts, tokens, top_k):
+    if is_whole_faster(experts, tokens, top_k):
         return "whole"
-    one_by_one = tokens == 1 and (weight_NHM.dtype == torch.float32 or top_k <= 5)
+    one_by_one = tokens == 1
     if pairs * expert_size <= 50_000 and not one_by_one:
         return "batched_mm"  # copying so little is cheaper than sorting
     if weight_NHM.requires_grad and torch.is_grad_enabled():
@@ -536,19 +571,22 @@ def can_be_sorted(experts: ExpertsLoop) -> bool:
     """Whether products may be written in place, which no gradient follows and nothing casts."""
     return (
         type(experts) is CMoEExperts
-        and experts.down_proj.dtype == torch.float32
+        and experts.down_proj.dtype in (torch.float32, torch.bfloat16)
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
     )
 
 
 def is_whole_faster(experts: ExpertsLoop, tokens: int, top_k: int) -> bool:
-    """Whether running all experts takes less than choosing, on a CPU in float32, as measured.
+    """Whether running all experts takes less than choosing, on a CPU, as measured.
 
     Each chosen expert costs some calls, as long as reading so many weights of an idle one, more
     where tokens must be sorted. With few tokens the idle ones are only read. Narrow experts
     multiply slower than all of them as one wide matrix, the more so the narrower they are.
     """
+    dtype = experts.down_proj.dtype
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
     if torch.is_grad_enabled() and experts.down_proj.requires_grad:
         return False  # idle experts would have gradients, all of them zero
     count, width = experts.num_experts, experts.intermediate_dim
@@ -556,6 +594,9 @@ def is_whole_faster(experts: ExpertsLoop, tokens: int, top_k: int) -> bool:
     idle = (count - hit) * experts.hidden_dim * width
     if tokens == 1:  # three experts one by one take as long as the calls for all of them
         return idle < 75_000 * (top_k - 3)
+    if dtype == torch.bfloat16:  # 25 tokens multiply as long as their weights are read
+        unchosen = (count - top_k) * experts.hidden_dim * width
+        return MULTIPLIES_BFLOAT16 and idle + tokens / 25 * unchosen <= 150_000 * hit
     if count * width <= 100 * top_k:
         return True
     few = tokens * count <= (200 if width <= 64 else 64) * top_k
@@ -655,7 +696,7 @@ def whole_experts_forward(
     z_TNM = self.hidden_of_all(hidden_states) * weight_TN.unsqueeze(2)
     if tokens <= 32 or self.down_proj.is_cuda:
         return torch.bmm(z_TNM.transpose(0, 1), self.down_proj.mT).sum(dim=0)
-    return z_TNM.flatten(1) @ self.down_proj.mT.flatten(0, 1)  # copies the weights: one product
+    return F.linear(z_TNM.flatten(1), self.down_proj.transpose(0, 1).flatten(1))  # copies weights
 
 
 def run_expert(
@@ -838,12 +879,8 @@ class CMoESparseMoeBlock(nn.Module):
 
     def run_one_token(self, x_1H: torch.Tensor) -> torch.Tensor:
         """The same as `forward` in few calls, each of which takes longer than a small product."""
-        gate = self.gate
-        probability_1N = gate.score_as_it_is(x_1H.float()).softmax(dim=-1)
-        index_1K = gate.pick(gate.selection_score(probability_1N, None, x_1H), x_1H)
-        [weights] = gate.weigh(probability_1N, index_1K).tolist()
         out_1H = run_plain_shared_expert(self.shared_expert, x_1H, row_linear)
-        for expert, weight in zip(index_1K[0].tolist(), weights, strict=True):
+        for expert, weight in self.gate.route_one_token(x_1H):
             out_1H.add_(run_expert(self.experts, expert, x_1H, row_linear), alpha=weight)
         return out_1H
 
