@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pico configurations of every family that can be carved."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import pytest
 from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
@@ -59,6 +62,20 @@ FAMILIES = {
     "gpt-neox-sequential": (GPTNeoXConfig, {"use_parallel_residual": False}),
 }
 """What distinguishes the checkpoints that people bring."""
+RELATIVES = {"llama-3", "tinyllama", "mistral", "qwen2-sliding", "olmoe", "gpt-neox-sequential"}
+"""They share classes with another of the families."""
+
+
+def relatives_last(cases: Iterable[Any]) -> list[Any]:
+    """Families, or tuples that begin with one, as parameters: `RELATIVES` in `make thorough`."""
+    thorough = [pytest.mark.thorough]
+    families = [(case if isinstance(case, str) else case[0], case) for case in cases]
+    return [
+        pytest.param(case, marks=thorough if family in RELATIVES else [])
+        for family, case in families
+    ]
+
+
 SHORT = Path(__file__).parent / "fixtures" / "short.txt"
 """The first 4,000 characters of the held-out text."""
 

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, relatives_last
 from hub import TOKEN
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
@@ -163,8 +163,9 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("family", "how"), WAYS)
-def test_its_files_survive(repositories, tmp_path, hub, monkeypatch, family, how):
+@pytest.mark.parametrize("way", relatives_last(WAYS), ids="-".join)
+def test_its_files_survive(repositories, tmp_path, hub, monkeypatch, way):
+    family, how = way
     hub.reset()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     source, carved = repositories(family)
@@ -192,7 +193,7 @@ def test_they_survive_the_way_from_the_hub(repositories, carve, hub):
     assert described(there) == described(AutoTokenizer.from_pretrained(source))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", relatives_last(FAMILIES))
 def test_without_generation_settings_those_of_the_configuration_count(
     make_dense, carve, tmp_path, family
 ):

@@ -133,6 +133,7 @@ def test_code_of_another_repository_is_foreign(old, edit_config):
         verify(old)
 
 
+@pytest.mark.thorough
 def test_an_old_repository_is_found_out_and_mended(old):
     (old / "notes").mkdir()
     (old / "notes" / "mine.txt").write_text("kept")

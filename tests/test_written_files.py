@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import relatives_last
 from huggingface_hub import ModelCard
 from refusal import refused
 from test_bad_input import run
@@ -137,7 +138,7 @@ def llama_tokenizer(folder, **settings):
 
 
 @pytest.mark.library
-@pytest.mark.parametrize("family", ["llama-2", "qwen2", "mistral"])
+@pytest.mark.parametrize("family", relatives_last(["llama-2", "qwen2", "mistral"]))
 @pytest.mark.parametrize("stated", ["LlamaTokenizer", "PreTrainedTokenizerFast", None])
 def test_the_tokenizer_is_the_source_s(make_dense, carve, tmp_path, family, stated):
     source = Path(shutil.copytree(make_dense(family), tmp_path / "source"))
