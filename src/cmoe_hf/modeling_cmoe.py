@@ -355,14 +355,16 @@ def is_thin(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> bool:
     `torch.nn.functional.linear` reads the weight much slower there than memory allows, and in
     float32 with two to eight rows once for each of them.
     """
-    rows = len(x_TH)
-    types = (torch.float32, torch.bfloat16) if rows == 1 else (torch.float32,)
+    rows, dtype = len(x_TH), weight_QH.dtype
+    if rows == 1:
+        large = dtype == torch.bfloat16 or weight_QH.numel() >= WIDE
+    else:
+        large = rows <= 512 and weight_QH.numel() >= LARGE
     return (
-        rows <= 512
+        large
         and weight_QH.is_cpu
-        and weight_QH.numel() >= (WIDE if rows == 1 else LARGE)
-        and weight_QH.dtype == x_TH.dtype
-        and weight_QH.dtype in types
+        and dtype == x_TH.dtype
+        and dtype in ((torch.float32, torch.bfloat16) if rows == 1 else (torch.float32,))
         and type(weight_QH) in PLAIN
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and (x_TH.requires_grad or weight_QH.requires_grad))
