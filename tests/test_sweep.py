@@ -68,6 +68,20 @@ def test_what_is_measured_is_not_measured_again(swept, dense):
     assert larger.rows[2:] == result.rows
 
 
+def test_a_budget_beside_static_pruning_of_the_same_layers(make_dense, tmp_path):
+    deep = make_dense(num_hidden_layers=12)
+    result = sweep(deep, tmp_path / "out", grid=["0.5", "S3A3E12"], rounds=0, **FEW)
+    labels = [row.label for row in result.rows]
+    assert labels == ["budget 0.5: S2A3E12", "S5A0E12, static", "S3A3E12", "S6A0E12, static"]
+    of_budget, beside = result.rows[:2]
+    assert of_budget.activation_ratio == beside.activation_ratio
+    assert of_budget.activation_ratio == pytest.approx((1 + 11 * 5 / 12) / 12)
+    assert of_budget.perplexity != beside.perplexity
+    measured = json.loads((tmp_path / "out" / "sweep.json").read_text())["measured"]
+    assert {"budget-0.5", "S5A0E12-dense-0"} < measured.keys()
+    assert "| budget 0.5: S2A3E12 |" in (tmp_path / "out" / "sweep.md").read_text()
+
+
 @pytest.mark.thorough
 def test_killed_it_goes_on(swept, processes, dense, tmp_path):
     arguments = {"model": dense, "output": tmp_path / "out", "rounds": 0, **FEW}
@@ -103,6 +117,7 @@ def test_the_command(dense, tmp_path):
 
     refused(invoke("--grid", "S1A1"), 2, "'S1A1' is not a shape")
     refused(invoke("--grid", "S1A1E7"), 2, "not divisible by 7")
+    refused(invoke("--grid", "1.5"), 2, "budget")
     refused(invoke("--grid", "S9A1E8"), 2, "only 8")
     refused(invoke("--rounds", -1), 2, "rounds is -1")
     assert not (tmp_path / "out").exists()

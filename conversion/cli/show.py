@@ -94,7 +94,7 @@ def sweep_command(
     ] = None,
     *,
     grid: Annotated[
-        str, typer.Option(help="Shapes, separated by commas; static pruning is added.")
+        str, typer.Option(help="Shapes and budgets (0.5), separated by commas; static is added.")
     ] = ",".join(GRID),
     options: dict[str, Any],
     text: Annotated[str, typer.Option(help="Text to measure perplexity on.")] = "wikitext2",
@@ -108,7 +108,7 @@ def sweep_command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Quality and speed over a grid of shapes. Interrupted, the same command goes on."""
+    """Quality and speed over shapes and budgets. Interrupted, the same command goes on."""
     with reporting(debug):
         result = sweep(
             model,
@@ -134,7 +134,7 @@ def _sweep_table(result: Sweep) -> Table:
     )
     for row in result.rows:
         table.add_row(
-            f"{row.notation}, static" if row.static else row.notation,
+            row.label,
             f"{row.activation_ratio:.1%}",
             f"{row.perplexity:.2f}",
             *(f"{row.speedup[name]:.2f}" if row.speedup else "" for name in SPEEDS),

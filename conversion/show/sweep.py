@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -21,7 +21,7 @@ from ..folder.paths import check_apart, remove, replace_file, resolved
 from ..folder.unfinished import as_json
 from ..measure.benchmark import benchmark
 from ..measure.evaluate import evaluate
-from ..source.checkpoint import open_source
+from ..source.checkpoint import Source, open_source
 from ..source.texts import absolute_text
 from .figures import STYLE, check_drawing
 
@@ -42,9 +42,47 @@ class Protocol:
     options: dict[str, Any]
     """Of each conversion."""
 
-    def of(self, shape: Shape) -> Settings:
-        """The settings of one conversion. Raises `RequestError`."""
-        return Settings(**asdict(shape), **self.options)
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One carved model of a sweep: what is asked for, and what that is."""
+
+    asked: dict[str, Any]
+    """A budget, or a shape and the layers that stay dense; fields of `Settings`."""
+    shape: Shape
+    dense_layers: tuple[int, ...]
+    activation_ratio: float
+
+    @classmethod
+    def of(cls, source: Source, protocol: Protocol, asked: dict[str, Any]) -> Self:
+        """What `source` becomes. Raises `RequestError` where it cannot."""
+        settings = Settings(**asked, **protocol.options)
+        row, dense = source.architecture, source.config
+        layers, width = dense.num_hidden_layers, getattr(dense, row.expert_width)
+        shape, dense_layers = settings.shape_for(layers, width)
+        recipe = Recipe.of(settings.recipe)
+        config = carved_config(dense, row, shape, recipe, dense_layers=dense_layers)
+        return cls(
+            asked=asked,
+            shape=shape,
+            dense_layers=dense_layers,
+            activation_ratio=config.activation_ratio,
+        )
+
+    @property
+    def name(self) -> str:
+        """Of its folder, and of its figures in `sweep.json`."""
+        if "budget" in self.asked:
+            return f"budget-{self.asked['budget']:g}"
+        dense = "-".join(map(str, self.dense_layers))
+        return f"{self.shape.notation}-dense-{dense}" if dense else self.shape.notation
+
+    @property
+    def static(self) -> dict[str, Any]:
+        """Static pruning that runs as much, of the same layers."""
+        running = self.shape.shared + self.shape.active
+        shape = Shape(running, 0, self.shape.experts)
+        return {**asdict(shape), "dense_layers": self.dense_layers}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +90,8 @@ class Row:
     """One shape: what it is worth and what it costs."""
 
     notation: str
+    budget: float | None
+    """What was asked for in place of the shape."""
     static: bool
     """Static pruning: as many neurons, always the same ones."""
     activation_ratio: float
@@ -63,6 +103,13 @@ class Row:
     roofline_speedup: dict[str, float]
     seconds: float
     """Of the conversion."""
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        if self.static:
+            return f"{self.notation}, static"
+        return self.notation if self.budget is None else f"budget {self.budget:g}: {self.notation}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +135,7 @@ def sweep(
     overwrite: bool = False,
     **options: Any,
 ) -> Sweep:
-    """Convert, evaluate and time every shape of a grid, and static pruning at equal activation.
+    """Convert, evaluate and time every model of a grid, and static pruning at equal activation.
 
     What is measured is written to `output` row by row: interrupted, or called with a larger grid,
     it measures only what is missing. The rows are in `sweep.json` and `sweep.md`, drawn in
@@ -97,7 +144,7 @@ def sweep(
     Args:
         model: Folder or Hub id of a dense model.
         output: Folder for the results, default the model's name with `-sweep`.
-        grid: Shapes in the paper's notation, for example `S3A3E8`.
+        grid: Shapes in the paper's notation, for example `S3A3E8`, and budgets, for example `0.5`.
         text: Text to measure perplexity on.
         rounds: Timed runs of each point, dense and carved in turn; 0 measures no speed.
         keep: Keep the carved models in `output`.
@@ -122,24 +169,21 @@ def sweep(
     source = open_source(model)
     if rounds and source.architecture.router is not None:
         raise RequestError("the speed of a carved MoE cannot be measured yet: pass --rounds 0.")
-    shapes = with_static([Shape.parse(notation) for notation in grid])
-    for shape in shapes:
-        recipe = Recipe.of(protocol.of(shape).recipe)
-        carved_config(source.config, source.architecture, shape, recipe)  # refuses what cannot be
+    cases = with_static(source, protocol, grid)
     name = source.name.rpartition("/")[2]
     store = Store(output or f"{name}-sweep", protocol, where, overwrite=overwrite)
-    for each in tqdm([None, *shapes], desc="sweep", unit="model", disable=None):
-        key = "dense" if each is None else each.notation
+    for case in tqdm([None, *cases], desc="sweep", unit="model", disable=None):
+        key = "dense" if case is None else case.name
         if key not in store.measured:
             folder = store.folder / key
-            store.add(key, figures_of(protocol, each, folder))
+            store.add(key, figures_of(protocol, case, folder))
             if not keep:
                 shutil.rmtree(folder, ignore_errors=True)
     result = Sweep(
         output=str(store.folder),
         model=source.name,
         dense_perplexity=store.measured["dense"]["perplexity"],
-        rows=[Row(**store.measured[shape.notation]) for shape in shapes],
+        rows=[Row(**store.measured[case.name]) for case in cases],
         device=where,
         versions=versions(),
     )
@@ -148,35 +192,45 @@ def sweep(
     return result
 
 
-def with_static(shapes: Sequence[Shape]) -> list[Shape]:
-    """The shapes, each once, with static pruning at every activation ratio among them."""
-    unique: dict[str, Shape] = {}
-    for shape in shapes:
-        static = Shape(shape.shared + shape.active, 0, shape.experts)
-        ratio = shape.activation_ratio
-        if any(not other.active and other.activation_ratio == ratio for other in unique.values()):
-            static = shape
-        unique |= {each.notation: each for each in (shape, static)}
-    return sorted(unique.values(), key=lambda shape: (shape.activation_ratio, shape.shared))
+def with_static(source: Source, protocol: Protocol, grid: Sequence[str]) -> list[Case]:
+    """The grid, each model once, with static pruning at every activation ratio among them."""
+    found: dict[str, Case] = {}
+    for text in grid:
+        case = Case.of(source, protocol, asked_by(text))
+        ratios = [other.activation_ratio for other in found.values() if not other.shape.active]
+        added = [case]
+        if case.shape.active and case.activation_ratio not in ratios:
+            added.append(Case.of(source, protocol, case.static))
+        found |= {each.name: each for each in added}
+    return sorted(found.values(), key=lambda case: (case.activation_ratio, case.shape.shared))
 
 
-def figures_of(protocol: Protocol, shape: Shape | None, folder: Path) -> dict[str, Any]:
-    """Perplexity of the dense model; or, carved into `folder`, the `Row` of a shape."""
+def asked_by(text: str) -> dict[str, Any]:
+    """Fields of `Settings`: of a budget, `0.5`, or a shape, `S3A3E8`. Raises `RequestError`."""
+    try:
+        return {"budget": float(text)}
+    except ValueError:
+        return asdict(Shape.parse(text))
+
+
+def figures_of(protocol: Protocol, case: Case | None, folder: Path) -> dict[str, Any]:
+    """Perplexity of the dense model; or, carved into `folder`, the `Row` of a case."""
     windows: dict[str, Any] = {
         name: protocol.options.get(name) for name in ("sequence_length", "device")
     }
-    if shape is None:
+    if case is None:
         dtype = protocol.options.get("dtype")
         dense = evaluate(protocol.model, text=protocol.text, dtype=dtype, **windows)
         return {"perplexity": dense.perplexity}
-    seconds = carve_into(folder, protocol, shape)
+    seconds = carve_into(folder, protocol, case)
     quality = evaluate(folder, text=protocol.text, **windows)
     speed = time_it(protocol, folder) if protocol.rounds else {}
     return asdict(
         Row(
-            notation=shape.notation,
-            static=shape.active == 0,
-            activation_ratio=shape.activation_ratio,
+            notation=case.shape.notation,
+            budget=case.asked.get("budget"),
+            static=case.shape.active == 0,
+            activation_ratio=case.activation_ratio,
             perplexity=quality.perplexity,
             router_oracle_agreement=quality.router_oracle_agreement,
             router_chance_agreement=quality.router_chance_agreement,
@@ -187,13 +241,13 @@ def figures_of(protocol: Protocol, shape: Shape | None, folder: Path) -> dict[st
     )
 
 
-def carve_into(folder: Path, protocol: Protocol, shape: Shape) -> float:
+def carve_into(folder: Path, protocol: Protocol, case: Case) -> float:
     """Convert, or go on with it; return the seconds that it took."""
     if (folder / "conversion.json").is_file():  # interrupted while it was measured
         return json.loads((folder / "conversion.json").read_text())["result"]["seconds"]
     if (WorkFolder(folder).private / "settings.json").is_file():
         return resume(folder).seconds
-    return convert(protocol.model, folder, **asdict(shape), **protocol.options).seconds
+    return convert(protocol.model, folder, **case.asked, **protocol.options).seconds
 
 
 def time_it(protocol: Protocol, folder: Path) -> dict[str, tuple[float, float]]:
@@ -271,7 +325,7 @@ def as_markdown(result: Sweep) -> str:
         own, chance = row.router_oracle_agreement, row.router_chance_agreement
         lines.append(
             [
-                f"{row.notation}, static" if row.static else row.notation,
+                row.label,
                 f"{row.activation_ratio:.1%}".replace("%", " %"),
                 f"{row.perplexity:.2f}",
                 "" if own is None else f"{own:.3f} ({chance:.3f})",
@@ -325,7 +379,7 @@ def plot_quality(axis: Any, result: Sweep) -> None:
     axis.plot(x, y, "o", label="carved")
     for row in carved:
         place = (row.activation_ratio, row.perplexity)
-        axis.annotate(row.notation, place, (6, 4), textcoords="offset points", fontsize=7)
+        axis.annotate(row.label, place, (6, 4), textcoords="offset points", fontsize=7)
     axis.axhline(result.dense_perplexity, color="black", linewidth=1, label="dense")
     axis.margins(y=0.1)
     axis.set_ylabel("perplexity")
