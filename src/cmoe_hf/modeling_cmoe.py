@@ -410,8 +410,8 @@ def row_linear_without_onednn(x_1H: torch.Tensor, weight_QH: torch.Tensor) -> to
     # turned it off turns it on again: whatever happens in between, it does not stay off.
     if SWITCH_ONEDNN is None or not torch.backends.mkldnn.enabled:
         return F.linear(x_1H, weight_QH)
-    SWITCH_ONEDNN(False)
     try:
+        SWITCH_ONEDNN(False)
         return F.linear(x_1H, weight_QH)
     finally:
         SWITCH_ONEDNN(True)
@@ -536,8 +536,8 @@ def cmoe_experts_forward(
 def fastest_backend(experts: ExpertsLoop, tokens: int, top_k: int) -> str:
     """Name of the fastest way to run `top_k` experts for each of `tokens` tokens.
 
-    The limits were measured on CPUs, see results/ of cmoe-hf. They depend on shapes and types
-    only, so that a compiler can decide while it traces.
+    The limits were measured on CPUs, see results/ of cmoe-hf. They depend on shapes, types and the
+    processor only, so that a compiler can decide while it traces.
     """
     weight_NHM, pairs = experts.down_proj, tokens * top_k
     if not torch.compiler.is_compiling() and type(weight_NHM).__module__.startswith("torchao"):
