@@ -20,7 +20,7 @@ SUMMARIES = {
     "chance.",
     "benchmark": "Time FFN, prefill and decoding, dense and carved in turn, beside what is "
     "possible.",
-    "sweep": "Quality and speed over a grid of shapes. Interrupted, the same command goes on.",
+    "sweep": "Quality and speed over shapes and budgets. Interrupted, the same command goes on.",
     "report": "Draw what happens inside a carved model: one HTML page that works offline.",
     "export": "Write the same function as a stock architecture, which needs no remote code.",
     "verify": "Does a model still compute what it did when it was made? Status 1 if not.",

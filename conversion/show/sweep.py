@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `sweep`: quality and speed over a grid of shapes, dense and static pruning beside."""
+"""The verb `sweep`: quality and speed over shapes and budgets, dense and static pruning beside."""
 
 import json
 import shutil
