@@ -99,13 +99,16 @@ def main() -> None:
     arguments = parser.parse_args()
     shape = (SHAPES | MOE_SHAPES)[arguments.shape]
     kind = Qwen3MoeConfig if arguments.shape in MOE_SHAPES else LlamaConfig
-    config = kind(
-        **shape | ({"num_hidden_layers": arguments.layers} if arguments.layers else {}),
-        vocab_size=max(arguments.vocabulary, len(AutoTokenizer.from_pretrained(MODEL))),
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-    )
+    fields = {
+        **shape,
+        "vocab_size": max(arguments.vocabulary, len(AutoTokenizer.from_pretrained(MODEL))),
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    if arguments.layers:
+        fields["num_hidden_layers"] = arguments.layers
+    config = kind(**fields)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         source, output = Path(folder) / "dense", Path(folder) / "carved"
         source.mkdir()

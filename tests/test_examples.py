@@ -83,10 +83,14 @@ def test_the_reference_tables_can_be_reproduced(
 
 
 @pytest.mark.thorough
-def test_a_random_checkpoint_of_a_shape_is_planned_and_converted(run_example, tmp_path, capfd):
-    run_example("convert_large.py", "--shape", "tiny", "--tokens", 256, "--folder", tmp_path)
+@pytest.mark.parametrize(("shape", "layers"), [("tiny", 3), ("smollm2-135m", 1)])
+def test_a_random_checkpoint_of_a_shape_is_planned_and_converted(
+    run_example, tmp_path, capfd, shape, layers
+):
+    options = ("--tokens", 256, "--layers", layers, "--folder", tmp_path)
+    run_example("convert_large.py", "--shape", shape, *options)
     figures = json.loads(capfd.readouterr().out)
-    assert figures["layers"] == 3 and figures["calibration_tokens"] == 256
+    assert figures["layers"] == layers and figures["calibration_tokens"] == 256
     assert figures["disk_gb"] == pytest.approx(figures["planned_disk_gb"], rel=0.05)
     assert figures["peak_memory_gb"] == pytest.approx(figures["planned_memory_gb"], rel=0.25)
     assert not list(tmp_path.iterdir())
