@@ -20,7 +20,7 @@ from .carve.partition import CLUSTERING_TOKENS
 from .carve.recipe import Recipe
 from .carve.refit import RIDGES
 from .carve.settings import CALIBRATION_TOKENS, Settings, shard_bytes, with_settings
-from .carve.shape import active_parameters, carved_config, width_warning
+from .carve.shape import Shape, active_parameters, carved_config, width_warning
 from .device import DTYPES, best_seconds, find_device
 from .errors import RequestError
 from .folder.carried import Carried, carried
@@ -144,11 +144,7 @@ def prepare(
     device = find_device(settings.device)
     trusted, recipe = settings.trust_remote_code, Recipe.of(settings.recipe)
     source = open_source(model, revision=settings.revision, trust_remote_code=trusted)
-    row, dense = source.architecture, source.config
-    width = getattr(dense, row.expert_width)
-    shape, dense_layers = settings.shape_for(dense.num_hidden_layers, width)
-    dtype = settings.dtype
-    config = carved_config(dense, row, shape, recipe, dtype=dtype, dense_layers=dense_layers)
+    config, _ = carved_as(source, settings)
     if settings.k_act > config.intermediate_size:
         raise RequestError(
             f"k_act is {settings.k_act}, but the FFN has only {config.intermediate_size} neurons. "
@@ -169,6 +165,16 @@ def prepare(
     )
     place = place_of_activations(prepared)
     return replace(prepared, settings=replace(prepared.settings, activations=place))
+
+
+def carved_as(source: Source, settings: Settings) -> tuple[CMoEConfig, Shape]:
+    """Configuration and shape of what a conversion makes. Raises `RequestError`."""
+    row, dense = source.architecture, source.config
+    width = getattr(dense, row.expert_width)
+    shape, dense_layers = settings.shape_for(dense.num_hidden_layers, width)
+    recipe, dtype = Recipe.of(settings.recipe), settings.dtype
+    config = carved_config(dense, row, shape, recipe, dtype=dtype, dense_layers=dense_layers)
+    return config, shape
 
 
 def calibration_windows(

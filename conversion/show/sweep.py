@@ -10,9 +10,8 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from ..carve.recipe import Recipe
 from ..carve.settings import Settings, absolute
-from ..carve.shape import Shape, carved_config
+from ..carve.shape import Shape
 from ..convert import convert, resume
 from ..device import device_name, find_device, versions
 from ..errors import CMoEError, RequestError
@@ -21,6 +20,7 @@ from ..folder.paths import check_apart, remove, replace_file, resolved
 from ..folder.unfinished import as_json
 from ..measure.benchmark import benchmark
 from ..measure.evaluate import evaluate
+from ..plan import carved_as
 from ..source.checkpoint import Source, open_source
 from ..source.texts import absolute_text
 from .figures import STYLE, check_drawing
@@ -56,16 +56,11 @@ class Case:
     @classmethod
     def of(cls, source: Source, protocol: Protocol, asked: dict[str, Any]) -> Self:
         """What `source` becomes. Raises `RequestError` where it cannot."""
-        settings = Settings(**asked, **protocol.options)
-        row, dense = source.architecture, source.config
-        layers, width = dense.num_hidden_layers, getattr(dense, row.expert_width)
-        shape, dense_layers = settings.shape_for(layers, width)
-        recipe = Recipe.of(settings.recipe)
-        config = carved_config(dense, row, shape, recipe, dense_layers=dense_layers)
+        config, shape = carved_as(source, Settings(**asked, **protocol.options))
         return cls(
             asked=asked,
             shape=shape,
-            dense_layers=dense_layers,
+            dense_layers=tuple(config.dense_layers or ()),
             activation_ratio=config.activation_ratio,
         )
 

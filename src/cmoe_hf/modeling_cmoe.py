@@ -553,12 +553,11 @@ def fastest_backend(experts: ExpertsLoop, tokens: int, top_k: int) -> str:
         return "batched_mm" if pairs * expert_size <= 500_000 else grouped
     if is_whole_faster(experts, tokens, top_k):
         return "whole"
-    one_by_one = tokens == 1
-    if pairs * expert_size <= 50_000 and not one_by_one:
+    if pairs * expert_size <= 50_000 and tokens > 1:
         return "batched_mm"  # copying so little is cheaper than sorting
     if weight_NHM.requires_grad and torch.is_grad_enabled():
         return grouped  # a view of one expert has a gradient of the size of all
-    if one_by_one:
+    if tokens == 1:
         return "direct"
     if expert_size >= LARGE and weight_NHM.dtype == torch.float32:
         return "direct"
