@@ -30,6 +30,7 @@ from .source.calibration import (
     CHARACTERS_PER_TOKEN,
     WHOLE_CHARACTERS,
     apart_windows,
+    held_out,
     random_windows,
     read_tokens,
 )
@@ -274,7 +275,8 @@ def memory_bytes(prepared: Prepared, on_disk: bool) -> int:
         steps["router"] = output + 8 * hidden**2
     if recipe.held_out_ridge:
         order = running_neurons(config)
-        systems = 4 * (4 * order**2 + 2 * order * hidden)
+        held = held_out(*prepared.windows_WL.shape)
+        systems = 4 * (2 * order**2 + 2 * order * hidden + held * (order + hidden))
         weights = 4 * 6 * 3 * order * hidden if recipe.polish_epochs else 0
         steps["refit"] = 2 * output + batch + max(systems, weights)
     elif recipe.refit:

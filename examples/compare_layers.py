@@ -105,7 +105,7 @@ class Layer:
         for _ in range(2):
             found = reconstruct(self.ffn, parts, run_TN, x_TH, wanted_TH - path_TH, held=self.held)
             missing_TH = wanted_TH - z_TF @ found.down_HG.T
-            map_HH = solve_shifted(gram_HH.clone(), x_TH[:cut].T @ missing_TH[:cut], shift)
+            map_HH = solve_shifted(gram_HH, x_TH[:cut].T @ missing_TH[:cut], shift)
             _, _, right_HH = torch.linalg.svd(x_TH[:cut] @ map_HH, full_matrices=False)
             path_TH = x_TH @ (map_HH @ right_HH[:rank].T @ right_HH[:rank])
         found = reconstruct(self.ffn, parts, run_TN, x_TH, wanted_TH - path_TH, held=self.held)

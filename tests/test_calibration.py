@@ -10,7 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmoe_hf.conversion import RequestError
-from cmoe_hf.conversion.source.calibration import consecutive_windows, random_windows
+from cmoe_hf.conversion.source.calibration import (
+    apart_windows,
+    consecutive_windows,
+    held_out,
+    random_windows,
+)
 from cmoe_hf.conversion.source.texts import open_text
 
 DOCUMENTS = ["First document.", "Second, with é.", "Third."]
@@ -25,6 +30,25 @@ def test_every_local_format_gives_the_same_text(tmp_path):
         "".join(open_text(tmp_path / f"t.{kind}").chunks) for kind in ("txt", "jsonl", "parquet")
     }
     assert texts == {"\n\n".join(DOCUMENTS)}
+
+
+@given(st.integers(1, 300), st.integers(1, 9000))
+def test_what_is_held_out_is_an_eighth_in_whole_windows_and_never_much(windows, length):
+    held = held_out(windows, length)
+    if windows == 1:
+        assert held < length
+    else:
+        assert held % length == 0
+        assert length <= held <= max(length, min(windows * length // 8, 4096))
+
+
+@given(st.integers(2, 40), st.integers(1, 20), st.integers(0, 99))
+def test_what_is_held_out_comes_from_the_end_of_the_text(samples, length, seed):
+    ids = torch.arange(2000)
+    windows_WL = apart_windows(ids, samples=samples, length=length, seed=seed)
+    held = held_out(samples, length) // length
+    assert windows_WL.shape == (samples, length)
+    assert (windows_WL[:-held] < 1750).all() and (windows_WL[-held:] >= 1750).all()
 
 
 @given(st.integers(1, 8), st.integers(1, 20), st.integers(0, 99))

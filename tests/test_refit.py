@@ -6,8 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cmoe_hf.conversion import CMoEError
+from cmoe_hf.conversion.carve.linalg import solve_shifted
 from cmoe_hf.conversion.carve.partition import Partition
 from cmoe_hf.conversion.carve.refit import (
+    Batch,
     NormalEquations,
     Running,
     active_blocks,
@@ -134,10 +137,19 @@ def routed(tokens, width, experts, shared, hidden, seed=0, keep=0.5):
 def summed(h_TF, parts, run_TN, down_HG, wanted_TH, *, batch, biased=False, weight_T=None):
     """Normal equations of some tokens, added batch by batch."""
     equations = NormalEquations.empty(Running.of(parts, run_TN), len(down_HG), biased=biased)
-    weight_T = torch.ones(len(h_TF)) if weight_T is None else weight_T
-    for rows in torch.arange(len(h_TF)).split(batch):
-        equations.add(h_TF[rows], run_TN[rows], wanted_TH[rows], down_HG, weight_T[rows])
+    for one in batches(h_TF, parts, run_TN, down_HG, wanted_TH, batch=batch, weight_T=weight_T):
+        equations.add(one)
     return equations
+
+
+def batches(h_TF, parts, run_TN, down_HG, wanted_TH, *, batch, weight_T=None):
+    """What a refit needs of some tokens."""
+    weight_T = torch.ones(len(h_TF)) if weight_T is None else weight_T
+    running = Running.of(parts, run_TN)
+    return [
+        Batch.of(running, h_TF[rows], run_TN[rows], wanted_TH[rows], down_HG, weight_T[rows])
+        for rows in torch.arange(len(h_TF)).split(batch)
+    ]
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -155,31 +167,18 @@ def test_sums_over_batches_give_the_refit_of_all_tokens(batch, shared, biased):
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_equal_sums_whatever_ran_when():
-    h_TF, parts, run_TN, down_HF, wanted_TH = routed(200, 20, 4, 4, 3)
-    parts_of_it = [slice(0, 90), slice(90, 200)]
-    whole = summed(h_TF, parts, run_TN, down_HF, wanted_TH, batch=200)
-    halves = []
-    for rows in parts_of_it:
-        half = NormalEquations.empty(Running.of(parts, run_TN), 3)
-        half.add(h_TF[rows], run_TN[rows], wanted_TH[rows], down_HF)
-        halves.append(half)
-    both = halves[0]
-    both += halves[1]
-    torch.testing.assert_close(both.gram_RR, whole.gram_RR, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(both.cross_RH, whole.cross_RH, atol=1e-4, rtol=1e-4)
-    assert both.missing == pytest.approx(whole.missing, rel=1e-4)
-
-
 @pytest.mark.parametrize("biased", [False, True])
 def test_the_error_on_held_out_tokens_is_that_of_the_output(biased):
     h_TF, parts, run_TN, down_HG, wanted_TH = routed(400, 24, 4, 4, 5)
     if biased:
         down_HG = torch.cat([down_HG, torch.randn(5, 1)], dim=1)
-    weight_T, running = torch.rand(400) + 0.5, Running.of(parts, run_TN)
-    seen, held = (NormalEquations.empty(running, 5, biased=biased) for _ in range(2))
-    for equations, rows in ((seen, slice(300)), (held, slice(300, 400))):
-        equations.add(h_TF[rows], run_TN[rows], wanted_TH[rows], down_HG, weight_T[rows])
+    weight_T = torch.rand(400) + 0.5
+    seen, held = (
+        (h_TF[rows], parts, run_TN[rows], down_HG, wanted_TH[rows], weight_T[rows])
+        for rows in (slice(300), slice(300, 400))
+    )
+    seen = summed(*seen[:5], batch=70, biased=biased, weight_T=seen[5])
+    held = batches(*held[:5], batch=70, weight_T=held[5])
     errors = held_out_errors(seen, held, (0.01, 1.0))
     for ridge, error in errors.items():
         blocks = active_blocks(h_TF[300:], parts, run_TN[300:], biased=biased)
@@ -196,13 +195,29 @@ def test_a_few_noisy_tokens_want_a_strong_ridge_and_many_clean_ones_a_weak_one()
         h_TF, parts, run_TN, down_HF, _ = routed(tokens + 500, 24, 4, 4, 5, keep=1.0)
         wanted_TH = h_TF @ (down_HF + 0.3 * torch.randn(5, 24)).T
         wanted_TH += noise * torch.randn(wanted_TH.shape)
-        seen, held = (NormalEquations.empty(Running.of(parts, run_TN), 5) for _ in range(2))
-        for equations, rows in ((seen, slice(tokens)), (held, slice(tokens, None))):
-            equations.add(h_TF[rows], run_TN[rows], wanted_TH[rows], down_HF)
-        errors = held_out_errors(seen, held)
+        first, last = (
+            (h_TF[rows], parts, run_TN[rows], down_HF, wanted_TH[rows])
+            for rows in (slice(tokens), slice(tokens, None))
+        )
+        errors = held_out_errors(summed(*first, batch=999), batches(*last, batch=999))
         return min(errors, key=errors.__getitem__)
 
     assert best(30, noise=5.0) > best(2000, noise=0.01)
+
+
+@pytest.mark.parametrize("shift", [0.1, 0.0])  # not positive definite without one
+def test_solving_leaves_the_matrix_as_it_was(shift):
+    x_TX = torch.randn(4, 8)
+    gram_XX = x_TX.T @ x_TX
+    before_XX = gram_XX.clone()
+    if shift:
+        solved_XH = solve_shifted(gram_XX, torch.ones(8, 2), shift)
+        expected_XH = torch.linalg.solve(before_XX + shift * torch.eye(8), torch.ones(8, 2))
+        torch.testing.assert_close(solved_XH, expected_XH, atol=1e-3, rtol=1e-3)
+    else:
+        with pytest.raises(CMoEError, match="positive definite"):
+            solve_shifted(-gram_XX, torch.ones(8, 2), shift)
+    assert torch.equal(gram_XX, before_XX)
 
 
 def test_long_tokens_weigh_less_and_none_weighs_much_more_than_most():

@@ -10,15 +10,21 @@ from ..errors import CMoEError
 
 
 def solve_shifted(gram_XX: torch.Tensor, right_XH: torch.Tensor, shift: float) -> torch.Tensor:
-    """(G + shift I)^-1 R by Cholesky; reads the lower triangle of G, and changes its diagonal."""
-    added = 0.0
-    for wanted in (shift * 100**attempt for attempt in range(5)):
-        gram_XX.diagonal().add_(wanted - added)
-        factor_XX, failed = torch.linalg.cholesky_ex(gram_XX)
-        if not failed:
-            return torch.cholesky_solve(right_XH, factor_XX)
-        # Rounding can push the smallest eigenvalues below zero; a stronger ridge lifts them.
-        added = wanted
+    """(G + shift I)^-1 R by Cholesky; reads the lower triangle of G.
+
+    Needs one more matrix of the size of G: its diagonal is changed meanwhile.
+    """
+    diagonal_X = gram_XX.diagonal().clone()
+    try:
+        for attempt in range(5):
+            # Rounding can push the smallest eigenvalues below zero; a stronger ridge lifts them.
+            gram_XX.diagonal().copy_(diagonal_X + shift * 100**attempt)
+            factor_XX, failed = torch.linalg.cholesky_ex(gram_XX)
+            if not failed:
+                return torch.cholesky_solve(right_XH, factor_XX)
+            del factor_XX
+    finally:
+        gram_XX.diagonal().copy_(diagonal_X)
     raise CMoEError(
         "the refit's Gram matrix is not positive definite even with a strong ridge. Give more "
         "calibration text, or use --recipe paper."

@@ -10,6 +10,7 @@ Shape suffixes: T tokens, B tokens of one batch, H hidden size, F dense FFN widt
 with an output bias, N routed experts.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from .decoder import BATCH_TOKENS
 from .layer import FFN
 from .partition import Partition
 from .polish import Schedule, polish
-from .refit import NormalEquations, Running, held_out_errors, refitted
+from .refit import Batch, NormalEquations, Running, held_out_errors, refitted
 
 
 class Reconstruction(NamedTuple):
@@ -77,20 +78,23 @@ def reconstruct(
         schedule: Of the polish; None for a refit alone.
         seed: Of the polish.
 
-    Needs four square matrices of the number of running neurons, in float32.
+    Needs two square matrices of the number of running neurons, in float32.
     """
     running, cut = Running.of(parts, run_TN), len(x_TH) - held
     weight_T = x_TH.new_ones(len(x_TH)) if weight_T is None else weight_T
     tokens = (run_TN, x_TH, wanted_TH, weight_T)
     dense_HG = ffn.down_with_bias
-    seen = equations_of(ffn, dense_HG, running, *(tensor[:cut] for tensor in tokens))
-    unseen = equations_of(ffn, dense_HG, running, *(tensor[cut:] for tensor in tokens))
+    seen = NormalEquations.empty(running, len(dense_HG), biased=ffn.is_biased)
+    for batch in batches(ffn, dense_HG, running, *(tensor[:cut] for tensor in tokens)):
+        seen.add(batch)
+    unseen = list(batches(ffn, dense_HG, running, *(tensor[cut:] for tensor in tokens)))
     refit_errors = held_out_errors(seen, unseen)
     ridge = min(sorted(refit_errors, reverse=True), key=refit_errors.__getitem__)
     polish_errors: list[float] = []
     is_polishing = schedule is not None and held > 0
     start_HG = refitted(seen, dense_HG, ridge) if is_polishing else dense_HG
-    seen += unseen
+    for batch in unseen:
+        seen.add(batch)
     del unseen
     if is_polishing:
         how: dict[str, Any] = {"held": held, "weight_T": weight_T, "schedule": schedule}
@@ -106,12 +110,14 @@ def reconstruct(
         up_FH=ffn.rounded(polished.up_FH),
         is_polished=True,
     )
-    last = equations_of(ffn, polished.down_HG, running, *tokens)
+    last = NormalEquations.empty(running, len(dense_HG), biased=ffn.is_biased)
+    for batch in batches(ffn, polished.down_HG, running, *tokens):
+        last.add(batch)
     down_HG = refitted(last, polished.down_HG, ridge)
     return Reconstruction(ffn, down_HG, ridge, refit_errors, polish_errors)
 
 
-def equations_of(
+def batches(
     ffn: FFN,
     down_HG: torch.Tensor,
     running: Running,
@@ -119,12 +125,8 @@ def equations_of(
     x_TH: torch.Tensor,
     wanted_TH: torch.Tensor,
     weight_T: torch.Tensor,
-) -> NormalEquations:
-    """Normal equations of some tokens, their hidden activations made batch by batch."""
-    sums = NormalEquations.empty(running, len(down_HG), biased=ffn.is_biased)
-    batches = zip(
-        *(tensor.split(BATCH_TOKENS) for tensor in (x_TH, run_TN, wanted_TH, weight_T)), strict=True
-    )
-    for x_BH, run_BN, wanted_BH, weight_B in batches:
-        sums.add(ffn.hidden(x_BH), run_BN, wanted_BH, down_HG, weight_B)
-    return sums
+) -> Iterator[Batch]:
+    """What a refit needs of some tokens, `BATCH_TOKENS` at a time."""
+    split = (tensor.split(BATCH_TOKENS) for tensor in (x_TH, run_TN, wanted_TH, weight_T))
+    for x_BH, run_BN, wanted_BH, weight_B in zip(*split, strict=True):
+        yield Batch.of(running, ffn.hidden(x_BH), run_BN, wanted_BH, down_HG, weight_B)

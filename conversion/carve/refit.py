@@ -14,12 +14,9 @@ matrix, the second a T x T one; both are exact and the smaller one is used. Neit
 the zeros of Z: it is kept as one block for each expert.
 
 Where there are more tokens than activations fit in memory, `NormalEquations` sums Z^T Z and Z^T D
-batch by batch. Two such sums, of tokens seen and of tokens held out, also tell which lambda is best
-on text that the refit has not learnt: the error on the held-out tokens is a quadratic form of W',
-
-    ||Z (W' - W)^T - D||^2 = ||D||^2 - 2 <C, Z^T D> + <C, Z^T Z C>      with C = (W' - W)^T,
-
-so it costs one factorisation for each lambda tried, and no pass over tokens.
+batch by batch. A few tokens are held out of these sums, and their Z and D kept: the error on them,
+||Z C - D|| with C = (W' - W)^T, tells which lambda is best on text that the refit has not learnt.
+One lambda tried so costs one factorisation and one product, and no pass over the other tokens.
 
 Shape suffixes: T tokens, B tokens of one batch, H hidden size, F dense FFN width, G = F, or F + 1
 with an output bias, R running neurons, E running experts, N routed experts, U tokens of one block,
@@ -189,6 +186,37 @@ class Running(NamedTuple):
         return torch.cat([shared_BR, routed_BR * mask_BE.repeat_interleave(width, dim=1)], dim=1)
 
 
+class Batch(NamedTuple):
+    """What a refit needs of a few tokens, multiplied by their weights."""
+
+    z_BR: torch.Tensor
+    """Z, with one more column, of ones, for an output bias."""
+    missing_BH: torch.Tensor
+    """D."""
+    wanted: float
+    """||Y||^2."""
+
+    @classmethod
+    def of(
+        cls,
+        running: Running,
+        h_BF: torch.Tensor,
+        run_BN: torch.Tensor,
+        wanted_BH: torch.Tensor,
+        down_HG: torch.Tensor,
+        weight_B: torch.Tensor | None = None,
+    ) -> Self:
+        """Of hidden activations; each error has a weight (not squared), 1 if None."""
+        z_BR = running.idle_zeroed(h_BF[:, running.neurons_R], run_BN)
+        down_HR = down_HG[:, running.neurons_R]
+        if down_HG.shape[1] > h_BF.shape[1]:
+            z_BR = torch.cat([z_BR, z_BR.new_ones(len(z_BR), 1)], dim=1)
+            down_HR = torch.cat([down_HR, down_HG[:, -1:]], dim=1)
+        if weight_B is not None:
+            z_BR, wanted_BH = z_BR * weight_B[:, None], wanted_BH * weight_B[:, None]
+        return cls(z_BR, wanted_BH - z_BR @ down_HR.T, wanted_BH.square().sum().item())
+
+
 @dataclass
 class NormalEquations:
     """What a refit needs of any number of tokens, summed batch by batch."""
@@ -199,10 +227,6 @@ class NormalEquations:
     """Z^T Z, float32, with one more row and column for an output bias; its lower triangle."""
     cross_RH: torch.Tensor
     """Z^T D."""
-    missing: float = 0.0
-    """||D||^2."""
-    wanted: float = 0.0
-    """||Y||^2."""
 
     @classmethod
     def empty(cls, running: Running, hidden: int, *, biased: bool = False) -> Self:
@@ -211,57 +235,29 @@ class NormalEquations:
         gram_RR = torch.zeros(order, order, device=device)
         return cls(running, gram_RR, torch.zeros(order, hidden, device=device))
 
-    def add(
-        self,
-        h_BF: torch.Tensor,
-        run_BN: torch.Tensor,
-        wanted_BH: torch.Tensor,
-        down_HG: torch.Tensor,
-        weight_B: torch.Tensor | None = None,
-    ) -> None:
-        """Add some tokens, each with the weight of its error (not squared), 1 if None."""
-        z_BR = self.running.idle_zeroed(h_BF[:, self.running.neurons_R], run_BN)
-        down_HR = down_HG[:, self.running.neurons_R]
-        if len(self.gram_RR) > z_BR.shape[1]:
-            z_BR = torch.cat([z_BR, z_BR.new_ones(len(z_BR), 1)], dim=1)
-            down_HR = torch.cat([down_HR, down_HG[:, -1:]], dim=1)
-        if weight_B is not None:
-            z_BR, wanted_BH = z_BR * weight_B[:, None], wanted_BH * weight_B[:, None]
-        missing_BH = wanted_BH - z_BR @ down_HR.T
+    def add(self, batch: Batch) -> None:
+        """Add some tokens."""
         for rows in strips(len(self.gram_RR)):
-            self.gram_RR[rows, : rows.stop] += z_BR[:, rows].T @ z_BR[:, : rows.stop]
-        self.cross_RH += z_BR.T @ missing_BH
-        self.missing += missing_BH.square().sum().item()
-        self.wanted += wanted_BH.square().sum().item()
-
-    def __iadd__(self, other: Self) -> Self:
-        """Add the tokens of another sum, in place: square matrices are the largest thing here."""
-        self.gram_RR += other.gram_RR
-        self.cross_RH += other.cross_RH
-        self.missing += other.missing
-        self.wanted += other.wanted
-        return self
+            self.gram_RR[rows, : rows.stop] += batch.z_BR[:, rows].T @ batch.z_BR[:, : rows.stop]
+        self.cross_RH += batch.z_BR.T @ batch.missing_BH
 
     def change(self, ridge: float) -> torch.Tensor:
         """C, the change of the refit with lambda = `ridge` mean squared activations, (R, H)."""
         shift = max(ridge * self.gram_RR.diagonal().mean().item(), 1e-30)
-        return solve_shifted(self.gram_RR.clone(), self.cross_RH, shift)
-
-    def error(self, change_RH: torch.Tensor) -> float:
-        """Relative error of the output on these tokens after a change of the down projection."""
-        lower_RR = self.gram_RR.tril(-1)
-        # Z^T Z C from one triangle: T + T^T + diagonal.
-        product_RH = lower_RR @ change_RH + lower_RR.T @ change_RH
-        product_RH += self.gram_RR.diagonal()[:, None] * change_RH
-        gained = (change_RH * (2 * self.cross_RH - product_RH)).sum().item()
-        return (max(self.missing - gained, 0.0) / max(self.wanted, 1e-30)) ** 0.5
+        return solve_shifted(self.gram_RR, self.cross_RH, shift)
 
 
 def held_out_errors(
-    seen: NormalEquations, held: NormalEquations, ridges: Iterable[float] = RIDGES
+    seen: NormalEquations, held: Sequence[Batch], ridges: Iterable[float] = RIDGES
 ) -> dict[float, float]:
     """Relative error on the tokens held out of the refit on the tokens seen, for each ridge."""
-    return {ridge: held.error(seen.change(ridge)) for ridge in ridges}
+    wanted = max(sum(batch.wanted for batch in held), 1e-30)
+
+    def error(change_RH: torch.Tensor) -> float:
+        left = (torch.addmm(b.missing_BH, b.z_BR, change_RH, alpha=-1) for b in held)
+        return (sum(left_BH.square().sum().item() for left_BH in left) / wanted) ** 0.5
+
+    return {ridge: error(seen.change(ridge)) for ridge in ridges}
 
 
 def refitted(equations: NormalEquations, down_HG: torch.Tensor, ridge: float) -> torch.Tensor:

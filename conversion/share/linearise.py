@@ -63,9 +63,8 @@ class Sums:
 
     def router(self, ridge: float) -> torch.Tensor:
         """The weights; their scores have unit variance over tokens and experts."""
-        gram_HH = self.gram_HH.clone()  # solving changes it
-        shift = max(ridge * gram_HH.diagonal().mean().item(), 1e-30)
-        weight_HN = solve_shifted(gram_HH, self.cross_HN, shift)
+        shift = max(ridge * self.gram_HH.diagonal().mean().item(), 1e-30)
+        weight_HN = solve_shifted(self.gram_HH, self.cross_HN, shift)
         count = self.tokens * weight_HN.shape[1]
         square = (weight_HN * (self.gram_HH @ weight_HN)).sum() / count
         mean = (self.sum_H @ weight_HN).sum() / count

@@ -23,6 +23,8 @@ WHOLE_CHARACTERS = 12_000_000
 WikiText-2 has fewer, and so have most files."""
 PIECE_CHARACTERS = 1_000_000
 """A longer one is tokenised in pieces of so many."""
+HELD_OUT_TOKENS = 4096
+"""Enough to tell one choice from another, and few enough to keep what a layer makes of them."""
 CHARACTERS_PER_TOKEN = 8
 """More than there are on average, so that a prefix of a text has enough tokens."""
 
@@ -148,9 +150,10 @@ def check_vocabulary(ids: torch.Tensor, vocabulary: int) -> None:
 
 def held_out(windows: int, length: int) -> int:
     """How many of the last tokens of calibration windows choose, and are not learnt first: an
-    eighth, in whole windows if there are several. None of a single token."""
+    eighth, at most `HELD_OUT_TOKENS`, in whole windows if there are several. None of a single
+    token."""
     if windows > 1:
-        return max(1, windows // 8) * length
+        return max(1, min(windows // 8, HELD_OUT_TOKENS // length)) * length
     return min(max(1, length // 8), length - 1)
 
 
