@@ -382,8 +382,9 @@ def seconds(prepared: Prepared) -> float:
         order = running_neurons(config)
         sums = (matrices - 1 + 2 * order / width) * ffn + tokens * order**2 / 2
         solved = order**2 * (order / 6 + hidden)
-        trials = 3 * min(1, PROFILED_TOKENS / tokens) if recipe.adaptive_split else 0
-        work += (1 + trials) * sums + (1 + 3 * recipe.adaptive_split) * len(RIDGES) * solved
+        solved += held_out(*prepared.windows_WL.shape) * order * hidden
+        trials = 2 * min(1, PROFILED_TOKENS / tokens) if recipe.adaptive_split else 0
+        work += (1 + trials) * sums + (1 + 2 * recipe.adaptive_split) * len(RIDGES) * solved
         if recipe.polish_epochs:
             work += sums + solved + 3 * recipe.polish_epochs * matrices * ffn * order / width
     elif recipe.refit:
@@ -393,7 +394,9 @@ def seconds(prepared: Prepared) -> float:
     if recipe.refit:
         work += (forward + matrices * ffn) if recipe.error_correction else ffn
     if recipe.router == "linear":
-        work += tokens * hidden**2 + (1 - ratio) * ffn
+        routed = 1 - config.shared_expert_intermediate_size / width
+        rounds = 1 + (recipe.reassignments if recipe.clusters == "contributions" else 0)
+        work += rounds * min(1, PROFILED_TOKENS / tokens) * (tokens * hidden**2 + routed * ffn)
     rows = min(tokens, 512)
     x_TH = torch.randn(rows, hidden, device=prepared.device)
     gate_HF = torch.randn(hidden, width, device=prepared.device)

@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=0, help="32000 in Llama-2")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--split", type=int, nargs=3, default=[3, 3, 8], metavar=("S", "A", "E"))
+    parser.add_argument("--budget", help="the share of the neurons that run, in place of --split")
     parser.add_argument("--recipe", default="refined")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, help="on a disk with room; removed afterwards")
@@ -116,7 +117,10 @@ def main() -> None:
         length = min(2048, arguments.tokens)
         shared, active, experts = map(str, arguments.split)
         command = [sys.executable, "-m", "cmoe_hf.conversion.cli", "convert", source, output]
-        command += ["--shared", shared, "--active", active, "--experts", experts]
+        if arguments.budget:
+            command += ["--budget", arguments.budget]
+        else:
+            command += ["--shared", shared, "--active", active, "--experts", experts]
         command += ["--recipe", arguments.recipe, "--device", arguments.device]
         command += ["--calibration", CALIBRATION, "--sequence-length", str(length)]
         command += ["--samples", str(arguments.tokens // length), "--json"]

@@ -114,16 +114,21 @@ def best_split(
     errors, divided = {}, {}
     top_k = min(config.num_experts_per_tok, config.num_experts - 1)
     tokens = len(wanted_TH)
-    seen = torch.arange(min(tokens - held, PROFILED_TOKENS))  # enough to tell one from another
-    some = torch.cat([seen, torch.arange(tokens - held, tokens)])
+    seen = min(tokens - held, PROFILED_TOKENS)  # enough to tell one from another
+
+    def some(tensor: torch.Tensor) -> torch.Tensor:
+        """Of those tokens and the ones held out; no copy of all."""
+        apart = seen + held < tokens
+        return torch.cat([tensor[:seen], tensor[tokens - held :]]) if apart else tensor
+
     for pinned in (0, top_k):
         trial = replace(recipe, pinned=pinned, routed_by="router")
         if pinned == config.num_experts_per_tok:  # none of the others ever runs: any clusters do
             trial = replace(trial, max_iterations=1)
         parts, router = divided[pinned] = divide_for_router(ffn, profile, config, trial)
-        x_TH, weight_S = profile.x_TH[some], None if weight_T is None else weight_T[some]
+        x_TH, weight_S = some(profile.x_TH), None if weight_T is None else some(weight_T)
         run_TN = running_experts(router, replace(profile, x_TH=x_TH), parts, config, trial)
-        problem = (run_TN, x_TH, wanted_TH[some])
+        problem = (run_TN, x_TH, some(wanted_TH))
         tried = reconstruct(ffn, parts, *problem, held=held, weight_T=weight_S)
         errors[pinned] = tried.held_out_error
     return errors, divided[min(errors, key=errors.__getitem__)]
