@@ -382,9 +382,12 @@ def seconds(prepared: Prepared) -> float:
         order = running_neurons(config)
         sums = (matrices - 1 + 2 * order / width) * ffn + tokens * order**2 / 2
         solved = order**2 * (order / 6 + hidden)
-        solved += held_out(*prepared.windows_WL.shape) * order * hidden
-        trials = 2 * min(1, PROFILED_TOKENS / tokens) if recipe.adaptive_split else 0
-        work += (1 + trials) * sums + (1 + 2 * recipe.adaptive_split) * len(RIDGES) * solved
+        held = held_out(*prepared.windows_WL.shape)
+        solved += held * order * hidden
+        trials = 2 * recipe.adaptive_split  # one of them is all, if it sees all tokens
+        last = not trials or tokens - held > PROFILED_TOKENS or recipe.polish_epochs > 0
+        work += (trials * min(1, PROFILED_TOKENS / tokens) + last) * sums
+        work += (trials + last) * len(RIDGES) * solved
         if recipe.polish_epochs:
             work += sums + solved + 3 * recipe.polish_epochs * matrices * ffn * order / width
     elif recipe.refit:

@@ -83,11 +83,13 @@ def test_the_reference_tables_can_be_reproduced(
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("shape", "layers"), [("tiny", 3), ("smollm2-135m", 1)])
+@pytest.mark.parametrize(
+    ("shape", "layers", "more"), [("tiny", 3, ()), ("smollm2-135m", 1, ("--budget", 0.5))]
+)
 def test_a_random_checkpoint_of_a_shape_is_planned_and_converted(
-    run_example, tmp_path, capfd, shape, layers
+    run_example, tmp_path, capfd, shape, layers, more
 ):
-    options = ("--tokens", 256, "--layers", layers, "--folder", tmp_path)
+    options = ("--tokens", 256, "--layers", layers, "--folder", tmp_path, *more)
     run_example("convert_large.py", "--shape", shape, *options)
     figures = json.loads(capfd.readouterr().out)
     assert figures["layers"] == layers and figures["calibration_tokens"] == 256

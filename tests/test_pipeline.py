@@ -80,6 +80,27 @@ def test_pinned_experts_run_for_every_token(embedded, carve, token_ids, pinned):
     assert (stored != 0).tolist() == [True] * pinned + [False] * (7 - pinned)
 
 
+@pytest.mark.parametrize("enough", [True, False])
+@pytest.mark.parametrize("notation", [(2, 2, 8), (1, 1, 8)])
+def test_what_a_split_was_tried_with_is_what_that_split_alone_gives(
+    embedded, tmp_path, tensors, monkeypatch, notation, enough
+):
+    """Where the trial has seen all tokens its refit is kept; else the layer is refitted."""
+    if not enough:
+        monkeypatch.setattr(pipeline, "PROFILED_TOKENS", 128)
+    shape = dict(zip(("shared", "active", "experts"), notation, strict=True))
+    settings = {**shape, "calibration": CALIBRATION, "samples": 4, "sequence_length": 64}
+    adaptive = Recipe.of("refined", adaptive_split=True)
+    convert(embedded, tmp_path / "a", recipe=adaptive, **settings)
+    report = json.loads((tmp_path / "a" / "conversion.json").read_text())
+    chosen = report["layers"][0]["pinned_experts"]
+    fixed = {"pinned": chosen} | ({"max_iterations": 1} if chosen else {})
+    convert(embedded, tmp_path / "b", recipe=Recipe.of("refined", **fixed), **settings)
+    first, second = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    names = [name for name in first if name.startswith("model.layers.0.")]
+    assert names and all(torch.equal(first[name], second[name]) for name in names)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_no_neuron_is_lost_or_doubled(dense, carve, tensors, recipe):
     folder = carve(dense, (2, 2, 8), recipe=recipe, polish=False)  # which moves all weights

@@ -253,12 +253,11 @@ def chosen_experts(
     return index_TK
 
 
-Divided = tuple[Partition, dict[str, torch.Tensor]]
-"""A partition and the parameters of its router."""
-
-
-def divide_for_router(ffn: FFN, profile: Profile, config: CMoEConfig, recipe: Recipe) -> Divided:
-    """Partition and router, made for one another in turns, by the recipe's rounds."""
+def divide_for_router(
+    ffn: FFN, profile: Profile, config: CMoEConfig, recipe: Recipe
+) -> tuple[Partition, dict[str, torch.Tensor]]:
+    """Partition and parameters of the router, made for one another in turns, by the recipe's
+    rounds."""
     sample = replace(profile, x_TH=profile.x_TH[: len(profile.h_TF)])
     draft = replace(recipe, router_epochs=0)  # in the rounds it leads to better clusters, measured
     parts = divide(ffn, profile, config, recipe)

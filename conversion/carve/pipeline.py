@@ -10,7 +10,7 @@ FFN width, or F + 1 with an output bias, N routed experts.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,7 +34,6 @@ from .decoder import (
 from .layer import (
     FFN,
     CarvedLayer,
-    Divided,
     Profile,
     dense_layer,
     divide_for_router,
@@ -44,10 +43,20 @@ from .layer import (
     stored_tensors,
     take_ffn,
 )
+from .partition import Partition
 from .polish import Schedule
 from .recipe import Recipe
-from .reconstruct import reconstruct
+from .reconstruct import Reconstruction, reconstruct
 from .refit import active_blocks, down_projected, refit_down, ridge_for, token_weights
+
+
+class Tried(NamedTuple):
+    """The better one of two splits."""
+
+    parts: Partition
+    router: dict[str, torch.Tensor]
+    refit: Reconstruction | None
+    """If it is the one that the layer wants: of all tokens, under this router, not polished."""
 
 
 def carve_layer(
@@ -60,27 +69,29 @@ def carve_layer(
     *,
     held: int,
     weight_T: torch.Tensor | None = None,
-    divided: Divided | None = None,
+    tried: Tried | None = None,
 ) -> CarvedLayer:
     """Turn one dense FFN into shared expert, routed experts and router (paper, section 4).
 
     `wanted_TH` is the output that a refit aims at, None for a recipe without one; `held` of its
-    last tokens choose how, and `weight_T` is what a token's error is multiplied by. `divided` is
-    the partition with its router if they are known.
+    last tokens choose how, and `weight_T` is what a token's error is multiplied by. `tried` is
+    what `best_split` has found.
     """
     sparse, down_HG, blocks = ffn, ffn.down_with_bias, None
     found: dict[str, Any] = {}
     with clock("partition"):
-        parts, router = divided or divide_for_router(ffn, profile, config, recipe)
+        parts, router = (tried or divide_for_router(ffn, profile, config, recipe))[:2]
     with clock("router"):
         run_TN = running_experts(router, profile, parts, config, recipe)
     with clock("refit"):
         if wanted_TH is not None and recipe.held_out_ridge:
-            tokens = (run_TN, profile.x_TH, wanted_TH)
-            schedule = Schedule(epochs=recipe.polish_epochs) if recipe.polish_epochs else None
-            better = reconstruct(
-                ffn, parts, *tokens, held=held, weight_T=weight_T, schedule=schedule
-            )
+            better = tried and tried.refit
+            if better is None:
+                tokens = (run_TN, profile.x_TH, wanted_TH)
+                schedule = Schedule(epochs=recipe.polish_epochs) if recipe.polish_epochs else None
+                better = reconstruct(
+                    ffn, parts, *tokens, held=held, weight_T=weight_T, schedule=schedule
+                )
             sparse, down_HG, found = better.ffn, ffn.rounded(better.down_HG), better.figures
         elif len(profile.h_TF) == len(run_TN):
             blocks = active_blocks(profile.h_TF, parts, run_TN, biased=ffn.is_biased)
@@ -104,34 +115,36 @@ def best_split(
     *,
     held: int,
     weight_T: torch.Tensor | None = None,
-) -> tuple[dict[int, float], Divided]:
+) -> tuple[dict[int, float], Tried]:
     """Relative error on held-out tokens with none of the active experts pinned, and with all; and
-    the better partition with its router.
+    what was tried with the better one.
 
     Routing adapts to the token, a fixed choice suits the refit better: which of them wins differs
     from layer to layer. Where all are pinned the layer is pruned, not routed.
     """
-    errors, divided = {}, {}
+    errors, tried = {}, {}
     top_k = min(config.num_experts_per_tok, config.num_experts - 1)
     tokens = len(wanted_TH)
     seen = min(tokens - held, PROFILED_TOKENS)  # enough to tell one from another
+    has_all = seen + held == tokens
+    is_final = has_all and recipe.routed_by == "router" and not recipe.polish_epochs
 
     def some(tensor: torch.Tensor) -> torch.Tensor:
         """Of those tokens and the ones held out; no copy of all."""
-        apart = seen + held < tokens
-        return torch.cat([tensor[:seen], tensor[tokens - held :]]) if apart else tensor
+        return tensor if has_all else torch.cat([tensor[:seen], tensor[tokens - held :]])
 
     for pinned in (0, top_k):
         trial = replace(recipe, pinned=pinned, routed_by="router")
         if pinned == config.num_experts_per_tok:  # none of the others ever runs: any clusters do
             trial = replace(trial, max_iterations=1)
-        parts, router = divided[pinned] = divide_for_router(ffn, profile, config, trial)
+        parts, router = divide_for_router(ffn, profile, config, trial)
         x_TH, weight_S = some(profile.x_TH), None if weight_T is None else some(weight_T)
         run_TN = running_experts(router, replace(profile, x_TH=x_TH), parts, config, trial)
         problem = (run_TN, x_TH, some(wanted_TH))
-        tried = reconstruct(ffn, parts, *problem, held=held, weight_T=weight_S)
-        errors[pinned] = tried.held_out_error
-    return errors, divided[min(errors, key=errors.__getitem__)]
+        found = reconstruct(ffn, parts, *problem, held=held, weight_T=weight_S)
+        errors[pinned] = found.held_out_error
+        tried[pinned] = Tried(parts, router, found if is_final else None)
+    return errors, tried[min(errors, key=errors.__getitem__)]
 
 
 def carve_model(
@@ -188,19 +201,19 @@ def carve_model(
         if recipe.token_weights == "residual" and wanted_TH is not None:
             weight_T = token_weights(hidden_TH + wanted_TH)
         split: dict[int, float] = {}
-        divided = None
+        tried = None
         how: dict[str, Any] = {"held": held, "weight_T": weight_T}
         if recipe.adaptive_split and wanted_TH is not None:
             with clock("split"):
-                split, divided = best_split(ffn, profile, wanted_TH, config, recipe, **how)
-        carved = carve_layer(ffn, profile, wanted_TH, config, recipe, clock, divided=divided, **how)
+                split, tried = best_split(ffn, profile, wanted_TH, config, recipe, **how)
+        carved = carve_layer(ffn, profile, wanted_TH, config, recipe, clock, tried=tried, **how)
         hidden_TH += carved.y_TH
         with clock("dense_down_sample"):
             sample_TH = ffn.output(profile.h_TF[:BATCH_TOKENS])
         figures = layer_figures(carved, profile, sample_TH) | ({"split": split} if split else {})
         # Nothing of this layer may wait for the next one: weights are the largest thing in memory.
         attention.release()
-        del ffn, rest, wanted_TH, how, weight_T
+        del ffn, rest, wanted_TH, how, weight_T, tried
         with clock("read"):
             dense = source.read_layer(index)
         with clock("slicing"):
