@@ -398,7 +398,8 @@ def seconds(prepared: Prepared) -> float:
         work += (forward + matrices * ffn) if recipe.error_correction else ffn
     if recipe.router == "linear":
         routed = 1 - config.shared_expert_intermediate_size / width
-        rounds = 1 + (recipe.reassignments if recipe.clusters == "contributions" else 0)
+        chooses = config.num_experts_per_tok > 0 and source.architecture.router is None
+        rounds = 1 + recipe.reassignments * (chooses and recipe.clusters == "contributions")
         work += rounds * min(1, PROFILED_TOKENS / tokens) * (tokens * hidden**2 + routed * ffn)
     rows = min(tokens, 512)
     x_TH = torch.randn(rows, hidden, device=prepared.device)

@@ -137,8 +137,8 @@ def routed(tokens, width, experts, shared, hidden, seed=0, keep=0.5):
 def summed(h_TF, parts, run_TN, down_HG, wanted_TH, *, batch, biased=False, weight_T=None):
     """Normal equations of some tokens, added batch by batch."""
     equations = NormalEquations.empty(Running.of(parts, run_TN), len(down_HG), biased=biased)
-    for one in batches(h_TF, parts, run_TN, down_HG, wanted_TH, batch=batch, weight_T=weight_T):
-        equations.add(one)
+    tokens = (h_TF, parts, run_TN, down_HG, wanted_TH)
+    equations.add(batches(*tokens, batch=batch, weight_T=weight_T))
     return equations
 
 
@@ -205,18 +205,18 @@ def test_a_few_noisy_tokens_want_a_strong_ridge_and_many_clean_ones_a_weak_one()
     assert best(30, noise=5.0) > best(2000, noise=0.01)
 
 
-@pytest.mark.parametrize("shift", [0.1, 0.0])  # not positive definite without one
-def test_solving_leaves_the_matrix_as_it_was(shift):
+@pytest.mark.parametrize("sign", [1, -1])  # of a negative definite matrix there is no solution
+def test_solving_leaves_the_matrix_as_it_was(sign):
     x_TX = torch.randn(4, 8)
-    gram_XX = x_TX.T @ x_TX
+    gram_XX = sign * x_TX.T @ x_TX
     before_XX = gram_XX.clone()
-    if shift:
-        solved_XH = solve_shifted(gram_XX, torch.ones(8, 2), shift)
-        expected_XH = torch.linalg.solve(before_XX + shift * torch.eye(8), torch.ones(8, 2))
+    if sign > 0:
+        solved_XH = solve_shifted(gram_XX, torch.ones(8, 2), 0.1)
+        expected_XH = torch.linalg.solve(before_XX + 0.1 * torch.eye(8), torch.ones(8, 2))
         torch.testing.assert_close(solved_XH, expected_XH, atol=1e-3, rtol=1e-3)
     else:
         with pytest.raises(CMoEError, match="positive definite"):
-            solve_shifted(-gram_XX, torch.ones(8, 2), shift)
+            solve_shifted(gram_XX, torch.ones(8, 2), 1e-12)
     assert torch.equal(gram_XX, before_XX)
 
 

@@ -85,13 +85,11 @@ def carve_layer(
         run_TN = running_experts(router, profile, parts, config, recipe)
     with clock("refit"):
         if wanted_TH is not None and recipe.held_out_ridge:
-            better = tried and tried.refit
-            if better is None:
-                tokens = (run_TN, profile.x_TH, wanted_TH)
-                schedule = Schedule(epochs=recipe.polish_epochs) if recipe.polish_epochs else None
-                better = reconstruct(
-                    ffn, parts, *tokens, held=held, weight_T=weight_T, schedule=schedule
-                )
+            tokens = (run_TN, profile.x_TH, wanted_TH)
+            schedule = Schedule(epochs=recipe.polish_epochs) if recipe.polish_epochs else None
+            better = (tried and tried.refit) or reconstruct(
+                ffn, parts, *tokens, held=held, weight_T=weight_T, schedule=schedule
+            )
             sparse, down_HG, found = better.ffn, ffn.rounded(better.down_HG), better.figures
         elif len(profile.h_TF) == len(run_TN):
             blocks = active_blocks(profile.h_TF, parts, run_TN, biased=ffn.is_biased)

@@ -85,16 +85,14 @@ def reconstruct(
     tokens = (run_TN, x_TH, wanted_TH, weight_T)
     dense_HG = ffn.down_with_bias
     seen = NormalEquations.empty(running, len(dense_HG), biased=ffn.is_biased)
-    for batch in batches(ffn, dense_HG, running, *(tensor[:cut] for tensor in tokens)):
-        seen.add(batch)
+    seen.add(batches(ffn, dense_HG, running, *(tensor[:cut] for tensor in tokens)))
     unseen = list(batches(ffn, dense_HG, running, *(tensor[cut:] for tensor in tokens)))
     refit_errors = held_out_errors(seen, unseen)
     ridge = min(sorted(refit_errors, reverse=True), key=refit_errors.__getitem__)
     polish_errors: list[float] = []
     is_polishing = schedule is not None and held > 0
     start_HG = refitted(seen, dense_HG, ridge) if is_polishing else dense_HG
-    for batch in unseen:
-        seen.add(batch)
+    seen.add(unseen)
     del unseen
     if is_polishing:
         how: dict[str, Any] = {"held": held, "weight_T": weight_T, "schedule": schedule}
@@ -111,8 +109,7 @@ def reconstruct(
         is_polished=True,
     )
     last = NormalEquations.empty(running, len(dense_HG), biased=ffn.is_biased)
-    for batch in batches(ffn, polished.down_HG, running, *tokens):
-        last.add(batch)
+    last.add(batches(ffn, polished.down_HG, running, *tokens))
     down_HG = refitted(last, polished.down_HG, ridge)
     return Reconstruction(ffn, down_HG, ridge, refit_errors, polish_errors)
 

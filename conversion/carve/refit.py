@@ -193,8 +193,8 @@ class Batch(NamedTuple):
     """Z, with one more column, of ones, for an output bias."""
     missing_BH: torch.Tensor
     """D."""
-    wanted: float
-    """||Y||^2."""
+    wanted: torch.Tensor
+    """||Y||^2, a scalar."""
 
     @classmethod
     def of(
@@ -214,7 +214,7 @@ class Batch(NamedTuple):
             down_HR = torch.cat([down_HR, down_HG[:, -1:]], dim=1)
         if weight_B is not None:
             z_BR, wanted_BH = z_BR * weight_B[:, None], wanted_BH * weight_B[:, None]
-        return cls(z_BR, wanted_BH - z_BR @ down_HR.T, wanted_BH.square().sum().item())
+        return cls(z_BR, wanted_BH - z_BR @ down_HR.T, wanted_BH.square().sum())
 
 
 @dataclass
@@ -235,11 +235,12 @@ class NormalEquations:
         gram_RR = torch.zeros(order, order, device=device)
         return cls(running, gram_RR, torch.zeros(order, hidden, device=device))
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batches: Iterable[Batch]) -> None:
         """Add some tokens."""
-        for rows in strips(len(self.gram_RR)):
-            self.gram_RR[rows, : rows.stop] += batch.z_BR[:, rows].T @ batch.z_BR[:, : rows.stop]
-        self.cross_RH += batch.z_BR.T @ batch.missing_BH
+        for z_BR, missing_BH, _ in batches:
+            for rows in strips(len(self.gram_RR)):
+                self.gram_RR[rows, : rows.stop] += z_BR[:, rows].T @ z_BR[:, : rows.stop]
+            self.cross_RH += z_BR.T @ missing_BH
 
     def change(self, ridge: float) -> torch.Tensor:
         """C, the change of the refit with lambda = `ridge` mean squared activations, (R, H)."""
@@ -251,7 +252,7 @@ def held_out_errors(
     seen: NormalEquations, held: Sequence[Batch], ridges: Iterable[float] = RIDGES
 ) -> dict[float, float]:
     """Relative error on the tokens held out of the refit on the tokens seen, for each ridge."""
-    wanted = max(sum(batch.wanted for batch in held), 1e-30)
+    wanted = max(sum(batch.wanted.item() for batch in held), 1e-30)
 
     def error(change_RH: torch.Tensor) -> float:
         left = (torch.addmm(b.missing_BH, b.z_BR, change_RH, alpha=-1) for b in held)
