@@ -192,6 +192,8 @@ def complete(prepared: Prepared, work: WorkFolder) -> Conversion:
     if isinstance(config, CMoEHierarchicalConfig):
         kept = [layer["kept_parents"] for layer in work.figures]
         config.kept_parents = kept if any(kept) else None
+    always_on = [list(range(layer.get("pinned_experts", 0))) for layer in work.figures]
+    config.always_on_experts = always_on if any(always_on) else None
     work.join(shard_bytes(settings.max_shard_size))
     config.save_pretrained(work.folder)
     code = work.write_code(type(config))

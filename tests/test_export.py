@@ -148,7 +148,7 @@ def test_what_vllm_does_not_read_is_said(make_dense, dense, carve, token_ids, tm
     assert "vLLM 0.32 does not read the biases of queries" in caplog.text
     pinned = carve(dense, (2, 3, 8), recipe=Recipe.of(FIRST_EDITION, pinned=2))
     export(pinned, tmp_path / "ernie", to="ernie")
-    assert "the pinned experts (--budget) of a Ernie4_5_MoeForCausalLM" in caplog.text
+    assert "the always-on experts (--budget) of a Ernie4_5_MoeForCausalLM" in caplog.text
 
 
 def test_it_generates_the_same_text(embedded, carve, tmp_path):

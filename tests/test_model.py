@@ -6,7 +6,7 @@ import fnmatch
 import pytest
 import torch
 from torch.nn.functional import silu
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from cmoe_hf import CMoELlamaConfig, CMoELlamaForCausalLM
@@ -140,6 +140,35 @@ def slow_logits(model):
     return logits
 
 
+@pytest.mark.parametrize("backend", [None, "eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize(
+    ("family", "shape"), [("llama-2", (2, 2, 8)), ("pythia", (2, 2, 8)), ("qwen3-moe", (1, 1, 4))]
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_a_trace_of_one_token_serves_others(make_dense, carve, family, shape, backend):
+    class Logits(torch.nn.Module):
+        """What a trace can return."""
+
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    folder = carve(make_dense(family), shape)
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation=backend)
+    if family == "qwen3-moe":
+        for layer in model.model.layers:
+            layer.mlp.gate.kept_parents = [0]
+    logits = Logits(model.eval())
+    traced = torch.jit.trace(logits, torch.tensor([[5]]), check_trace=False)
+    for token in range(20, 40):
+        token_11 = torch.tensor([[token]])
+        torch.testing.assert_close(traced(token_11), logits(token_11), atol=1e-4, rtol=1e-4)
+
+
 def test_gradients_agree_between_backends():
     equal_gradients(random_model, BACKENDS)
 
@@ -269,6 +298,10 @@ def test_a_user_backend_can_be_registered():
         ({"num_experts": 5}, "must equal intermediate_size"),
         ({"num_experts_per_tok": 7}, "num_experts_per_tok"),
         ({"router_type": "magic"}, "router_type"),
+        ({"always_on_experts": [[0]]}, "1 lists for 2 layers"),
+        ({"always_on_experts": [[0], [6]]}, "names 6 in layer 1"),
+        ({"always_on_experts": [[], [1, 1]]}, "each once"),
+        ({"always_on_experts": [[0, 1, 2], []]}, "at most 2"),
         (
             {
                 "num_experts": 8,

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from cmoe_hf.modeling_cmoe import ExpertsLoop, run_expert
+from cmoe_hf.modeling_cmoe import ExpertsLoop
 
 from ..carve.linalg import solve_shifted
 from ..measure.routing import sparse_blocks
@@ -75,7 +75,7 @@ class Sums:
 def expert_energies(experts: ExpertsLoop, x_TH: torch.Tensor) -> torch.Tensor:
     """Squared length of what every expert would add for every token, (T, N) float32."""
     energies = [
-        run_expert(experts, expert, x_TH).float().square().sum(dim=1)
+        experts.run_expert(expert, x_TH).float().square().sum(dim=1)
         for expert in range(experts.num_experts)
     ]
     return torch.stack(energies, dim=1)

@@ -6,14 +6,16 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from cmoe_hf.modeling_cmoe import PIN_LIMIT, attention_types
+from cmoe_hf.modeling_cmoe import attention_types
 
+from ..carve.router import always_on_mask
+from ..measure.routing import layer_number, stored_always_on
 from ..source.architectures import Architecture
 from ..source.stored import read_headers, read_tensors
 
 NEEDS = {
     "shared": "shared expert",
-    "pins": "pinned experts (--budget)",
+    "pins": "always-on experts (--budget)",
     "balance": "trained balance_bias",
     "scale": "trained gate scale",
     "leading": "dense layers at the beginning",
@@ -38,7 +40,7 @@ def needs_of(config: PreTrainedConfig, row: Architecture, folder: Path) -> set[s
         needs.add("window")
     if getattr(config, "attention_bias", False):
         needs.add("biases")
-    return needs | dense_needs(config) | trained_needs(folder)
+    return needs | dense_needs(config) | trained_needs(config, folder)
 
 
 def dense_needs(config: PreTrainedConfig) -> set[str]:
@@ -53,18 +55,18 @@ def dense_needs(config: PreTrainedConfig) -> set[str]:
     return {place for place, there in places.items() if there}
 
 
-def trained_needs(folder: Path) -> set[str]:
+def trained_needs(config: PreTrainedConfig, folder: Path) -> set[str]:
     """What the gates have learned, and a bias of attention's output that is not zero."""
     kinds = {"mlp.gate.scale": "scale", "mlp.gate.balance_bias": "balance"}
     kinds["self_attn.o_proj.bias"] = "output bias"
-    needs = set()
+    always_on = stored_always_on(folder, config)
+    needs = {"pins"} if always_on else set()
     stored = read_headers(folder)
     asked = {name: it for name, it in stored.items() if name.endswith(tuple(kinds))}
     for name, tensor in read_tensors(asked):
         need = next(need for end, need in kinds.items() if name.endswith(end))
-        if need == "balance" and (tensor > PIN_LIMIT).any():
-            needs.add("pins")
-            tensor = tensor[tensor <= PIN_LIMIT]
+        if need == "balance" and always_on:
+            tensor = tensor[~always_on_mask(tensor, always_on[layer_number(name)])]
         if tensor.any():
             needs.add(need)
     return needs

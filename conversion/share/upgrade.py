@@ -32,6 +32,7 @@ from ..folder.fingerprint import (
 )
 from ..folder.selection import REMOTE_CODE
 from ..folder.unfinished import SETTINGS, BriefFolder, sha256_of
+from ..measure.routing import stored_always_on
 from ..source.checkpoint import find_model, from_hub, load_tokenizer
 from ..source.stored import read_json
 from .publish import publish
@@ -114,6 +115,7 @@ def upgrade_folder(folder: Path, trusted: bool) -> Upgrade:
     before = {path.name: sha256_of(path) for path in sorted(folder.glob("*.safetensors"))}
     with UpgradeFolder.create(folder, {}, overwrite=True) as work:
         share_files(folder, work.folder)
+        config.always_on_experts = stored_always_on(folder, config)
         config.save_pretrained(work.folder)
         code = work.write_code(type(config))
         write_record(folder, work, renewed=any(differ(folder, work.folder, REMOTE_CODE)))

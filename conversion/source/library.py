@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from cmoe_hf.modeling_cmoe import LAYER_KEYWORDS, attention_types, cache_name
+from cmoe_hf.modeling_cmoe import LAYER_KEYWORDS, attention_types, cache_keyword
 
 from ..errors import RequestError
 from .architectures import Architecture
@@ -111,7 +111,7 @@ class AttentionHalf(nn.Module):
         config = type(config).from_dict(config.to_dict(), attn_implementation="sdpa")
         with torch.device("meta"):
             self.layer = row.decoder_layer(config, 0)
-        cache_name(row.decoder_layer.forward, *LAYER_KEYWORDS)  # or a mask would be ignored
+        cache_keyword(row.decoder_layer.forward, *LAYER_KEYWORDS)  # or a mask would be ignored
         self.ffn_input = self.layer.mlp = self.Recorder()
         self.layer.eval()
         self.position_ids = torch.arange(length, device=device).unsqueeze(0)

@@ -34,7 +34,14 @@ from ..folder.fingerprint import write_fingerprint
 from ..folder.unfinished import SETTINGS, PartialFolder, as_json, sha256_of
 from ..folder.windows import keep_windows, kept_windows
 from ..measure.evaluate import perplexity
-from ..measure.routing import active_routers, count_loads, imbalance, is_biased, without_bias
+from ..measure.routing import (
+    active_routers,
+    always_on,
+    count_loads,
+    imbalance,
+    is_biased,
+    without_bias,
+)
 from ..source.calibration import consecutive_windows, random_windows, read_tokens
 from ..source.checkpoint import load_tokenizer
 from ..source.loading import load_model, model_folder, window_length
@@ -408,7 +415,7 @@ def quality_and_loads(model: PreTrainedModel, ready: Ready, description: str) ->
         figures: dict[str, Any] = {"perplexity": measured}
         if gates:
             uneven = [
-                imbalance(load_N, gate.balance_bias)
+                imbalance(load_N, always_on(gate))
                 for load_N, gate in zip(loads, gates, strict=True)
             ]
             figures["imbalance"] = sum(uneven) / len(uneven)
