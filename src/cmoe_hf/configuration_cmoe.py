@@ -268,6 +268,7 @@ class CMoEGPTNeoXConfig(CMoEConfig, GPTNeoXConfig):
     """A GPT-NeoX or Pythia whose FFNs are carved: they have biases and no gate."""
 
     model_type = "cmoe_gpt_neox"
+    attribute_map = CMoEConfig.attribute_map | {"rms_norm_eps": "layer_norm_eps"}
     has_gate = False
     base_model_tp_plan = tensor_parallel_plan(GPTNeoXConfig, PLAIN_FFN_PLAN)
     base_model_pp_plan = {  # the decoder's parts are named as in the other families

@@ -769,7 +769,6 @@ class CMoEDecoderLayer(nn.Module):
 
     attention_class: type[nn.Module]
     norm_class: type[nn.Module]
-    norm_eps = "rms_norm_eps"
     block_class: type[nn.Module] = CMoESparseMoeBlock
 
     def __init__(self, config: CMoEConfig, layer_idx: int) -> None:
@@ -892,8 +891,7 @@ class CMoEModel(CMoEPreTrainedModel):
         self.layers = nn.ModuleList(
             [self.layer_class(config, index) for index in range(config.num_hidden_layers)]
         )
-        eps = getattr(config, self.layer_class.norm_eps)
-        self.norm = self.layer_class.norm_class(config.hidden_size, eps=eps)
+        self.norm = self.layer_class.norm_class(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = self.rotary_class(config=config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -1014,7 +1012,7 @@ class CMoEForCausalLM(CMoEPreTrainedModel):
         return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            **{OUTPUT_CACHE: getattr(outputs, OUTPUT_CACHE)},
+            **{OUTPUT_CACHE: outputs.get(OUTPUT_CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
@@ -1106,7 +1104,6 @@ class CMoEGPTNeoXDecoderLayer(CMoEDecoderLayer, gpt_neox.GPTNeoXLayer):
 
     attention_class, norm_class = gpt_neox.GPTNeoXAttention, nn.LayerNorm
     block_class = CMoEPlainBlock
-    norm_eps = "layer_norm_eps"
 
 
 class CMoEGPTNeoXModel(CMoEModel):
