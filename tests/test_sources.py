@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_bad_input import change_weights, run
 from transformers import AutoModelForCausalLM
 
-from cmoe_hf.conversion import convert, plan
+from cmoe_hf.conversion import convert, evaluate, plan, verify
 from cmoe_hf.conversion.demo import CALIBRATION
 from cmoe_hf.conversion.source.checkpoint import open_source
 
@@ -326,6 +326,7 @@ def test_packed_experts_of_another_size(own_dense, no_leftovers, change, phrase)
         ("vocab_size", "many"),
         ("vocab_size", 0),
         ("max_position_embeddings", 0),
+        ("return_dict", False),
     ],
 )
 def test_a_configuration_that_the_library_cannot_build(
@@ -362,6 +363,28 @@ def test_a_configuration_that_its_family_cannot_have(
     folder = own_dense(family)
     edit_config(folder, **{field: value})
     refused(run(folder, no_leftovers, "--dry-run"), 2, "config.json of", "not usable", field)
+
+
+@pytest.mark.parametrize("family", ["llama-2", "qwen3-moe"])
+def test_a_model_that_returns_more_than_logits(
+    own_dense, carve, edit_config, short_text, token_ids, family
+):
+    more = {"output_attentions": True, "output_hidden_states": True, "output_router_logits": True}
+    folder = own_dense(family)
+    expected = carve(folder)
+    edit_config(folder, **more)
+    got = carve(folder)
+    written = json.loads((got / "config.json").read_text())
+    assert {key: written[key] for key in more} == more
+    stored = [path.read_bytes() for path in sorted(got.glob("*.safetensors"))]
+    assert stored == [path.read_bytes() for path in sorted(expected.glob("*.safetensors"))]
+    assert verify(got).differences == []
+    measured = {"text": short_text, "sequence_length": 64}
+    assert evaluate(got, **measured).perplexity == evaluate(expected, **measured).perplexity
+    model = AutoModelForCausalLM.from_pretrained(got, attn_implementation="eager")
+    outputs = model(token_ids)
+    assert len(outputs.attentions) == 2 and len(outputs.hidden_states) == 3
+    assert model.generate(token_ids, max_new_tokens=3).shape == (2, 35)
 
 
 def test_a_window_that_is_switched_off_may_be_anything(own_dense, tmp_path, edit_config):

@@ -24,6 +24,9 @@ from .stored import read_json
 
 SIZES = re.compile(r"num_\w+|\w+_size|head_dim|max_position_embeddings|sliding_window")
 """Fields that are above zero, if they are integers at all."""
+PLAIN_OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+"""How models are run here, whatever their configuration makes them return; a carved model keeps
+what its source says."""
 
 
 def dense_config(row: Architecture, folder: Path, name: str) -> PreTrainedConfig:
@@ -37,6 +40,11 @@ def dense_config(row: Architecture, folder: Path, name: str) -> PreTrainedConfig
     except Exception as error:  # the library raises whatever its validators raise
         raise RequestError(f"config.json of {name} is not usable: {error}") from error
     check_sizes({key: getattr(config, key) for key in fields & {"sliding_window"}}, name)
+    if not config.return_dict:
+        raise RequestError(
+            f"config.json of {name} is not usable: return_dict is false, and the library's models "
+            "fail on the tuples that their decoders then return. Remove the field."
+        )
     if row.router is not None and config.num_experts_per_tok > config.num_experts:
         raise RequestError(
             f"config.json of {name} is not usable: num_experts_per_tok is "
@@ -108,7 +116,9 @@ class AttentionHalf(nn.Module):
 
     def __init__(self, row: Architecture, config: Any, length: int, device: torch.device) -> None:
         super().__init__()
-        config = type(config).from_dict(config.to_dict(), attn_implementation="sdpa")
+        config = type(config).from_dict(
+            config.to_dict() | PLAIN_OUTPUTS, attn_implementation="sdpa"
+        )
         with torch.device("meta"):
             self.layer = row.decoder_layer(config, 0)
         cache_keyword(row.decoder_layer.forward, *LAYER_KEYWORDS)  # or a mask would be ignored

@@ -13,6 +13,7 @@ from transformers import (
 
 from ..errors import CMoEError
 from .checkpoint import fetch_model, find_model, load_tokenizer
+from .library import PLAIN_OUTPUTS
 
 WINDOW = 2048
 """Tokens of a window where nobody says otherwise and the model's context is no shorter."""
@@ -37,7 +38,7 @@ def load_model(
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+            folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code, **PLAIN_OUTPUTS
         )
     except Exception as error:  # the library raises whatever its readers raise
         reason = str(error).strip().splitlines()[0]

@@ -400,6 +400,7 @@ def tuned(
         figures["biases"] = [gate.balance_bias.tolist() for gate in active_routers(loaded)]
         if accelerate.PartialState().is_main_process:
             limit = shard_bytes(request.max_shard_size)
+            loaded.config = AutoConfig.from_pretrained(ready.folder)  # without `PLAIN_OUTPUTS`
             loaded.save_pretrained(work.folder, max_shard_size=limit)
     return {**figures, "seconds": time.perf_counter() - start}
 
