@@ -124,7 +124,7 @@ def warn_of_untested_library() -> None:
 
 def is_traced() -> bool:
     """Return whether a compiler or `torch.jit.trace` records the run: then no data may decide."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 class Routing(NamedTuple):
