@@ -341,16 +341,3 @@ class CMoEOlmoeConfig(CMoEHierarchicalConfig, OlmoeConfig):
 
     model_type = "cmoe_olmoe"
     base_model_tp_plan = tensor_parallel_plan(OlmoeConfig, HIERARCHICAL_FFN_PLAN)
-
-
-__all__ = [
-    "CMoEConfig",
-    "CMoEGPTNeoXConfig",
-    "CMoEHierarchicalConfig",
-    "CMoELlamaConfig",
-    "CMoEMistralConfig",
-    "CMoEOlmoeConfig",
-    "CMoEQwen2Config",
-    "CMoEQwen3Config",
-    "CMoEQwen3MoeConfig",
-]

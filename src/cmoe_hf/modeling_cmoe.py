@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -130,26 +130,26 @@ def is_traced() -> bool:
 class Routing(NamedTuple):
     """The decision of a router."""
 
-    score_TN: torch.Tensor
+    score_TN: Tensor
     """Score of every routed expert, float32."""
-    weight_TK: torch.Tensor
+    weight_TK: Tensor
     """Gate weights of the experts that run."""
-    index_TK: torch.Tensor
+    index_TK: Tensor
     """Numbers of the experts that run, int64."""
 
 
 class HierarchicalRouting(NamedTuple):
     """The decision of a carved MoE's router, over the experts of a token's parents."""
 
-    score_TN: torch.Tensor
-    weight_TK: torch.Tensor
-    index_TK: torch.Tensor
-    idle_weight_TI: torch.Tensor
+    score_TN: Tensor
+    weight_TK: Tensor
+    index_TK: Tensor
+    idle_weight_TI: Tensor
     """Gate weights of the experts that do not run."""
-    idle_index_TI: torch.Tensor
+    idle_index_TI: Tensor
     """Numbers of the experts that do not run, int64."""
-    parent_weight_TP: torch.Tensor
-    parent_TP: torch.Tensor
+    parent_weight_TP: Tensor
+    parent_TP: Tensor
 
 
 class CMoERouter(nn.Module):
@@ -164,7 +164,7 @@ class CMoERouter(nn.Module):
     a lone `weight` for a plain softmax router and silently replace it.
     """
 
-    balance_bias: torch.Tensor
+    balance_bias: Tensor
 
     def __init__(self, config: CMoEConfig, layer_idx: int = 0) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class CMoERouter(nn.Module):
             "balance_bias", torch.zeros(config.num_experts, dtype=torch.float32), persistent=True
         )
 
-    def score(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def score(self, x_TH: Tensor) -> Tensor:
         """Score s of every expert, in float32: rounding to 16 bits would reorder close experts."""
         with maybe_autocast(device_type=x_TH.device.type, enabled=False):
             x_TH = x_TH.float()
@@ -208,21 +208,19 @@ class CMoERouter(nn.Module):
         """Number of experts that compete, and of those that run."""
         return len(self.scale), self.top_k
 
-    def selection_score(
-        self, probability: torch.Tensor, index: torch.Tensor | None, x_TH: torch.Tensor
-    ) -> torch.Tensor:
+    def selection_score(self, probability: Tensor, index: Tensor | None, x_TH: Tensor) -> Tensor:
         """Value p + b that decides between the experts `index`, or between all."""
         return probability + (self.balance_bias if index is None else self.balance_bias[index])
 
-    def pick(self, value_TN: torch.Tensor, x_TH: torch.Tensor) -> torch.Tensor:
+    def pick(self, value_TN: Tensor, x_TH: Tensor) -> Tensor:
         """Experts of the highest value, (T, K), of those that the tokens x may have."""
         return torch.topk(value_TN, self.top_k, dim=-1).indices
 
-    def weigh(self, probability_TN: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
+    def weigh(self, probability_TN: Tensor, index_TK: Tensor) -> Tensor:
         """Gate weights 1 + p * u of the chosen experts, (T, K) float32."""
         return (1 + probability_TN * self.scale).gather(1, index_TK)
 
-    def forward(self, x_TH: torch.Tensor) -> Routing | HierarchicalRouting:
+    def forward(self, x_TH: Tensor) -> Routing | HierarchicalRouting:
         """Route every token."""
         score_TN = self.score(x_TH)
         probability_TN = torch.softmax(score_TN, dim=-1, dtype=torch.float32)
@@ -242,14 +240,14 @@ class CMoEHierarchicalRouter(CMoERouter):
     of such. All state is of one module without a lone `weight`, for the reason above.
     """
 
-    def __init__(self, config: CMoEHierarchicalConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: CMoEHierarchicalConfig, layer_idx: int = 0) -> None:
+        super().__init__(config, layer_idx)
         self.parents_per_token = config.num_parents_per_tok
         self.norm_parent_prob = config.norm_parent_prob
         self.flat = config.flat_routing
         self.per_parent = config.num_experts // config.num_parents
         self.groups = 1 if self.flat else self.parents_per_token
-        self.kept_parents: list[int] = []
+        self.kept_parents = config.kept_parents[layer_idx] if config.kept_parents else []
         """Parents of which everything runs: their experts leave the places to others."""
         self.parent_weight = nn.Parameter(torch.empty(config.num_parents, config.hidden_size))
         if self.flat:
@@ -260,7 +258,7 @@ class CMoEHierarchicalRouter(CMoERouter):
         """Number of experts that compete, and of those that run."""
         return self.parents_per_token * self.per_parent // self.groups, self.top_k // self.groups
 
-    def parents(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def parents(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and indices of the parents, (T, P) each, computed as in the source."""
         logits = F.linear(x_TH, self.parent_weight)
         probability = torch.softmax(logits, dtype=torch.float32, dim=-1)
@@ -269,18 +267,18 @@ class CMoEHierarchicalRouter(CMoERouter):
             weight_TP = weight_TP / weight_TP.sum(dim=-1, keepdim=True)
         return weight_TP.to(logits.dtype), parent_TP
 
-    def candidates(self, parent_TP: torch.Tensor) -> torch.Tensor:
+    def candidates(self, parent_TP: Tensor) -> Tensor:
         """The experts that compete, (T, G, C)."""
         child_N = torch.arange(self.per_parent, device=parent_TP.device)
         index_TPN = parent_TP[:, :, None] * self.per_parent + child_N
         return index_TPN.flatten(1).unflatten(1, (self.groups, -1))
 
-    def is_kept(self, index: torch.Tensor) -> torch.Tensor:
+    def is_kept(self, index: Tensor) -> Tensor:
         """Whether experts are of a parent that is kept whole."""
         kept = torch.tensor(self.kept_parents, dtype=torch.int64, device=index.device)
         return torch.isin(index // self.per_parent, kept)
 
-    def pick(self, value_TN: torch.Tensor, x_TH: torch.Tensor) -> torch.Tensor:
+    def pick(self, value_TN: Tensor, x_TH: Tensor) -> Tensor:
         index_TGC = self.candidates(self.parents(x_TH)[1])
         value_TGC = value_TN.gather(1, index_TGC.flatten(1)).view_as(index_TGC)
         if self.kept_parents and self.flat:
@@ -288,7 +286,7 @@ class CMoEHierarchicalRouter(CMoERouter):
         best_TGK = value_TGC.topk(self.choice[1], dim=-1).indices
         return index_TGC.gather(2, best_TGK).flatten(1)
 
-    def forward(self, x_TH: torch.Tensor) -> HierarchicalRouting:
+    def forward(self, x_TH: Tensor) -> HierarchicalRouting:
         """Route every token, within its parents."""
         weight_TP, parent_TP = self.parents(x_TH)
         index_TGC = self.candidates(parent_TP)
@@ -331,7 +329,7 @@ GEMV_LARGE = 2**16
 """Elements of a float32 weight that one row reads faster by `gemv`."""
 
 
-def small_batch_linear(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
+def small_batch_linear(x_TH: Tensor, weight_QH: Tensor) -> Tensor:
     """Return `torch.nn.functional.linear(x, W)`, faster for a few float32 rows on a CPU.
 
     The library reads a large weight there much slower than memory allows, and with two to eight
@@ -355,7 +353,7 @@ def small_batch_linear(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> torch.Ten
     return (weight_QH @ padded_TH.T).T[:rows]
 
 
-def gemv(x_1H: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
+def gemv(x_1H: Tensor, weight_QH: Tensor) -> Tensor:
     """Return `torch.nn.functional.linear(x, W)` of one row, computed on all cores.
 
     The library multiplies one float32 row on one core, and the matrices of a batch on all.
@@ -389,11 +387,11 @@ class ExpertsLoop(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
         linear: Any = F.linear,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Tokens (T, H), chosen experts (T, K) and their weights (T, K) to (T, H)."""
         out_TH = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
@@ -405,15 +403,15 @@ class ExpertsLoop(nn.Module):
             out_TH.index_add_(0, token, y_UH.to(out_TH.dtype).contiguous())
         return out_TH
 
-    def run_expert(self, expert: int, x_UH: torch.Tensor, linear: Any = F.linear) -> torch.Tensor:
+    def run_expert(self, expert: int, x_UH: Tensor, linear: Any = F.linear) -> Tensor:
         """Output of one expert, (U, H)."""
         return linear(self.hidden(expert, x_UH, linear), self.down_proj[expert])
 
-    def hidden(self, expert: int, x_UH: torch.Tensor, linear: Any = F.linear) -> torch.Tensor:
+    def hidden(self, expert: int, x_UH: Tensor, linear: Any = F.linear) -> Tensor:
         """Hidden activations of one expert, (U, M)."""
         raise NotImplementedError
 
-    def hidden_of_all(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def hidden_of_all(self, x_TH: Tensor) -> Tensor:
         """Hidden activations of every expert, (T, N, M)."""
         raise NotImplementedError
 
@@ -436,11 +434,11 @@ class CMoEExperts(ExpertsLoop):
             torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim)
         )
 
-    def hidden(self, expert: int, x_UH: torch.Tensor, linear: Any = F.linear) -> torch.Tensor:
+    def hidden(self, expert: int, x_UH: Tensor, linear: Any = F.linear) -> Tensor:
         gate_UM, up_UM = linear(x_UH, self.gate_up_proj[expert]).chunk(2, dim=-1)
         return self.act_fn(gate_UM) * up_UM
 
-    def hidden_of_all(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def hidden_of_all(self, x_TH: Tensor) -> Tensor:
         product_TQ = small_batch_linear(x_TH, self.gate_up_proj.flatten(0, 1))
         gate_TNM, up_TNM = product_TQ.unflatten(1, (self.num_experts, 2, -1)).unbind(dim=2)
         return self.act_fn(gate_TNM) * up_TNM
@@ -463,10 +461,10 @@ class CMoEPlainExperts(ExpertsLoop):
         nothing = torch.zeros(self.num_experts, self.hidden_dim)
         self.register_buffer("down_proj_bias", nothing, persistent=False)
 
-    def hidden(self, expert: int, x_UH: torch.Tensor, linear: Any = F.linear) -> torch.Tensor:
+    def hidden(self, expert: int, x_UH: Tensor, linear: Any = F.linear) -> Tensor:
         return self.act_fn(linear(x_UH, self.up_proj[expert]) + self.up_proj_bias[expert])
 
-    def hidden_of_all(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def hidden_of_all(self, x_TH: Tensor) -> Tensor:
         product_TR = (
             small_batch_linear(x_TH, self.up_proj.flatten(0, 1)) + self.up_proj_bias.flatten()
         )
@@ -475,10 +473,10 @@ class CMoEPlainExperts(ExpertsLoop):
 
 def cmoe_experts_forward(
     self: ExpertsLoop,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
     """Run the default backend, `"cmoe"`: the fastest of its own ways and the library's."""
     backend = fastest_backend(self, *top_k_index.shape)
     run = OWN_BACKENDS.get(backend) or ALL_EXPERTS_FUNCTIONS[backend]
@@ -502,27 +500,18 @@ def fastest_backend(experts: ExpertsLoop, tokens: int, top_k: int) -> str:
         return grouped
     if traced:  # by a compiler to one loop that gathers and multiplies
         return "batched_mm" if pairs * expert_size <= 500_000 else grouped
-    if is_all_experts_faster(experts, tokens, top_k):
-        return "all_experts"
     if weight_NHM.requires_grad and torch.is_grad_enabled():
         return grouped  # a view of one expert has a gradient of the size of all
+    if is_all_experts_faster(experts, tokens, top_k):
+        return "all_experts"
     if tokens == 1 or (expert_size >= LARGE and weight_NHM.dtype == torch.float32):
         return "direct"
-    if pairs >= 16 * experts.num_experts and can_be_sorted(experts):
+    in_place = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    if pairs >= 16 * experts.num_experts and type(experts) is CMoEExperts and in_place:
         return "sorted"
     if pairs >= 64 * experts.num_experts and pairs * experts.hidden_dim >= 300_000:
         return "eager"  # the others copy every token top_k times, here beyond the caches
     return grouped
-
-
-def can_be_sorted(experts: ExpertsLoop) -> bool:
-    """Return whether products may be written in place, where no gradient follows or autocast."""
-    return (
-        type(experts) is CMoEExperts
-        and experts.down_proj.dtype in (torch.float32, torch.bfloat16)
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-    )
 
 
 def is_all_experts_faster(experts: ExpertsLoop, tokens: int, top_k: int) -> bool:
@@ -534,8 +523,6 @@ def is_all_experts_faster(experts: ExpertsLoop, tokens: int, top_k: int) -> bool
     """
     if experts.down_proj.dtype != torch.float32:
         return False  # many CPUs convert each number of 16 bits that they multiply
-    if torch.is_grad_enabled() and experts.down_proj.requires_grad:
-        return False  # idle experts would have gradients, all of them zero
     count, width = experts.num_experts, experts.intermediate_dim
     hit = count * (1 - (1 - top_k / count) ** tokens)
     idle = (count - hit) * experts.hidden_dim * width
@@ -547,9 +534,7 @@ def is_all_experts_faster(experts: ExpertsLoop, tokens: int, top_k: int) -> bool
     return few and idle <= 100_000 * hit
 
 
-def fastest_backend_on_a_gpu(
-    weight_NHM: torch.Tensor, experts: int, tokens: int, top_k: int
-) -> str:
+def fastest_backend_on_a_gpu(weight_NHM: Tensor, experts: int, tokens: int, top_k: int) -> str:
     """Name the fastest way on a GPU, from what one H200 has shown in bfloat16.
 
     `grouped_mm` sorts, 0.4 ms whatever the size; that long, idle experts can multiply as well, and
@@ -567,71 +552,56 @@ def fastest_backend_on_a_gpu(
     return grouped_backend(weight_NHM)
 
 
-def grouped_backend(weight_NHM: torch.Tensor) -> str:
+def grouped_backend(weight_NHM: Tensor) -> str:
     """Name what multiplies groups of tokens: a grouped kernel wants rows of 16 bytes."""
     if all(size * weight_NHM.element_size() % 16 == 0 for size in weight_NHM.shape[1:]):
         return "grouped_mm"
     return "batched_mm" if is_traced() else "eager"  # a loop depends on data
 
 
-def direct_experts_forward(
-    self: ExpertsLoop,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
+def direct_experts(self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """Loop over the chosen experts with products for few rows, on views of the packed weights."""
-    if len(hidden_states) > 1:
-        arguments = (hidden_states, top_k_index, top_k_weights, small_batch_linear)
+    if len(x_TH) > 1:
+        arguments = (x_TH, index_TK, weight_TK, small_batch_linear)
         return ExpertsLoop.forward(self, *arguments)
     y_KH = [
-        self.run_expert(expert, hidden_states, small_batch_linear)
+        self.run_expert(expert, x_TH, small_batch_linear)
         if expert < self.num_experts  # else it is on another rank
-        else torch.zeros_like(hidden_states)
-        for expert in top_k_index[0].tolist()
+        else torch.zeros_like(x_TH)
+        for expert in index_TK[0].tolist()
     ]
-    return top_k_weights @ torch.cat(y_KH)
+    return weight_TK @ torch.cat(y_KH)
 
 
-def sorted_experts_forward(
-    self: Any,  # CMoEExperts
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
+def sorted_experts(self: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """Sort the tokens by their experts, once, and write each expert's products where they belong.
 
     Shape suffixes besides: P pairs of token and expert, Q rows of a weight.
     """
-    expert_P = top_k_index.flatten()
+    expert_P = index_TK.flatten()
     rows = torch.bincount(expert_P, minlength=self.num_experts)[: self.num_experts].tolist()
     order_P = expert_P.argsort(stable=True)[: sum(rows)]  # without experts on other ranks
-    token_P = order_P // top_k_index.shape[1]
+    token_P = order_P // index_TK.shape[1]
 
-    def product(x_PH: torch.Tensor, weight_NQH: torch.Tensor) -> torch.Tensor:
+    def product(x_PH: Tensor, weight_NQH: Tensor) -> Tensor:
         out_PQ = x_PH.new_empty(len(x_PH), weight_NQH.shape[1])
         parts = zip(x_PH.split(rows), weight_NQH.mT, out_PQ.split(rows), strict=True)
         for x_UH, weight_HQ, out_UQ in parts:
             torch.mm(x_UH, weight_HQ, out=out_UQ)
         return out_PQ
 
-    gate_PM, up_PM = product(hidden_states[token_P], self.gate_up_proj).chunk(2, dim=-1)
-    z_PM = self.act_fn(gate_PM) * up_PM * top_k_weights.flatten()[order_P, None]
-    return torch.zeros_like(hidden_states).index_add_(0, token_P, product(z_PM, self.down_proj))
+    gate_PM, up_PM = product(x_TH[token_P], self.gate_up_proj).chunk(2, dim=-1)
+    z_PM = self.act_fn(gate_PM) * up_PM * weight_TK.flatten()[order_P, None]
+    return torch.zeros_like(x_TH).index_add_(0, token_P, product(z_PM, self.down_proj))
 
 
-def all_experts_forward(
-    self: ExpertsLoop,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
+def all_experts(self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """Run every expert for every token, with weight 0 where it was not chosen."""
-    tokens = len(hidden_states)
+    tokens = len(x_TH)
     # One column more, which is dropped: of experts that are not on this rank.
-    nothing = top_k_weights.new_zeros(tokens, self.num_experts + 1)
-    weight_TN = nothing.scatter(1, top_k_index, top_k_weights)[:, :-1]
-    z_TNM = self.hidden_of_all(hidden_states) * weight_TN.unsqueeze(2)
+    nothing = weight_TK.new_zeros(tokens, self.num_experts + 1)
+    weight_TN = nothing.scatter(1, index_TK, weight_TK)[:, :-1]
+    z_TNM = self.hidden_of_all(x_TH) * weight_TN.unsqueeze(2)
     if tokens <= 32 or self.down_proj.is_cuda:
         return torch.bmm(z_TNM.transpose(0, 1), self.down_proj.mT).sum(dim=0)
     return F.linear(z_TNM.flatten(1), self.down_proj.transpose(0, 1).flatten(1))  # copies weights
@@ -639,9 +609,9 @@ def all_experts_forward(
 
 OWN_BACKENDS: dict[str, Any] = {
     "eager": ExpertsLoop.forward,
-    "direct": direct_experts_forward,
-    "sorted": sorted_experts_forward,
-    "all_experts": all_experts_forward,
+    "direct": direct_experts,
+    "sorted": sorted_experts,
+    "all_experts": all_experts,
 }
 """Ways of the default backend that the library has not."""
 ALL_EXPERTS_FUNCTIONS.register("cmoe", cmoe_experts_forward)
@@ -658,11 +628,11 @@ class CMoESharedExpert(nn.Module):
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+    def hidden(self, x: Tensor) -> Tensor:
         """Hidden activations."""
         return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -676,11 +646,11 @@ class CMoEPlainSharedExpert(nn.Module):
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+    def hidden(self, x: Tensor) -> Tensor:
         """Hidden activations."""
         return self.act_fn(self.up_proj(x))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.hidden(x))
 
 
@@ -699,7 +669,7 @@ class CMoESparseMoeBlock(nn.Module):
         self.shared_expert: Any = self.shared_class(config) if has_shared else None
         self.down_bias: nn.Parameter | None = None
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, S, H) to (B, S, H)."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         # vLLM's kernel overwrites its input: everything else that needs it comes first.
@@ -730,13 +700,11 @@ class CMoEHierarchicalBlock(nn.Module):
     def __init__(self, config: CMoEHierarchicalConfig, layer_idx: int) -> None:
         super().__init__()
         shared = config.shared_expert_intermediate_size
-        self.gate = CMoEHierarchicalRouter(config)
-        if config.kept_parents:
-            self.gate.kept_parents = config.kept_parents[layer_idx]
+        self.gate = CMoEHierarchicalRouter(config, layer_idx)
         self.experts = CMoEExperts(config)
         self.shared_experts = CMoEExperts(config, config.num_parents, shared) if shared else None
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, S, H) to (B, S, H)."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing: HierarchicalRouting = self.gate(x_TH)
@@ -749,9 +717,7 @@ class CMoEHierarchicalBlock(nn.Module):
             out_TH = out_TH + self.run_kept(x_TH, routing.idle_weight_TI, routing.idle_index_TI)
         return out_TH.reshape(hidden_states.shape)
 
-    def run_kept(
-        self, x_TH: torch.Tensor, weight_TK: torch.Tensor, index_TK: torch.Tensor
-    ) -> torch.Tensor:
+    def run_kept(self, x_TH: Tensor, weight_TK: Tensor, index_TK: Tensor) -> Tensor:
         """Output of the idle experts of the kept parents, (T, H)."""
         runs_TK = self.gate.is_kept(index_TK)
         if is_traced():  # to shapes that no data decides
@@ -901,11 +867,11 @@ class CMoEModel(CMoEPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
@@ -978,15 +944,15 @@ class CMoEForCausalLM(CMoEPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
@@ -1160,21 +1126,3 @@ class CMoEOlmoeForCausalLM(CMoEForCausalLM, GenerationMixin):
 
     config: CMoEOlmoeConfig
     model_class = CMoEOlmoeModel
-
-
-__all__ = [
-    "CMoEGPTNeoXForCausalLM",
-    "CMoEGPTNeoXModel",
-    "CMoELlamaForCausalLM",
-    "CMoELlamaModel",
-    "CMoEMistralForCausalLM",
-    "CMoEMistralModel",
-    "CMoEOlmoeForCausalLM",
-    "CMoEOlmoeModel",
-    "CMoEQwen2ForCausalLM",
-    "CMoEQwen2Model",
-    "CMoEQwen3ForCausalLM",
-    "CMoEQwen3Model",
-    "CMoEQwen3MoeForCausalLM",
-    "CMoEQwen3MoeModel",
-]
