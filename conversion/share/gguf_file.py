@@ -4,8 +4,9 @@
 Written tensor by tensor, from our own weights: no converter's special cases stand in between.
 """
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from cmoe_hf import CMoEConfig
 from cmoe_hf.modeling_cmoe import attention_types
@@ -26,7 +28,8 @@ from ..source.stored import read_headers
 from ..source.texts import text_file
 from .export import check_config, fitted_routers, with_router
 from .gguf_layouts import BLOCK, LAYOUTS, Layout, common_fields, empty_layer, rope_factors
-from .gguf_vocabulary import Vocabulary, vocabulary
+from .gguf_reading import check_reading
+from .gguf_vocabulary import vocabulary
 from .needs import needs_of
 from .pieces import Files, Made, by_layer
 
@@ -70,6 +73,7 @@ def export_gguf(
     samples: int = 8,
     sequence_length: int | None = None,
     overwrite: bool = False,
+    force: bool = False,
 ) -> GGUFFile:
     """Write a model as a GGUF file, which llama.cpp and what is built on it run.
 
@@ -81,6 +85,8 @@ def export_gguf(
         to: Architecture of llama.cpp, default the first one that computes the same.
         refit_router, samples, sequence_length: See `export`.
         overwrite: Replace a GGUF file at `output`.
+        force: Write the file even if llama.cpp would read texts, chats or ends of generations
+            otherwise than transformers; what differs is a warning then.
 
     Raises:
         RequestError: The extra is not installed, or llama.cpp would compute something else; the
@@ -105,7 +111,9 @@ def export_gguf(
     check_apart(path, {"the model": folder, "the calibration text": text_file(refit_router)})
     layout, reason = choose_layout(config, name, needs_of(config, row, folder), to)
     tokenizer = load_tokenizer(folder)
-    words = vocabulary(tokenizer, config.vocab_size)
+    ends = end_tokens(folder, config)
+    words = vocabulary(tokenizer, config.vocab_size, ends)
+    check_reading(tokenizer, words, ends, force=force)
     routers = None
     if refit_router is not None:
         routers = fitted_routers(folder, config, tokenizer, refit_router, samples, sequence_length)
@@ -175,6 +183,16 @@ def choose_layout(
     return fitting[0], "; ".join(["it computes the same", *reasons])
 
 
+def end_tokens(folder: Path, config: PreTrainedConfig) -> list[int]:
+    """Return the tokens at which transformers ends a generation."""
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        found = GenerationConfig.from_pretrained(folder).eos_token_id
+    else:
+        found = getattr(config, "eos_token_id", None)
+    ends = found if isinstance(found, list) else [found]
+    return [it for it in ends if it is not None and 0 <= it < config.vocab_size]
+
+
 def made_tensors(
     folder: Path,
     config: PreTrainedConfig,
@@ -215,20 +233,20 @@ def write_file(
     name: str,
     config: Any,
     layout: Layout,
-    words: Vocabulary,
+    words: dict[str, Any],
     made: dict[str, Made],
     type: str,
 ) -> None:
     """Write the file, one tensor in memory at a time."""
     gguf = library()
     writer = gguf.GGUFWriter(path, layout.name)
-    writer.add_name(name)
+    # llama.cpp strips spaces behind special tokens of models whose name has Phi-3 in it.
+    writer.add_name(re.sub("(?i)(phi)-?3", r"\1 3", name))
     writer.add_file_type(FILE_TYPES[type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     fields = common_fields(config) | layout.fields(config)
     add_fields(writer, {f"{layout.name}.{key}": value for key, value in fields.items()})
-    for part in asdict(words).values():
-        add_fields(writer, part)
+    add_fields(writer, words)
     for tensor, it in made.items():
         kind = gguf.GGMLQuantizationType[kind_of(it, type).upper()]
         shape, size = stored_size(it.shape, kind)
