@@ -264,11 +264,6 @@ def damage(folder, what):
         tensors = load_file(path)
         del tensors["model.layers.0.mlp.gate.linear_weight"]
         save_file(tensors, path)
-    elif what == "other shape":
-        path = folder / "model-00002-of-00002.safetensors"
-        tensors = load_file(path)
-        tensors["model.layers.0.mlp.gate.scale"] = torch.zeros(3)
-        save_file(tensors, path)
     elif what == "no tokenizer":
         (folder / "tokenizer.json").unlink()
     elif what == "unfinished":
@@ -292,17 +287,26 @@ def damage(folder, what):
         ("cut shard", "corrupt or truncated"),
         ("stray shard", "model.safetensors is not a shard of this model"),
         ("no tensor", "names 1 tensors that no shard has"),
-        ("other shape", "mlp.gate.scale among them: [3] where [6] should be"),
         ("no tokenizer", "has no tokenizer"),
         ("unfinished", "unfinished work"),
         ("pickle", "optimizer.pt: pickled files run code"),
-        ("no auto_map", "no entry for AutoModel"),
+        ("no auto_map", "no entry of its own for AutoModel"),
     ],
 )
 def test_an_unfit_folder_is_refused_before_anything_is_sent(online, folder, what, phrase):
     damage(folder, what)
     result = run(folder, NAME, "--license", "mit", "--base-model", "org/dense")
     refused(result, 2, phrase)
+    assert online.requests == []
+
+
+def test_what_does_not_load_is_not_published(online, folder):
+    path = folder / "model-00002-of-00002.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.gate.scale"] = torch.zeros(3)
+    save_file(tensors, path)
+    with pytest.raises(CMoEError, match="cannot be run under"):
+        publish(folder, NAME, **STATED)
     assert online.requests == []
 
 

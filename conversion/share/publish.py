@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `publish`: a model's folder becomes a repository of the Hub, whole or not at all.
+"""Upload a model's folder to a repository of the Hub, whole or not at all.
 
-Before anything is sent, the folder is checked (`vetting`); afterwards size and hash of every file
-on the Hub are compared with what is here. Uploads go through `HfApi.upload_folder`: what has
-arrived is not sent again, so that the same command goes on after whatever stopped it.
+Before anything is sent, the folder is checked (`vetting`); afterwards the Hub's checksums are
+compared with what is here. What has arrived is not sent again, so that the same command goes on
+after whatever stopped it.
 """
 
 import fnmatch
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,14 +23,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile
-from tqdm import tqdm
 
 from ..errors import CMoEError, RequestError
 from ..folder.card import CARD_FILE, stated
 from ..folder.carried import read_card
 from ..folder.paths import replace_file
-from ..folder.unfinished import sha256_of
 from .verify import verify
 from .vetting import check_card, check_complete, check_private, files_to_publish
 
@@ -72,12 +68,14 @@ class Publication:
 
 
 @dataclass(frozen=True)
-class Target:
-    """A repository of the Hub as it is before anything is sent."""
+class Present:
+    """What a repository of the Hub has before anything is sent."""
 
-    exists: bool
-    private: bool
-    files: dict[str, RepoFile]
+    private: bool | None
+    """None if there is no such repository."""
+    foreign: list[str]
+    """Files that the folder does not have."""
+    differing: list[str]
 
 
 def publish(
@@ -125,20 +123,17 @@ def publish(
     api, branch, commit = HfApi(), revision or "main", None
     with explained(repository):
         patiently(api.whoami)
-        target = look(api, repository, branch)
-        foreign = sorted(set(target.files) - set(names) - {".gitattributes"})
-        deleted = [name for name in foreign if is_loadable(name)]
+        present = look(api, repository, branch, here)
+        deleted = [name for name in present.foreign if is_loadable(name)]
         if deleted and not replace:
             raise RequestError(
                 f"{repository} holds files of another model, which would be mixed with this one: "
                 f"{', '.join(deleted)}. Pass --replace to delete them, or choose another name."
             )
-        same = set(names) & set(target.files)
-        replaced = sorted(name for name in same if differs(here, target.files[name]))
         if not dry_run:
             if licence or base_model:  # nobody asked for another card otherwise
                 replace_file(here / CARD_FILE, card)
-            if not target.exists:
+            if present.private is None:
                 patiently(partial(api.create_repo, repository, private=not public, exist_ok=True))
             branch = make_revision(api, repository, branch, pull_request)
             commit = send(api, repository, branch, here, deleted)
@@ -148,12 +143,12 @@ def publish(
         commit=commit,
         repository=repository,
         revision=branch,
-        private=target.private if target.exists else not public,
+        private=not public if present.private is None else present.private,
         files=len(names),
         bytes=sum((here / name).stat().st_size for name in names),
-        replaced=replaced,
+        replaced=sorted(set(present.differing) & set(names)),
         deleted=deleted,
-        left=[name for name in foreign if name not in deleted],
+        left=[name for name in present.foreign if name not in deleted],
         dry_run=dry_run,
     )
 
@@ -161,7 +156,7 @@ def publish(
 def vetted_card(
     folder: Path, names: list[str], repository: str, *, licence: str | None, base_model: str | None
 ) -> str:
-    """Check everything that can be checked here; return the text that the card is to have."""
+    """Check everything that can be checked here. Return the text that the card is to have."""
     check_complete(folder)
     if CARD_FILE not in names:
         raise RequestError(f"{folder.name} has no {CARD_FILE}: a model needs a card.")
@@ -172,31 +167,31 @@ def vetted_card(
     return card
 
 
-def look(api: HfApi, repository: str, branch: str) -> Target:
-    """The repository as it is."""
+def look(api: HfApi, repository: str, branch: str, folder: Path) -> Present:
+    """Compare the repository as it is with the folder."""
     try:
-        info = patiently(partial(api.model_info, repository))
+        private = bool(patiently(partial(api.model_info, repository)).private)
     except RepositoryNotFoundError as error:
         if error.response.status_code == 401:
             raise
-        return Target(False, True, {})
+        return Present(None, [], [])
     for revision in (branch, "main"):  # a new branch starts as main
         try:
-            return Target(True, bool(info.private), files_of(api, repository, revision))
+            found = patiently(checksums(api, repository, revision, folder))
         except RevisionNotFoundError:
             continue
-    return Target(True, bool(info.private), {})
+        foreign = sorted(set(found.missing_paths) - {".gitattributes"})
+        return Present(private, foreign, [it["path"] for it in found.mismatches])
+    return Present(private, [], [])
 
 
-def files_of(api: HfApi, repository: str, revision: str) -> dict[str, RepoFile]:
-    """The files of a revision by name, with sizes and hashes."""
-    tree = partial(api.list_repo_tree, repository, recursive=True, revision=revision)
-    entries = patiently(lambda: list(tree()))
-    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+def checksums(api: HfApi, repository: str, revision: str, folder: Path) -> Callable[[], Any]:
+    """Return a request that compares the checksums of all files."""
+    return partial(api.verify_repo_checksums, repository, revision=revision, local_dir=folder)
 
 
 def make_revision(api: HfApi, repository: str, branch: str, pull_request: bool) -> str:
-    """Make the branch or the pull request; return the revision to upload to."""
+    """Make the branch or the pull request. Return the revision to upload to."""
     if pull_request:  # not repeated: a lost answer would open a second one
         return str(api.create_pull_request(repository, MESSAGE).git_reference)
     if branch != "main" and not branch.startswith("refs/"):
@@ -205,7 +200,7 @@ def make_revision(api: HfApi, repository: str, branch: str, pull_request: bool) 
 
 
 def send(api: HfApi, repository: str, branch: str, folder: Path, delete: list[str]) -> str:
-    """Upload the folder and delete these files; return the commit."""
+    """Upload the folder and delete some files. Return the commit."""
     upload = partial(
         api.upload_folder,
         repo_id=repository,
@@ -219,27 +214,14 @@ def send(api: HfApi, repository: str, branch: str, folder: Path, delete: list[st
 
 
 def check_arrived(api: HfApi, repository: str, commit: str, folder: Path, names: list[str]) -> None:
-    """Compare size and hash of every file with the Hub's. Raises `CMoEError`."""
-    there = files_of(api, repository, commit)
-    bar = tqdm(names, desc="comparing with the Hub", unit="file", disable=None)
-    wrong = [name for name in bar if name not in there or differs(folder, there[name])]
+    """Compare what the Hub has with what was sent. Raises `CMoEError`."""
+    found = patiently(checksums(api, repository, commit, folder))
+    wrong = {*found.extra_paths, *(it["path"] for it in found.mismatches)} & set(names)
     if wrong:
         raise CMoEError(
-            f"{repository} does not have what was sent: {', '.join(wrong)} differ at commit "
-            f"{commit[:7]}. Do not use it. {GO_ON}"
+            f"{repository} does not have what was sent: {', '.join(sorted(wrong))} differ at "
+            f"commit {commit[:7]}. Do not use it. {GO_ON}"
         )
-
-
-def differs(folder: Path, file: RepoFile) -> bool:
-    """Whether a file of the Hub differs from the folder's: by size, then by hash."""
-    path = folder / file.path
-    if path.stat().st_size != file.size:
-        return True
-    if file.lfs is not None:
-        return sha256_of(path) != file.lfs.sha256
-    content = path.read_bytes()
-    blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
-    return blob.hexdigest() != file.blob_id
 
 
 def is_loadable(name: str) -> bool:
@@ -248,7 +230,7 @@ def is_loadable(name: str) -> bool:
 
 
 def url_of(api: HfApi, repository: str, branch: str) -> str:
-    """Where people find it."""
+    """Return where people find it."""
     base = f"{api.endpoint}/{repository}"
     if branch.startswith("refs/pr/"):
         return f"{base}/discussions/{branch.rpartition('/')[2]}"
@@ -261,37 +243,31 @@ def patiently(call: Callable[[], Answer]) -> Answer:
     The library repeats only some of its requests. All that go through here can be repeated without
     harm: an upload of what is there already makes no second commit.
     """
-    for wait in (*WAITS, None):
+    for wait in WAITS:
         try:
             return call()
         except Exception as error:
-            if wait is None or not is_passing(error):
+            answer = error.response if isinstance(error, HfHubHTTPError) else None
+            # The library's own client is httpx or httpx2, depending on its version.
+            lost = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+            if not lost and (answer is None or not is_passing(answer.status_code)):
                 raise
-            told = retry_after(error)
-            if told is not None and told > LONGEST_WAIT:
+            asked = answer.headers.get("Retry-After", "") if answer is not None else ""
+            seconds = float(asked) if asked.isdigit() else wait
+            if seconds > LONGEST_WAIT:
                 raise
-            time.sleep(wait if told is None else told)
-    raise AssertionError("unreachable")
+            time.sleep(seconds)
+    return call()
 
 
-def is_passing(error: BaseException) -> bool:
+def is_passing(status: int) -> bool:
     """Whether trying again may help."""
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code == 429 or error.response.status_code >= 500
-    # The library's own client is httpx or httpx2, depending on its version.
-    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
-
-
-def retry_after(error: BaseException) -> float | None:
-    """Seconds that the server asks to wait."""
-    headers: Any = getattr(getattr(error, "response", None), "headers", {})
-    told = headers.get("Retry-After", "")
-    return float(told) if told.isdigit() else None
+    return status == 429 or status >= 500
 
 
 @contextmanager
 def explained(repository: str) -> Iterator[None]:
-    """Failures of the Hub become one clear line."""
+    """Turn failures of the Hub into one clear line."""
     try:
         yield
     except CMoEError:
@@ -304,7 +280,7 @@ def explained(repository: str) -> Iterator[None]:
 
 
 def explanation(error: Exception, repository: str) -> CMoEError:
-    """What a failure of the Hub means."""
+    """Return what a failure of the Hub means."""
     login = "Log in with `hf auth login`, or set HF_TOKEN, with a token that may write."
     if isinstance(error, LocalTokenNotFoundError):
         return RequestError(f"the Hub needs a token, and none was found. {login}")
@@ -313,13 +289,11 @@ def explanation(error: Exception, repository: str) -> CMoEError:
     if not isinstance(error, HfHubHTTPError):
         return CMoEError(f"the upload to {repository} broke off: {error}. {GO_ON}")
     status = error.response.status_code
-    if status == 401:
-        return RequestError(
-            f"the Hub does not accept the token: it has expired or is wrong. {login}"
-        )
-    if status == 403:
-        return RequestError(f"the token may not write to {repository}. {login}")
-    if status == 429 or status >= 500:
+    if is_passing(status):
         return CMoEError(f"the Hub answered {status} to {repository} again and again. {GO_ON}")
-    told = error.server_message or f"status {status}"
-    return RequestError(f"the Hub refuses {repository}: {told}")
+    reasons = {
+        401: f"the Hub does not accept the token: it has expired or is wrong. {login}",
+        403: f"the token may not write to {repository}. {login}",
+    }
+    refusal = f"the Hub refuses {repository}: {error.server_message or f'status {status}'}"
+    return RequestError(reasons.get(status, refusal))
