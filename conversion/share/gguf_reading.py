@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: RUF001 - full-width forms are among the texts
-"""Whether llama.cpp reads texts and chats from a GGUF file as transformers does from the model.
+"""Check that llama.cpp reads texts and chats as transformers does, before a file is written.
 
 llama.cpp says nothing when a file lacks what a tokenizer does. So the fields of a file are read
 here as it reads them (`src/llama-vocab.cpp`, `common/chat.cpp`), and both readings are compared.

@@ -1,17 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Upload a model's folder to a repository of the Hub, whole or not at all.
-
-Before anything is sent, the folder is checked (`vetting`); afterwards the Hub's checksums are
-compared with what is here. What has arrived is not sent again, so that the same command goes on
-after whatever stopped it.
-"""
+"""Upload a model's folder to the Hub, checked before and compared afterwards."""
 
 import fnmatch
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,17 +61,6 @@ class Publication:
     dry_run: bool
 
 
-@dataclass(frozen=True)
-class Present:
-    """What a repository of the Hub has before anything is sent."""
-
-    private: bool | None
-    """None if there is no such repository."""
-    foreign: list[str]
-    """Files that the folder does not have."""
-    differing: list[str]
-
-
 def publish(
     folder: str | Path,
     repository: str,
@@ -123,8 +106,9 @@ def publish(
     api, branch, commit = HfApi(), revision or "main", None
     with explained(repository):
         patiently(api.whoami)
-        present = look(api, repository, branch, here)
-        deleted = [name for name in present.foreign if is_loadable(name)]
+        was_private, before = look(api, repository, branch, here)
+        foreign = sorted({*before.missing_paths} - {".gitattributes"}) if before else []
+        deleted = [name for name in foreign if is_loadable(name)]
         if deleted and not replace:
             raise RequestError(
                 f"{repository} holds files of another model, which would be mixed with this one: "
@@ -133,8 +117,8 @@ def publish(
         if not dry_run:
             if licence or base_model:  # nobody asked for another card otherwise
                 replace_file(here / CARD_FILE, card)
-            if present.private is None:
-                patiently(partial(api.create_repo, repository, private=not public, exist_ok=True))
+            if was_private is None:
+                patiently(api.create_repo, repository, private=not public, exist_ok=True)
             branch = make_revision(api, repository, branch, pull_request)
             commit = send(api, repository, branch, here, deleted)
             check_arrived(api, repository, commit, here, names)
@@ -143,12 +127,12 @@ def publish(
         commit=commit,
         repository=repository,
         revision=branch,
-        private=not public if present.private is None else present.private,
+        private=not public if was_private is None else was_private,
         files=len(names),
         bytes=sum((here / name).stat().st_size for name in names),
-        replaced=sorted(set(present.differing) & set(names)),
+        replaced=sorted({it["path"] for it in before.mismatches} & {*names}) if before else [],
         deleted=deleted,
-        left=[name for name in present.foreign if name not in deleted],
+        left=[name for name in foreign if name not in deleted],
         dry_run=dry_run,
     )
 
@@ -167,27 +151,28 @@ def vetted_card(
     return card
 
 
-def look(api: HfApi, repository: str, branch: str, folder: Path) -> Present:
-    """Compare the repository as it is with the folder."""
+def look(api: HfApi, repository: str, branch: str, folder: Path) -> tuple[bool | None, Any]:
+    """Return whether the repository is private, and its files compared with the folder's.
+
+    Either is None where there is none.
+    """
     try:
-        private = bool(patiently(partial(api.model_info, repository)).private)
+        private = bool(patiently(api.model_info, repository).private)
     except RepositoryNotFoundError as error:
         if error.response.status_code == 401:
             raise
-        return Present(None, [], [])
+        return None, None
     for revision in (branch, "main"):  # a new branch starts as main
         try:
-            found = patiently(checksums(api, repository, revision, folder))
+            return private, compare(api, repository, revision, folder)
         except RevisionNotFoundError:
             continue
-        foreign = sorted(set(found.missing_paths) - {".gitattributes"})
-        return Present(private, foreign, [it["path"] for it in found.mismatches])
-    return Present(private, [], [])
+    return private, None
 
 
-def checksums(api: HfApi, repository: str, revision: str, folder: Path) -> Callable[[], Any]:
-    """Return a request that compares the checksums of all files."""
-    return partial(api.verify_repo_checksums, repository, revision=revision, local_dir=folder)
+def compare(api: HfApi, repository: str, revision: str, folder: Path) -> Any:
+    """Compare the checksums of all files."""
+    return patiently(api.verify_repo_checksums, repository, revision=revision, local_dir=folder)
 
 
 def make_revision(api: HfApi, repository: str, branch: str, pull_request: bool) -> str:
@@ -195,13 +180,13 @@ def make_revision(api: HfApi, repository: str, branch: str, pull_request: bool) 
     if pull_request:  # not repeated: a lost answer would open a second one
         return str(api.create_pull_request(repository, MESSAGE).git_reference)
     if branch != "main" and not branch.startswith("refs/"):
-        patiently(partial(api.create_branch, repository, branch=branch, exist_ok=True))
+        patiently(api.create_branch, repository, branch=branch, exist_ok=True)
     return branch
 
 
 def send(api: HfApi, repository: str, branch: str, folder: Path, delete: list[str]) -> str:
     """Upload the folder and delete some files. Return the commit."""
-    upload = partial(
+    done = patiently(
         api.upload_folder,
         repo_id=repository,
         folder_path=folder,
@@ -210,12 +195,12 @@ def send(api: HfApi, repository: str, branch: str, folder: Path, delete: list[st
         ignore_patterns=HIDDEN,
         delete_patterns=delete or None,
     )
-    return str(patiently(upload).oid)
+    return str(done.oid)
 
 
 def check_arrived(api: HfApi, repository: str, commit: str, folder: Path, names: list[str]) -> None:
     """Compare what the Hub has with what was sent. Raises `CMoEError`."""
-    found = patiently(checksums(api, repository, commit, folder))
+    found = compare(api, repository, commit, folder)
     wrong = {*found.extra_paths, *(it["path"] for it in found.mismatches)} & set(names)
     if wrong:
         raise CMoEError(
@@ -225,7 +210,7 @@ def check_arrived(api: HfApi, repository: str, commit: str, folder: Path, names:
 
 
 def is_loadable(name: str) -> bool:
-    """Whether a loader would look at this file of a repository."""
+    """Whether a loader would look at a file of a repository."""
     return "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in LOADABLE)
 
 
@@ -237,7 +222,7 @@ def url_of(api: HfApi, repository: str, branch: str) -> str:
     return base if branch == "main" else f"{base}/tree/{branch}"
 
 
-def patiently(call: Callable[[], Answer]) -> Answer:
+def patiently(call: Callable[..., Answer], *arguments: Any, **options: Any) -> Answer:
     """Repeat a request that the Hub answers with 429 or 5xx, or that the network loses.
 
     The library repeats only some of its requests. All that go through here can be repeated without
@@ -245,7 +230,7 @@ def patiently(call: Callable[[], Answer]) -> Answer:
     """
     for wait in WAITS:
         try:
-            return call()
+            return call(*arguments, **options)
         except Exception as error:
             answer = error.response if isinstance(error, HfHubHTTPError) else None
             # The library's own client is httpx or httpx2, depending on its version.
@@ -257,7 +242,7 @@ def patiently(call: Callable[[], Answer]) -> Answer:
             if seconds > LONGEST_WAIT:
                 raise
             time.sleep(seconds)
-    return call()
+    return call(*arguments, **options)
 
 
 def is_passing(status: int) -> bool:

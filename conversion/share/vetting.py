@@ -58,12 +58,12 @@ def files_to_publish(folder: Path) -> list[str]:
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether the last part of a name matches any pattern."""
+    """Whether the last part of a name matches a pattern."""
     return any(fnmatch.fnmatch(PurePosixPath(name).name, pattern) for pattern in patterns)
 
 
 def check_complete(folder: Path) -> None:
-    """Raises `RequestError` unless the folder can be loaded by somebody who has nothing else."""
+    """Check that the folder can be loaded by somebody who has nothing else."""
     if (folder / "work" / SETTINGS).is_file() or folder.name.endswith(".partial"):
         raise RequestError(f"{folder.name} is unfinished work: complete it with --resume first.")
     if not (folder / "config.json").is_file():
@@ -75,7 +75,7 @@ def check_complete(folder: Path) -> None:
 
 
 def check_auto_map(folder: Path, auto_map: dict[str, str] | None) -> None:
-    """The Python files that `auto_map` names are there, as plain files of this folder."""
+    """Check that the Python files that `auto_map` names are in this folder."""
     save = "Load the model and save it again with save_pretrained."
     for name in AUTO_CLASSES if auto_map is not None else ():
         entry = (auto_map or {}).get(name, "--")
@@ -92,7 +92,7 @@ def check_auto_map(folder: Path, auto_map: dict[str, str] | None) -> None:
 
 
 def check_weights(folder: Path) -> None:
-    """The shards are those of the index, and hold what it says."""
+    """Check that the shards are those of the index, and hold what it says."""
     stored = read_headers(folder)
     where = dict.fromkeys(stored, WEIGHTS_FILE)
     if (folder / WEIGHTS_INDEX).is_file():
@@ -112,7 +112,7 @@ def check_weights(folder: Path) -> None:
 
 
 def check_card(folder: Path, card: str) -> None:
-    """The card states licence and base model, and the hashes that the Python files have."""
+    """Check that the card states licence, base model and the right hashes of the Python files."""
     data = parsed_card(card).data.to_dict()
     if not data.get("license"):
         raise RequestError(
@@ -136,20 +136,19 @@ def check_card(folder: Path, card: str) -> None:
 
 
 def check_private(folder: Path, names: list[str], card: str, known: set[str]) -> None:
-    """Raises `RequestError` if a file tells a secret, a user's name or a path of this machine.
+    """Check that no file tells a secret, a user's name or a path of this machine.
 
     Args:
         folder: The model.
-        names: The files in question.
+        names: The files to check.
         card: The text that README.md will have.
-        known: Names that are public anyhow, such as the owner of the repository.
+        known: Public names, such as the owner of the repository.
     """
     user = user_name()
     people = {}
     if user.lower() not in NOBODY | {name.lower() for name in known}:
-        # A name that is an ordinary word, such as llama, would be found in every card: it counts
-        # only where it must mean somebody. So it is missed in prose and in relative paths, and
-        # still found, wrongly, where such a path or key has the word by chance.
+        # An ordinary word, such as llama, is in every card: it counts only where it must mean
+        # somebody, and is missed in prose and relative paths.
         pattern = PERSON if is_ordinary(user, folder) else r"\b{0}\b"
         people = {"your user name": pattern.replace("{0}", re.escape(user))}
     token = get_token()
@@ -169,7 +168,7 @@ def check_private(folder: Path, names: list[str], card: str, known: set[str]) ->
 
 
 def user_name() -> str:
-    """Who runs this; a container may not know."""
+    """Return who runs this; a container may not know."""
     try:
         return getpass.getuser()
     except (OSError, KeyError, ImportError):
@@ -190,7 +189,7 @@ def is_ordinary(user: str, folder: Path) -> bool:
 
 
 def lines_of(path: Path, card: str, name: str) -> Iterator[str]:
-    """The lines of a text file; of weights, the metadata; of a picture, nothing."""
+    """Return the lines of a text file, the metadata of weights, nothing of a picture."""
     if name == CARD_FILE:
         yield from card.splitlines()
     elif path.suffix == ".safetensors":
