@@ -112,13 +112,9 @@ def export(
         precise = target.float32_router or config.dtype == torch.float32
         precision = "in float32" if precise else "in 16 bits, less precisely than we do"
         reasons.insert(0, f"it scores experts {precision}")
-    if unread := lacking(target.unread & needs, ()):
-        logger.warning(
-            "vLLM 0.32 does not read the %s of a %s: there it would be another model. transformers "
-            "does.",
-            " and the ".join(unread),
-            target.causal,
-        )
+    if unread := " and the ".join(lacking(target.unread & needs, ())):
+        where = "there it would be another model. transformers does"
+        logger.warning("vLLM 0.32 does not read the %s of a %s: %s.", unread, target.causal, where)
     tokenizer = load_tokenizer(folder)
     native = target.config(config, needs)
     kept = carried(folder).beside(native, tokenizer)
@@ -146,8 +142,8 @@ def export(
         )
         if kept.card:
             refitted = routers is not None
-            text = native_card(kept.card, native.model_type, difference, refitted=refitted)
-            work.write_text(CARD_FILE, text)
+            card = native_card(kept.card, native.model_type, difference, refitted=refitted)
+            work.write_text(CARD_FILE, card)
     return result
 
 

@@ -93,7 +93,8 @@ class FileTokenizer:
 
     def __call__(self, text: str) -> list[int]:
         """Return the ids of a text, in which special tokens are read as such."""
-        parts: list[str | int] = [unicodedata.normalize("NFC", text) if self.composes else text]
+        text = unicodedata.normalize("NFC", text) if self.composes else text
+        parts: list[str | int] = [text] if text else []
         for token in (it for it in self.special if it in text):
             parts = [piece for part in parts for piece in self.cut(part, token)]
         ids = [self.bos] * self.adds_bos

@@ -156,11 +156,11 @@ def check_private(folder: Path, names: list[str], card: str, known: set[str]) ->
     home = str(Path.home())
     own = {"a local path": re.escape(home)} if home.count("/") + home.count("\\") > 1 else {}
     for name in names:
-        told = secrets
+        forbidden = secrets
         if not matches(name, (*VOCABULARIES, *LEGAL_FILES)):
-            told = {**secrets, **people, **PATHS, **own}
+            forbidden = {**secrets, **people, **PATHS, **own}
         for number, line in enumerate(lines_of(folder / name, card, name), 1):
-            for what, pattern in told.items():
+            for what, pattern in forbidden.items():
                 if re.search(pattern, line):
                     raise RequestError(
                         f"{name} tells {what} in line {number}. Remove it from the file."
