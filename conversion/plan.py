@@ -130,8 +130,8 @@ def prepare_work(
     model: str | Path, output: str | Path, settings: Settings
 ) -> tuple[Prepared, WorkFolder]:
     """What a conversion needs, and the folder that it could be written to; nothing is yet."""
-    prepared = prepare(model, settings)
     work = WorkFolder(output, overwrite=settings.overwrite)
+    prepared = prepare(model, settings)
     work.check(prepared.read)
     check_disk(prepared, work)
     return prepared, work
@@ -152,6 +152,8 @@ def prepare(
             "Lower --k-act."
         )
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trusted)
+    # Before anything is tokenised: a tokenizer forgets its truncation and padding over that.
+    files = carried(source.folder).beside(config, tokenizer)
     windows_WL, calibration = kept or calibration_windows(settings, source, tokenizer)
     prepared = Prepared(
         settings=replace(settings, revision=source.revision),
@@ -162,7 +164,7 @@ def prepare(
         windows_WL=windows_WL,
         calibration=calibration,
         device=device,
-        carried=carried(source.folder).beside(config, tokenizer),
+        carried=files,
     )
     place = place_of_activations(prepared)
     return replace(prepared, settings=replace(prepared.settings, activations=place))

@@ -3,7 +3,11 @@
 
 import os
 import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from unittest.mock import patch
 
 import accelerate
@@ -14,6 +18,36 @@ from transformers.distributed import DistributedConfig
 
 from cmoe_hf.conversion import Tuning, convert, recover, resume, resume_recovery, sweep
 from cmoe_hf.conversion.folder.layerwise import WorkFolder
+
+
+_renaming: list[Callable[[str], None]] = []
+
+
+def _tell(event: str, arguments: tuple) -> None:
+    if event == "os.rename" and _renaming:
+        _renaming[-1](Path(os.fsdecode(arguments[1])).name)
+
+
+sys.addaudithook(_tell)
+
+
+@contextmanager
+def interrupted_at(name: str, count: int = 1) -> Iterator[None]:
+    """Press Ctrl-C when a file is given this name for the `count`-th time; it must come to that."""
+    seen = 0
+
+    def interrupt(renamed: str) -> None:
+        nonlocal seen
+        seen += renamed == name
+        if renamed == name and seen == count:
+            raise KeyboardInterrupt
+
+    _renaming.append(interrupt)
+    try:
+        yield
+    finally:
+        _renaming.remove(interrupt)
+    assert seen >= count, f"{name} was written {seen} times"
 
 
 def convert_it(begun, arguments):

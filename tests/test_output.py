@@ -132,6 +132,26 @@ def test_the_parents_of_an_output_are_made(dense, tmp_path):
     refused(run(dense, tmp_path / "file" / "out", "--dry-run"), 2, "file is not a folder")
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "x" * 248, "é" * 124, "y" * 256 + "/out", "z/" * 2000])
+def test_a_name_that_is_too_long(dense, carved, tmp_path, name):
+    out, texts = tmp_path / name, ["--text", CALIBRATION, "--calibration", CALIBRATION]
+    commands = [
+        ["convert", dense, out, "--budget", 0.5, *texts[2:]],
+        ["convert", dense, out, "--budget", 0.5, *texts[2:], "--dry-run"],
+        ["convert", out, "--resume"],
+        ["demo", out],
+        ["export", carved, out],
+        ["export", carved, "--gguf", out.with_name(out.name + ".gguf")],
+        ["recover", carved, out, "--training", CALIBRATION, *texts[:2]],
+        ["recover", out, "--resume"],
+        ["sweep", dense, out, *texts],
+        ["report", carved, "--output", out, *texts[:2], "--no-figures"],
+    ]
+    for arguments in commands:
+        refused(command(*arguments), 2, "Choose a shorter")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_lies_under_a_name_that_the_work_needs_is_not_deleted(dense, carved, tmp_path):
     out = Path(shutil.copytree(carved, tmp_path / "out"))
     for end in ("replaced", "work"):

@@ -10,6 +10,7 @@ import torch
 from refusal import refused
 from safetensors.torch import load_file, save_file
 from test_bad_input import change_weights, run
+from test_output import command
 from transformers import AutoModelForCausalLM
 
 from cmoe_hf.conversion import convert, plan
@@ -163,6 +164,23 @@ def test_only_a_variant(dense_copy, no_leftovers):
 def test_an_index_that_is_none(sharded, no_leftovers, where):
     (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     refused(run(sharded, no_leftovers), 2, "model.safetensors.index.json has no weight_map")
+
+
+@pytest.mark.parametrize("how", ["../elsewhere.safetensors", "parts/../../x", "C:\\x", None])
+@pytest.mark.parametrize("named_by", ["index", "config.json"])
+def test_weights_outside_the_folder(sharded, no_leftovers, tmp_path, edit_config, how, named_by):
+    outside = tmp_path / "elsewhere.safetensors"
+    shutil.copy(next(sharded.glob("*.safetensors")), outside)
+    name = how or str(outside)
+    if named_by == "config.json":
+        edit_config(sharded, transformers_weights=name)
+    else:
+        path = sharded / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        index["weight_map"]["lm_head.weight"] = name
+        path.write_text(json.dumps(index))
+    refused(run(sharded, no_leftovers), 2, named_by, f"names {name}, which is outside")
+    refused(command("evaluate", sharded, "--text", CALIBRATION), 2, "outside the model's folder")
 
 
 def test_an_adapter_beside_the_weights(dense_copy, no_leftovers):

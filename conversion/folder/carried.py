@@ -22,8 +22,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..errors import RequestError
-from ..source.checkpoint import HUB_ID, LEGAL_FILES, TOKENIZER_FILES
-from ..source.stored import read_json
+from ..source.checkpoint import HUB_ID, LEGAL_FILES, TOKENIZER_FILES, linked_file
+from ..source.stored import is_inside, read_json
 from .card import CARD_FILE, parsed_card
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -46,9 +46,7 @@ class Carried:
     @property
     def licence(self) -> dict[str, Any]:
         """Licence fields of the card; empty if it states none."""
-        if not self.card:
-            return {}
-        data = parsed_card(self.card).data.to_dict()
+        data = metadata(self.card)
         return {
             key: data[key] for key in ("license", "license_name", "license_link") if key in data
         }
@@ -94,17 +92,23 @@ def carried(folder: Path, *others: str) -> Carried:
 
     Raises `RequestError` for a file that cannot be read, or is no JSON though it is called so.
     """
-    files = {}
+    files, card = {}, read_card(folder)
     patterns = (*TOKENIZER_FILES, GENERATION_CONFIG_NAME, *LEGAL_FILES, *others)
-    for path in sorted(folder.iterdir()):  # glob would pass over links that lead nowhere
-        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns):
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if not file.is_dir():
-                    files[file.relative_to(folder).as_posix()] = _content(file)
+    paths = [  # glob would pass over links that lead nowhere
+        path
+        for path in sorted(folder.iterdir())
+        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)
+    ]
+    if link := linked_file(metadata(card)):
+        paths.append(folder / link)
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if not file.is_dir():
+                files[file.relative_to(folder).as_posix()] = _content(file)
     if TOKENIZER_CONFIG in files:
         for file in tokenizer_code(folder):
             files[file.name] = _content(file)
-    return Carried(files, read_card(folder))
+    return Carried(files, card)
 
 
 def changed_files(
@@ -187,7 +191,7 @@ def read_card(folder: Path) -> str:
         text = content.decode("latin-1")
     text = text.replace("\r\n", "\n")
     try:
-        parsed_card(text)
+        return without_dead_link(text, folder)
     except Exception as error:  # of the YAML parser and of the library, which builds on it
         reason = " ".join(str(error).split())
         logger.warning(
@@ -196,3 +200,28 @@ def read_card(folder: Path) -> str:
         )
         text = REGEX_YAML_BLOCK.sub("", text, count=1).lstrip("\n")
     return text
+
+
+def without_dead_link(text: str, folder: Path) -> str:
+    """Return a card without a `license_link` that names no text in the model's folder."""
+    link = linked_file(metadata(text))
+    if link is None or (is_inside(link) and link_serves(folder / link)):
+        return text
+    logger.warning(
+        "license_link of %s in %s names %s, and there is no such text in the folder: the new card "
+        "does not name it.",
+        *(CARD_FILE, folder, link),
+    )
+    card = parsed_card(text)
+    card.data.license_link = None
+    return str(card)
+
+
+def metadata(card: str) -> dict[str, Any]:
+    """Return the metadata of a card, which may be empty."""
+    return parsed_card(card).data.to_dict() if card else {}
+
+
+def link_serves(path: Path) -> bool:
+    """Return whether a card can send its readers to a path: a folder, or a file of text."""
+    return path.exists() and path.suffix not in (".json", ".py", ".safetensors")

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from safetensors import SafetensorError
 
 from ..errors import CMoEError, RequestError
 
+SUFFIX = ".partial"
+"""What unfinished work is called, behind the name of its output."""
+INNER = 256
+"""Bytes that the path of a file has at most below an output."""
 MOUNTS = Path("/proc/self/mountinfo")
 """Linux tells here what is mounted; `os.path.ismount` misses a folder bound to its own disk."""
 
@@ -31,7 +36,32 @@ def resolved(path: str | Path) -> Path:
         raise RequestError(f"{path} cannot be an output folder: {error}.") from error
     if not found.name:
         raise RequestError(f"{path} cannot be an output folder: give a folder in it.")
+    check_name(found)
     return found
+
+
+def check_name(path: Path) -> None:
+    """Raise `RequestError` for a path that its file system, or a longer one of ours, cannot have.
+
+    While the work goes on its last part ends in `SUFFIX`.
+    """
+    parent, longest, deepest = path.parent, 255, 4096
+    with suppress(OSError, AttributeError):  # Windows has no pathconf
+        while not os.path.exists(parent):
+            parent = parent.parent
+        longest, deepest = (os.pathconf(parent, f"PC_{kind}_MAX") for kind in ("NAME", "PATH"))
+    *parents, name = map(os.fsencode, path.parts)
+    most = longest - len(SUFFIX)
+    if len(name) > most or any(len(part) > longest for part in parents):
+        raise RequestError(
+            f"the output {os.fsdecode(name[:20])}... has a name of {len(name)} bytes, or lies in a "
+            f"folder with a longer one, and {parent} takes {most}. Choose a shorter name."
+        )
+    if len(os.fsencode(path)) > deepest - INNER:
+        raise RequestError(
+            f"the path of the output {path.name} has {len(os.fsencode(path))} bytes, and files in "
+            f"it could not be opened beyond {deepest - INNER}. Choose a shorter path."
+        )
 
 
 def check_apart(output: Path, inputs: Mapping[str, str | Path | None], *others: Path) -> None:
@@ -129,6 +159,18 @@ def replace_file(path: Path, content: str | bytes | Callable[[Path], Any]) -> No
         raise CMoEError(f"cannot write {path.name} in {path.parent}: {error}.") from error
     finally:
         new.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, target: Path, old: Path) -> None:
+    """Move the folder `new` to `target`, and what was there to `old`, or neither of them."""
+    if target.exists():
+        target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
 
 
 def remove(paths: Iterable[Path]) -> None:

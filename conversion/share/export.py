@@ -100,7 +100,7 @@ def export(
             says why.
         CMoEError: The model cannot be reached or is damaged.
     """
-    limit = shard_bytes(max_shard_size)
+    limit, work = shard_bytes(max_shard_size), ExportFolder(output, overwrite=overwrite)
     if to not in (None, *TARGETS):
         raise RequestError(f"there is no export to {to!r}; choose one of {', '.join(TARGETS)}.")
     folder, name, commit = find_model(model)
@@ -120,7 +120,6 @@ def export(
     tokenizer = load_tokenizer(folder)
     native = target.config(config, needs)
     kept = carried(folder).beside(native, tokenizer)
-    work = ExportFolder(output, overwrite=overwrite)
     work.check({"the carved model": folder, "the calibration text": text_file(refit_router)})
     routers = None
     if refit_router is not None:

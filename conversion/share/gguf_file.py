@@ -92,6 +92,7 @@ def export_gguf(
         raise RequestError(f"there is no type {type!r}; choose one of {', '.join(FILE_TYPES)}.")
     if to not in (None, *LAYOUTS):
         raise RequestError(f"there is no export to {to!r}; choose one of {', '.join(LAYOUTS)}.")
+    path = check_output(output, overwrite)
     folder, name, commit = find_model(model)
     config = AutoConfig.from_pretrained(folder)
     row = architecture_of(config)
@@ -99,7 +100,6 @@ def export_gguf(
         check_config(config, name, refit=refit_router is not None)
     if row is None or row.differs is None or row.router is not None:
         raise RequestError(f"{name} cannot be a GGUF file: a {config.model_type} is not known.")
-    path = check_output(output, overwrite)
     if commit is not None:
         folder = fetch_model(name, commit)
     check_apart(path, {"the model": folder, "the calibration text": text_file(refit_router)})

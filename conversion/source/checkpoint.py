@@ -9,12 +9,16 @@ import logging
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
+from posixpath import normpath
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download, metadata_load, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -25,6 +29,7 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from yaml import YAMLError
 
 from ..errors import CMoEError, RequestError
 from .architectures import Architecture, find_architecture
@@ -46,7 +51,14 @@ WRAPPERS = {
     "base_model.model.": ("PEFT", "model.merge_and_unload()"),
 }
 """Parts of names that wrappers add: whose they are, and how to get at the model inside."""
-LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+LEGAL_FILES = tuple(
+    "".join(f"[{letter.upper()}{letter}]" if letter.isalpha() else letter for letter in pattern)
+    for pattern in (
+        *("license*", "licence*", "unlicense*", "copying*", "copyright*"),
+        *("notice*", "*use_policy*", "third*party*"),
+    )
+)
+"""Patterns of names, in any case; also what of a repository is downloaded."""
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model*", "tokenizer_config.json", "tekken.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -61,6 +73,8 @@ SOURCE_FILES = (
 logger = logging.getLogger(__name__)
 Shapes = dict[str, list[int]]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+SNAPSHOT = re.compile(r"models--(.+)/snapshots/([0-9a-f]{40})")
+"""How the path of a Hub model's files in the library's cache ends: its id, and the commit."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,7 @@ class Source:
     name: str
     """Hub id, or the bare name of a local folder: never a path."""
     revision: str | None
-    """Commit of a Hub repository; None for a local folder."""
+    """Commit of a Hub repository; None for any other folder."""
     architecture: Architecture
     config: PreTrainedConfig
     tensors: dict[str, Stored]
@@ -169,17 +183,39 @@ def find_model(model: str | Path, *, revision: str | None = None) -> tuple[Path,
                 f"folder {folder} has no config.json: it is not a model."
                 + (f" It holds {ADAPTER}. {MERGE}" if (folder / ADAPTER).is_file() else "")
             )
-        return folder, folder.resolve().name, None
+        return folder, local_name(folder)[0], None
     if folder.exists() or not HUB_ID.fullmatch(str(model)):
         raise RequestError(f"{model} is neither a folder nor the id of a Hub repository.")
     config = Path(from_hub(hf_hub_download, str(model), revision, filename="config.json"))
     return config.parent, str(model), config.parent.name
 
 
+def local_name(folder: Path) -> tuple[str, str | None]:
+    """Return the Hub id and the commit of a folder in the Hub's cache, else its bare name."""
+    if found := SNAPSHOT.fullmatch("/".join(folder.resolve().parts[-3:])):
+        return found[1].replace("--", "/"), found[2]
+    return folder.resolve().name, None
+
+
 def fetch_model(name: str, revision: str | None, *, code: bool = False) -> Path:
     """Download the files of a Hub model that a conversion or an evaluation needs."""
     patterns = [*SOURCE_FILES, *(["*.py"] if code else [])]
-    return Path(from_hub(snapshot_download, name, revision, allow_patterns=patterns))
+    folder = Path(from_hub(snapshot_download, name, revision, allow_patterns=patterns))
+    with suppress(OSError, ValueError, YAMLError):  # a card that cannot be read names no licence
+        link = linked_file(metadata_load(folder / "README.md") or {})
+        if link and not (folder / link).exists():
+            linked = [escape(link), escape(link) + "/*"]
+            from_hub(snapshot_download, name, folder.name, allow_patterns=linked)
+    return folder
+
+
+def linked_file(card: Mapping[str, Any]) -> str | None:
+    """Return the path that `license_link` of a card's metadata names; None for none or a URL."""
+    link = card.get("license_link")
+    if not link or not isinstance(link, str):
+        return None
+    parts = urlsplit(link)
+    return None if parts.scheme in ("http", "https") else normpath(unquote(parts.path))
 
 
 def from_hub(download: Any, name: str, revision: str | None, **arguments: Any) -> str:
@@ -256,7 +292,7 @@ def open_source(
     if architecture.router is not None:
         shapes = one_by_one(architecture, shapes)
     tensors = named_tensors(architecture, config, read_headers(folder), shapes)
-    return Source(folder, name, commit, architecture, config, tensors)
+    return Source(folder, name, commit or local_name(folder)[1], architecture, config, tensors)
 
 
 def one_by_one(row: Architecture, shapes: Shapes) -> Shapes:

@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ def weight_files(folder: Path) -> list[str]:
             + ". Weights are read from safetensors only; complete the download, or convert other "
             "formats with `save_pretrained` first."
         )
-    chosen = str(named or present[0])
+    chosen = check_inside(str(named or present[0]), "config.json")
     if chosen == WEIGHTS_FILE and len(present) > 1:
         logger.warning("%s is read, as the library does; %s is ignored.", *present)
     if not chosen.endswith(".index.json"):
@@ -91,7 +91,23 @@ def weight_files(folder: Path) -> list[str]:
     where = read_json(folder / chosen).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
         raise RequestError(f"{chosen} has no weight_map of tensors and files. Download it again.")
-    return sorted(set(where.values()))
+    return [check_inside(file, chosen) for file in sorted(set(where.values()))]
+
+
+def check_inside(file: str, named_by: str) -> str:
+    """Return a file's name as it is. Raises `RequestError` if it leads out of its folder."""
+    if not is_inside(file):
+        raise RequestError(
+            f"{named_by} names {file}, which is outside the model's folder: it is not read. "
+            "Download the model again, or move the file into the folder."
+        )
+    return file
+
+
+def is_inside(name: str) -> bool:
+    """Return whether a relative path stays in its folder, on every system."""
+    path = PureWindowsPath(name)
+    return not path.anchor and ".." not in path.parts
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:

@@ -162,10 +162,9 @@ def recover(
         max_shard_size=max_shard_size,
         trust_remote_code=trust_remote_code,
     )
-    tuning = tuning or Tuning()
+    tuning, work = tuning or Tuning(), RecoveryFolder(output, overwrite=overwrite)
     ready = make_ready(request, tuning)
     if accelerate.PartialState().is_main_process:
-        work = RecoveryFolder(output, overwrite=overwrite)
         work.check(recovery_reads(request, ready))
         check_room(ready.folder, work)
     asked = {"request": asdict(request), "tuning": asdict(tuning)}
