@@ -6,12 +6,11 @@ import random
 import re
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from killable import interrupted_at
 from refusal import refused
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -416,29 +415,9 @@ def test_a_source_that_carries_code_must_be_trusted(
     assert auto_map["AutoModelForCausalLM"] == "modeling_cmoe.CMoELlamaForCausalLM"
 
 
-@pytest.mark.thorough
-def test_interrupted_it_leaves_nothing_that_looks_finished(embedded, tmp_path):
-    """Ctrl-C in the middle, in a process of its own."""
-    out = tmp_path / "out"
-    script = (
-        "import sys, signal, os\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored\n"
-        "from cmoe_hf.conversion import cli\nfrom cmoe_hf.conversion.folder import layerwise\n"
-        "write = layerwise.WorkFolder.write_rest\n"
-        "def interrupt(self, *arguments):\n"
-        "    write(self, *arguments)\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "layerwise.WorkFolder.write_rest = interrupt\n"
-        "cli.main()\n"
-    )
-    command = [sys.executable, "-c", script, "convert", str(embedded), str(out)]
-    command += ["--shared", "1", "--active", "1", "--experts", "8"]
-    command += ["--calibration", str(CALIBRATION), "--samples", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr  # torchao, where it is installed, says something, too
-    assert done.stderr.strip().splitlines()[-1] == "interrupted: nothing is half-written."
-    assert not list(tmp_path.iterdir())
+def test_interrupted_it_leaves_nothing_that_looks_finished(dense, no_leftovers):
+    with interrupted_at("manifest.json"):
+        refused(run(dense, no_leftovers), 1, "interrupted: nothing is half-written.")
 
 
 def test_debug_shows_the_traceback(dense, tmp_path):

@@ -109,7 +109,7 @@ def test_a_link_to_a_licence_is_followed_or_dropped(dense_copy, tmp_path, caplog
     assert run(dense_copy, tmp_path / "out").exit_code == 0
     written = ModelCard.load(tmp_path / "out" / "README.md").data.to_dict()
     assert written["license_name"] == "own" and written.get("license_link") == (
-        stays and link or None
+        (stays and link) or None
     )
     assert ("there is no such text" in caplog.text) != stays
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -123,7 +123,8 @@ def test_a_source_in_the_cache_of_the_hub_is_the_repository(dense, tmp_path):
     shutil.copytree(dense, folder)
     (tmp_path / "link").symlink_to(folder)
     for number, source in enumerate((folder, tmp_path / "link")):
-        assert run(source, out := tmp_path / f"out-{number}").exit_code == 0
+        out = tmp_path / f"out-{number}"
+        assert run(source, out).exit_code == 0
         report = json.loads((out / "conversion.json").read_text())
         assert report["source"] == {"name": "owner/tiny", "revision": commit}
         card = ModelCard.load(out / "README.md")
@@ -140,7 +141,7 @@ def test_what_a_tokenizer_is_set_to_stays_resumed_or_not(dense_copy, tmp_path, h
         backend.enable_padding(length=20)
     backend.save(str(dense_copy / "tokenizer.json"))
     assert run(dense_copy, tmp_path / "whole").exit_code == 0
-    with interrupted_at("manifest.json", 3):  # as layer 1 would be finished
+    with interrupted_at("model.safetensors", 4):  # when layer 1 is written
         assert run(dense_copy, tmp_path / "resumed").exit_code == 1
     assert command("convert", tmp_path / "resumed", "--resume").exit_code == 0
     whole, resumed = (
@@ -309,6 +310,7 @@ def test_advice_works_as_printed(carved, tmp_path):
     refused(command("recover", carved, out, "--resume"), 2, "cmoe recover OUT --resume.")
     (tmp_path / "out.partial" / "work").mkdir(parents=True)  # of an export that was killed
     (tmp_path / "out.partial" / "work" / "settings.json").write_text("{}")
+    (tmp_path / "out.partial" / "repository").mkdir()
     result = command("export", carved, out)
     refused(result, 2, "choose another output folder, or pass --overwrite")
     assert "--resume" not in result.stderr

@@ -6,13 +6,13 @@ names of one folder are one folder.
 """
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 
 from ..errors import CMoEError, RequestError
@@ -21,8 +21,6 @@ SUFFIX = ".partial"
 """What unfinished work is called, behind the name of its output."""
 INNER = 256
 """Bytes that the path of a file has at most below an output."""
-MOUNTS = Path("/proc/self/mountinfo")
-"""Linux tells here what is mounted; `os.path.ismount` misses a folder bound to its own disk."""
 
 
 def resolved(path: str | Path) -> Path:
@@ -108,9 +106,10 @@ def lies_in(path: Path, folder: Path) -> bool:
 
 def check_place(*folders: Path) -> None:
     """Refuse folders that cannot be created, or be given another name. Raises `RequestError`."""
-    mounted = mount_points()
+    # `os.path.ismount` misses a folder bound to its own disk.
+    mounted = {Path(it.mountpoint) for it in psutil.disk_partitions(all=True)}
     for folder in folders:
-        if os.path.ismount(folder) or folder in mounted:
+        if folder in mounted:
             raise RequestError(
                 f"{folder} is a mount point (a volume), which cannot be replaced as a whole: give "
                 f"a folder in it, for example {folder / 'model'}."
@@ -126,20 +125,6 @@ def check_place(*folders: Path) -> None:
             raise RequestError(f"cannot create {folder.name}: {parent} is not a folder.")
         if not os.access(parent, os.W_OK | os.X_OK):
             raise RequestError(f"cannot create {folder.name}: {parent} cannot be written to.")
-
-
-def mount_points() -> set[Path]:
-    """Where something is mounted, as far as this system tells."""
-    try:
-        lines = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return set()
-    return {Path(unescaped(line.split(" ")[4])) for line in lines}
-
-
-def unescaped(name: str) -> str:
-    r"""A name of the kernel's table, in which a space is \040."""
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), name)
 
 
 def replace_file(path: Path, content: str | bytes | Callable[[Path], Any]) -> None:
@@ -162,15 +147,18 @@ def replace_file(path: Path, content: str | bytes | Callable[[Path], Any]) -> No
 
 
 def replace_folder(new: Path, target: Path, old: Path) -> None:
-    """Move the folder `new` to `target`, and what was there to `old`, or neither of them."""
-    if target.exists():
-        target.rename(old)
+    """Move the folder `new` to `target`, and what was there to `old`, or neither of them.
+
+    Raises `CMoEError`.
+    """
     try:
+        if target.exists():
+            target.rename(old)
         new.rename(target)
-    except OSError:
-        if old.exists():
+    except OSError as error:
+        if old.exists() and not target.exists():
             old.rename(target)
-        raise
+        raise CMoEError(f"cannot put {target.name} into {target.parent}: {error}.") from error
 
 
 def remove(paths: Iterable[Path]) -> None:

@@ -24,6 +24,11 @@ def to_json(content: Any, **layout: Any) -> str:
         ) from None
 
 
+def as_json(content: Any) -> str:
+    """Return plain data as it is written to files."""
+    return to_json(content, indent=2, ensure_ascii=False) + "\n"
+
+
 def _not_finite(value: Any, key: str) -> tuple[str, float] | None:
     """Where the first number is that is not finite, and which."""
     if isinstance(value, float) and not math.isfinite(value):

@@ -4,14 +4,13 @@
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from safetensors import safe_open
 
-from ..folder.shards import Entry
+from ..folder.shards import NAMES
 from ..source.stored import CARVABLE, Stored
 
 LAYER = "model.layers."
@@ -50,10 +49,9 @@ class Made:
         return cls((len(pieces), *pieces[0].shape), packed.dtype, tuple(pieces))
 
     @property
-    def entry(self) -> Entry:
-        """For the header of a file."""
-        size = torch.empty((), dtype=CARVABLE[self.dtype]).element_size()
-        return Entry(self.dtype, list(self.shape), prod(self.shape) * size)
+    def empty(self) -> torch.Tensor:
+        """Type and shape: a tensor on the meta device."""
+        return torch.empty(self.shape, dtype=CARVABLE[self.dtype], device="meta")
 
     def read(self, files: "Files") -> Iterator[torch.Tensor]:
         """The values, a part at a time."""
@@ -70,7 +68,7 @@ class Made:
 
 def type_name(part: Stored | torch.Tensor) -> str:
     """As safetensors names it."""
-    return part.dtype if isinstance(part, Stored) else Entry.of(part).dtype
+    return part.dtype if isinstance(part, Stored) else NAMES[part.dtype]
 
 
 class Files(ExitStack):

@@ -6,7 +6,7 @@ Shape suffixes: W windows, L tokens of one window, T tokens.
 
 import json
 import math
-import tempfile
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -309,19 +309,22 @@ def fresh_folder(target: Path) -> Iterator[Path]:
 
     Raises `RequestError` if it cannot be made or would replace anything but an earlier report.
     """
+    # A name that nobody else would use: what is there is left over from a killed run.
+    beside = target.with_name(f".{target.name}.cmoe")
     try:
         if target.exists() and not is_replaceable(target):
             raise RequestError(
                 f"{target.name} exists and is not a report: choose another --output, or remove it."
             )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = tempfile.TemporaryDirectory(prefix=".cmoe-report-", dir=target.parent)
+        shutil.rmtree(beside, ignore_errors=True)
+        (beside / "new").mkdir(parents=True)
     except OSError as error:
         raise RequestError(f"cannot create the folder {target.name}: {error.strerror}.") from error
-    with beside as name:
-        (new := Path(name) / "new").mkdir()
-        yield new
-        replace_folder(new, target, Path(name) / "old")
+    try:
+        yield beside / "new"
+        replace_folder(beside / "new", target, beside / "old")
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def is_replaceable(folder: Path) -> bool:

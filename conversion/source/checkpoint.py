@@ -4,7 +4,6 @@
 Weights are only ever read from safetensors, by the names that the library has for them.
 """
 
-import hashlib
 import logging
 import math
 import re
@@ -34,7 +33,7 @@ from yaml import YAMLError
 from ..errors import CMoEError, RequestError
 from .architectures import Architecture, find_architecture
 from .library import dense_config, dense_shapes
-from .stored import CARVABLE, Stored, read_headers, read_json, read_tensors
+from .stored import CARVABLE, Stored, digest_of, read_headers, read_json, read_tensors
 
 HEAD = "lm_head.weight"
 """What the library calls the head of every family."""
@@ -129,13 +128,9 @@ class Source:
 
     def digest(self) -> str:
         """SHA-256 of all tensors. Reads everything once: a NaN is found now, not hours later."""
-        total = hashlib.sha256()
         names = sorted(self.tensors, key=lambda name: (self.tensors[name].path, name))
-        for name in tqdm(names, desc="checking the weights", unit="tensor", disable=None):
-            [tensor] = self.read([name]).values()
-            total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            total.update(tensor.flatten().view(torch.uint8).numpy().data)
-        return total.hexdigest()
+        bar = tqdm(names, desc="checking the weights", unit="tensor", disable=None)
+        return digest_of(item for name in bar for item in self.read([name]).items())
 
     @property
     def parameters(self) -> int:
@@ -159,6 +154,12 @@ class Source:
         prefix = row.layer_prefix.format(0) + (row.expert_prefix.format(0) if row.router else "")
         names = [name for name in (row.gate, row.up, row.up_bias, row.down) if name is not None]
         return sum(math.prod(self.tensors[prefix + name].shape) for name in names)
+
+    def ffn_dtype(self, index: int) -> str:
+        """Return the type in which a layer's neurons are stored, as safetensors names it."""
+        arch = self.architecture
+        expert = arch.expert_prefix.format(0) if arch.router else ""
+        return self.tensors[arch.layer_prefix.format(index) + expert + arch.up].dtype
 
     def nbytes(self, dtype: torch.dtype | None) -> int:
         """Size in bytes in the given precision, or as stored."""

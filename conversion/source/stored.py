@@ -5,9 +5,10 @@ Which files count, and which names mean the same tensor, is as the library's loa
 is carved must be what everybody else loads.
 """
 
+import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -147,3 +148,12 @@ def read_tensors(tensors: Mapping[str, Stored]) -> Iterator[tuple[str, torch.Ten
             for name, tensor in tensors.items():
                 if tensor.path == path:
                     yield name, tensor.read(opened)
+
+
+def digest_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return the SHA-256 of names, types, shapes and values."""
+    total = hashlib.sha256()
+    for name, tensor in tensors:
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()

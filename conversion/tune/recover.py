@@ -31,7 +31,8 @@ from ..errors import RequestError
 from ..folder.card import CARD_FILE, recovered_card
 from ..folder.carried import Carried, carried
 from ..folder.fingerprint import write_fingerprint
-from ..folder.unfinished import SETTINGS, PartialFolder, as_json, sha256_of
+from ..folder.strict import as_json
+from ..folder.unfinished import SETTINGS, PartialFolder, sha256_of
 from ..folder.windows import keep_windows, kept_windows
 from ..measure.evaluate import perplexity
 from ..measure.routing import active_routers, count_loads, imbalance, is_biased, without_bias
