@@ -26,7 +26,6 @@ from .errors import RequestError
 from .folder.card import model_card
 from .folder.fingerprint import CONVERSION, fingerprint_of
 from .folder.layerwise import WorkFolder, planned_tensors
-from .folder.windows import keep_windows, kept_windows
 from .plan import Prepared, prepare, prepare_work
 
 DRIVERS = {"pipeline": carve_model, "hierarchy": carve_moe}
@@ -81,7 +80,7 @@ def convert(model: str | Path, output: str | Path, settings: Settings) -> Conver
         **determinants(prepared),
     }
     with WorkFolder.create(work.output, frozen, overwrite=settings.overwrite) as work:
-        keep_windows(work, calibration=prepared.windows_WL)
+        work.keep_windows(calibration=prepared.windows_WL)
         return carve(prepared, work)
 
 
@@ -117,7 +116,7 @@ def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Co
                     f"{value!r} now. Leave it out, or start again with --overwrite."
                 )
         kept = None
-        if (windows := kept_windows(work)) is not None:
+        if (windows := work.kept_windows()) is not None:
             kept = (windows["calibration"], work.settings["calibration"])
         prepared = prepare(model, settings, kept)
         work.check_apart(prepared.read)

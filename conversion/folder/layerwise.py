@@ -53,7 +53,7 @@ def planned_tensors(
         if not is_inside and name not in stored:
             continue  # a head that is tied to the embedding
         number = int(name.removeprefix(layers).partition(".")[0]) if is_inside else -1
-        wanted = dtype or stored.get(name) or CARVABLE[source.ffn_dtype(number)]
+        wanted = dtype or stored.get(name) or CARVABLE[source.ffn(number)[0].dtype]
         wanted = torch.float32 if name.endswith("balance_bias") else wanted
         parts[number + 1][name] = torch.empty_like(tensor, dtype=wanted)
     return parts

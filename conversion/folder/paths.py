@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an output lies, and what must not lie there: every verb that writes a folder asks here.
+"""Where an output lies, and what must not lie there: every command that writes one asks here.
 
-Paths are compared after all links are followed, and by what the file system says they are: two
-names of one folder are one folder.
+Paths are compared by what the file system says they are: two names of one folder are one folder.
 """
 
 import os
@@ -19,14 +18,14 @@ from ..errors import CMoEError, RequestError
 
 SUFFIX = ".partial"
 """What unfinished work is called, behind the name of its output."""
-INNER = 256
-"""Bytes that the path of a file has at most below an output."""
+DEEPEST = 256
+"""Bytes that a path has at most below an output."""
 
 
 def resolved(path: str | Path) -> Path:
-    """Where a path leads: a link to a folder stays a link, and the work lands in the folder.
+    """Return where an output will be: a link to a folder stays a link, and the work lands there.
 
-    Raises `RequestError` for a link that leads to itself, and for the root.
+    Raises `RequestError` for a link that leads to itself, the root, and a name that is too long.
     """
     try:
         found = Path(path).expanduser().resolve()
@@ -34,32 +33,26 @@ def resolved(path: str | Path) -> Path:
         raise RequestError(f"{path} cannot be an output folder: {error}.") from error
     if not found.name:
         raise RequestError(f"{path} cannot be an output folder: give a folder in it.")
-    check_name(found)
+    parent, longest, deepest = existing_parent(found), 255, 4096
+    with suppress(OSError, AttributeError):  # Windows has no pathconf
+        longest, deepest = (os.pathconf(parent, f"PC_{kind}_MAX") for kind in ("NAME", "PATH"))
+    most = longest - len(SUFFIX)
+    if max(len(os.fsencode(part)) for part in found.parts) > most:
+        raise RequestError(
+            f"the output {found.name[:20]}..., or a folder above it, has a name of more than "
+            f"{most} bytes. Choose a shorter one."
+        )
+    if len(os.fsencode(found)) > deepest - DEEPEST:
+        raise RequestError(
+            f"the path of the output {found.name} has more than {deepest - DEEPEST} bytes. Choose "
+            "a shorter one."
+        )
     return found
 
 
-def check_name(path: Path) -> None:
-    """Raise `RequestError` for a path that its file system, or a longer one of ours, cannot have.
-
-    While the work goes on its last part ends in `SUFFIX`.
-    """
-    parent, longest, deepest = path.parent, 255, 4096
-    with suppress(OSError, AttributeError):  # Windows has no pathconf
-        while not os.path.exists(parent):
-            parent = parent.parent
-        longest, deepest = (os.pathconf(parent, f"PC_{kind}_MAX") for kind in ("NAME", "PATH"))
-    *parents, name = map(os.fsencode, path.parts)
-    most = longest - len(SUFFIX)
-    if len(name) > most or any(len(part) > longest for part in parents):
-        raise RequestError(
-            f"the output {os.fsdecode(name[:20])}... has a name of {len(name)} bytes, or lies in a "
-            f"folder with a longer one, and {parent} takes {most}. Choose a shorter name."
-        )
-    if len(os.fsencode(path)) > deepest - INNER:
-        raise RequestError(
-            f"the path of the output {path.name} has {len(os.fsencode(path))} bytes, and files in "
-            f"it could not be opened beyond {deepest - INNER}. Choose a shorter path."
-        )
+def existing_parent(path: Path) -> Path:
+    """Return the nearest folder above a path, or file in its place, that exists."""
+    return next(parent for parent in path.parents if os.path.exists(parent))
 
 
 def check_apart(output: Path, inputs: Mapping[str, str | Path | None], *others: Path) -> None:
@@ -91,23 +84,22 @@ def check_apart(output: Path, inputs: Mapping[str, str | Path | None], *others: 
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether two paths lead to the same file or folder."""
-    try:
+    """Return whether two paths lead to the same file or folder, which exists."""
+    with suppress(OSError):
         return one.samefile(other)
-    except OSError:  # one of them does not exist
-        return False
+    return False
 
 
 def lies_in(path: Path, folder: Path) -> bool:
-    """Whether a path is a folder or lies in it, by whatever names."""
+    """Return whether a path is a folder or lies in it, by whatever names."""
     places = (path.absolute(), path.resolve())  # where its name is, and where it leads
     return any(same(it, folder) for place in places for it in (place, *place.parents))
 
 
 def check_place(*folders: Path) -> None:
-    """Refuse folders that cannot be created, or be given another name. Raises `RequestError`."""
+    """Raise `RequestError` for folders that cannot be created, or be given another name."""
     # `os.path.ismount` misses a folder bound to its own disk.
-    mounted = {Path(it.mountpoint) for it in psutil.disk_partitions(all=True)}
+    mounted = {Path(disk.mountpoint) for disk in psutil.disk_partitions(all=True)}
     for folder in folders:
         if folder in mounted:
             raise RequestError(
@@ -120,7 +112,7 @@ def check_place(*folders: Path) -> None:
                     f"{folder} holds a mount point ({point}): unmount it, or choose another "
                     "output folder."
                 )
-        parent = next(place for place in folder.parents if os.path.exists(place))
+        parent = existing_parent(folder)
         if not parent.is_dir():
             raise RequestError(f"cannot create {folder.name}: {parent} is not a folder.")
         if not os.access(parent, os.W_OK | os.X_OK):

@@ -22,19 +22,23 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 
 import filelock
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 
 from cmoe_hf import CMoEConfig
 
-from ..errors import RequestError
+from ..errors import CMoEError, RequestError
 from .paths import SUFFIX, check_apart, check_place, remove, replace_file, replace_folder, resolved
 from .selection import code_of
 from .strict import as_json
 
 SETTINGS = "settings.json"
+WINDOWS = "windows.safetensors"
 
 
 class PartialFolder:
-    """The folder of one verb; use it in a `with` block, see `create` and `reopen`.
+    """The folder of one command; use it in a `with` block, see `create` and `reopen`.
 
     When the block fails, a folder with anything finished stays and can be resumed; another is
     removed. When it ends well, the folder becomes OUT.
@@ -105,7 +109,7 @@ class PartialFolder:
     def _refuse_contents(self) -> None:
         self._refuse_output()
         beside = f"{self.partial.name} exists already in {self.partial.parent}"
-        if os.path.lexists(self.partial) and (self.partial.is_symlink() or self._foreign()):
+        if os.path.lexists(self.partial) and not self._holds_only_work():
             raise RequestError(
                 f"{beside}, and something in it is not ours, or was at {self.output.name} when a "
                 "process was killed. The work needs this name: move it away."
@@ -117,12 +121,10 @@ class PartialFolder:
                 hint = self.resume_hint or "choose another output folder"
                 raise RequestError(f"{beside}: {hint}, or pass --overwrite to start again.")
 
-    def _foreign(self) -> bool:
-        """Return whether OUT.partial is or holds anything but unfinished work."""
-        ours = (self.folder.name, self.private.name)
-        return not self.partial.is_dir() or any(
-            path.name not in ours for path in self.partial.iterdir()
-        )
+    def _holds_only_work(self) -> bool:
+        if self.partial.is_symlink() or not self.partial.is_dir():
+            return False
+        return {path.name for path in self.partial.iterdir()} <= {"repository", "work"}
 
     @classmethod
     def create(cls, output: str | Path, settings: dict[str, Any], *, overwrite: bool) -> Self:
@@ -176,7 +178,7 @@ class PartialFolder:
         return work
 
     def check_unchanged(self, found: Mapping[str, Any]) -> None:
-        """Raises `RequestError` if one of these is not what the settings say."""
+        """Raise `RequestError` if one of these is not what the settings say."""
         for name, value in found.items():
             if value != self.settings[name]:
                 raise RequestError(
@@ -217,9 +219,9 @@ class PartialFolder:
                 error.add_note(f"{self.finished}; {self.resume_hint}")
         finally:
             self._lock.release()
-        for left in (self.private, self.partial):
-            with suppress(OSError):  # only where a locked file could not be removed
-                left.rmdir()
+        with suppress(OSError):  # they are gone, unless a locked file could not be removed
+            self.private.rmdir()
+            self.partial.rmdir()
 
     def _finish(self) -> None:
         replace_folder(self.folder, self.output, self.replaced)
@@ -231,8 +233,26 @@ class PartialFolder:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
     def replace(self, path: Path, content: str | bytes | Callable[[Path], Any]) -> None:
-        """`paths.replace_file`, for a file of this folder."""
+        """Write a file of this folder, see `paths.replace_file`."""
         replace_file(path, content)
+
+    def keep_windows(self, **windows: torch.Tensor) -> None:
+        """Write the token windows that the work began with: no text is read a second time."""
+        kept = {name: window_WL.contiguous() for name, window_WL in windows.items()}
+        self.replace(self.private / WINDOWS, lambda new: save_file(kept, new))
+
+    def kept_windows(self) -> dict[str, torch.Tensor] | None:
+        """Return what `keep_windows` wrote, if it came to that. Raises `CMoEError` for damage."""
+        path = self.private / WINDOWS
+        if not path.is_file():
+            return None
+        try:
+            return load(path.read_bytes())
+        except (OSError, SafetensorError) as error:
+            raise CMoEError(
+                f"{WINDOWS} of the unfinished {self.noun} is damaged: it cannot be resumed. Start "
+                "again with --overwrite."
+            ) from error
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write one JSON file of the repository."""

@@ -5,7 +5,6 @@ Weights are only ever read from safetensors, by the names that the library has f
 """
 
 import logging
-import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -135,14 +134,21 @@ class Source:
     @property
     def parameters(self) -> int:
         """Number of values in all tensors."""
-        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+        return sum(tensor.numel for tensor in self.tensors.values())
 
     @property
     def layer_parameters(self) -> int:
         """Number of values in one decoder layer."""
         prefix = self.architecture.layer_prefix.format(0)
-        inside = (tensor for name, tensor in self.tensors.items() if name.startswith(prefix))
-        return sum(math.prod(tensor.shape) for tensor in inside)
+        return sum(it.numel for name, it in self.tensors.items() if name.startswith(prefix))
+
+    def ffn(self, index: int) -> list[Stored]:
+        """Return the tensors of a layer's FFN, or first expert, that its neurons share out."""
+        arch = self.architecture
+        prefix = arch.layer_prefix.format(index)
+        prefix += arch.expert_prefix.format(0) if arch.router else ""
+        names = (arch.up, arch.gate, arch.up_bias, arch.down)
+        return [self.tensors[prefix + name] for name in names if name is not None]
 
     @property
     def ffn_parameters(self) -> int:
@@ -150,25 +156,13 @@ class Source:
 
         An output bias belongs to none of them.
         """
-        row = self.architecture
-        prefix = row.layer_prefix.format(0) + (row.expert_prefix.format(0) if row.router else "")
-        names = [name for name in (row.gate, row.up, row.up_bias, row.down) if name is not None]
-        return sum(math.prod(self.tensors[prefix + name].shape) for name in names)
-
-    def ffn_dtype(self, index: int) -> str:
-        """Return the type in which a layer's neurons are stored, as safetensors names it."""
-        arch = self.architecture
-        expert = arch.expert_prefix.format(0) if arch.router else ""
-        return self.tensors[arch.layer_prefix.format(index) + expert + arch.up].dtype
+        return sum(tensor.numel for tensor in self.ffn(0))
 
     def nbytes(self, dtype: torch.dtype | None) -> int:
-        """Size in bytes in the given precision, or as stored."""
+        """Return the size in bytes in the given precision, or as stored."""
         if dtype is not None:
             return self.parameters * dtype.itemsize
-        return sum(
-            math.prod(tensor.shape) * CARVABLE[tensor.dtype].itemsize
-            for tensor in self.tensors.values()
-        )
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def find_model(model: str | Path, *, revision: str | None = None) -> tuple[Path, str, str | None]:
@@ -219,37 +213,44 @@ def linked_file(card: Mapping[str, Any]) -> str | None:
     return None if parts.scheme in ("http", "https") else normpath(unquote(parts.path))
 
 
+HUB_ERRORS: dict[type[Exception], tuple[type[CMoEError], str]] = {
+    GatedRepoError: (
+        RequestError,
+        "{name} is gated. Ask for access at its page on the Hub, then log in with `hf auth login` "
+        "or set HF_TOKEN.",
+    ),
+    RevisionNotFoundError: (
+        RequestError,
+        "{name} exists on the Hub, but has no revision {revision}.",
+    ),
+    RepositoryNotFoundError: (
+        RequestError,
+        "there is no folder and no Hub repository named {name}. Check the spelling; if it is "
+        "private, log in with `hf auth login`.",
+    ),
+    LocalEntryNotFoundError: (
+        CMoEError,
+        "cannot reach the Hub, and {where} is not in the local cache. Check the connection and "
+        "HF_HUB_OFFLINE, or give a local folder.",
+    ),
+    EntryNotFoundError: (RequestError, "{where} has no config.json: it is not a model."),
+    HFValidationError: (RequestError, "{name} is neither a folder nor a valid Hub id."),
+    Exception: (  # of the HTTP library, which differs between versions
+        CMoEError,
+        "cannot reach the Hub for {where}: {error}. Check the connection, or give a local folder.",
+    ),
+}
+"""What failures of a download mean; the first that fits counts."""
+
+
 def from_hub(download: Any, name: str, revision: str | None, **arguments: Any) -> str:
     """Call a download function of huggingface_hub; its failures become one clear line."""
     where = f"{name} at revision {revision}" if revision else name
     try:
         return download(name, revision=revision, **arguments)
-    except GatedRepoError as error:
-        raise RequestError(
-            f"{name} is gated. Ask for access at its page on the Hub, then log in with "
-            "`hf auth login` or set HF_TOKEN."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise RequestError(f"{name} exists on the Hub, but has no revision {revision}.") from error
-    except RepositoryNotFoundError as error:
-        raise RequestError(
-            f"there is no folder and no Hub repository named {name}. Check the spelling; if it "
-            "is private, log in with `hf auth login`."
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise CMoEError(
-            f"cannot reach the Hub, and {where} is not in the local cache. Check the connection "
-            "and HF_HUB_OFFLINE, or give a local folder."
-        ) from error
-    except EntryNotFoundError as error:
-        raise RequestError(f"{where} has no config.json: it is not a model.") from error
-    except HFValidationError as error:
-        raise RequestError(f"{name} is neither a folder nor a valid Hub id.") from error
-    except Exception as error:  # of the HTTP library, which differs between versions
-        raise CMoEError(
-            f"cannot reach the Hub for {where}: {error}. Check the connection, or give a local "
-            "folder."
-        ) from error
+    except Exception as error:
+        kind, text = next(it for known, it in HUB_ERRORS.items() if isinstance(error, known))
+        raise kind(text.format(name=name, where=where, revision=revision, error=error)) from error
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

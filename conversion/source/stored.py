@@ -8,6 +8,7 @@ is carved must be what everybody else loads.
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
@@ -39,6 +40,16 @@ class Stored:
     """Which expert of a packed tensor; None for a whole tensor."""
     rows: tuple[int, int] = (0, 0)
     """Which rows of that expert."""
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes, of a type that can be carved."""
+        return self.numel * CARVABLE[self.dtype].itemsize
 
     def read(self, opened: Any) -> torch.Tensor:
         """The values, from its open file. No more of a packed tensor is read than asked for."""

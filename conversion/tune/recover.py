@@ -33,7 +33,6 @@ from ..folder.carried import Carried, carried
 from ..folder.fingerprint import write_fingerprint
 from ..folder.strict import as_json
 from ..folder.unfinished import SETTINGS, PartialFolder, sha256_of
-from ..folder.windows import keep_windows, kept_windows
 from ..measure.evaluate import perplexity
 from ..measure.routing import active_routers, count_loads, imbalance, is_biased, without_bias
 from ..source.calibration import consecutive_windows, random_windows, read_tokens
@@ -172,7 +171,7 @@ def recover(
     settings = {**asked, **frozen_inputs(ready), "text_tokens": ready.text_tokens}
     with owned_folder(output, settings, overwrite=overwrite) as work:
         if accelerate.PartialState().is_main_process:
-            keep_windows(work, training=ready.training_WL, test=ready.test_WL)
+            work.keep_windows(training=ready.training_WL, test=ready.test_WL)
         return run(request, tuning, ready, work)
 
 
@@ -186,7 +185,7 @@ def resume_recovery(output: str | Path) -> Recovery:
     with owned_folder(output, None, overwrite=False) as work:
         request, tuning = Request(**work.settings["request"]), Tuning(**work.settings["tuning"])
         kept = None
-        if (windows := kept_windows(work)) is not None:
+        if (windows := work.kept_windows()) is not None:
             kept = (work.settings["text_tokens"], windows["training"], windows["test"])
         ready = make_ready(request, tuning, kept)
         work.check_apart(recovery_reads(request, ready))
