@@ -100,6 +100,7 @@ def test_legal_texts_come_from_the_hub(hub, dense_copy, tmp_path):
         ("/etc/hostname", False),
         ("file:///etc/hostname", False),
         ("config.json", False),
+        ("./", False),
     ],
 )
 def test_a_link_to_a_licence_is_followed_or_dropped(dense_copy, tmp_path, caplog, link, stays):

@@ -269,11 +269,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 def open_source(
     model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Source:
-    """Find a dense checkpoint and check its files against its configuration.
-
-    Checks, in order of cost: the family is supported, no code comes with the checkpoint, every
-    shard is there and whole, every tensor has the shape that the configuration asks for, none is
-    missing or unknown.
+    """Find a dense checkpoint and check its files against its configuration, cheapest first.
 
     With `trust_remote_code`, code may come with it. That of a tokenizer will run; that of a model
     does not, the model is taken for one of the library's family.
@@ -309,10 +305,9 @@ def one_by_one(row: Architecture, shapes: Shapes) -> Shapes:
 
 
 def check_code(folder: Path, name: str, trusted: bool) -> None:
-    """Raises `RequestError` for a source that carries code, unless it is trusted."""
+    """Raise `RequestError` for a source that carries code, unless it is trusted."""
     for file in ("config.json", "tokenizer_config.json"):
-        entries = read_json(folder / file).get("auto_map") if (folder / file).is_file() else None
-        if not entries:
+        if not ((folder / file).is_file() and read_json(folder / file).get("auto_map")):
             continue
         if not trusted:
             raise RequestError(
@@ -327,14 +322,10 @@ def check_code(folder: Path, name: str, trusted: bool) -> None:
 def named_tensors(
     row: Architecture, config: PreTrainedConfig, stored: Mapping[str, Stored], shapes: Shapes
 ) -> dict[str, Stored]:
-    """The stored tensors by the names that the dense model has for them.
+    """Return the stored tensors by the names that the dense model has for them.
 
-    Args:
-        row: The family.
-        config: Of the dense model. Its `tie_word_embeddings` becomes false, as the library's does,
-            where the files have a head that differs from the embedding.
-        stored: By the names in the files.
-        shapes: Of the dense model's tensors, an expert at a time.
+    `stored` has the names in the files, `shapes` those of the model, an expert at a time. As in the
+    library, `config.tie_word_embeddings` becomes false if a head differs from the embedding.
 
     Raises `RequestError` for what the library would not load in full, or carving would lose.
     """
@@ -354,22 +345,20 @@ def named_tensors(
     check_types(tensors)
     if config.tie_word_embeddings:
         tie_head(row, config, tensors)
-    expected = dict(shapes)
-    if config.tie_word_embeddings:
-        del expected[HEAD]
+    left_out = (HEAD,) if config.tie_word_embeddings else ()
+    expected = {name: shape for name, shape in shapes.items() if name not in left_out}
     check_shapes(config, tensors, expected)
     return tensors
 
 
-def unpacked(row: Architecture, key: str, tensor: Stored) -> Iterator[tuple[str, Stored]]:
-    """A tensor by its name, or the experts' parts of one that has all of a layer's experts."""
+def unpacked(row: Architecture, key: str, tensor: Stored) -> list[tuple[str, Stored]]:
+    """Return a tensor by its name, or the parts of one that has all of a layer's experts."""
     inside = row.expert_prefix.partition("{")[0]
     packed = key.endswith((f"{inside}gate_up_proj", f"{inside}down_proj"))
     if row.router is None or not packed or len(tensor.shape) != 3:
-        yield key, tensor
-        return
-    for name, *place in experts_in(row, key, tensor.shape):
-        yield name, tensor.of_expert(*place)
+        return [(key, tensor)]
+    parts = experts_in(row, key, tensor.shape)
+    return [(name, tensor.of_expert(*place)) for name, *place in parts]
 
 
 def experts_in(
@@ -425,7 +414,7 @@ def tie_head(row: Architecture, config: PreTrainedConfig, tensors: dict[str, Sto
 
 
 def check_wrapping(unknown: list[str]) -> None:
-    """Raises `RequestError` for names that come from a wrapper around the model."""
+    """Raise `RequestError` for names that come from a wrapper around the model."""
     for name in unknown:
         for prefix, (wrapper, remedy) in WRAPPERS.items():
             if f".{prefix}" in f".{name}":
@@ -437,7 +426,7 @@ def check_wrapping(unknown: list[str]) -> None:
 
 
 def check_types(tensors: Mapping[str, Stored]) -> None:
-    """Raises `RequestError` for weights of a type in which neurons cannot be moved and refitted."""
+    """Raise `RequestError` for weights of a type in which neurons cannot be moved and refitted."""
     for tensor in tensors.values():
         if tensor.dtype not in CARVABLE:
             raise RequestError(
@@ -448,7 +437,7 @@ def check_types(tensors: Mapping[str, Stored]) -> None:
 
 
 def check_shapes(config: PreTrainedConfig, tensors: Mapping[str, Stored], expected: Shapes) -> None:
-    """Raises `RequestError` unless the tensors are those expected, of the same shapes."""
+    """Raise `RequestError` unless the tensors are those expected, of the same shapes."""
     missing = sorted(expected.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - expected.keys())
     if missing == [HEAD]:
