@@ -225,6 +225,25 @@ def test_types_of_buffers_that_are_not_stored_again(own_dense, carve, tmp_path, 
     assert same_tensors(tmp_path / "out", plain)
 
 
+@pytest.mark.parametrize("family", ["llama-2", "qwen3-moe"])
+def test_every_tensor_keeps_its_type(own_dense, tmp_path, tensors, family):
+    folder, router = own_dense(family), "model.layers.1.mlp.gate.weight"
+
+    def halve(stored):
+        for name in [name for name in stored if "norm" not in name and name != router]:
+            stored[name] = stored[name].to(torch.float16)
+
+    change_weights(folder, halve)
+    assert run(folder, tmp_path / "out").exit_code == 0
+    before, after = tensors(folder), tensors(tmp_path / "out")
+    if router in before:
+        before[router.replace("weight", "parent_weight")] = before.pop(router)
+    for name in before.keys() & after.keys():
+        assert before[name].dtype == after[name].dtype and torch.equal(before[name], after[name])
+    half = {name: tensor for name, tensor in after.items() if ".mlp.experts." in name}
+    assert half and all(tensor.dtype == torch.float16 for tensor in half.values())
+
+
 # The names
 
 
