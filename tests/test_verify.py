@@ -187,7 +187,9 @@ def test_an_upgrade_that_would_change_the_function_changes_nothing(carved_copy):
 
 
 def test_an_upgrade_that_was_killed_at_its_last_step_goes_on(carved_copy):
-    carved_copy.rename(carved_copy.with_name("carved.replaced"))
+    partial = carved_copy.with_name("carved.partial")
+    partial.mkdir()
+    carved_copy.rename(partial / "replaced")
     assert upgrade(carved_copy).changed == []
     assert [path.name for path in carved_copy.parent.iterdir()] == ["carved"]
 
@@ -197,6 +199,7 @@ def test_an_upgrade_removes_no_unfinished_work(carved_copy):
         pytest.raises(KeyboardInterrupt),
         WorkFolder.create(carved_copy, {}, overwrite=True) as work,
     ):
+        work.create_weights([{"x": torch.ones(1)}], 1000)
         work.write_rest({"x": torch.ones(1)})
         work.figures.append({})
         raise KeyboardInterrupt

@@ -16,6 +16,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeAlias, TypeVar
 
 from ..device import check_dtype
 from ..errors import RequestError
+from ..source.checkpoint import local_name
 from ..source.texts import absolute_text
 from .polish import Schedule
 from .recipe import Recipe
@@ -184,7 +185,7 @@ def absolute(name: str | Path) -> str:
 
 def public_name(name: str) -> str:
     """What may be told of something that `absolute` named: of a path, its last part only."""
-    return Path(os.path.normpath(name)).name if Path(name).is_absolute() else name
+    return local_name(Path(os.path.normpath(name)))[0] if Path(name).is_absolute() else name
 
 
 def shard_bytes(size: str | int) -> int:

@@ -45,11 +45,11 @@ def code_of_type(model_type: str | None) -> dict[str, str]:
 
 
 def select(module: str, wanted: Iterable[str]) -> str:
-    """The source of a module without the top-level definitions that `wanted` do not need.
+    """Return the source of a module without the definitions that `wanted` do not need.
 
-    What is kept is kept word for word, with the comments above it, but for imports, which name only
-    what is left. Statements that define nothing stay. A definition is needed if its name occurs,
-    also as a whole string, as in an annotation, in another one that is.
+    What stays does so word for word, with the comments above it; imports name only what is left. A
+    definition is needed if its name occurs in another one that is, also as a string, as in an
+    annotation.
     """
     pieces = split(module)
     needed = set(wanted).union(*(piece.uses for piece in pieces if not piece.defines))

@@ -5,9 +5,8 @@ Shape suffixes: T tokens, K active experts, W windows, L tokens of a window.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,14 @@ from ..errors import RequestError
 from ..folder.card import CARD_FILE, native_card
 from ..folder.carried import carried
 from ..folder.fingerprint import write_fingerprint
-from ..folder.shards import file_names, index_of, packed, raw, write_shard
+from ..folder.shards import Shards
 from ..folder.unfinished import BriefFolder
 from ..measure.routing import collected
 from ..source.architectures import Architecture, architecture_of
 from ..source.calibration import random_windows, read_tokens
 from ..source.checkpoint import fetch_model, find_model, load_tokenizer
 from ..source.loading import window_length
-from ..source.stored import WEIGHTS_INDEX, Stored, read_headers, read_json
+from ..source.stored import Stored, read_headers, read_json
 from ..source.texts import open_text, text_file
 from .linearise import linear_routers
 from .needs import choose, lacking, needs_of
@@ -96,7 +95,7 @@ def export(
             says why.
         CMoEError: The model cannot be reached or is damaged.
     """
-    limit = shard_bytes(max_shard_size)
+    limit, work = shard_bytes(max_shard_size), ExportFolder(output, overwrite=overwrite)
     if to not in (None, *TARGETS):
         raise RequestError(f"there is no export to {to!r}; choose one of {', '.join(TARGETS)}.")
     folder, name, commit = find_model(model)
@@ -118,7 +117,6 @@ def export(
     tokenizer = load_tokenizer(folder)
     native = target.config(config, needs)
     kept = carried(folder).beside(native, tokenizer)
-    work = ExportFolder(output, overwrite=overwrite)
     work.check({"the carved model": folder, "the calibration text": text_file(refit_router)})
     routers = None
     if refit_router is not None:
@@ -233,21 +231,12 @@ def with_router(
 
 def write_shards(layers: list[dict[str, Made]], work: ExportFolder, limit: int) -> None:
     """Write all tensors, a part of one in memory at a time."""
-    made = {name: it for layer in layers for name, it in layer.items()}
-    sizes = {name: it.entry.nbytes for name, it in made.items()}
-    plan = packed([{name: sizes[name] for name in layer} for layer in layers], limit)
-    files = dict(zip(file_names(len(plan)), plan, strict=True))
+    parts = [{name: it.empty for name, it in layer.items()} for layer in layers]
+    shards = Shards(work.folder, parts, limit)
+    shards.create()
     with Files() as opened:
-
-        def pieces(names: list[str]) -> Iterator[tuple[str, Iterator[Any]]]:
-            return ((name, map(raw, made[name].read(opened))) for name in names)
-
-        for file, names in tqdm(files.items(), desc="exporting", unit="file", disable=None):
-            entries = {name: made[name].entry for name in names}
-            write = partial(write_shard, entries=entries, pieces=pieces(names))
-            work.replace(work.folder / file, write)
-    if len(files) > 1:
-        work.write_json(WEIGHTS_INDEX, index_of(files, sizes))
+        for layer in tqdm(layers, desc="exporting", unit="layer", disable=None):
+            shards.write({name: it.read(opened) for name, it in layer.items()})
 
 
 @torch.no_grad()

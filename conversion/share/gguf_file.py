@@ -95,6 +95,7 @@ def export_gguf(
         raise RequestError(f"there is no type {type!r}; choose one of {', '.join(FILE_TYPES)}.")
     if to not in (None, *LAYOUTS):
         raise RequestError(f"there is no export to {to!r}; choose one of {', '.join(LAYOUTS)}.")
+    path = check_output(output, overwrite)
     folder, name, commit = find_model(model)
     config = AutoConfig.from_pretrained(folder)
     arch = architecture_of(config)
@@ -104,7 +105,6 @@ def export_gguf(
         raise RequestError(f"{name} cannot be a GGUF file: a {config.model_type} is not known.")
     if getattr(config, "hidden_act", None) not in ("silu", "swish"):
         raise RequestError(f"{name} cannot be a GGUF file: its activation is {config.hidden_act}.")
-    path = check_output(output, overwrite)
     if commit is not None:
         folder = fetch_model(name, commit)
     check_apart(path, {"the model": folder, "the calibration text": text_file(refit_router)})

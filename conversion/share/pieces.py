@@ -6,14 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from safetensors import safe_open
 
-from ..folder.shards import Entry
+from ..folder.shards import NAMES
 from ..source.stored import CARVABLE, Stored
 
 
@@ -23,7 +22,7 @@ class Made:
 
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors names it."""
+    """Return the name that safetensors has for the type."""
     parts: tuple[Stored | torch.Tensor, ...] = ()
     factor: float = 1.0
     interleaved: int = 0
@@ -50,10 +49,9 @@ class Made:
         return cls((len(pieces), *pieces[0].shape), packed.dtype, tuple(pieces))
 
     @property
-    def entry(self) -> Entry:
-        """Return its entry in the header of a file."""
-        size = torch.empty((), dtype=CARVABLE[self.dtype]).element_size()
-        return Entry(self.dtype, list(self.shape), prod(self.shape) * size)
+    def empty(self) -> torch.Tensor:
+        """Return its type and shape, as a tensor on the meta device."""
+        return torch.empty(self.shape, dtype=CARVABLE[self.dtype], device="meta")
 
     def read(self, files: "Files") -> Iterator[torch.Tensor]:
         """Read the values, a part at a time."""
@@ -70,7 +68,7 @@ class Made:
 
 def type_name(part: Stored | torch.Tensor) -> str:
     """Return the name that safetensors has for the type."""
-    return part.dtype if isinstance(part, Stored) else Entry.of(part).dtype
+    return part.dtype if isinstance(part, Stored) else NAMES[part.dtype]
 
 
 class Files(ExitStack):

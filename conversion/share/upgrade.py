@@ -64,7 +64,7 @@ class UpgradeFolder(BriefFolder):
         begun = self.private / SETTINGS
         if begun.is_file() and read_json(begun).get("work") != self.noun:
             raise RequestError(
-                f"{self.folder.name} beside the model holds unfinished work, which an upgrade "
+                f"{self.partial.name} beside the model holds unfinished work, which an upgrade "
                 "would remove: complete it with --resume, or remove it."
             )
         super()._refuse_contents()
@@ -85,7 +85,7 @@ def upgrade(model: str | Path, *, trust_remote_code: bool = False) -> Upgrade:
         CMoEError: The result would compute something else; nothing was changed.
     """
     output = Path(model).expanduser().absolute()
-    replaced = output.with_name(output.name + ".replaced")
+    replaced = UpgradeFolder(output).replaced
     if not output.exists() and replaced.is_dir():
         replaced.rename(output)  # an upgrade was killed between its last two steps
     folder, name, commit = find_model(model)

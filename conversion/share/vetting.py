@@ -14,8 +14,9 @@ import cmoe_hf
 
 from ..errors import RequestError
 from ..folder.card import CARD_FILE, parsed_card, stated_hashes
+from ..folder.paths import SUFFIX
 from ..folder.shards import read_header
-from ..folder.unfinished import SETTINGS, sha256_of
+from ..folder.unfinished import sha256_of
 from ..source.checkpoint import LEGAL_FILES, load_tokenizer
 from ..source.stored import WEIGHTS_FILE, WEIGHTS_INDEX, read_headers, read_json
 
@@ -64,7 +65,7 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def check_complete(folder: Path) -> None:
     """Check that the folder can be loaded by somebody who has nothing else."""
-    if (folder / "work" / SETTINGS).is_file() or folder.name.endswith(".partial"):
+    if SUFFIX in (folder.suffix, folder.resolve().parent.suffix):
         raise RequestError(f"{folder.name} is unfinished work: complete it with --resume first.")
     if not (folder / "config.json").is_file():
         raise RequestError(f"{folder} has no config.json: it is not a model.")
@@ -193,7 +194,7 @@ def lines_of(path: Path, card: str, name: str) -> Iterator[str]:
     if name == CARD_FILE:
         yield from card.splitlines()
     elif path.suffix == ".safetensors":
-        yield json.dumps(read_header(path)[0], ensure_ascii=False)
+        yield json.dumps(read_header(path), ensure_ascii=False)
     elif not matches(name, BINARIES):
         with open(path, encoding="utf-8", errors="replace") as file:
             yield from file

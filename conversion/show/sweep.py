@@ -17,7 +17,7 @@ from ..device import device_name, find_device, versions
 from ..errors import CMoEError, RequestError
 from ..folder.layerwise import WorkFolder
 from ..folder.paths import check_apart, remove, replace_file, resolved
-from ..folder.unfinished import as_json
+from ..folder.strict import as_json
 from ..measure.benchmark import benchmark
 from ..measure.evaluate import evaluate
 from ..plan import carved_as

@@ -54,7 +54,7 @@ def dense_config(row: Architecture, folder: Path, name: str) -> PreTrainedConfig
 
 
 def check_sizes(fields: Mapping[str, Any], name: str) -> None:
-    """Raises `RequestError` for a size that is none. Other types are for the library to refuse."""
+    """Raise `RequestError` for a size that is none. Other types are for the library to refuse."""
     for key, value in sorted(fields.items()):
         if SIZES.fullmatch(key) and isinstance(value, int) and value < 1:
             raise RequestError(

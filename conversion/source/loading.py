@@ -14,6 +14,7 @@ from transformers import (
 from ..errors import CMoEError
 from .checkpoint import fetch_model, find_model, load_tokenizer
 from .library import PLAIN_OUTPUTS
+from .stored import weight_files
 
 WINDOW = 2048
 """Tokens of a window where nobody says otherwise and the model's context is no shorter."""
@@ -35,6 +36,7 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in evaluation mode, and its tokenizer."""
     folder, name = model_folder(model)
+    weight_files(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(

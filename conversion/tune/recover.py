@@ -31,8 +31,8 @@ from ..errors import RequestError
 from ..folder.card import CARD_FILE, recovered_card
 from ..folder.carried import Carried, carried
 from ..folder.fingerprint import write_fingerprint
-from ..folder.unfinished import SETTINGS, PartialFolder, as_json, sha256_of
-from ..folder.windows import keep_windows, kept_windows
+from ..folder.strict import as_json
+from ..folder.unfinished import SETTINGS, PartialFolder, sha256_of
 from ..measure.evaluate import perplexity
 from ..measure.routing import (
     active_routers,
@@ -169,17 +169,16 @@ def recover(
         max_shard_size=max_shard_size,
         trust_remote_code=trust_remote_code,
     )
-    tuning = tuning or Tuning()
+    tuning, work = tuning or Tuning(), RecoveryFolder(output, overwrite=overwrite)
     ready = make_ready(request, tuning)
     if accelerate.PartialState().is_main_process:
-        work = RecoveryFolder(output, overwrite=overwrite)
         work.check(recovery_reads(request, ready))
         check_room(ready.folder, work)
     asked = {"request": asdict(request), "tuning": asdict(tuning)}
     settings = {**asked, **frozen_inputs(ready), "text_tokens": ready.text_tokens}
     with owned_folder(output, settings, overwrite=overwrite) as work:
         if accelerate.PartialState().is_main_process:
-            keep_windows(work, training=ready.training_WL, test=ready.test_WL)
+            work.keep_windows(training=ready.training_WL, test=ready.test_WL)
         return run(request, tuning, ready, work)
 
 
@@ -193,7 +192,7 @@ def resume_recovery(output: str | Path) -> Recovery:
     with owned_folder(output, None, overwrite=False) as work:
         request, tuning = Request(**work.settings["request"]), Tuning(**work.settings["tuning"])
         kept = None
-        if (windows := kept_windows(work)) is not None:
+        if (windows := work.kept_windows()) is not None:
             kept = (work.settings["text_tokens"], windows["training"], windows["test"])
         ready = make_ready(request, tuning, kept)
         work.check_apart(recovery_reads(request, ready))
