@@ -250,7 +250,7 @@ def damage(folder, what):
     elif what == "no code":
         (folder / "modeling_cmoe.py").unlink()
     elif what == "other code":
-        with open(folder / "modeling_cmoe.py", "a") as file:
+        with open(folder / "modeling_cmoe.py", "a", encoding="utf-8") as file:
             file.write("\nimport os\n")
     elif what == "no shard":
         (folder / "model-00002-of-00002.safetensors").unlink()
