@@ -188,12 +188,7 @@ def calibration_windows(
     Of a text of more than `WHOLE_CHARACTERS`, or of what makes enough tokens, they are drawn from a
     prefix: the record says so.
     """
-    context = source.config.max_position_embeddings
     length = window_length(source.config, settings.sequence_length)
-    if length > context:
-        raise RequestError(
-            f"--sequence-length {length} is longer than the model's context of {context} tokens."
-        )
     samples = settings.samples or max(1, CALIBRATION_TOKENS // length)
     text = open_text(settings.calibration)
     most = max(WHOLE_CHARACTERS, CHARACTERS_PER_TOKEN * samples * length)

@@ -123,7 +123,7 @@ def beyond(carved, tmp_path):
     [
         ("evaluate", ["--text", HELD_OUT]),
         ("report", ["--text", HELD_OUT]),
-        ("benchmark", ["--text", HELD_OUT, "--rounds", 1]),
+        ("benchmark", ["--text", HELD_OUT, "--rounds", 1, "--prefill", 64, "--context", 64]),
         ("recover", ["OUT", "--training", CALIBRATION, "--text", HELD_OUT, "--samples", 4]),
         ("export", ["OUT", "--refit-router", CALIBRATION]),
     ],

@@ -58,7 +58,7 @@ class Settings:
     polish: bool = False
     """Train each carved layer by itself towards the dense one's output, after the refit."""
     calibration: str | Path = "wikitext2"
-    """Text, JSONL, JSON or Parquet file (FILE:COLUMN names a column), wikitext2, c4, or
+    """Text, JSON, CSV or Parquet file (FILE:COLUMN names a column), wikitext2, c4, or
     `dataset[:subset][:split][:column]` of the Hub."""
     samples: int | None = None
     """Calibration windows; default 16,384 tokens' worth."""

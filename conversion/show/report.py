@@ -22,7 +22,7 @@ from ..errors import CMoEError, RequestError
 from ..folder.card import CARD_FILE, FIGURES, with_section
 from ..folder.paths import replace_file, replace_folder, resolved
 from ..folder.strict import to_json
-from ..measure.evaluate import check_same_vocabulary, text_windows
+from ..measure.evaluate import check_same_vocabulary, common_length, text_windows
 from ..measure.routing import check_flat, sparse_blocks
 from ..source.calibration import tokenize
 from ..source.checkpoint import fetch_model, find_model
@@ -128,11 +128,12 @@ def report(
         if other is not None:
             find_model(other)
     opened = open_text(text, part="test")
+    length = common_length(sequence_length, trust_remote_code, model, baseline, compare)
     target = folder / "report" if output is None else resolved(output)
     load = partial(load_model, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
     with fresh_folder(target.absolute()) as new:
         carved, tokenizer = load_carved(load, model)
-        windows_WL = text_windows(carved, tokenizer, opened, sequence_length, windows)
+        windows_WL = text_windows(carved, tokenizer, opened, length, windows)
         ids_T = sample_ids(carved, tokenizer, SAMPLE if sample is None else sample)
         observation = observe(carved, windows_WL)
         measured = {

@@ -57,9 +57,13 @@ LEGAL_FILES = tuple(
     )
 )
 """Patterns of names, in any case; also what of a repository is downloaded."""
+VOCABULARY_FILES = (
+    *("tokenizer.json", "tokenizer.model*", "tekken.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("spiece.model", "sentencepiece.bpe.model"),
+)
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model*", "tokenizer_config.json", "tekken.json"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *VOCABULARY_FILES,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.json", "chat_template.jinja", "additional_chat_templates"),
 )
 """Files and folders; what a tokenizer has of them."""
@@ -254,16 +258,22 @@ def from_hub(download: Any, name: str, revision: str | None, **arguments: Any) -
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises `RequestError` if there is none."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise RequestError(
-            f"{folder.name} has no tokenizer (neither tokenizer.json nor tokenizer.model). Copy "
-            "the tokenizer files of the model into the folder."
-        )
+    """Return the tokenizer of a model folder. Raises `RequestError` if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library raises whatever its parsers raise
-        raise RequestError(f"the tokenizer of {folder.name} cannot be loaded: {error}") from error
+        if any(path.match(name) for path in folder.iterdir() for name in VOCABULARY_FILES):
+            raise RequestError(
+                f"the tokenizer of {folder.name} cannot be loaded: {error}"
+            ) from error
+        tokenizer = None
+    # Without files the library makes some tokenizers that know their special tokens only.
+    if tokenizer is None or not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
+        raise RequestError(
+            f"{folder.name} has no tokenizer (such as tokenizer.json, or vocab.json and "
+            "merges.txt). Copy the tokenizer files of the model into the folder."
+        )
+    return tokenizer
 
 
 def open_source(

@@ -44,7 +44,7 @@ from ..measure.routing import (
 )
 from ..source.calibration import consecutive_windows, random_windows, read_tokens
 from ..source.checkpoint import load_tokenizer
-from ..source.loading import load_model, model_folder, window_length
+from ..source.loading import load_config, load_model, model_folder, window_length
 from ..source.texts import absolute_text, open_text, text_file
 from .tuning import Tuning, check_peft, check_sharding, last_checkpoint, tune
 
@@ -222,22 +222,22 @@ def make_ready(request: Request, tuning: Tuning, kept: Texts | None = None) -> R
             "Give another --text."
         )
     folder, _ = model_folder(request.model)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=request.trust_remote_code)
+    config = load_config(folder, request.trust_remote_code)
     if not isinstance(config, CMoEConfig):
         raise RequestError(
             f"{folder.name} is a {config.model_type} model, not a carved one: `cmoe convert` it "
             "first."
         )
     tokenizer = load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
-    vocabulary = config.vocab_size
+    others = []
     for dense in filter(None, {request.teacher, request.control}):
-        (where, _), trusted = model_folder(dense), request.trust_remote_code
-        known = AutoConfig.from_pretrained(where, trust_remote_code=trusted).vocab_size
-        vocabulary = min(vocabulary, known)
-        other = load_tokenizer(where, trust_remote_code=trusted)
+        trusted = request.trust_remote_code
+        others.append(load_config(dense, trusted))
+        other = load_tokenizer(model_folder(dense)[0], trust_remote_code=trusted)
         if other.get_vocab() != tokenizer.get_vocab():
             raise RequestError(f"{dense} has another vocabulary than {request.model}.")
-    length = window_length(config, tuning.sequence_length)
+    vocabulary = min(it.vocab_size for it in (config, *others))
+    length = window_length(config, tuning.sequence_length, *others)
     texts = kept or read_texts(request, tuning, tokenizer, vocabulary, length)
     return Ready(folder, device, tokenizer, *texts, carried(folder))
 
