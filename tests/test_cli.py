@@ -11,10 +11,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from cmoe_cli import SUMMARIES
 from cmoe_hf.conversion import Settings
-from cmoe_hf.conversion.cli import COMMANDS, app
-from cmoe_hf.conversion.cli.common import field_texts
+from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.options import option_texts
 
 PAGE = Path(__file__).parents[1] / "docs" / "convert.md"
 SHAPE = ["--shared", "2", "--active", "2", "--experts", "8"]
@@ -42,13 +43,13 @@ main()
     assert heavy.strip() == "[]", done.stderr
     expected = CliRunner().invoke(app, arguments, prog_name="cmoe")
     assert printed == expected.stdout and done.returncode == expected.exit_code
-    assert all(f" {name} " in printed for name in COMMANDS)
+    assert all(f" {name} " in printed for name in SUMMARIES)
 
 
 def test_the_page_says_of_the_options_what_the_command_says():
     printed = " ".join(invoke("convert", "--help").stdout.replace("│", " ").split())
     rows = []
-    for name, text in field_texts(Settings).items():
+    for name, text in option_texts(Settings).items():
         option = f"--{name.replace('_', '-')}"
         rows.append(f"| `{option}` | {text} |")
         assert option in printed
