@@ -3,12 +3,15 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from families import SHORT
+from hub import TOKEN
 from typer.testing import CliRunner
 
 from cmoe_cli import SUMMARIES
@@ -117,12 +120,74 @@ def test_a_missing_option_is_a_wrong_request(dense, tmp_path):
 
 
 def test_the_demo_compares_dense_and_carved_and_generates_a_line(tmp_path):
-    result = invoke("demo", tmp_path / "demo")
+    out = tmp_path / "demo[v2]"
+    result = invoke("demo", out)
     assert result.exit_code == 0, result.stderr
-    page = tmp_path / "demo" / "report" / "index.html"
+    page = out / "report" / "index.html"
     shapes = ("carved S3A3E8", "carved S2A2E8", "carved S1A1E8")
     told = ("dense continues: When a", "S3A3E8 continues: When a", f"report: {page}\n")
     for phrase in ("perplexity", *shapes, "chance 10.0%)", *told):
         assert phrase in result.stdout, result.stdout
     assert page.is_file()
-    assert (tmp_path / "demo" / "config.json").is_file()
+    assert (out / "config.json").is_file()
+
+
+AWKWARD = "[b]:smile:[v2]"
+"""Markup and an emoji's code to rich, an ordinary name to the file system."""
+
+
+@pytest.fixture(scope="module")
+def awkward(dense, carved, hub, tmp_path_factory):
+    """A folder with models and a task of such names; a repository with a file of such a name."""
+    folder = tmp_path_factory.mktemp("awkward")
+    shutil.copytree(dense, folder / f"dense{AWKWARD}")
+    shutil.copytree(carved, folder / f"carved{AWKWARD}")
+    (folder / "there").mkdir()
+    (folder / "there" / f"{AWKWARD}.md").write_text("Notes.")
+    hub.reset()
+    hub.publish("org/model", folder / "there")
+    tasks = Path(__file__).parent / "task"
+    task = yaml.safe_load((tasks / "pydoc_topics.yaml").read_text())
+    for name in task["dataset_kwargs"]["data_files"].values():
+        shutil.copy(tasks / name, folder)
+    task["task"] = f"topics{AWKWARD}"
+    (folder / "task.yaml").write_text(yaml.safe_dump(task))
+    return folder
+
+
+TEXT = ["--text", SHORT, "--sequence-length", 64]
+LOADS = ["--training", CALIBRATION, "--text", SHORT, "--samples", 4, "--sequence-length", 64]
+PRINTED = {
+    "convert": ["convert", f"dense{AWKWARD}", f"out{AWKWARD}", *SHAPE, *CHEAP],
+    "plan": ["convert", f"dense{AWKWARD}", "planned", *SHAPE, *CHEAP, "--dry-run"],
+    "recover": ["recover", f"carved{AWKWARD}", f"recovered{AWKWARD}", *LOADS],
+    "evaluate": ["evaluate", f"carved{AWKWARD}", *TEXT, "--windows", 1],
+    "tasks": ["evaluate", f"carved{AWKWARD}", "--tasks", f"topics{AWKWARD}", "--include-path", "."],
+    "benchmark": [
+        *("benchmark", f"carved{AWKWARD}", "--prefill", 8, "--rounds", 1),
+        *("--tokens", "", "--batch", ""),
+    ],
+    "sweep": [
+        *("sweep", f"dense{AWKWARD}", f"swept{AWKWARD}", "--rounds", 0, "--grid", "S2A1E4"),
+        *(*TEXT[:2], *CHEAP),
+    ],
+    "report": ["report", f"carved{AWKWARD}", *TEXT, "--windows", 1, "--no-figures"],
+    "export": ["export", f"carved{AWKWARD}", f"exported{AWKWARD}"],
+    "gguf": ["export", f"carved{AWKWARD}", "--gguf", f"{AWKWARD}[/b].gguf"],
+    "verify": ["verify", f"carved{AWKWARD}"],
+    "upgrade": ["upgrade", f"carved{AWKWARD}"],
+    "publish": [
+        *("publish", f"carved{AWKWARD}", "org/model", "--dry-run"),
+        *("--license", "mit", "--base-model", "org/dense"),
+    ],
+}
+
+
+@pytest.mark.parametrize("arguments", PRINTED.values(), ids=PRINTED)
+def test_names_are_printed_as_they_are(arguments, awkward, monkeypatch):
+    monkeypatch.chdir(awkward)
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert AWKWARD in result.stdout, result.stdout
