@@ -83,6 +83,10 @@ def demo(options: DemoOptions) -> Demo:
             for it in folders.values()
         ]
         dense, carved = continuation(MODEL), continuation(kept)
+    points = [
+        Point(notation=it.notation, activation_ratio=it.activation_ratio, perplexity=one.perplexity)
+        for it, one in zip(folders, found, strict=True)
+    ]
     assert found[0].baseline_perplexity is not None
     return Demo(
         dense_perplexity=found[0].baseline_perplexity,
@@ -91,14 +95,7 @@ def demo(options: DemoOptions) -> Demo:
         activation_ratio=made[0].activation_ratio,
         router_oracle_agreement=found[0].router_oracle_agreement,
         router_chance_agreement=found[0].router_chance_agreement,
-        shapes=[
-            Point(
-                notation=conversion.notation,
-                activation_ratio=conversion.activation_ratio,
-                perplexity=evaluation.perplexity,
-            )
-            for conversion, evaluation in zip(made, found, strict=True)
-        ],
+        shapes=points,
         generated_dense=dense,
         generated=carved,
         output=made[0].output if options.output is not None else None,

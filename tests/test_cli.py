@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: its keys, its streams, its configuration file."""
 
+import inspect
 import json
 import re
 import shutil
@@ -9,19 +10,30 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from families import SHORT
 from hub import TOKEN
+from refusal import refused
 from typer.testing import CliRunner
 
 from cmoe_cli import SUMMARIES
-from cmoe_hf.conversion import Settings
+from cmoe_hf import conversion
+from cmoe_hf.conversion import RECIPES, Settings
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.device import DTYPES
+from cmoe_hf.conversion.measure.evaluate import ROUTERS
+from cmoe_hf.conversion.measure.shapes import SHAPES
 from cmoe_hf.conversion.options import option_texts
+from cmoe_hf.conversion.share.gguf_file import FILE_TYPES
+from cmoe_hf.conversion.share.gguf_layouts import LAYOUTS
+from cmoe_hf.conversion.share.serve import ENGINES
+from cmoe_hf.conversion.share.targets import TARGETS
 
 PAGE = Path(__file__).parents[1] / "docs" / "convert.md"
 SHAPE = ["--shared", "2", "--active", "2", "--experts", "8"]
+RENAMED = {"compiled": "compile", "licence": "license", "pull_request": "pr"}
 CHEAP = ["--calibration", str(CALIBRATION), "--samples", "4", "--sequence-length", "64"]
 
 
@@ -191,3 +203,65 @@ def test_names_are_printed_as_they_are(arguments, awkward, monkeypatch):
     result = invoke(*arguments)
     assert result.exit_code == 0, result.stderr
     assert AWKWARD in result.stdout, result.stdout
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_a_function_takes_what_its_command_takes(name):
+    function = getattr(conversion, name)
+    command = typer.main.get_command(app).commands[name]
+    options = {flag: option for option in command.params for flag in option.opts}
+    for keyword, parameter in inspect.signature(function).parameters.items():
+        assert f"    {keyword}: " in function.__doc__
+        if parameter.kind is parameter.KEYWORD_ONLY and keyword != "tuning":
+            called = RENAMED.get(keyword, keyword).replace("_", "-")
+            expected = parameter.default
+            if isinstance(expected, tuple):
+                expected = ",".join(map(str, expected))
+            assert options[f"--{called}"].default == expected
+    with pytest.raises(TypeError, match="magic"):
+        function(magic=1)
+
+
+@pytest.mark.parametrize(
+    ("command", "choices"),
+    [
+        ("convert", RECIPES),
+        ("convert", DTYPES),
+        ("evaluate", [*ROUTERS, *DTYPES]),
+        ("benchmark", [*SHAPES, *DTYPES]),
+        ("export", [*TARGETS, *LAYOUTS, *FILE_TYPES]),
+        ("serve", ENGINES),
+        ("report", ["[report]"]),
+    ],
+)
+def test_the_help_names_every_choice(monkeypatch, command, choices):
+    monkeypatch.setenv("COLUMNS", "300")
+    printed = invoke(command, "--help").stdout
+    assert all(choice in printed for choice in choices)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        (["export", "carved", "out", "--type", "f32"], "--type is for a GGUF file"),
+        (["export", "carved", "--gguf", "file", "--max-shard-size", "1GB"], "is for a folder"),
+        (["export", "carved", "out", "--gguf", "file"], "either a folder OUT or --gguf"),
+        (["export", "carved"], "either a folder OUT or --gguf"),
+        (["evaluate", "carved", "--limit", 1], "--limit is for tasks"),
+        (["evaluate", "carved", "--tasks", "boolq", "--seed", 0], "--seed is for perplexity"),
+        (["benchmark", "carved", "--threads", 1], "--threads goes with --engine llama.cpp only"),
+        (["benchmark", "--engine", "llama.cpp", "--compile"], "--compile does not go with"),
+        (["benchmark", "--engine", "magic"], "no engine 'magic'"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments, phrase):
+    refused(invoke(*arguments), 2, phrase)
+
+
+def test_a_configuration_file_takes_lists_where_the_command_line_takes_commas(tmp_path):
+    config = tmp_path / "settings.yaml"
+    entries = {"shape": "tiny", "layers": 1, "rounds": 1, "tokens": [1, 2]}
+    config.write_text(yaml.safe_dump({**entries, "prefill": [], "batch": "", "json": True}))
+    result = invoke("benchmark", "--config", config)
+    assert result.exit_code == 0, result.stderr
+    assert [point["tokens"] for point in json.loads(result.stdout)["ffn"]] == [1, 2]

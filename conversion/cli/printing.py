@@ -19,10 +19,10 @@ class Printed(NamedTuple):
 
 
 def show(*parts: Table | str) -> None:
-    """Print tables and lines. A line is not broken: it may be a path."""
+    """Print tables and lines. Only tables are fitted to the terminal: a line may be a path."""
     console = Console(markup=False, emoji=False, highlight=False)
     for part in parts:
-        console.print(part, soft_wrap=isinstance(part, str))
+        (print if isinstance(part, str) else console.print)(part)
 
 
 def table(title: str, *columns: str, caption: str | None = None) -> Table:
