@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from lm_eval.tasks import TaskManager
 from refusal import refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 from cmoe_hf.conversion import CMoEError, evaluate, evaluate_tasks
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.measure.tasks import PAPER_TASKS, chosen_metric, stock_tasks
+from cmoe_hf.conversion.measure.tasks import PAPER_TASKS
 
 FOLDER = Path(__file__).parent / "task"
 OWN = ["--include-path", "."]
@@ -131,10 +132,9 @@ def test_a_limit_takes_the_first_documents_and_is_told(dense):
 
 @pytest.mark.thorough
 def test_groups_and_tags_of_ones_own_beside_the_harness_tasks(dense):
-    names = ["pydoc_group", "pydoc_list", "pydoc_tag"]
-    rows = evaluate_tasks(dense, tasks=names, include_path=".", limit=4).tasks
+    rows = evaluate_tasks(dense, tasks=["pydoc_list"], include_path=".", limit=4).tasks
+    rows += evaluate_tasks(dense, tasks=["pydoc_tag"], include_path=".", limit=4).tasks
     assert [row.task for row in rows] == [
-        "pydoc_group",
         "pydoc_group",  # has an aggregate, the list around it has none
         "pydoc_fixed",
         "pydoc_fixed",
@@ -145,22 +145,14 @@ def test_groups_and_tags_of_ones_own_beside_the_harness_tasks(dense):
     )
     assert (rows[0].metric, rows[0].few_shot, rows[0].documents) == ("acc", None, 8)
     assert rows[0].value == (topics + plain) / 2
-    assert rows[4].value == plain
+    assert rows[3].value == plain
+    refused(invoke(dense, "--tasks", "pydoc_topics,pydoc_group", *OWN), 2, "pydoc_topics")
 
 
 @pytest.mark.thorough
 def test_the_paper_tasks_exist_and_an_unknown_one_is_refused(dense):
-    assert stock_tasks().keys() >= PAPER_TASKS.keys()
+    assert set(TaskManager().all_tasks) >= PAPER_TASKS.keys()
     refused(invoke(dense, "--tasks", "bolq,piqa"), 2, "no task 'bolq'", "boolq", "lm-eval ls tasks")
-
-
-def test_the_metric_is_acc_norm_else_acc_else_the_first():
-    figures = {"alias": "x", "acc,none": 0.1, "acc_stderr,none": 0.2, "acc_norm,none": 0.3}
-    assert chosen_metric(figures) == "acc_norm,none"
-    assert chosen_metric({"f1,none": 0.1, "acc,none": 0.3}) == "acc,none"
-    exact = {"exact_match,strict": 0.1, "exact_match_stderr,strict": 0, "exact_match,loose": 0.2}
-    assert chosen_metric(exact) == "exact_match,strict"
-    assert chosen_metric({"alias": "a group"}) is None
 
 
 WITHOUT_PACKAGE = """
@@ -281,6 +273,7 @@ def test_results_of_others_stay_in_the_card(copy):
         ([*TOPICS, "--few-shot", "-1"], ["--few-shot is -1"]),
         ([*TOPICS, "--few-shot", "9"], ["pydoc_topics", "9 examples", "lower --few-shot"]),
         (["--tasks", "pydoc_fixed", *OWN, "--few-shot", "1"], ["pydoc_fixed", "takes no others"]),
+        (["--tasks", "pydoc_unsafe", *OWN], ["pydoc_unsafe runs code that the model writes"]),
         ([*TOPICS, "--limit", "0"], ["--limit is 0"]),
         ([*TOPICS, "--batch-size", "0"], ["--batch-size is 0"]),
         ([*TOPICS, "--text", "wikitext2"], ["--text is for perplexity"]),
