@@ -300,7 +300,7 @@ def test_a_hub_model_needs_an_output(hub, plain, tmp_path):
     assert data["model"]["name"] == "someone/drawn" and data["source"]["recipe"] == "refined"
 
 
-@pytest.mark.parametrize("content", [{}, [], {"layers": [{"relative_output_error": None}] * 2}])
+@pytest.mark.parametrize("content", [{}, {"layers": [{"relative_output_error": None}] * 2}])
 def test_figures_of_another_version_are_not_known(carved, tmp_path, content):
     folder = shutil.copytree(carved, tmp_path / "again")
     (folder / "conversion.json").write_text(json.dumps(content))

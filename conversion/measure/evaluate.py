@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `evaluate`: perplexity, dense beside carved, and how good the router is.
+"""Perplexity, dense beside carved, and how good the router is.
 
 Shape suffixes: B windows of a batch, W windows, L tokens of one window.
 """
@@ -9,6 +9,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..device import check_dtype, find_device
-from ..errors import CMoEError, RequestError
+from ..errors import CMoEError, RequestError, check_at_least
 from ..folder.results import results_folder, write_results
 from ..source.calibration import check_vocabulary, consecutive_windows, read_tokens
 from ..source.loading import load_model, window_length
@@ -47,7 +48,7 @@ class Evaluation:
     """Share of tokens, averaged over layers, whose experts are exactly the oracle's choice, the
     ones of largest sum |h|. None for a model that does not route, and for a replaced router."""
     router_chance_agreement: float | None
-    """The same for a router that picks at random: 1 / C(Nr, A)."""
+    """That of a router which picks at random: 1 / C(Nr, A)."""
 
 
 def evaluate(
@@ -92,13 +93,12 @@ def evaluate(
     """
     if router not in ROUTERS:
         raise RequestError(f"there is no router {router!r}; choose one of {', '.join(ROUTERS)}.")
-    if windows is not None and windows < 1:
-        raise RequestError(f"--windows is {windows}; it must be at least 1.")
+    check_at_least(1, windows=windows)
     check_dtype(dtype)
     where = find_device(device)
     folder = results_folder(model) if card else None
     if card and router != "own":
-        raise RequestError(f"--card tells what the model itself does, not with router {router!r}.")
+        raise RequestError(f"--card states what the model itself does, not with router {router!r}.")
     opened = open_text(text, part="test")
     carved, tokenizer = load_model(model, dtype, where, trust_remote_code)
     windows_WL = text_windows(carved, tokenizer, opened, sequence_length, windows)
@@ -129,7 +129,7 @@ def evaluate(
 def check_same_vocabulary(
     other: str | Path, theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase
 ) -> None:
-    """Raises `RequestError` if the perplexities of two models cannot be compared."""
+    """Raise `RequestError` if the perplexities of two models cannot be compared."""
     if theirs.get_vocab() != ours.get_vocab():
         raise RequestError(
             f"{other} has another vocabulary: the perplexities cannot be compared. Give a model "
@@ -144,7 +144,7 @@ def text_windows(
     length: int | None,
     most: int | None,
 ) -> torch.Tensor:
-    """The first windows of a text, (W, L). Raises `RequestError` if it is too short."""
+    """Return the first windows of a text, (W, L). Raise `RequestError` if it is too short."""
     length = window_length(model.config, length)
     if length < 2:
         raise RequestError(f"--sequence-length is {length}: a window needs at least 2 tokens.")
@@ -154,18 +154,22 @@ def text_windows(
 
 
 def perplexity_record(result: Evaluation, text: str | Path) -> dict[str, Any]:
-    """A measured perplexity for `results.write_results`: a text file by its bare name."""
+    """Return a record for `results.write_results`: a text file by its bare name."""
     figures = asdict(result)
-    value, baseline_value = figures.pop("perplexity"), figures.pop("baseline_perplexity")
     del figures["router"]  # the model's own
-    named = {"task": text_name(text), "metric": "perplexity"}
-    return {**named, "value": value, "baseline_value": baseline_value, **figures}
+    return {
+        "task": text_name(text),
+        "metric": "perplexity",
+        "value": figures.pop("perplexity"),
+        "baseline_value": figures.pop("baseline_perplexity"),
+        **figures,
+    }
 
 
 def measure_routing(
     model: PreTrainedModel, windows_WL: torch.Tensor, router: str, seed: int
 ) -> tuple[float, float | None, float | None]:
-    """Perplexity under a router, agreement of the model's own one with the oracle, and chance.
+    """Return perplexity under a router, agreement of the own one with the oracle, and chance.
 
     The agreement is None for a replaced router; both are None for a model that does not route.
     """
@@ -182,7 +186,7 @@ def measure_routing(
             else:
                 stack.enter_context(replace_router(block, router, seed + index))
         measured = perplexity(model, windows_WL, description="model")
-    own = _mean([_mean(layer) for layer in agreements]) if agreements else None
+    own = fmean(fmean(layer) for layer in agreements) if agreements else None
     return measured, own, 1 / math.comb(*routed[0].gate.choice)
 
 
@@ -190,7 +194,7 @@ def measure_routing(
 def perplexity(
     model: PreTrainedModel, windows_WL: torch.Tensor, *, description: str = "perplexity"
 ) -> float:
-    """exp of the mean negative log-likelihood of the L - 1 predicted tokens of every window.
+    """Return exp of the mean negative log-likelihood of the L - 1 predicted tokens of a window.
 
     Raises `CMoEError` if the model yields NaN.
     """
@@ -214,7 +218,3 @@ def perplexity(
             "perplexity. Its weights are damaged, or it is another model's tokenizer."
         )
     return math.exp(mean)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

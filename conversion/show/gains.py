@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table that a report opens with: gains and losses, dense beside one or two carved models."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +15,8 @@ from ..errors import RequestError
 from ..folder.results import recorded
 from ..measure.benchmark import benchmark
 from ..measure.evaluate import check_same_vocabulary, perplexity
-from ..measure.routing import sparse_blocks
+from ..measure.routing import check_flat, sparse_blocks
+from ..source.checkpoint import fetch_model, find_model
 from .observe import Observation
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -54,26 +56,62 @@ class Figures:
     """What `cmoe evaluate --card` has written into the repository, by task and metric."""
 
 
-def figures_of(
-    name: str,
-    folder: Path,
-    model: PreTrainedModel,
-    observation: Observation,
-    errors: Sequence[float | None],
-) -> Figures:
-    """Return the figures of a model that is loaded and was observed. Raise `RequestError`."""
+@dataclass(frozen=True)
+class CarvedModel:
+    """A carved model before it is loaded, with what lies beside its weights."""
+
+    model: str | Path
+    """As it was asked for."""
+    folder: Path
+    name: str
+    conversion: dict[str, Any]
+    """Content of conversion.json, empty if there is none."""
+    recorded: list[dict[str, Any]]
+    """The records of evaluation.json."""
+
+
+def look_up(model: str | Path) -> CarvedModel:
+    """Find a carved model. Raise `RequestError` if there is none, or a file of it is damaged."""
+    folder, name, commit = find_model(model)
+    check_flat(folder)
+    if commit is not None:
+        folder = fetch_model(name, commit)
+    file = folder / "conversion.json"
+    try:
+        conversion = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise RequestError(
+            f"conversion.json is damaged ({error}). Without it the page can be made: remove it."
+        ) from error
+    try:
+        return CarvedModel(model, folder, name, conversion, recorded(folder))
+    except (ValueError, KeyError, TypeError) as error:
+        raise RequestError(
+            f"evaluation.json of {folder.name} is damaged ({error}): repair it, or remove it."
+        ) from error
+
+
+def layer_errors(conversion: dict[str, Any], count: int) -> list[float | None]:
+    """Return the relative output error of each carved layer; None where it is not known."""
+    layers = [layer for layer in conversion.get("layers", []) if "dense" not in layer]
+    errors = [layer.get("relative_output_error") for layer in layers]
+    return errors if len(errors) == count else [None] * count
+
+
+def figures_of(carved: CarvedModel, model: PreTrainedModel, observation: Observation) -> Figures:
+    """Return what is known of a model that is loaded and was observed."""
     layers, blocks, total = observation.layers, sparse_blocks(model), count(model)
     return Figures(
-        name=f"{name} {model.config.notation}",
+        name=f"{carved.name} {model.config.notation}",
         perplexity=observation.perplexity,
         activation_ratio=model.config.activation_ratio,
         dense_parameters=total - sum(count(block.gate) for block in blocks),
         active_parameters=total - sum(map(idle_parameters, blocks)),
-        bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        bytes=sum(path.stat().st_size for path in carved.folder.glob("*.safetensors")),
         oracle_agreement=mean([layer.oracle_agreement for layer in layers]),
         imbalance=mean([layer.imbalance for layer in layers]),
-        error=mean(errors),
-        recorded={(it["task"], it["metric"]): it for it in recorded_results(folder)},
+        error=mean(layer_errors(carved.conversion, len(layers))),
+        recorded={(it["task"], it["metric"]): it for it in carved.recorded},
     )
 
 
@@ -86,16 +124,6 @@ def idle_parameters(block: Any) -> int:
 def count(module: nn.Module) -> int:
     """Return the number of its parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def recorded_results(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of evaluation.json. Raise `RequestError` if it cannot be read."""
-    try:
-        return recorded(folder)
-    except (ValueError, KeyError, TypeError) as error:
-        raise RequestError(
-            f"evaluation.json of {folder.name} is damaged ({error}): repair it, or remove it."
-        ) from error
 
 
 def mean(values: Sequence[float | None]) -> float | None:

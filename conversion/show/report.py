@@ -4,7 +4,6 @@
 Shape suffixes: W windows, L tokens of one window, T tokens.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -21,13 +20,14 @@ from ..folder.card import CARD_FILE, FIGURES, with_section
 from ..folder.paths import check_place, remove, replace_file
 from ..folder.strict import to_json
 from ..measure.evaluate import check_same_vocabulary, text_windows
-from ..measure.routing import check_flat, sparse_blocks
+from ..measure.routing import sparse_blocks
 from ..source.calibration import tokenize
-from ..source.checkpoint import fetch_model, find_model
+from ..source.checkpoint import find_model
 from ..source.loading import load_model
 from ..source.texts import open_text
 from .figures import check_drawing, draw_figures
 from .gains import (
+    CarvedModel,
     Figures,
     Loaded,
     Loader,
@@ -35,7 +35,8 @@ from .gains import (
     dense_perplexity,
     figures_of,
     gains,
-    recorded_results,
+    layer_errors,
+    look_up,
 )
 from .observe import Observation, observe, observe_sample, token_texts
 
@@ -139,7 +140,7 @@ def report(
     observation = observe(carved, windows_WL)
     data = page_data(carved, tokenizer, carved_models[0], observation, ids_T)
     data["measured"] |= {"text": opened.name, "sequence_length": windows_WL.shape[1]}
-    known = [carved_models[0].figures(carved, observation)]
+    known = [figures_of(carved_models[0], carved, observation)]
     del carved  # one model in memory at a time
     for other in carved_models[1:]:
         known.append(compared_figures(load, other, tokenizer, windows_WL))
@@ -164,32 +165,6 @@ def report(
     )
 
 
-@dataclass(frozen=True)
-class CarvedModel:
-    """A carved model before it is loaded: where it is, its name, what its conversion noted."""
-
-    model: str | Path
-    """As it was asked for."""
-    folder: Path
-    name: str
-    conversion: dict[str, Any]
-
-    def figures(self, model: PreTrainedModel, observation: Observation) -> Figures:
-        """Return what is known of it."""
-        errors = layer_errors(self.conversion, len(observation.layers))
-        return figures_of(self.name, self.folder, model, observation, errors)
-
-
-def look_up(model: str | Path) -> CarvedModel:
-    """Find a carved model and read what is beside its weights. Raise `RequestError`."""
-    folder, name, commit = find_model(model)
-    check_flat(folder)
-    if commit is not None:
-        folder = fetch_model(name, commit)
-    recorded_results(folder)
-    return CarvedModel(model, folder, name, read_conversion(folder))
-
-
 def load_carved(load: Loader, model: str | Path) -> Loaded:
     """Return the model and its tokenizer. Raise `RequestError` if it is not carved."""
     carved, tokenizer = load(model)
@@ -204,7 +179,7 @@ def compared_figures(
     """Return those of the model to compare with, on the same windows. Raise `RequestError`."""
     carved, theirs = load_carved(load, other.model)
     check_same_vocabulary(other.model, theirs, tokenizer)
-    return other.figures(carved, observe(carved, windows_WL))
+    return figures_of(other, carved, observe(carved, windows_WL))
 
 
 def sample_ids(
@@ -218,20 +193,6 @@ def sample_ids(
     if len(ids_T) > most:
         raise RequestError(f"--sample has {len(ids_T)} tokens; at most {most} can be shown.")
     return ids_T
-
-
-def read_conversion(folder: Path) -> dict[str, Any]:
-    """Return the content of conversion.json, empty if there is none. Raise `RequestError`."""
-    path = folder / "conversion.json"
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RequestError(
-            f"conversion.json is damaged ({error}). Without it the page can be made: remove it."
-        ) from error
-    return content if isinstance(content, dict) else {}
 
 
 def page_data(
@@ -291,31 +252,18 @@ def describe_source(conversion: dict[str, Any]) -> dict[str, Any] | None:
         return None  # written by another version
 
 
-def layer_errors(conversion: dict[str, Any], count: int) -> list[float | None]:
-    """Return the relative output error of each carved layer; None where it is not known."""
-    known = conversion.get("layers")
-    layers = [it for it in known if isinstance(it, dict)] if isinstance(known, list) else []
-    errors = [it.get("relative_output_error") for it in layers if "dense" not in it]
-    if len(errors) != count:  # written by another version
-        return [None] * count
-    return [it if isinstance(it, float | int) and math.isfinite(it) else None for it in errors]
-
-
 def check_target(target: Path) -> None:
     """Raise `RequestError` if the page cannot be written there, or would replace anything else."""
-    if target.exists() and not (target.is_dir() and is_replaceable(target)):
+    page, names = target / PAGE, set()
+    if target.is_dir():
+        names = {path.name.removesuffix(".new") for path in target.iterdir()}
+    ours = page.is_file() and GENERATOR in page.read_text(encoding="utf-8")
+    known = {PAGE, *CARD_FIGURES, *EARLIER_FIGURES} if ours else set()
+    if names - known or target.is_file():
         raise RequestError(
             f"{target.name} exists and is not a report: choose another --output, or remove it."
         )
-    check_place(target / PAGE)
-
-
-def is_replaceable(folder: Path) -> bool:
-    """Return whether the folder is empty, or holds an earlier report and nothing else."""
-    names = {path.name.removesuffix(".new") for path in folder.iterdir()}
-    page = folder / PAGE
-    ours = page.is_file() and GENERATOR in page.read_text(encoding="utf-8")
-    return not names or (ours and names <= {PAGE, *CARD_FIGURES, *EARLIER_FIGURES})
+    check_place(page)
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
