@@ -17,7 +17,7 @@ from ..source.checkpoint import find_model
 from ..source.loading import load_model
 from ..source.texts import open_text
 from .routing import check_flat, sparse_blocks
-from .shapes import check_memory, dense_twin, random_model, shape_config
+from .shapes import dense_twin, random_carved, random_model, shape_config
 from .timing import LABELS, Bench, Point
 
 
@@ -104,14 +104,11 @@ def benchmark(
     check_dtype(dtype)
     where = find_device(device)
     check_choice(model, shape, layers, baseline, text)
-    ids = None
     if shape is None:
         carved, ids = load_with_text(str(model), text, dtype, where, trust_remote_code)
     else:
         config = shape_config(shape, layers, Shape(shared, active, experts))
-        weights = DTYPES[dtype or "float32"]
-        check_memory(config, where, weights)
-        carved = random_model(config, where, weights)
+        carved, ids = random_carved(config, where, DTYPES[dtype or "float32"]), None
     dense = dense_beside(carved, baseline, trust_remote_code)
     choose_backend(carved, backend)
     bench = Bench(dense, carved, ids, rounds=rounds)

@@ -61,19 +61,24 @@ def dense_twin(carved: PreTrainedConfig) -> PreTrainedConfig:
     return architecture.dense_config(**{name: fields[name] for name in known & fields.keys()})
 
 
-def check_memory(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise `RequestError` if a dense and a carved model of this shape would not fit."""
+def random_carved(
+    config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Return a carved model with random weights.
+
+    Raises `RequestError` if it and a dense one beside it would not fit into memory.
+    """
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     needed = 2 * parameters * dtype.itemsize
-    free = psutil.virtual_memory().available
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     if needed > free:
         raise RequestError(
             f"two models of this shape need {needed / 1e9:.1f} GB of memory, but {free / 1e9:.1f} "
             "GB are free: lower --layers."
         )
+    return random_model(config, device, dtype)
 
 
 def random_model(

@@ -27,6 +27,8 @@ from .routing import collected, sparse_blocks
 LABELS = {"ffn": "FFN block", "prefill": "prefill", "decode": "decoding"}
 DECODE_STEPS = 4
 """Decoding steps of a round."""
+Call = Callable[[int], None]
+"""What is timed; it gets its number, so that dense and carved see the same inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,15 +129,14 @@ class Bench:
             blocks[turn % layers](x_TH[None, start : start + tokens])
 
         for tokens in sizes:
-            run_dense = partial(run, self.dense_blocks, tokens)
-            run_carved = partial(run, self.carved_blocks, tokens)
-            hit = self.experts_hit(run_carved, range(4 * layers))
+            both = (self.dense_blocks, self.carved_blocks)
+            calls = [partial(run, blocks, tokens) for blocks in both]
+            hit = self.experts_hit(calls[1], range(4 * layers))
             works = (
                 ffn_work(self.dense_blocks[0], tokens, 0),
                 ffn_work(self.carved_blocks[0], tokens, statistics.mean(hit)),
             )
-            seconds = interleaved(run_dense, run_carved, self.rounds, self.device)
-            yield self.point(seconds, works, hit, tokens=tokens, batch=1)
+            yield self.point(calls, works, hit, tokens=tokens, batch=1)
 
     def prefill(self, lengths: Sequence[int]) -> Iterator[Point]:
         """Time the whole model over one new sequence."""
@@ -145,24 +146,20 @@ class Bench:
 
         for length in lengths:
             prompts = [self.sequences(1, length, seed=seed) for seed in range(4)]
-            run_dense, run_carved = (
-                partial(run, model, prompts) for model in (self.dense, self.carved)
-            )
-            hit = self.experts_hit(run_carved, range(1))
-            seconds = interleaved(run_dense, run_carved, self.rounds, self.device)
+            calls = [partial(run, model, prompts) for model in (self.dense, self.carved)]
+            hit = self.experts_hit(calls[1], range(1))
             works = self.works(hit, batch=1, tokens=length, context=0)
-            yield self.point(seconds, works, hit, tokens=length, batch=1)
+            yield self.point(calls, works, hit, tokens=length, batch=1)
 
     def decode(self, batches: Sequence[int], context: int, compiled: bool) -> Iterator[Point]:
         """Time the whole model, one new token a sequence behind `context` of them."""
         for batch in batches:
             prompt_BL = self.sequences(batch, context)
             most = context + DECODE_STEPS * (self.rounds + 1) if compiled else None
-            dense, carved = (Decoder(model, prompt_BL, most) for model in (self.dense, self.carved))
+            calls = [Decoder(model, prompt_BL, most) for model in (self.dense, self.carved)]
             hit = self.experts_hit(Decoder(self.carved, prompt_BL, None), range(DECODE_STEPS))
-            seconds = interleaved(dense, carved, self.rounds, self.device, repeats=DECODE_STEPS)
             works = self.works(hit, batch=batch, tokens=1, context=context)
-            yield self.point(seconds, works, hit, tokens=1, batch=batch)
+            yield self.point(calls, works, hit, repeats=DECODE_STEPS, tokens=1, batch=batch)
 
     def sequences(self, batch: int, length: int, *, seed: int = 0) -> torch.Tensor:
         """Return token ids (B, L): pieces of the text, or random ones."""
@@ -183,7 +180,7 @@ class Bench:
                 self.carved.model(self.sequences(1, length, seed=seed), use_cache=False)
         return [torch.cat(inputs, dim=1).flatten(0, 1) for inputs in seen]
 
-    def experts_hit(self, call: Callable[[int], None], turns: Sequence[int]) -> list[float]:
+    def experts_hit(self, call: Call, turns: Sequence[int]) -> list[float]:
         """Return how many different experts each layer runs in one of these calls."""
         gates = [block.gate for block in sparse_blocks(self.carved)]
         with collected(gates, lambda *call: call[2][2].unique().numel()) as counts:
@@ -201,12 +198,15 @@ class Bench:
 
     def point(
         self,
-        seconds: list[tuple[float, float]],
+        calls: Sequence[Call],
         works: tuple[Work, Work],
         hit: list[float],
+        *,
+        repeats: int | None = None,
         **sizes: int,
     ) -> Point:
-        """Return the medians of the rounds beside the lower bounds."""
+        """Time two calls; return the medians of the rounds beside the lower bounds."""
+        seconds = interleaved(calls, self.rounds, self.device, repeats=repeats)
         dense_bound, carved_bound = (self.rates.seconds(work) for work in works)
         measured: dict[str, Any] = {**compare(seconds, dense_bound / carved_bound), **sizes}
         return Point(
@@ -252,20 +252,19 @@ class Decoder:
 
 
 def interleaved(
-    dense: Callable[[int], None],
-    carved: Callable[[int], None],
+    calls: Sequence[Call],
     rounds: int,
     device: torch.device,
     *,
     repeats: int | None = None,
 ) -> list[tuple[float, float]]:
-    """Return the seconds of a call of each, in turn, in every round; a call gets its number.
+    """Return the seconds of a call, dense and carved in turn, in every round.
 
     A round repeats the calls until they take about 50 ms, or `repeats` times. Which goes first
     changes from round to round. As in `timeit`, nothing is collected meanwhile.
     """
 
-    def timed(call: Callable[[int], None], first: int, count: int) -> float:
+    def timed(call: Call, first: int, count: int) -> float:
         collects = gc.isenabled()
         gc.disable()
         try:
@@ -279,12 +278,12 @@ def interleaved(
             if collects:
                 gc.enable()
 
-    timed(dense, 0, repeats or 1)  # a graph is compiled and captured in the first calls
-    timed(carved, 0, repeats or 1)
-    count = repeats or max(1, min(200, round(0.05 / timed(carved, 1, 1))))
+    for call in calls:
+        timed(call, 0, repeats or 1)  # a graph is compiled and captured in the first calls
+    count = repeats or max(1, min(200, round(0.05 / timed(calls[1], 1, 1))))
     seconds = []
     for index in range(rounds):
-        order = (dense, carved) if index % 2 else (carved, dense)
-        taken = {call: timed(call, index * count, count) for call in order}
-        seconds.append((taken[dense], taken[carved]))
+        order = (0, 1) if index % 2 else (1, 0)
+        taken = {which: timed(calls[which], index * count, count) for which in order}
+        seconds.append((taken[0], taken[1]))
     return seconds

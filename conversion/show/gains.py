@@ -3,7 +3,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,15 +146,21 @@ def dense_perplexity(
     return perplexity(dense, windows_WL, description="baseline")
 
 
-def decoding_speed(
-    model: str | Path, baseline: str | Path, rounds: int, **loading: Any
-) -> tuple[float, float]:
-    """Return the tokens a second of the dense and of the carved model, decoding one sequence."""
-    timed = benchmark(
-        model, baseline=baseline, tokens=(), prefill=(), batch=(1,), rounds=rounds, **loading
-    )
-    [point] = timed.decode
-    return 1000 / point.dense_ms, 1000 / point.carved_ms
+def timed(
+    models: Sequence[Figures],
+    carved: Sequence[CarvedModel],
+    baseline: str | Path,
+    rounds: int,
+    *,
+    device: torch.device,
+    **loading: Any,
+) -> list[Figures]:
+    """Return the figures with speeds: dense and carved decode one sequence, in turn."""
+    sizes: dict[str, Any] = {"tokens": (), "prefill": (), "batch": (1,), "rounds": rounds}
+    sizes |= {"device": str(device), **loading}
+    points = [benchmark(it.model, baseline=baseline, **sizes).decode[0] for it in carved]
+    speeds = [(1000 / point.dense_ms, 1000 / point.carved_ms) for point in points]
+    return [replace(it, speed=speed) for it, speed in zip(models, speeds, strict=True)]
 
 
 def gains(models: Sequence[Figures], dense: float | None, text: str) -> dict[str, Any]:

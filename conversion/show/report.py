@@ -6,7 +6,7 @@ Shape suffixes: W windows, L tokens of one window, T tokens.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,12 @@ from .gains import (
     Figures,
     Loaded,
     Loader,
-    decoding_speed,
     dense_perplexity,
     figures_of,
     gains,
     layer_errors,
     look_up,
+    timed,
 )
 from .observe import Observation, observe, observe_sample, token_texts
 
@@ -140,18 +140,15 @@ def report(
     observation = observe(carved, windows_WL)
     data = page_data(carved, tokenizer, carved_models[0], observation, ids_T)
     data["measured"] |= {"text": opened.name, "sequence_length": windows_WL.shape[1]}
-    known = [figures_of(carved_models[0], carved, observation)]
+    models = [figures_of(carved_models[0], carved, observation)]
     del carved  # one model in memory at a time
-    for other in carved_models[1:]:
-        known.append(compared_figures(load, other, tokenizer, windows_WL))
+    models += [compared_figures(load, it, tokenizer, windows_WL) for it in carved_models[1:]]
     dense = None
     if baseline is not None:
         dense = dense_perplexity(load, baseline, tokenizer, windows_WL)
-        if rounds:
-            loading: dict[str, Any] = {**load.keywords, "device": device}
-            speeds = [decoding_speed(it.model, baseline, rounds, **loading) for it in carved_models]
-            known = [replace(it, speed=speed) for it, speed in zip(known, speeds, strict=True)]
-    data["gains"] = gains(known, dense, f"{windows_WL.numel():,} tokens of {opened.name}")
+    if baseline is not None and rounds:
+        models = timed(models, carved_models, baseline, rounds, **load.keywords)
+    data["gains"] = gains(models, dense, f"{windows_WL.numel():,} tokens of {opened.name}")
     drawn = draw_figures(data) if figures else {}
     write_files(target, {PAGE: page(data).encode(), **drawn})
     if card and output is None:
