@@ -79,6 +79,8 @@ def gguf_work(file: str | Path) -> GGUFWork:
         return value[0] if isinstance(value, list) else value
 
     architecture: Any = reader.get_field("general.architecture")
+    if architecture is None:
+        raise RequestError(f"{file} names no architecture: it holds no model.")
     name = str(architecture.contents())
     share = number("expert_used_count") / max(1, number("expert_count"))
     untied = any(tensor.name == "output.weight" for tensor in reader.tensors)
