@@ -53,14 +53,9 @@ def test_continue_with_peft(run_example, embedded, carve, calibration_text, tmp_
     assert (after.experts.down_proj.float() != before.experts.down_proj.float()).any()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
-    "rows",
-    [
-        ("refined, no refit", "static"),
-        pytest.param(
-            ("refined for an oracle", "refined, split by layer"), marks=pytest.mark.thorough
-        ),
-    ],
+    "rows", [("refined, no refit", "static"), ("refined for an oracle", "refined, split by layer")]
 )
 def test_the_reference_tables_can_be_reproduced(
     run_example, embedded, calibration_text, held_out, capsys, tmp_path, rows
