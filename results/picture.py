@@ -17,7 +17,7 @@ def number(cell: Any) -> float:
 
 
 def svg(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Draw rows against the shares in the column names, 100 % for `dense`, on a logarithmic scale."""
+    """Draw rows, on a logarithmic scale, against the shares that the columns name."""
     shares = [float(re.findall(r"\d+", f"{name} 100")[0]) for name in columns[1:]]
     values = [[number(cell) for cell in row[1:]] for row in rows]
     low, high = min(map(min, values)) * 0.92, max(map(max, values)) * 1.15
