@@ -118,6 +118,12 @@ def message(node: ast.expr) -> str:
     return "…"
 
 
+def source_of(module: str) -> str:
+    """Return the text of a module of the toolchain."""
+    path = ROOT.joinpath("conversion", *module.split("."))
+    return path.with_suffix(".py").read_text(encoding="utf-8")
+
+
 def api() -> str:
     """Return a page of the public names, with directives for mkdocstrings."""
     tree = ast.parse((ROOT / "conversion" / "__init__.py").read_text(encoding="utf-8"))
@@ -134,9 +140,18 @@ def api() -> str:
         "`from cmoe_hf.conversion import convert, evaluate`: each command is a function with the "
         "same options, keyword only; it returns a frozen dataclass, and neither prints nor exits.",
     ]
-    for title, names in {"Functions": functions, "Settings, results and errors": classes}.items():
+    options = sorted(
+        f"{module}.{name}"
+        for module in set(modules.values())
+        for name in re.findall(r"^class (\w+Options)\b", source_of(module), re.MULTILINE)
+    )
+    for title, names in {
+        "Functions": [f"{modules[name]}.{name}" for name in functions],
+        "Options, as keywords": options,
+        "Settings, results and errors": [f"{modules[name]}.{name}" for name in classes],
+    }.items():
         blocks.append(f"## {title}")
-        blocks += [f"::: cmoe_hf.conversion.{modules[name]}.{name}" for name in names]
+        blocks += [f"::: cmoe_hf.conversion.{name}" for name in names]
     return "\n\n".join(blocks) + "\n"
 
 
