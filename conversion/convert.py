@@ -187,7 +187,7 @@ def complete(prepared: Prepared, work: WorkFolder) -> Conversion:
         config.kept_parents = kept if any(kept) else None
     always_on = [list(range(layer.get("pinned_experts", 0))) for layer in work.figures]
     config.always_on_experts = always_on if any(always_on) else None
-    work.write_files(prepared.carried.files)
+    work.write_files(prepared.auxiliary.files)
     config.save_pretrained(work.folder)
     code = work.write_code(type(config))
     fingerprint = fingerprint_of(work.folder, prepared.tokenizer)
@@ -202,7 +202,7 @@ def complete(prepared: Prepared, work: WorkFolder) -> Conversion:
     )
     report = conversion_report(prepared, result, work.figures)
     work.write_json(CONVERSION, report | {"fingerprint": fingerprint})
-    card = model_card(prepared.source, config, report, code, prepared.carried.licence)
+    card = model_card(prepared.source, config, report, code, prepared.auxiliary.licence)
     work.write_text("README.md", card)
     return result
 

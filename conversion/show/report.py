@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..device import check_dtype, find_device, name_of, versions
 from ..errors import CMoEError, RequestError, check_at_least
 from ..folder.card import CARD_FILE, FIGURES, with_section
+from ..folder.json_utils import to_json
 from ..folder.paths import check_place, remove, replace_file, resolved
-from ..folder.strict import to_json
 from ..measure.evaluate import check_same_vocabulary, common_length, text_windows
 from ..measure.routing import sparse_blocks
 from ..options import LoadOptions, with_options

@@ -30,10 +30,10 @@ from cmoe_hf import CMoEConfig
 from ..carve.settings import MAX_SHARD_SIZE, absolute, public_name, shard_bytes
 from ..device import check_dtype, find_device, versions
 from ..errors import RequestError
+from ..folder.auxiliary_files import AuxiliaryFiles, read_auxiliary_files
 from ..folder.card import CARD_FILE, recovered_card
-from ..folder.carried import Carried, carried
 from ..folder.fingerprint import write_fingerprint
-from ..folder.strict import as_json
+from ..folder.json_utils import as_json
 from ..folder.unfinished import SETTINGS, PartialFolder, sha256_of
 from ..measure.evaluate import perplexity
 from ..measure.routing import (
@@ -138,7 +138,7 @@ class Ready:
     """Of the whole training text; the windows may take some of them several times."""
     training_WL: torch.Tensor
     test_WL: torch.Tensor
-    carried: Carried
+    auxiliary: AuxiliaryFiles
     """What the recovered model takes over from the carved one as it is."""
 
 
@@ -236,7 +236,7 @@ def make_ready(request: Request, tuning: Tuning, kept: Texts | None = None) -> R
         ids, test_ids = (read_tokens(text, tokenizer, vocabulary).ids for text in texts)
         draw = partial(random_windows, samples=tuning.samples, seed=tuning.seed, least=LEAST_TEXT)
         kept = (len(ids), draw(ids, length=length), consecutive_windows(test_ids, length=length))
-    return Ready(folder, device, tokenizer, *kept, carried(folder))
+    return Ready(folder, device, tokenizer, *kept, read_auxiliary_files(folder))
 
 
 def recovery_reads(request: Request, ready: Ready) -> dict[str, str | Path | None]:
@@ -449,7 +449,7 @@ def write_beside_weights(
 ) -> None:
     """Write everything beside the weights."""
     code = work.write_code(type(AutoConfig.from_pretrained(ready.folder)))
-    work.write_files(ready.carried.files)
+    work.write_files(ready.auxiliary.files)
     write_fingerprint(ready.folder, work, ready.tokenizer)
     figures = asdict(result)
     del figures["output"]
@@ -467,5 +467,5 @@ def write_beside_weights(
         "stages": work.stages,
     }
     work.write_json("recovery.json", report)
-    if card := ready.carried.card:
+    if card := ready.auxiliary.card:
         work.write_text(CARD_FILE, recovered_card(card, report, code))
