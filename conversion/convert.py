@@ -29,7 +29,7 @@ from .folder.layerwise import WorkFolder, planned_tensors
 from .plan import Prepared, prepare, prepare_work
 
 DRIVERS = {"pipeline": carve_model, "hierarchy": carve_moe}
-"""What walks the layers, by the name in the family's row."""
+"""What walks the layers, by the name in the family's arch."""
 logger = logging.getLogger(__name__)
 
 
@@ -146,21 +146,21 @@ def determinants(prepared: Prepared) -> dict[str, str]:
 def carve(prepared: Prepared, work: WorkFolder) -> Conversion:
     """Carve the layers that are not finished yet, and complete the repository."""
     source, settings, recipe = prepared.source, prepared.settings, prepared.recipe
-    row, total = source.architecture, prepared.config.num_hidden_layers
+    arch, total = source.architecture, prepared.config.num_hidden_layers
     on_disk = settings.activations == "disk"
     storage = Storage(prepared.device, work.private if on_disk else None)
     dtype = DTYPES[settings.dtype] if settings.dtype else None
     planned = planned_tensors(source, prepared.config, dtype)
     work.create_weights(planned, shard_bytes(settings.max_shard_size))
     rest = source.read_rest()
-    work.write_rest({row.carved_name(name): tensor for name, tensor in rest.items()})
+    work.write_rest({arch.carved_name(name): tensor for name, tensor in rest.items()})
     if states := work.read_states():
         streams = Streams.restored(states, storage)
     else:
-        dense = recipe.needs_dense_stream and row.router is None
-        streams = Streams.embedded(rest[row.embedding], prepared.windows_WL, storage, dense=dense)
+        dense = recipe.needs_dense_stream and arch.router is None
+        streams = Streams.embedded(rest[arch.embedding], prepared.windows_WL, storage, dense=dense)
     del rest, states
-    carved = DRIVERS[row.driver](
+    carved = DRIVERS[arch.driver](
         source,
         streams,
         prepared.config,
@@ -191,7 +191,7 @@ def complete(prepared: Prepared, work: WorkFolder) -> Conversion:
     if isinstance(config, CMoEHierarchicalConfig):
         kept = [layer["kept_parents"] for layer in work.figures]
         config.kept_parents = kept if any(kept) else None
-    work.write_files(prepared.carried.files)
+    work.write_files(prepared.auxiliary.files)
     config.save_pretrained(work.folder)
     code = work.write_code(type(config))
     fingerprint = fingerprint_of(work.folder, prepared.tokenizer)
@@ -206,7 +206,7 @@ def complete(prepared: Prepared, work: WorkFolder) -> Conversion:
     )
     report = conversion_report(prepared, result, work.figures)
     work.write_json(CONVERSION, report | {"fingerprint": fingerprint})
-    card = model_card(prepared.source, config, report, code, prepared.carried.licence)
+    card = model_card(prepared.source, config, report, code, prepared.auxiliary.licence)
     work.write_text("README.md", card)
     return result
 

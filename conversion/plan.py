@@ -23,7 +23,7 @@ from .carve.settings import CALIBRATION_TOKENS, Settings, with_settings
 from .carve.shape import Shape, active_parameters, carved_config, width_warning
 from .device import DTYPES, best_seconds, find_device
 from .errors import RequestError
-from .folder.carried import Carried, carried
+from .folder.auxiliary_files import AuxiliaryFiles, read_auxiliary_files
 from .folder.layerwise import WorkFolder
 from .folder.selection import code_of
 from .source.calibration import (
@@ -99,7 +99,7 @@ class Prepared:
     calibration: dict[str, Any]
     """A record of the calibration text that names no path."""
     device: torch.device
-    carried: Carried
+    auxiliary: AuxiliaryFiles
     """What the carved model takes over from the source as it is."""
 
     @property
@@ -153,7 +153,7 @@ def prepare(
         )
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trusted)
     # Before anything is tokenised: a tokenizer forgets its truncation and padding over that.
-    files = carried(source.folder).beside(config, tokenizer)
+    files = read_auxiliary_files(source.folder).beside(config, tokenizer)
     windows_WL, calibration = kept or calibration_windows(settings, source, tokenizer)
     prepared = Prepared(
         settings=replace(settings, revision=source.revision),
@@ -164,7 +164,7 @@ def prepare(
         windows_WL=windows_WL,
         calibration=calibration,
         device=device,
-        carried=files,
+        auxiliary=files,
     )
     place = place_of_activations(prepared)
     return replace(prepared, settings=replace(prepared.settings, activations=place))
@@ -172,11 +172,11 @@ def prepare(
 
 def carved_as(source: Source, settings: Settings) -> tuple[CMoEConfig, Shape]:
     """Configuration and shape of what a conversion makes. Raises `RequestError`."""
-    row, dense = source.architecture, source.config
-    width = getattr(dense, row.expert_width)
+    arch, dense = source.architecture, source.config
+    width = getattr(dense, arch.expert_width)
     shape, dense_layers = settings.shape_for(dense.num_hidden_layers, width)
     recipe, dtype = Recipe.of(settings.recipe), settings.dtype
-    config = carved_config(dense, row, shape, recipe, dtype=dtype, dense_layers=dense_layers)
+    config = carved_config(dense, arch, shape, recipe, dtype=dtype, dense_layers=dense_layers)
     return config, shape
 
 
@@ -238,7 +238,7 @@ def disk_bytes(prepared: Prepared) -> int:
     router = config.num_experts * (rows * config.hidden_size + 1) * 4
     code = sum(map(len, code_of(type(config)).values()))
     per_layer = router + 14 * 120 + 4_000  # headers, index, and figures in conversion.json
-    small = code + prepared.carried.nbytes + 8_000
+    small = code + prepared.auxiliary.nbytes + 8_000
     return source.nbytes(dtype) + config.num_hidden_layers * per_layer + small
 
 

@@ -58,12 +58,12 @@ def write_checkpoint(folder: Path, config: PreTrainedConfig) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     names = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    row = ARCHITECTURES[config.model_type]
-    if row.router is not None:
-        names = one_by_one(row, names)
+    arch = ARCHITECTURES[config.model_type]
+    if arch.router is not None:
+        names = one_by_one(arch, names)
     shards = []
     for index in range(config.num_hidden_layers):
-        prefix = row.layer_prefix.format(index)
+        prefix = arch.layer_prefix.format(index)
         shards.append({name: shape for name, shape in names.items() if name.startswith(prefix)})
     inside = {name for shard in shards for name in shard}
     shards.append({name: shape for name, shape in names.items() if name not in inside})

@@ -42,8 +42,8 @@ def random_models(name: str, layers: int, shapes: list[str], folder: Path) -> li
         num_hidden_layers=layers,
         max_position_embeddings=2048,
     )
-    row, recipe = ARCHITECTURES["llama"], RECIPES["refined"]
-    configs = [dense, *(carved_config(dense, row, Shape.parse(it), recipe) for it in shapes)]
+    arch, recipe = ARCHITECTURES["llama"], RECIPES["refined"]
+    configs = [dense, *(carved_config(dense, arch, Shape.parse(it), recipe) for it in shapes)]
     places = []
     for config, kind in zip(configs, ["dense", *shapes], strict=True):
         place = folder / f"{name}-{kind}"

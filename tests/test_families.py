@@ -81,7 +81,7 @@ def load(folder, **options):
 
 
 def test_every_family_has_a_row_and_three_classes():
-    rows = {row.cmoe_config: row.cmoe_model for row in ARCHITECTURES.values()}
+    rows = {arch.cmoe_config: arch.cmoe_model for arch in ARCHITECTURES.values()}
     assert rows == {config: causal for config, _, causal in cmoe_hf.FAMILIES}
     assert ARCHITECTURES.keys() == {kind.model_type for kind, _ in FAMILIES.values()}
 

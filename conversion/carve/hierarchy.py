@@ -90,11 +90,11 @@ def carve_moe(
     storage: Storage,
 ) -> Iterator[tuple[int, dict[str, torch.Tensor], dict[str, Any]]]:
     """As `pipeline.carve_model`, for a MoE."""
-    row, router = source.architecture, source.architecture.router
+    arch, router = source.architecture, source.architecture.router
     assert router is not None and isinstance(config, CMoEHierarchicalConfig)  # so says the row
     inner = parent_config(config, recipe)
     hidden_TH = streams.carved_WLH.flatten(0, 1)
-    attention = AttentionHalf(row, source.config, streams.length, storage.device)
+    attention = AttentionHalf(arch, source.config, streams.length, storage.device)
     x_TH = storage.empty("inputs", streams.tokens, config.hidden_size)
     for index in range(first, config.num_hidden_layers):
         clock = Stopwatch()
@@ -121,7 +121,7 @@ def carve_moe(
         # The dense down projection ran for all tokens: it is no sample.
         figures["seconds"] = with_totals(clock.seconds, 1)
         rest["mlp.gate.parent_weight"] = rest.pop(router)
-        tensors = {row.carved_layer(index) + name: it for name, it in (rest | tensors).items()}
+        tensors = {arch.carved_layer(index) + name: it for name, it in (rest | tensors).items()}
         yield index, tensors, figures
         del tensors, rest
 

@@ -141,21 +141,21 @@ class Profile:
 
 
 def take_ffn(
-    row: Architecture, stored: dict[str, torch.Tensor], config: CMoEConfig, device: torch.device
+    arch: Architecture, stored: dict[str, torch.Tensor], config: CMoEConfig, device: torch.device
 ) -> tuple[FFN, dict[str, torch.Tensor]]:
     """The FFN of some tensors, which are used up, and the others, in float32 on the device."""
-    stored_dtype = stored[row.up].dtype
+    stored_dtype = stored[arch.up].dtype
     layer = {}
     for name in list(stored):  # one at a time: no second copy of the whole layer
         layer[name] = stored.pop(name).to(device, torch.float32)
     ffn = FFN(
-        gate_FH=layer.pop(row.gate) if row.gate else None,
-        up_FH=layer.pop(row.up),
-        down_HF=layer.pop(row.down),
+        gate_FH=layer.pop(arch.gate) if arch.gate else None,
+        up_FH=layer.pop(arch.up),
+        down_HF=layer.pop(arch.down),
         act=ACT2FN[config.hidden_act],
         stored_dtype=stored_dtype,
-        up_bias_F=layer.pop(row.up_bias) if row.up_bias else None,
-        down_bias_H=layer.pop(row.down_bias) if row.down_bias else None,
+        up_bias_F=layer.pop(arch.up_bias) if arch.up_bias else None,
+        down_bias_H=layer.pop(arch.down_bias) if arch.down_bias else None,
     )
     return ffn, layer
 
@@ -289,15 +289,15 @@ class CarvedLayer:
 
 
 def stored_tensors(
-    row: Architecture, index: int, dense: dict[str, torch.Tensor], carved: CarvedLayer
+    arch: Architecture, index: int, dense: dict[str, torch.Tensor], carved: CarvedLayer
 ) -> dict[str, torch.Tensor]:
     """The tensors of layer `index`, carved, in the checkpoint's precision."""
     tensors = dict(dense)
-    parts = (row.gate, row.up, row.down, row.up_bias, row.down_bias)
+    parts = (arch.gate, arch.up, arch.down, arch.up_bias, arch.down_bias)
     gate_FH, up_FH, down_HF, up_bias_F, down_bias_H = (
         None if part is None else tensors.pop(part) for part in parts
     )
-    assert up_FH is not None and down_HF is not None  # every row names them
+    assert up_FH is not None and down_HF is not None  # every arch names them
     if carved.ffn.is_polished:
         up_FH = carved.ffn.up_FH.to(up_FH)
         gate_FH = None if carved.ffn.gate_FH is None else carved.ffn.gate_FH.to(up_FH)
@@ -323,7 +323,7 @@ def stored_tensors(
         dtype = torch.float32 if name == "balance_bias" else up_FH.dtype
         tensors[f"mlp.gate.{name}"] = weight.to(dtype)
     tensors["mlp.gate.scale"] = torch.zeros(len(experts_NM), dtype=up_FH.dtype)
-    return {row.carved_layer(index) + name: tensor for name, tensor in tensors.items()}
+    return {arch.carved_layer(index) + name: tensor for name, tensor in tensors.items()}
 
 
 def dense_layer(

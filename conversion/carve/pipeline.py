@@ -163,9 +163,9 @@ def carve_model(
 
     Raises `CMoEError` if the weights or the activations are not finite.
     """
-    row, tokens = source.architecture, streams.tokens
+    arch, tokens = source.architecture, streams.tokens
     hidden_TH = streams.carved_WLH.flatten(0, 1)
-    attention = AttentionHalf(row, source.config, streams.length, storage.device)
+    attention = AttentionHalf(arch, source.config, streams.length, storage.device)
     kept = min(tokens, PROFILED_TOKENS) if recipe.makes_activations_again else tokens
     sizes = (config.hidden_size, config.intermediate_size, k_act)
     profile = Profile.empty(tokens, kept, *sizes, storage.empty)
@@ -173,7 +173,7 @@ def carve_model(
     for index in range(first, config.num_hidden_layers):
         clock = Stopwatch()
         with clock("read"):
-            ffn, rest = take_ffn(row, source.read_layer(index), config, storage.device)
+            ffn, rest = take_ffn(arch, source.read_layer(index), config, storage.device)
             attention.load(index, rest)
         if index in (config.dense_layers or ()):
             with clock("forward"):
@@ -215,7 +215,7 @@ def carve_model(
         with clock("read"):
             dense = source.read_layer(index)
         with clock("slicing"):
-            tensors = stored_tensors(row, index, dense, carved)
+            tensors = stored_tensors(arch, index, dense, carved)
         figures["seconds"] = with_totals(clock.seconds, tokens)
         del dense, carved
         yield index, tensors, figures

@@ -132,7 +132,7 @@ class Shape:
 
 def carved_config(
     dense: PreTrainedConfig,
-    row: Architecture,
+    arch: Architecture,
     shape: Shape,
     recipe: Recipe,
     *,
@@ -145,7 +145,7 @@ def carved_config(
         raise RequestError(f"there is no layer {wrong[0]}: the model has 0 to {layers - 1}.")
     if len(dense_layers) == layers:
         raise RequestError("with every layer dense it is the dense model: name fewer of them.")
-    width = getattr(dense, row.expert_width)
+    width = getattr(dense, arch.expert_width)
     neurons, remainder = divmod(width, shape.experts)
     if remainder:
         fitting = [str(count) for count in range(2, min(width, 256) + 1) if width % count == 0]
@@ -164,7 +164,7 @@ def carved_config(
     if dense_layers:
         kept["dense_layers"] = list(dense_layers)
     parents = picked = 1
-    if row.router is not None:
+    if arch.router is not None:
         parents, picked = dense.num_experts, dense.num_experts_per_tok
         check_hierarchical(recipe)
         if dense_layers:
@@ -177,10 +177,10 @@ def carved_config(
             "intermediate_size": width,
         }
         kept.pop("num_local_experts", None)  # the library's other name of the same
-    return row.cmoe_config(
+    return arch.cmoe_config(
         **kept
         | {
-            "architectures": [row.cmoe_model.__name__],
+            "architectures": [arch.cmoe_model.__name__],
             "num_experts": (shape.experts - shape.shared) * parents,
             "num_experts_per_tok": shape.active * picked,
             "moe_intermediate_size": neurons,

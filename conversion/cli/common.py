@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ..carve.recipe import RECIPES
 from ..errors import CMoEError
-from ..folder.strict import to_json
+from ..folder.json_utils import to_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -26,9 +26,9 @@ from cmoe_hf import CMoEConfig
 from ..errors import CMoEError
 from ..source.checkpoint import Source
 from ..source.stored import CARVABLE, digest_of, read_headers, read_tensors
+from .json_utils import as_json
 from .paths import remove
 from .shards import Shards
-from .strict import as_json
 from .unfinished import PartialFolder, sha256_of
 
 MANIFEST = "manifest.json"

@@ -18,8 +18,8 @@ from ..device import versions
 from ..errors import RequestError
 from ..source.checkpoint import find_model
 from .card import CARD_FILE, with_perplexity
+from .json_utils import to_json
 from .paths import replace_file
-from .strict import to_json
 
 RESULTS_FILE = "evaluation.json"
 CONDITIONS = {

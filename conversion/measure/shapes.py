@@ -104,10 +104,10 @@ def shape_config(name: str, layers: int | None, shape: Shape) -> PreTrainedConfi
 
 def dense_twin(carved: PreTrainedConfig) -> PreTrainedConfig:
     """Configuration of the dense model of a carved one's shape."""
-    row = architecture_of(carved)
-    assert row is not None  # it is carved
-    known = row.dense_config().to_dict().keys() - {"model_type", "architectures"}
-    return row.dense_config(
+    arch = architecture_of(carved)
+    assert arch is not None  # it is carved
+    known = arch.dense_config().to_dict().keys() - {"model_type", "architectures"}
+    return arch.dense_config(
         **{name: value for name, value in carved.to_dict().items() if name in known}
     )
 

@@ -25,8 +25,8 @@ from cmoe_hf.modeling_cmoe import CMoERouter
 from ..carve.recipe import Recipe
 from ..carve.settings import MAX_SHARD_SIZE, shard_bytes
 from ..errors import RequestError
+from ..folder.auxiliary_files import read_auxiliary_files
 from ..folder.card import CARD_FILE, native_card
-from ..folder.carried import carried
 from ..folder.fingerprint import write_fingerprint
 from ..folder.shards import Shards
 from ..folder.unfinished import BriefFolder
@@ -35,7 +35,7 @@ from ..source.architectures import Architecture, architecture_of
 from ..source.calibration import random_windows, read_tokens
 from ..source.checkpoint import fetch_model, find_model, load_tokenizer
 from ..source.loading import window_length
-from ..source.stored import Stored, read_headers, read_json
+from ..source.stored import TensorRef, read_headers, read_json
 from ..source.texts import open_text, text_file
 from .linearise import linear_routers
 from .needs import lacking, needs_of
@@ -104,10 +104,10 @@ def export(
         raise RequestError(f"there is no export to {to!r}; choose one of {', '.join(TARGETS)}.")
     folder, name, commit = find_model(model)
     config = AutoConfig.from_pretrained(folder)
-    row = check_config(config, name, refit=refit_router is not None)
+    arch = check_config(config, name, refit=refit_router is not None)
     if commit is not None:
         folder = fetch_model(name, commit)
-    needs = needs_of(config, row, folder)
+    needs = needs_of(config, arch, folder)
     target, reason = choose_target(config, name, needs, to)
     if unread := lacking(target.unread & needs, ()):
         logger.warning(
@@ -118,7 +118,7 @@ def export(
         )
     tokenizer = load_tokenizer(folder)
     native = target.config(config, needs)
-    kept = carried(folder).beside(native, tokenizer)
+    kept = read_auxiliary_files(folder).beside(native, tokenizer)
     work.check({"the carved model": folder, "the calibration text": text_file(refit_router)})
     routers = None
     if refit_router is not None:
@@ -155,7 +155,7 @@ class ExportFolder(BriefFolder):
 
 
 def check_config(config: PreTrainedConfig, name: str, *, refit: bool) -> Architecture:
-    """The row of a carved model. Raises `RequestError` for what no architecture represents."""
+    """The arch of a carved model. Raises `RequestError` for what no architecture represents."""
     if not isinstance(config, CMoEConfig):
         raise RequestError(f"{name} is a {config.model_type} model, not a carved one.")
     if isinstance(config, CMoEHierarchicalConfig):
@@ -164,10 +164,10 @@ def check_config(config: PreTrainedConfig, name: str, *, refit: bool) -> Archite
             "code loads wherever trust_remote_code may be given."
         )
     reasons = []
-    row = architecture_of(config)
+    arch = architecture_of(config)
     if not config.has_gate:
         reasons.append("no stock architecture has experts with biases and without a gate")
-    elif row is None or row.differs is None:
+    elif arch is None or arch.differs is None:
         reasons.append(f"nobody has said what stock architecture a {config.model_type} can become")
     if config.router_type != "linear" and not refit:
         reasons.append(
@@ -178,9 +178,9 @@ def check_config(config: PreTrainedConfig, name: str, *, refit: bool) -> Archite
         reasons.append("its router takes absolute values")
     if config.num_experts_per_tok == 0:
         reasons.append("it does not route")
-    if reasons or row is None:
+    if reasons or arch is None:
         raise RequestError(f"{name} cannot be exported: {'; '.join(reasons)}.")
-    return row
+    return arch
 
 
 def choose_target(
@@ -240,7 +240,7 @@ def made_tensors(
 
 
 def with_router(
-    parts: dict[str, Stored], layer: str, routers: Mapping[str, torch.Tensor] | None
+    parts: dict[str, TensorRef], layer: str, routers: Mapping[str, torch.Tensor] | None
 ) -> dict[str, Any]:
     """The tensors of a layer with another router, if there is one for it."""
     name = "mlp.gate.linear_weight"

@@ -95,15 +95,15 @@ def export_gguf(
     path = check_output(output, overwrite)
     folder, name, commit = find_model(model)
     config = AutoConfig.from_pretrained(folder)
-    row = architecture_of(config)
+    arch = architecture_of(config)
     if carved(config):
         check_config(config, name, refit=refit_router is not None)
-    if row is None or row.differs is None or row.router is not None:
+    if arch is None or arch.differs is None or arch.router is not None:
         raise RequestError(f"{name} cannot be a GGUF file: a {config.model_type} is not known.")
     if commit is not None:
         folder = fetch_model(name, commit)
     check_apart(path, {"the model": folder, "the calibration text": text_file(refit_router)})
-    layout, reason = choose_layout(config, name, needs_of(config, row, folder), to)
+    layout, reason = choose_layout(config, name, needs_of(config, arch, folder), to)
     tokenizer = load_tokenizer(folder)
     words = vocabulary(tokenizer, config.vocab_size)
     routers = None

@@ -29,9 +29,9 @@ UNDONE_BY = {"balance": "--bias-speed 0", "scale": "--router-learning-rate 0"}
 """With what option of `recover` a model does without."""
 
 
-def needs_of(config: PreTrainedConfig, row: Architecture, folder: Path) -> set[str]:
+def needs_of(config: PreTrainedConfig, arch: Architecture, folder: Path) -> set[str]:
     """Names from `NEEDS`, from the configuration and the few tensors that decide."""
-    needs = {*(row.differs or ())}
+    needs = {*(arch.differs or ())}
     if getattr(config, "shared_expert_intermediate_size", 0):
         needs.add("shared")
     if "sliding_attention" in attention_types(config):

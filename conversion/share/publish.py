@@ -28,8 +28,8 @@ from huggingface_hub.hf_api import RepoFile
 from tqdm import tqdm
 
 from ..errors import CMoEError, RequestError
+from ..folder.auxiliary_files import read_card
 from ..folder.card import CARD_FILE, stated
-from ..folder.carried import read_card
 from ..folder.paths import replace_file
 from ..folder.unfinished import sha256_of
 from .verify import verify

@@ -37,7 +37,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from cmoe_hf import CMoEConfig
 from cmoe_hf.modeling_cmoe import attention_types
 
-from ..source.stored import Stored
+from ..source.stored import TensorRef
 from .needs import lacking
 from .pieces import Made
 
@@ -50,7 +50,7 @@ SAME_FIELDS = (
 )
 """Of the configuration; they mean the same in all."""
 QUERIES_KEYS_VALUES = ("q_proj", "k_proj", "v_proj")
-Parts = Mapping[str, Stored]
+Parts = Mapping[str, TensorRef]
 """Tensors of a layer, by the rest of their names."""
 
 
@@ -182,7 +182,7 @@ class Target:
         return config.num_experts_per_tok
 
 
-def no_shared(like: Stored, width: int, hidden: int) -> dict[str, Made]:
+def no_shared(like: TensorRef, width: int, hidden: int) -> dict[str, Made]:
     """A shared expert of zeros, for architectures that insist on one."""
     return {
         "gate_proj.weight": Made.zeros(like, width, hidden),

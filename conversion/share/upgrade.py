@@ -20,8 +20,8 @@ import cmoe_hf
 from cmoe_hf import CMoEConfig
 
 from ..errors import CMoEError, RequestError
+from ..folder.auxiliary_files import read_card
 from ..folder.card import CARD_FILE, renewed_card
-from ..folder.carried import read_card
 from ..folder.fingerprint import (
     CONVERSION,
     conversion_record,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verb `verify`: does a repository still compute what it did when it was made.
 
-Every repository carries a fingerprint of itself in `conversion.json`, see `probe`. It is computed
-again under whatever is installed, and generation with a cache and in a padded batch is compared
-with the plain forward pass.
+Every repository carries a fingerprint of itself in `conversion.json`, see
+`folder.outputs`. It is computed again under whatever is installed, and generation with a cache and
+in a padded batch is compared with the plain forward pass.
 """
 
 import json
@@ -19,7 +19,7 @@ from huggingface_hub import constants
 
 from ..device import versions
 from ..errors import RequestError
-from ..folder import probe
+from ..folder import outputs
 from ..folder.fingerprint import (
     changes,
     computed,
@@ -121,13 +121,13 @@ def runs_here(folder: Path, *, trusted: bool) -> bool:
 def computed_elsewhere(
     folder: Path, name: str, prompts: list[list[int]], recorded: list[int] | None
 ) -> dict[str, Any]:
-    """What `probe` finds where this package is not imported: the repository's own code runs."""
+    """Return `model_outputs` of a process that runs the repository's own code."""
     request = json.dumps({"prompts": prompts, "recorded": recorded})
     with tempfile.TemporaryDirectory() as temporary:
         result = Path(temporary) / "result.json"
         # Without -P the rooms of this package would be taken for modules of the standard library.
         done = subprocess.run(
-            [sys.executable, "-P", probe.__file__, str(folder.resolve()), request, str(result)],
+            [sys.executable, "-P", outputs.__file__, str(folder.resolve()), request, str(result)],
             env={**os.environ, "HF_MODULES_CACHE": temporary, "HF_HOME": constants.HF_HOME},
             capture_output=True,
             text=True,

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..device import check_dtype, find_device, name_of, versions
 from ..errors import CMoEError, RequestError
 from ..folder.card import CARD_FILE, FIGURES, with_section
+from ..folder.json_utils import to_json
 from ..folder.paths import replace_file, replace_folder, resolved
-from ..folder.strict import to_json
 from ..measure.evaluate import check_same_vocabulary, text_windows
 from ..measure.routing import check_flat, sparse_blocks
 from ..source.calibration import tokenize

@@ -15,9 +15,9 @@ from ..carve.shape import Shape
 from ..convert import convert, resume
 from ..device import device_name, find_device, versions
 from ..errors import CMoEError, RequestError
+from ..folder.json_utils import as_json
 from ..folder.layerwise import WorkFolder
 from ..folder.paths import check_apart, remove, replace_file, resolved
-from ..folder.strict import as_json
 from ..measure.benchmark import benchmark
 from ..measure.evaluate import evaluate
 from ..plan import carved_as

@@ -32,7 +32,7 @@ from yaml import YAMLError
 from ..errors import CMoEError, RequestError
 from .architectures import Architecture, find_architecture
 from .library import dense_config, dense_shapes
-from .stored import CARVABLE, Stored, digest_of, read_headers, read_json, read_tensors
+from .stored import CARVABLE, TensorRef, digest_of, read_headers, read_json, read_tensors
 
 HEAD = "lm_head.weight"
 """What the library calls the head of every family."""
@@ -86,7 +86,7 @@ class Source:
     """Commit of a Hub repository; None for any other folder."""
     architecture: Architecture
     config: PreTrainedConfig
-    tensors: dict[str, Stored]
+    tensors: dict[str, TensorRef]
     """Where the dense model's tensors lie, by the library's names; experts one by one."""
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -114,9 +114,9 @@ class Source:
 
     def read_expert(self, index: int, number: int) -> dict[str, torch.Tensor]:
         """The tensors of one expert of a MoE's layer, named relative to the expert."""
-        row = self.architecture
-        prefix = row.layer_prefix.format(index) + row.expert_prefix.format(number)
-        names = [name for name in (row.gate, row.up, row.down) if name is not None]
+        arch = self.architecture
+        prefix = arch.layer_prefix.format(index) + arch.expert_prefix.format(number)
+        names = [name for name in (arch.gate, arch.up, arch.down) if name is not None]
         tensors = self.read(prefix + name for name in names)
         return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
@@ -142,7 +142,7 @@ class Source:
         prefix = self.architecture.layer_prefix.format(0)
         return sum(it.numel for name, it in self.tensors.items() if name.startswith(prefix))
 
-    def ffn(self, index: int) -> list[Stored]:
+    def ffn(self, index: int) -> list[TensorRef]:
         """Return the tensors of a layer's FFN, or first expert, that its neurons share out."""
         arch = self.architecture
         prefix = arch.layer_prefix.format(index)
@@ -293,13 +293,13 @@ def open_source(
     return Source(folder, name, commit or local_name(folder)[1], architecture, config, tensors)
 
 
-def one_by_one(row: Architecture, shapes: Shapes) -> Shapes:
+def one_by_one(arch: Architecture, shapes: Shapes) -> Shapes:
     """The experts' tensors as checkpoints have them, where the library packs those of a layer."""
-    inside = row.expert_prefix.partition("{")[0]
+    inside = arch.expert_prefix.partition("{")[0]
     found = {name: shape for name, shape in shapes.items() if inside not in name}
     for packed in shapes.keys() - found.keys():
         _, rows, columns = shapes[packed]
-        for name, _, _, parts in experts_in(row, packed, shapes[packed]):
+        for name, _, _, parts in experts_in(arch, packed, shapes[packed]):
             found[name] = [rows // parts, columns]
     return found
 
@@ -320,8 +320,8 @@ def check_code(folder: Path, name: str, trusted: bool) -> None:
 
 
 def named_tensors(
-    row: Architecture, config: PreTrainedConfig, stored: Mapping[str, Stored], shapes: Shapes
-) -> dict[str, Stored]:
+    arch: Architecture, config: PreTrainedConfig, stored: Mapping[str, TensorRef], shapes: Shapes
+) -> dict[str, TensorRef]:
     """Return the stored tensors by the names that the dense model has for them.
 
     `stored` has the names in the files, `shapes` those of the model, an expert at a time. As in the
@@ -329,12 +329,12 @@ def named_tensors(
 
     Raises `RequestError` for what the library would not load in full, or carving would lose.
     """
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, TensorRef] = {}
     for key, tensor in stored.items():
-        if key.endswith(row.ignored_suffixes):
+        if key.endswith(arch.ignored_suffixes):
             continue
-        for own, part in unpacked(row, key, tensor):
-            name = library_name(row, own, shapes)
+        for own, part in unpacked(arch, key, tensor):
+            name = library_name(arch, own, shapes)
             if name in tensors:
                 raise RequestError(
                     f"tensors {tensors[name].key} and {key} both stand for {name}: nobody can say "
@@ -344,52 +344,52 @@ def named_tensors(
     check_wrapping(sorted(tensors.keys() - shapes.keys()))
     check_types(tensors)
     if config.tie_word_embeddings:
-        tie_head(row, config, tensors)
+        tie_head(arch, config, tensors)
     left_out = (HEAD,) if config.tie_word_embeddings else ()
     expected = {name: shape for name, shape in shapes.items() if name not in left_out}
     check_shapes(config, tensors, expected)
     return tensors
 
 
-def unpacked(row: Architecture, key: str, tensor: Stored) -> list[tuple[str, Stored]]:
+def unpacked(arch: Architecture, key: str, tensor: TensorRef) -> list[tuple[str, TensorRef]]:
     """Return a tensor by its name, or the parts of one that has all of a layer's experts."""
-    inside = row.expert_prefix.partition("{")[0]
+    inside = arch.expert_prefix.partition("{")[0]
     packed = key.endswith((f"{inside}gate_up_proj", f"{inside}down_proj"))
-    if row.router is None or not packed or len(tensor.shape) != 3:
+    if arch.router is None or not packed or len(tensor.shape) != 3:
         return [(key, tensor)]
-    parts = experts_in(row, key, tensor.shape)
+    parts = experts_in(arch, key, tensor.shape)
     return [(name, tensor.of_expert(*place)) for name, *place in parts]
 
 
 def experts_in(
-    row: Architecture, packed: str, shape: list[int]
+    arch: Architecture, packed: str, shape: list[int]
 ) -> Iterator[tuple[str, int, int, int]]:
     """What a packed tensor (experts, rows, columns) holds, as if it were not packed.
 
     Name, number of the expert, and which of how many parts that lie below each other.
     """
-    inside = row.expert_prefix.partition("{")[0]
+    inside = arch.expert_prefix.partition("{")[0]
     layer, _, name = packed.partition(inside)
-    parts = [row.down] if name == "down_proj" else [row.gate, row.up]
+    parts = [arch.down] if name == "down_proj" else [arch.gate, arch.up]
     for number in range(shape[0]):
         for place, part in enumerate(parts):
-            yield f"{layer}{row.expert_prefix.format(number)}{part}", number, place, len(parts)
+            yield f"{layer}{arch.expert_prefix.format(number)}{part}", number, place, len(parts)
 
 
-def library_name(row: Architecture, key: str, known: Collection[str]) -> str:
+def library_name(arch: Architecture, key: str, known: Collection[str]) -> str:
     """What the dense model calls a tensor of a file, by the rules of the library's loader.
 
     A file may have an old name of the head, and the prefix of the model without a head once too
     often or not at all.
     """
-    if key == row.head:
+    if key == arch.head:
         return HEAD
-    prefix = row.dense_model.base_model_prefix + "."
+    prefix = arch.dense_model.base_model_prefix + "."
     candidates = (key.removeprefix(prefix), prefix + key)
     return next((name for name in candidates if name in known), key)
 
 
-def tie_head(row: Architecture, config: PreTrainedConfig, tensors: dict[str, Stored]) -> None:
+def tie_head(arch: Architecture, config: PreTrainedConfig, tensors: dict[str, TensorRef]) -> None:
     """Leave out a head that equals the embedding to which the configuration ties it.
 
     As in the library's loader either may be missing, and if both are there and differ, they are
@@ -397,11 +397,11 @@ def tie_head(row: Architecture, config: PreTrainedConfig, tensors: dict[str, Sto
     """
     if HEAD not in tensors:
         return
-    if row.embedding not in tensors:
-        tensors[row.embedding] = tensors.pop(HEAD)
+    if arch.embedding not in tensors:
+        tensors[arch.embedding] = tensors.pop(HEAD)
         return
-    both = {name: tensors[name] for name in (row.embedding, HEAD)}
-    alike = both[HEAD].shape == both[row.embedding].shape
+    both = {name: tensors[name] for name in (arch.embedding, HEAD)}
+    alike = both[HEAD].shape == both[arch.embedding].shape
     if alike and torch.equal(*(value for _, value in read_tensors(both))):
         del tensors[HEAD]
         return
@@ -425,7 +425,7 @@ def check_wrapping(unknown: list[str]) -> None:
                 )
 
 
-def check_types(tensors: Mapping[str, Stored]) -> None:
+def check_types(tensors: Mapping[str, TensorRef]) -> None:
     """Raise `RequestError` for weights of a type in which neurons cannot be moved and refitted."""
     for tensor in tensors.values():
         if tensor.dtype not in CARVABLE:
@@ -436,7 +436,9 @@ def check_types(tensors: Mapping[str, Stored]) -> None:
             )
 
 
-def check_shapes(config: PreTrainedConfig, tensors: Mapping[str, Stored], expected: Shapes) -> None:
+def check_shapes(
+    config: PreTrainedConfig, tensors: Mapping[str, TensorRef], expected: Shapes
+) -> None:
     """Raise `RequestError` unless the tensors are those expected, of the same shapes."""
     missing = sorted(expected.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - expected.keys())

@@ -26,18 +26,18 @@ SIZES = re.compile(r"num_\w+|\w+_size|head_dim|max_position_embeddings|sliding_w
 """Fields that are above zero, if they are integers at all."""
 
 
-def dense_config(row: Architecture, folder: Path, name: str) -> PreTrainedConfig:
+def dense_config(arch: Architecture, folder: Path, name: str) -> PreTrainedConfig:
     """The configuration in a folder. Raises `RequestError` if it cannot be one of the family."""
     raw = read_json(folder / "config.json")
-    fields = {field.name for field in dataclasses.fields(row.dense_config)}
+    fields = {field.name for field in dataclasses.fields(arch.dense_config)}
     # A sliding window that is switched off may be anything.
     check_sizes({key: raw[key] for key in raw.keys() & fields - {"sliding_window"}}, name)
     try:
-        config = row.dense_config.from_pretrained(folder)
+        config = arch.dense_config.from_pretrained(folder)
     except Exception as error:  # the library raises whatever its validators raise
         raise RequestError(f"config.json of {name} is not usable: {error}") from error
     check_sizes({key: getattr(config, key) for key in fields & {"sliding_window"}}, name)
-    if row.router is not None and config.num_experts_per_tok > config.num_experts:
+    if arch.router is not None and config.num_experts_per_tok > config.num_experts:
         raise RequestError(
             f"config.json of {name} is not usable: num_experts_per_tok is "
             f"{config.num_experts_per_tok}, but there are only {config.num_experts} experts."
@@ -54,7 +54,7 @@ def check_sizes(fields: Mapping[str, Any], name: str) -> None:
             )
 
 
-def dense_shapes(row: Architecture, config: PreTrainedConfig, name: str) -> dict[str, list[int]]:
+def dense_shapes(arch: Architecture, config: PreTrainedConfig, name: str) -> dict[str, list[int]]:
     """Names and shapes of the model's tensors.
 
     Raises `RequestError` naming the fields for a model that cannot be built, or whose attention
@@ -63,15 +63,15 @@ def dense_shapes(row: Architecture, config: PreTrainedConfig, name: str) -> dict
     with blaming(config, name, "hidden_act"):
         ACT2FN[config.hidden_act]
     with blaming(config, name, "rope_parameters", "rope_scaling"):
-        row.rotary_embedding(config)
+        arch.rotary_embedding(config)
     heads = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     with blaming(config, name, *heads), torch.no_grad():
-        half = AttentionHalf(row, config, 2, torch.device("cpu"))
+        half = AttentionHalf(arch, config, 2, torch.device("cpu"))
         half.position_ids = half.position_ids.to("meta")
         half.position_embeddings = tuple(part.to("meta") for part in half.position_embeddings)
         half(torch.empty(1, 2, config.hidden_size, device="meta"))
     with blaming(config, name, "vocab_size", "pad_token_id"), torch.device("meta"):
-        model = row.dense_model(config)
+        model = arch.dense_model(config)
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -106,12 +106,12 @@ class AttentionHalf(nn.Module):
             self.x = x
             return torch.zeros_like(x)
 
-    def __init__(self, row: Architecture, config: Any, length: int, device: torch.device) -> None:
+    def __init__(self, arch: Architecture, config: Any, length: int, device: torch.device) -> None:
         super().__init__()
         config = type(config).from_dict(config.to_dict(), attn_implementation="sdpa")
         with torch.device("meta"):
-            self.layer = row.decoder_layer(config, 0)
-        cache_name(row.decoder_layer.forward, *LAYER_KEYWORDS)  # or a mask would be ignored
+            self.layer = arch.decoder_layer(config, 0)
+        cache_name(arch.decoder_layer.forward, *LAYER_KEYWORDS)  # or a mask would be ignored
         self.ffn_input = self.layer.mlp = self.Recorder()
         self.layer.eval()
         self.position_ids = torch.arange(length, device=device).unsqueeze(0)
@@ -121,7 +121,7 @@ class AttentionHalf(nn.Module):
         }
         self.windows = [windows[kind] for kind in attention_types(config)]
         self.mask: torch.Tensor | None = None
-        rotary = row.rotary_embedding(config).to(device)
+        rotary = arch.rotary_embedding(config).to(device)
         self.position_embeddings = rotary(torch.empty(0, device=device), self.position_ids)
 
     def load(self, index: int, tensors: dict[str, torch.Tensor]) -> None:

@@ -28,10 +28,10 @@ from cmoe_hf import CMoEConfig
 from ..carve.settings import MAX_SHARD_SIZE, absolute, public_name, shard_bytes
 from ..device import check_dtype, find_device, versions
 from ..errors import RequestError
+from ..folder.auxiliary_files import AuxiliaryFiles, read_auxiliary_files
 from ..folder.card import CARD_FILE, recovered_card
-from ..folder.carried import Carried, carried
 from ..folder.fingerprint import write_fingerprint
-from ..folder.strict import as_json
+from ..folder.json_utils import as_json
 from ..folder.unfinished import SETTINGS, PartialFolder, sha256_of
 from ..measure.evaluate import perplexity
 from ..measure.routing import active_routers, count_loads, imbalance, is_biased, without_bias
@@ -109,7 +109,7 @@ class Ready:
     """Of the whole training text; the windows may take some of them several times."""
     training_WL: torch.Tensor
     test_WL: torch.Tensor
-    carried: Carried
+    auxiliary: AuxiliaryFiles
     """What the recovered model takes over from the carved one as it is."""
 
 
@@ -232,7 +232,7 @@ def make_ready(request: Request, tuning: Tuning, kept: Texts | None = None) -> R
             raise RequestError(f"{dense} has another vocabulary than {request.model}.")
     length = window_length(config, tuning.sequence_length)
     texts = kept or read_texts(request, tuning, tokenizer, vocabulary, length)
-    return Ready(folder, device, tokenizer, *texts, carried(folder))
+    return Ready(folder, device, tokenizer, *texts, read_auxiliary_files(folder))
 
 
 def read_texts(
@@ -467,7 +467,7 @@ def write_beside_weights(
 ) -> None:
     """Write everything beside the weights."""
     code = work.write_code(type(AutoConfig.from_pretrained(ready.folder)))
-    work.write_files(ready.carried.files)
+    work.write_files(ready.auxiliary.files)
     write_fingerprint(ready.folder, work, ready.tokenizer)
     figures = asdict(result)
     del figures["output"]
@@ -485,5 +485,5 @@ def write_beside_weights(
         "stages": work.stages,
     }
     work.write_json("recovery.json", report)
-    if card := ready.carried.card:
+    if card := ready.auxiliary.card:
         work.write_text(CARD_FILE, recovered_card(card, report, code))

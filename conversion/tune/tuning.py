@@ -247,12 +247,12 @@ def with_adapters(model: PreTrainedModel, tuning: Tuning) -> nn.Module:
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3
     }
-    row = architecture_of(model.config)
-    assert row is not None  # nothing else is tuned
+    arch = architecture_of(model.config)
+    assert arch is not None  # nothing else is tuned
     config = LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha,
-        target_modules=list(row.lora),
+        target_modules=list(arch.lora),
         target_parameters=sorted(packed) or None,
         modules_to_save=["gate"] if routed else None,
         task_type="CAUSAL_LM",
