@@ -87,7 +87,7 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
     Expects a card by `model_card`; in another one, the section is added at the end. Results and
     figures of the model before are left out.
     """
-    tuning, result = report["tuning"], report["result"]
+    result = report["result"]
     rows = [("carved", result["perplexity_before"], result["perplexity_after"])]
     if result["perplexity_after_without_bias"] is not None:
         rows.append(("carved, balance biases zero", None, result["perplexity_after_without_bias"]))
@@ -95,13 +95,8 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
         dense = (result["control_before"], result["control_after"])
         rows.append((f"dense `{report['control']}`, tuned by the same recipe", *dense))
     section = template("card-recovery.md").format(
-        steps=result["steps"],
-        tokens=result["training_tokens"],
-        training=report["training"],
-        rank=tuning["rank"],
-        rate=tuning["learning_rate"],
-        teacher=f", distilled from `{report['teacher']}`" if report["teacher"] else "",
-        text=report["text"],
+        **report,
+        distilled=f", distilled from `{report['teacher']}`" if report["teacher"] else "",
         rows="\n".join(
             f"| {name} | {'' if before is None else f'{before:.2f}'} | {after:.2f} |"
             for name, before, after in rows
@@ -241,7 +236,8 @@ def model_card(
         sparsity=1 - config.activation_ratio,
         **_provenance(source, report),
         measured=_measured(config, report["layers"]),
-        licence=_licence_sentence(licence),
+        stated=_licence_sentence(licence),
+        **report,
     )
 
 
@@ -260,29 +256,17 @@ def _parents(config: CMoEHierarchicalConfig) -> str:
 
 
 def _provenance(source: Source, report: dict[str, Any]) -> dict[str, Any]:
-    calibration, result = report["calibration"], report["result"]
     polished = any(layer.get("polish_errors") for layer in report["layers"])
     ranks = report["recipe"]["router_epochs"] and source.architecture.router is None
     on_hub = source.revision is not None
     return {
-        "title": f"{source.name.rpartition('/')[2]}-CMoE-{result['notation']}",
+        "title": f"{source.name.rpartition('/')[2]}-CMoE-{report['result']['notation']}",
         "base": source.name,
         "base_link": f"https://huggingface.co/{source.name}" if on_hub else "#how-it-was-made",
-        "recipe": report["settings"]["recipe"],
         "refitted": _REFITTED if report["recipe"]["refit"] else "",
         "untrained": _POLISHED if polished else _RANKED if ranks else _UNTRAINED,
         "split": _SPLIT if report["recipe"]["adaptive_split"] else "",
         "revision": source.revision or "a local folder, no revision known",
-        "tokens": calibration["tokens"],
-        "calibration": calibration["source"],
-        "samples": calibration["samples"],
-        "length": calibration["sequence_length"],
-        "seed": report["settings"]["seed"],
-        "k_act": report["settings"]["k_act"],
-        **{name: report["versions"][name] for name in ("cmoe_hf", "torch", "transformers")},
-        "seconds": result["seconds"],
-        "device": report["device"],
-        "ratio": result["carving_ratio"],
     }
 
 
@@ -309,5 +293,5 @@ def _measured(config: CMoEConfig, layers: list[dict[str, Any]]) -> str:
 def _licence_sentence(licence: dict[str, Any]) -> str:
     if not licence:
         return _NO_LICENCE
-    name = licence.get("license_name") or licence["license"]
-    return f"As the source: `{name}`."
+    keys = ("license_name", "license", "license_link")
+    return f"As the source: `{next(licence[key] for key in keys if key in licence)}`."
