@@ -16,6 +16,11 @@ from ..source.checkpoint import Source
 
 CARD_FILE = "README.md"
 ASSETS = Path(__file__).parent.parent / "assets"
+_BODY, _CODE, _RECOVERY, _NATIVE = (
+    (ASSETS / name).read_text(encoding="utf-8")
+    for name in ("card.md", "card-code.md", "card-recovery.md", "card-native.md")
+)
+"""Templates; the fields in braces are those of the report, and others."""
 
 _MEASURED = """\
 On the calibration tokens, with all earlier layers carved: error of the carved FFN's output
@@ -75,11 +80,6 @@ _REFITTED_ROUTER = """ Its routers are not those described above: they
 were replaced by linear ones, fitted to a calibration text."""
 
 
-def template(name: str) -> str:
-    """Return a text of `assets`, whose fields are in braces."""
-    return (ASSETS / name).read_text(encoding="utf-8")
-
-
 def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -> str:
     """The card of a carved repository after a recovery. `report` is the content of recovery.json
     and `code` the hashes of the Python files.
@@ -94,7 +94,7 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
     if report["control"] is not None:
         dense = (result["control_before"], result["control_after"])
         rows.append((f"dense `{report['control']}`, tuned by the same recipe", *dense))
-    section = template("card-recovery.md").format(
+    section = _RECOVERY.format(
         **report,
         distilled=f", distilled from `{report['teacher']}`" if report["teacher"] else "",
         rows="\n".join(
@@ -120,7 +120,7 @@ def native_card(card: str, architecture: str, difference: float, *, refitted: bo
     parsed.data.eval_results = None
     parsed.data.tags = [tag for tag in parsed.data.get("tags") or [] if tag != "custom_code"]
     card = without_section(without_section(str(parsed), FIGURES), CODE)
-    section = template("card-native.md").format(
+    section = _NATIVE.format(
         architecture=architecture,
         difference=difference,
         refitted=_REFITTED_ROUTER if refitted else "",
@@ -175,7 +175,7 @@ def with_perplexity(card: str, told: str) -> str:
 def code_section(code: Mapping[str, str]) -> str:
     """What the Python files are, their hashes, and what they were tested with."""
     rows = "\n".join(f"| `{name}` | `{code[name]}` |" for name in code)
-    return template("card-code.md").format(rows=rows, lowest=TESTED[0], newest=TESTED[1])
+    return _CODE.format(rows=rows, lowest=TESTED[0], newest=TESTED[1])
 
 
 def renewed_card(card: str, code: Mapping[str, str]) -> str:
@@ -223,7 +223,7 @@ def model_card(
         active=in_words(active_parameters(source, config)),
         parameters=in_words(source.parameters),
     )
-    return f"---\n{data.to_yaml()}\n---\n\n" + template("card.md").format(
+    return f"---\n{data.to_yaml()}\n---\n\n" + _BODY.format(
         headline=with_section("", HEADLINE, headline).strip(),
         code=with_section("", CODE, code_section(code)).strip(),
         parents=_parents(config) if isinstance(config, CMoEHierarchicalConfig) else "",
