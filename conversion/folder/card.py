@@ -16,6 +16,11 @@ from ..source.checkpoint import Source
 
 CARD_FILE = "README.md"
 ASSETS = Path(__file__).parent.parent / "assets"
+_BODY, _CODE, _RECOVERY, _NATIVE = (
+    (ASSETS / name).read_text(encoding="utf-8")
+    for name in ("card.md", "card-code.md", "card-recovery.md", "card-native.md")
+)
+"""Templates; the fields in braces are those of the report, and others."""
 
 _MEASURED = """\
 On the calibration tokens, with all earlier layers carved: error of the carved FFN's output
@@ -75,11 +80,6 @@ _REFITTED_ROUTER = """ Its routers are not those described above: they
 were replaced by linear ones, fitted to a calibration text."""
 
 
-def template(name: str) -> str:
-    """Return a text of `assets`, whose fields are in braces."""
-    return (ASSETS / name).read_text(encoding="utf-8")
-
-
 def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -> str:
     """Return the card of a carved repository after a recovery.
 
@@ -98,7 +98,7 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
     if report["control"] is not None:
         name = f"dense `{report['control']}`, tuned by the same recipe"
         rows.append((name, f"{result['control_before']:.2f}", result["control_after"]))
-    section = template("card-recovery.md").format(
+    section = _RECOVERY.format(
         **report,
         distilled=f", distilled from `{report['teacher']}`" if report["teacher"] else "",
         rows="\n".join(f"| {name} | {before} | {after:.2f} |" for name, before, after in rows),
@@ -115,7 +115,7 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
 def native_card(card: str, architecture: str, difference: float, *, refitted: bool) -> str:
     """Return the card of a model exported to a stock architecture."""
     card = without_section(_without_results(card, "custom_code"), FIGURES)
-    section = template("card-native.md").format(
+    section = _NATIVE.format(
         architecture=architecture,
         difference=difference,
         refitted=_REFITTED_ROUTER if refitted else "",
@@ -175,7 +175,7 @@ def with_perplexity(card: str, perplexity: str) -> str:
 def code_section(code: Mapping[str, str]) -> str:
     """Return what the Python files are, their hashes, and what they were tested with."""
     rows = "\n".join(f"| `{name}` | `{code[name]}` |" for name in code)
-    return template("card-code.md").format(rows=rows, lowest=TESTED[0], newest=TESTED[1])
+    return _CODE.format(rows=rows, lowest=TESTED[0], newest=TESTED[1])
 
 
 def renewed_card(card: str, code: Mapping[str, str]) -> str:
@@ -230,7 +230,7 @@ def model_card(
         active=in_words(active_parameters(source, config)),
         parameters=in_words(source.parameters),
     )
-    return f"---\n{data.to_yaml()}\n---\n\n" + template("card.md").format(
+    return f"---\n{data.to_yaml()}\n---\n\n" + _BODY.format(
         **report,
         title=f"{source.name.rpartition('/')[2]}-CMoE-{report['result']['notation']}",
         link=f"https://huggingface.co/{source.name}" if on_hub else "#how-it-was-made",
@@ -290,5 +290,5 @@ def _measured(config: CMoEConfig, layers: list[dict[str, Any]]) -> str:
 def _licence_sentence(licence: dict[str, Any]) -> str:
     if not licence:
         return _NO_LICENCE
-    name = licence.get("license_name") or licence["license"]
-    return f"As the source: `{name}`."
+    keys = ("license_name", "license", "license_link")
+    return f"As the source: `{next(licence[key] for key in keys if key in licence)}`."

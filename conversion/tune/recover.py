@@ -223,7 +223,7 @@ def make_ready(request: Request, tuning: Tuning, kept: Texts | None = None) -> R
         )
     tokenizer = load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
     others = []
-    for dense in filter(None, {request.teacher, request.control}):
+    for dense in {it for it in (request.teacher, request.control) if it is not None}:
         trusted = request.trust_remote_code
         others.append(load_config(dense, trusted))
         other = load_tokenizer(model_folder(dense)[0], trust_remote_code=trusted)
