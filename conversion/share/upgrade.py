@@ -165,7 +165,7 @@ def share_files(folder: Path, target: Path) -> None:
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(path, target / relative, follow_symlinks=False)
-            except OSError:
+            except (OSError, NotImplementedError):  # of Windows
                 shutil.copy2(path, target / relative, follow_symlinks=False)
 
 
