@@ -264,7 +264,7 @@ def test_bad_requests(plain, dense, tmp_path, monkeypatch):
         ([folder, *QUICK, "--baseline", folder], ["is carved itself"]),
         ([folder, *QUICK, "--baseline", tmp_path / "absent"], ["neither a folder nor"]),
         ([folder, *QUICK, "--sequence-length", 1], ["at least 2 tokens"]),
-        ([folder, *QUICK, "--sequence-length", 10**6], ["fewer than one window"]),
+        ([folder, *QUICK, "--sequence-length", 10**6], ["longer than the model's context"]),
         ([folder, *QUICK, "--sample", long], ["--sample has", "at most 200"]),
         ([folder, *QUICK, "--sample", " "], ["--sample is empty"]),
         ([folder, *QUICK, "--dtype", "int3"], ["choose one of float32"]),
