@@ -147,7 +147,7 @@ def carve(prepared: Prepared, work: WorkFolder) -> Conversion:
     planned = planned_tensors(source, prepared.config, dtype)
     work.create_weights(planned, shard_bytes(settings.max_shard_size))
     rest = source.read_rest()
-    work.write_rest({row.carved_name(name): tensor for name, tensor in rest.items()})
+    work.write_rest(rest)
     if states := work.read_states():
         streams = Streams.restored(states, storage)
     else:

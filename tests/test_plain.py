@@ -50,7 +50,7 @@ def test_every_backend_adds_the_output_bias_once(shape):
 
 def test_gradients_agree_between_backends():
     for gradients in equal_gradients(random_model, ["cmoe", *BACKENDS]):
-        assert gradients["model.layers.0.mlp.experts.up_proj_bias"].any()
+        assert gradients["gpt_neox.layers.0.mlp.experts.up_proj_bias"].any()
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
@@ -148,7 +148,7 @@ def test_its_work_is_that_of_its_weights():
     dense = GPTNeoXMLP(GPTNeoXConfig(**fields))
     vectors, weights = 2 * 5 * 32, 2 * 32 * 64 + 64 + 32
     assert ffn_work(dense, 5, 0) == Work(4 * (weights + vectors), 2 * 5 * weights)
-    carved = random_model().model.layers[0].mlp
+    carved = random_model().base_model.layers[0].mlp
     neuron = 2 * 32 + 1
     always = 16 * neuron + 32 + 6 * (32 + 2)  # shared, the output's bias, the router and its scale
     work = ffn_work(carved, 5, 3)

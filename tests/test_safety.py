@@ -9,7 +9,7 @@ import pytest
 
 import cmoe_hf
 from cmoe_hf.conversion.folder.card import stated_hashes
-from cmoe_hf.conversion.folder.selection import REMOTE_CODE
+from cmoe_hf.conversion.folder.remote_code import REMOTE_CODE
 from cmoe_hf.conversion.folder.unfinished import sha256_of
 
 HERE = Path(cmoe_hf.__file__).parent
@@ -20,11 +20,11 @@ CALLS = {
     *("eval", "exec", "compile", "open", "input", "breakpoint", "globals", "__import__"),
     *("system", "popen", "fork", "urlopen", "urlretrieve", "connect", "import_module"),
     *("hf_hub_download", "snapshot_download", "cached_file", "from_pretrained", "load_library"),
-    *("load", "loads", "load_state_dict", "load_inline", "save", "unlink", "remove", "rmtree"),
+    *("load", "loads", "load_state_dict", "load_inline", "save", "unlink", "rmtree"),
     *("write_text", "write_bytes", "read_text", "read_bytes", "touch", "mkdir"),
 }
 """Functions and methods that read, write, fetch, start or interpret something."""
-PARTLY = {"os": "PathLike", "inspect": "signature"}
+PARTLY = {"os": "PathLike", "inspect": "signature", "functools": "wraps"}
 """Modules of which one thing may be used."""
 HARMLESS_DUNDERS = {"__name__", "__qualname__", "__module__", "__version__", "__annotations__"}
 INDIRECT = {

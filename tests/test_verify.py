@@ -23,7 +23,7 @@ from cmoe_hf.conversion.errors import CMoEError, RequestError
 from cmoe_hf.conversion.folder import outputs
 from cmoe_hf.conversion.folder.card import stated_hashes
 from cmoe_hf.conversion.folder.layerwise import WorkFolder
-from cmoe_hf.conversion.folder.selection import code_of_type
+from cmoe_hf.conversion.folder.remote_code import code_of_type
 from cmoe_hf.conversion.folder.unfinished import sha256_of
 from cmoe_hf.modeling_cmoe import TESTED
 

@@ -121,7 +121,9 @@ def carve_moe(
         # The dense down projection ran for all tokens: it is no sample.
         figures["seconds"] = with_totals(clock.seconds, 1)
         rest["mlp.gate.parent_weight"] = rest.pop(router)
-        tensors = {row.carved_layer(index) + name: it for name, it in (rest | tensors).items()}
+        tensors = {
+            row.layer_prefix.format(index) + name: it for name, it in (rest | tensors).items()
+        }
         yield index, tensors, figures
         del tensors, rest
 

@@ -324,14 +324,14 @@ def stored_tensors(
         dtype = torch.float32 if name == "balance_bias" else up_FH.dtype
         tensors[f"mlp.gate.{name}"] = weight.to(dtype)
     tensors["mlp.gate.scale"] = torch.zeros(len(experts_NM), dtype=up_FH.dtype)
-    return {row.carved_layer(index) + name: tensor for name, tensor in tensors.items()}
+    return {row.layer_prefix.format(index) + name: tensor for name, tensor in tensors.items()}
 
 
 def dense_layer(
     source: Source, index: int, seconds: dict[str, float]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors of layer `index` as they are, and what `conversion.json` says about it."""
-    prefix = source.architecture.carved_layer(index)
+    prefix = source.architecture.layer_prefix.format(index)
     tensors = {prefix + name: tensor for name, tensor in source.read_layer(index).items()}
     return tensors, {"dense": True, "relative_output_error": 0.0, "seconds": seconds}
 

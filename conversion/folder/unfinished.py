@@ -27,11 +27,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from cmoe_hf import CMoEConfig
+from cmoe_hf.families import repository_code
 
 from ..errors import CMoEError, RequestError
 from .json_utils import as_json
 from .paths import SUFFIX, check_apart, check_place, remove, replace_file, replace_folder, resolved
-from .selection import code_of
 
 SETTINGS = "settings.json"
 WINDOWS = "windows.safetensors"
@@ -267,7 +267,7 @@ class PartialFolder:
 
         Returns their names and SHA-256 hashes.
         """
-        code = code_of(family)
+        code = repository_code(family)
         for name, text in code.items():
             self.write_text(name, text)
         return {name: sha256_of(self.folder / name) for name in code}

@@ -5,6 +5,7 @@ Shape suffixes: B sequences, L tokens of each, T tokens, H hidden size, K active
 """
 
 import gc
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, StaticCache
-
-from cmoe_hf.modeling_cmoe import cache_keyword
 
 from ..device import synchronize
 from ..errors import RequestError
@@ -177,7 +176,7 @@ class Bench:
         length = min(tokens, 512, self.carved.config.max_position_embeddings)
         with collected(self.carved_blocks, lambda *call: call[1][0]) as seen:
             for seed in range(-(-tokens // length)):
-                self.carved.model(self.sequences(1, length, seed=seed), use_cache=False)
+                self.carved.base_model(self.sequences(1, length, seed=seed), use_cache=False)
         return [torch.cat(inputs, dim=1).flatten(0, 1) for inputs in seen]
 
     def experts_hit(self, call: Call, turns: Sequence[int]) -> list[float]:
@@ -223,7 +222,9 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, prompt_BL: torch.Tensor, most: int | None) -> None:
         """Read the prompt. With `most` tokens in all: a static cache and a compiled step."""
         self.forward = model.forward
-        self.cache_keyword = cache_keyword(model.forward)
+        # The newer of its two names, where the library knows it.
+        known = inspect.signature(model.forward).parameters
+        self.cache_keyword = "cache" if "cache" in known else "past_key_values"
         config = model.config
         self.cache = (
             DynamicCache(config=config)

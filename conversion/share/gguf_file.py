@@ -15,13 +15,13 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from cmoe_hf import CMoEConfig
-from cmoe_hf.modeling_cmoe import attention_types
 
 from ..errors import CMoEError, RequestError, missing
 from ..folder.paths import check_apart, check_place, replace_file, resolved
 from ..options import with_options
 from ..source.architectures import architecture_of
 from ..source.checkpoint import fetch_model, find_model, load_tokenizer
+from ..source.library import attention_types
 from ..source.stored import read_headers
 from ..source.texts import text_file
 from .export import RefitOptions, check_config, fitted_routers, with_router

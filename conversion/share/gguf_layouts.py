@@ -17,8 +17,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from cmoe_hf.modeling_cmoe import attention_types
-
+from ..source.library import attention_types
 from ..source.stored import TensorRef
 from .needs import lacking
 from .pieces import Made

@@ -6,12 +6,11 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from cmoe_hf.modeling_cmoe import attention_types
-
 from ..carve.router import always_on_mask
 from ..errors import RequestError
 from ..measure.routing import layer_number, stored_always_on
 from ..source.architectures import Architecture
+from ..source.library import attention_types
 from ..source.stored import read_headers, read_tensors
 
 NEEDS = {

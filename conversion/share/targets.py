@@ -28,8 +28,8 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from cmoe_hf import CMoEConfig
-from cmoe_hf.modeling_cmoe import attention_types
 
+from ..source.library import attention_types
 from ..source.stored import TensorRef
 from .needs import carved_layers, lacking
 from .pieces import Made

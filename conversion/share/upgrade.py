@@ -9,14 +9,17 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import cmoe_hf
 from cmoe_hf import CMoEConfig
+from cmoe_hf.families import current_name
 
 from ..errors import CMoEError, RequestError
 from ..folder.auxiliary_files import read_card
@@ -29,12 +32,14 @@ from ..folder.fingerprint import (
     prompts_for,
     stated_fingerprint,
 )
-from ..folder.selection import REMOTE_CODE
+from ..folder.json_utils import as_json
+from ..folder.paths import replace_file
+from ..folder.remote_code import REMOTE_CODE
 from ..folder.unfinished import SETTINGS, BriefFolder, sha256_of
 from ..measure.routing import stored_always_on
 from ..options import with_options
 from ..source.checkpoint import find_model, from_hub, load_tokenizer
-from ..source.stored import read_json
+from ..source.stored import WEIGHTS_INDEX, read_json
 from .publish import publish
 from .verify import Verification, VerifyOptions, computed_elsewhere, runs_here, verify
 
@@ -121,6 +126,7 @@ def upgrade_folder(folder: Path, trusted: bool) -> Upgrade:
     before = {path.name: sha256_of(path) for path in sorted(folder.glob("*.safetensors"))}
     with UpgradeFolder.create(folder, {}, overwrite=True) as work:
         share_files(folder, work.folder)
+        renamed = rename_tensors(work.folder, config.model_type)
         config.always_on_experts = stored_always_on(folder, config)
         config.save_pretrained(work.folder)
         code = work.write_code(type(config))
@@ -129,7 +135,7 @@ def upgrade_folder(folder: Path, trusted: bool) -> Upgrade:
             work.write_text(CARD_FILE, renewed_card(read_card(folder), code))
         found = checked(folder, work, old)
         after = {name: sha256_of(work.folder / name) for name in before}
-        if after != before:
+        if after != before and not renamed:
             raise CMoEError(f"the weights of {folder.name} changed on the disk meanwhile.")
         changed = differ(folder, work.folder, sorted(REWRITTEN))
     return Upgrade(output=str(folder), changed=changed, weights=after, verification=found.line)
@@ -167,6 +173,30 @@ def share_files(folder: Path, target: Path) -> None:
                 os.link(path, target / relative, follow_symlinks=False)
             except (OSError, NotImplementedError):  # of Windows
                 shutil.copy2(path, target / relative, follow_symlinks=False)
+
+
+def rename_tensors(folder: Path, model_type: str) -> bool:
+    """Give the tensors of an earlier release the names that today's code reads.
+
+    Returns whether there were any. Raises `CMoEError` if a file cannot be written.
+    """
+    renamed = False
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        names = {name: current_name(model_type, name) for name in tensors}
+        if all(name == now for name, now in names.items()):
+            continue
+        renamed = True
+        content = {names[name]: tensor for name, tensor in tensors.items()}
+        write = partial(save_file, content, metadata={"format": "pt"})
+        replace_file(path, write)
+    index = folder / WEIGHTS_INDEX
+    if renamed and index.is_file():
+        entries = read_json(index)
+        where = entries["weight_map"].items()
+        entries["weight_map"] = {current_name(model_type, name): file for name, file in where}
+        replace_file(index, as_json(entries))
+    return renamed
 
 
 def write_record(folder: Path, work: UpgradeFolder, *, renewed: bool) -> None:

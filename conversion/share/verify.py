@@ -27,15 +27,12 @@ from ..folder.fingerprint import (
     stated_fingerprint,
     unloadable,
 )
-from ..folder.selection import code_of_type
+from ..folder.remote_code import RELEASED, code_of_type
 from ..folder.unfinished import sha256_of
 from ..options import with_options
 from ..source.checkpoint import load_tokenizer
 from ..source.loading import model_folder
 from ..source.stored import read_json
-
-RELEASED = Path(__file__).parent.parent / "assets" / "released.json"
-"""SHA-256 and name of each Python file that a release has put into repositories: they are ours."""
 
 
 @dataclass(frozen=True, kw_only=True)

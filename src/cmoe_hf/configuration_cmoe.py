@@ -82,7 +82,7 @@ class CMoEConfig(PreTrainedConfig):
     num_parents = num_parents_per_tok = 1
     """Of a hierarchical model, see `CMoEHierarchicalConfig`."""
 
-    ffn: dict[str, Any] | None = None
+    ffn: Any = None
     """The FFN that the blocks stand for. `layers` names the list of layers in the decoder, `module`
     the FFN in a layer, or its first part where a layer calls the parts itself; the other ones are
     `skipped`. `gated`: h = act(x Wg) * (x Wu) instead of h = act(x Wu); `width`, `activation`,
@@ -169,7 +169,7 @@ class CMoEConfig(PreTrainedConfig):
         return plan | {f"{block}.shared_expert.down_proj": "rowwise"}
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str] | None:
+    def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]
         """The dense family's plan, with the blocks in place of the FFNs."""
         dense = super().base_model_tp_plan
         if not dense:
@@ -184,7 +184,7 @@ class CMoEConfig(PreTrainedConfig):
         return kept | self.block_plan
 
     @property
-    def base_model_ep_plan(self) -> dict[str, str] | None:
+    def base_model_ep_plan(self) -> dict[str, Any]:  # type: ignore[override]
         """Whole experts on each rank. Needs transformers 5.20: the plan's names changed there."""
         kinds = {True: "ep_dispatch_experts", False: "grouped_gemm"}
         names = [name for name in self.block_plan if ".experts" in name]
@@ -238,8 +238,8 @@ class CMoEConfig(PreTrainedConfig):
         """Check, as part of the strict validation, that the parts add up to the dense FFN."""
         super().validate_architecture()
         ffn = self.ffn or {}
-        if wrong := [key for key, kind in FFN_FIELDS.items() if type(ffn.get(key)) is not kind]:
-            raise ValueError(f"ffn is {ffn}: {wrong[0]} must be a {FFN_FIELDS[wrong[0]].__name__}.")
+        if unfit := [key for key, kind in FFN_FIELDS.items() if type(ffn.get(key)) is not kind]:
+            raise ValueError(f"ffn is {ffn}: {unfit[0]} must be a {FFN_FIELDS[unfit[0]].__name__}.")
         experts, odd = divmod(self.num_experts, self.num_parents)
         active, uneven = divmod(self.num_experts_per_tok, self.num_parents_per_tok)
         if odd or uneven:

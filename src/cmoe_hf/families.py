@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The classes of carved families: literal ones beside the weights, the same ones made on demand."""
 
+import re
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,6 @@ NAMES_BEFORE = {
         r"^model\.embed_tokens\.": "gpt_neox.embed_in.",
         r"^model\.norm\.": "gpt_neox.final_layer_norm.",
         r"^model\.": "gpt_neox.",
-        r"^lm_head\.": "embed_out.",
     }
 }
 """Names of tensors in repositories of cmoe-hf 0.2 and before, and those of the library."""
@@ -66,6 +66,13 @@ MOE_FAMILIES = ("olmoe", "qwen3_moe")
 """MoEs whose experts can be carved."""
 Classes = tuple[type[CMoEConfig], type[PreTrainedModel], type[PreTrainedModel]]
 """Configuration, decoder and causal model."""
+
+
+def current_name(model_type: str, name: str) -> str:
+    """Return what a tensor of a carved model is called today."""
+    rules = NAMES_BEFORE.get(model_type, {}).items()
+    found = next((rule for rule in rules if re.match(rule[0], name)), None)
+    return name if found is None else re.sub(*found, name)
 
 
 def family_code(dense: type[PreTrainedConfig]) -> dict[str, str]:
@@ -107,7 +114,7 @@ def carved_classes(model_type: str) -> Classes:
         for module in MODULES:
             exec(compile(code[file_name(module)], f"<{family}>", "exec"), vars(module))
         renamed = NAMES_BEFORE.get(f"cmoe_{dense.model_type}", {})
-        rules = [WeightRenaming(before, now) for before, now in renamed.items()]
+        rules: list[Any] = [WeightRenaming(before, now) for before, now in renamed.items()]
         if rules:
             register_checkpoint_conversion_mapping(f"cmoe_{dense.model_type}", rules)
     config = getattr(configuration_cmoe, name)
@@ -121,14 +128,14 @@ def carved_classes(model_type: str) -> Classes:
     return config, decoder, causal
 
 
-def repository_code(config: type[CMoEConfig]) -> dict[str, str]:
+def repository_code(config: type[PreTrainedConfig]) -> dict[str, str]:
     """Return the Python files that models of a family need beside their weights, by name."""
     dense = next(
         base for base in config.__mro__ if base.__module__.startswith("transformers.models")
     )
     ends = family_code(dense)
     return {
-        file_name(module): Path(module.__file__).read_text("utf-8") + ends[file_name(module)]
+        file_name(module): Path(str(module.__file__)).read_text("utf-8") + ends[file_name(module)]
         for module in MODULES
     }
 

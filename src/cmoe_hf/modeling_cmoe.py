@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
@@ -332,9 +333,10 @@ class ExpertsLoop(nn.Module):
     @property
     def inputs(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the first product."""
+        parts: Any = self
         if self.gated:
-            return self.gate_up_proj, self.gate_up_proj_bias if self.biased else None
-        return self.up_proj, self.up_proj_bias if self.biased else None
+            return parts.gate_up_proj, parts.gate_up_proj_bias if self.biased else None
+        return parts.up_proj, parts.up_proj_bias if self.biased else None
 
     def forward(
         self,
@@ -675,7 +677,7 @@ LINEAR_ONLY = ("bitsandbytes", "eetq", "hqq", "quanto", "torchao")
 """Quantisation methods that know linear layers only; torchao can be told other names."""
 
 
-def quantisation_method(config: CMoEConfig) -> str | None:
+def quantisation_method(config: PreTrainedConfig) -> str | None:
     """Name the method that the configuration asks for, if any."""
     quantisation = getattr(config, "quantization_config", None)
     if isinstance(quantisation, dict):
@@ -700,7 +702,7 @@ def warn_of_unquantised_experts(decoder: PreTrainedModel) -> None:
     )
 
 
-class Carved:
+class Carved(PreTrainedModel):
     """Puts sparse blocks where the FFNs of a model of transformers are, and changes nothing else.
 
     Inherit from it before a decoder or a causal model of the library, which stays in charge of
@@ -709,6 +711,7 @@ class Carved:
 
     model_class: type[PreTrainedModel] | None = None
     """The carved decoder of a causal model; None in a decoder."""
+    is_made = True
     _keep_in_fp32_modules_strict = ["balance_bias"]
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -717,10 +720,14 @@ class Carved:
         cls.forward = with_router_logits(cls.forward)
 
     def __init__(self, config: CMoEConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
         if self.model_class is not None:
-            setattr(self, self.base_model_prefix, self.model_class(config))
+            # The dense decoder, made first and replaced, must not be asked for an experts backend.
+            self.is_made = False
+            super().__init__(type(config).from_dict(config.to_dict()), *args, **kwargs)
+            self.is_made, self.config = True, config
+            self.register_module(self.base_model_prefix, self.model_class(config))
         else:
+            super().__init__(config, *args, **kwargs)
             put_blocks(self, config)
             warn_of_unquantised_experts(self)
             warn_of_untested_library()
@@ -732,6 +739,8 @@ class Carved:
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        if not self.is_made:
+            return super().get_correct_experts_implementation("eager")
         # The other methods, such as fp8, replace the experts by their own, with other backends.
         if requested_experts is None and quantisation_method(self.config) in (None, *LINEAR_ONLY):
             requested_experts = "cmoe"
@@ -758,14 +767,15 @@ class Carved:
 
 def put_blocks(decoder: PreTrainedModel, config: CMoEConfig) -> None:
     """Replace the FFN of each carved layer by a sparse block."""
-    kind = CMoEHierarchicalBlock if config.num_parents > 1 else CMoESparseMoeBlock
-    for index, layer in enumerate(decoder.get_submodule(config.ffn["layers"])):
+    kind: Any = CMoEHierarchicalBlock if config.num_parents > 1 else CMoESparseMoeBlock
+    layers: Any = decoder.get_submodule(config.ffn["layers"])
+    for index, layer in enumerate(layers):
         if index in (config.dense_layers or ()):
             continue
         owner, _, name = config.ffn["module"].rpartition(".")
-        setattr(layer.get_submodule(owner), name, kind(config, index))
+        layer.get_submodule(owner).register_module(name, kind(config, index))
         for part in config.ffn["skipped"]:
-            setattr(layer, part, nn.Identity())
+            layer.register_module(part, nn.Identity())
 
 
 def with_router_logits(forward: Any) -> Any:
