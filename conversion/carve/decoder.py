@@ -159,15 +159,24 @@ def profile_layer(
 
 
 def sparse_output(
-    ffn: FFN, down_HG: torch.Tensor, parts: Partition, run_TN: torch.Tensor, x_TH: torch.Tensor
+    ffn: FFN,
+    down_HG: torch.Tensor,
+    parts: Partition,
+    run_TN: torch.Tensor,
+    x_TH: torch.Tensor,
+    h_TF: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Output of the sparse FFN, (T, H), its hidden activations made for some tokens at a time."""
+    """Return the output of the sparse FFN, (T, H) (paper, eq. 2).
+
+    Its hidden activations are `h_TF`, or made for some tokens at a time.
+    """
     running = Running.of(parts, run_TN)
     down_HR, y_TH = down_HG[:, running.neurons_R], torch.empty_like(x_TH)
-    batches = (tensor.split(BATCH_TOKENS) for tensor in (x_TH, run_TN, y_TH))
-    for x_BH, run_BN, y_BH in zip(*batches, strict=True):
-        z_BR = running.idle_zeroed(ffn.hidden(x_BH)[:, running.neurons_R], run_BN)
-        y_BH.copy_(z_BR @ down_HR.T)
+    for start in range(0, len(x_TH), BATCH_TOKENS):
+        tokens = slice(start, start + BATCH_TOKENS)
+        h_BF = ffn.hidden(x_TH[tokens]) if h_TF is None else h_TF[tokens]
+        z_BR = running.idle_zeroed(h_BF[:, running.neurons_R], run_TN[tokens])
+        y_TH[tokens] = z_BR @ down_HR.T
     return y_TH + down_HG[:, -1] if ffn.is_biased else y_TH
 
 

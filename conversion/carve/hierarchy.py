@@ -25,7 +25,7 @@ from cmoe_hf.modeling_cmoe import CMoEHierarchicalRouter
 from ..device import Stopwatch
 from ..source.checkpoint import Source
 from ..source.library import AttentionHalf
-from .decoder import Storage, Streams, attend, with_totals
+from .decoder import Storage, Streams, attend, sparse_output, with_totals
 from .layer import (
     FFN,
     Profile,
@@ -39,7 +39,7 @@ from .layer import (
 from .partition import Partition
 from .profile import activation_marks, activations
 from .recipe import Recipe
-from .refit import active_blocks, down_projected, refit_down, ridge_for
+from .refit import refit_down, ridge_for
 from .router import log_energy_router, output_energies
 from .shape import parent_config
 
@@ -208,12 +208,14 @@ def finish_parent(
     with clock("dense_down_sample"):
         wanted_UH = h_UF @ down_HF.T
     with clock("refit"):
-        blocks = active_blocks(h_UF, carved.partition, run_UN | carved.kept)
+        run_UN = run_UN | carved.kept
         if recipe.refit and not carved.kept:
             ridge = ridge_for(len(h_UF), ffn.width, recipe.refit_ridge)
-            down_HF = ffn.rounded(refit_down(blocks, wanted_UH, down_HF, ridge=ridge))
+            problem = (h_UF, carved.partition, run_UN, wanted_UH, down_HF)
+            down_HF = ffn.rounded(refit_down(*problem, ridge=ridge))
     with clock("carved_down"):
-        y_TH.index_add_(0, parent.token_U, down_projected(blocks, down_HF, len(h_UF)))
+        y_UH = sparse_output(ffn, down_HF, carved.partition, run_UN, wanted_UH, h_UF)
+        y_TH.index_add_(0, parent.token_U, y_UH)
         dense_TH.index_add_(0, parent.token_U, wanted_UH)
     return down_HF
 

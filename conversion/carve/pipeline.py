@@ -47,7 +47,7 @@ from .partition import Partition
 from .polish import Schedule
 from .recipe import Recipe
 from .reconstruct import Reconstruction, reconstruct
-from .refit import active_blocks, down_projected, refit_down, ridge_for, token_weights
+from .refit import refit_down, ridge_for, token_weights
 
 
 class Tried(NamedTuple):
@@ -77,7 +77,7 @@ def carve_layer(
     last tokens choose how, and `weight_T` is what a token's error is multiplied by. `tried` is
     what `best_split` has found.
     """
-    sparse, down_HG, blocks = ffn, ffn.down_with_bias, None
+    sparse, down_HG = ffn, ffn.down_with_bias
     found: dict[str, Any] = {}
     with clock("partition"):
         parts, router = (tried or divide_for_router(ffn, profile, config, recipe))[:2]
@@ -91,16 +91,14 @@ def carve_layer(
                 ffn, parts, *tokens, held=held, weight_T=weight_T, schedule=schedule
             )
             sparse, down_HG, found = better.ffn, ffn.rounded(better.down_HG), better.figures
-        elif len(profile.h_TF) == len(run_TN):
-            blocks = active_blocks(profile.h_TF, parts, run_TN, biased=ffn.is_biased)
-            if wanted_TH is not None:
-                ridge = ridge_for(len(wanted_TH), ffn.width, recipe.refit_ridge)
-                down_HG = ffn.rounded(refit_down(blocks, wanted_TH, down_HG, ridge=ridge))
+        elif wanted_TH is not None:
+            ridge = ridge_for(len(wanted_TH), ffn.width, recipe.refit_ridge)
+            problem = (profile.h_TF, parts, run_TN, wanted_TH, down_HG)
+            down_HG = ffn.rounded(refit_down(*problem, ridge=ridge))
     with clock("carved_down"):
-        if blocks is not None:
-            y_TH = down_projected(blocks, down_HG, len(run_TN))
-        else:
-            y_TH = sparse_output(sparse, down_HG, parts, run_TN, profile.x_TH)
+        is_all = len(profile.h_TF) == len(run_TN) and not sparse.is_polished
+        h_TF = profile.h_TF if is_all else None
+        y_TH = sparse_output(sparse, down_HG, parts, run_TN, profile.x_TH, h_TF)
     return CarvedLayer(parts, router, sparse, down_HG, run_TN, y_TH, found)
 
 
