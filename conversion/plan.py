@@ -254,42 +254,26 @@ def work_bytes(prepared: Prepared) -> int:
 
 
 def memory_bytes(prepared: Prepared, on_disk: bool) -> int:
-    """Peak of the working memory: a layer's weights in float32 and its most greedy step, or what is
-    outside the layers."""
+    """Bound the working memory: a layer in float32, the activations kept and the greediest step, or
+    what is outside the layers."""
     source, config, recipe = prepared.source, prepared.config, prepared.recipe
     hidden, width = config.hidden_size, config.intermediate_size
     tokens = prepared.windows_WL.numel()
-    layer = 4 * source.layer_parameters
-    itemsize = round(source.nbytes(None) / source.parameters)
-    down = 4 * hidden * width
     profiled = min(tokens, PROFILED_TOKENS) if recipe.makes_activations_again else tokens
-    kept = 4 * (tokens * hidden * (3 if recipe.refit else 2) + profiled * width)
-    kept = 0 if on_disk else kept
-    batch = 4 * min(tokens, BATCH_TOKENS) * (4 * width + 2 * hidden)
-    output = 4 * tokens * hidden
-    steps = {"forward": batch}
-    if recipe.clusters == "contributions":
-        sampled = min(tokens, 2 * CLUSTERING_TOKENS)
-        steps["partition"] = 2 * 4 * sampled * (width - config.shared_expert_intermediate_size)
-    if recipe.router == "linear":
-        steps["router"] = output + 8 * hidden**2
-    if recipe.held_out_ridge:
-        order = running_neurons(config)
-        held = held_out(*prepared.windows_WL.shape)
-        systems = 4 * (2 * order**2 + 2 * order * hidden + held * (order + hidden))
-        weights = 4 * 6 * 3 * order * hidden if recipe.polish_epochs else 0
-        steps["refit"] = 2 * output + batch + max(systems, weights)
-    elif recipe.refit:
-        blocks = 4 * tokens * width * config.activation_ratio
-        order = min(tokens, width)
-        solution = 2 * down if width <= tokens else output
-        rounding = down + down * itemsize // 4
-        steps["refit"] = int(
-            2 * output + blocks + down + max(8 * order**2 + solution, rounding, output)
-        )
-    steps["write"] = 2 * itemsize * source.layer_parameters + output - layer
+    kept = 0 if on_disk else tokens * hidden * (3 if recipe.refit else 2) + profiled * width
+    batch = min(tokens, BATCH_TOKENS) * (4 * width + 2 * hidden)
+    refit = 0
+    if recipe.refit:
+        held = held_out(*prepared.windows_WL.shape) if recipe.held_out_ridge else tokens
+        refit = 2 * (width + hidden) * width + held * (width + hidden) + 2 * tokens * hidden
+        refit += 18 * width * hidden if recipe.polish_epochs else 0
+    clusters = 2 * min(tokens, 2 * CLUSTERING_TOKENS) * width
+    itemsize = round(source.nbytes(None) / source.parameters)
     outside = source.parameters - config.num_hidden_layers * source.layer_parameters
-    return max(layer + kept + max(steps.values()), itemsize * outside + 3 * output)
+    return max(
+        4 * (source.layer_parameters + kept + max(batch + refit, clusters)),
+        itemsize * outside + 12 * tokens * hidden,
+    )
 
 
 def estimate(prepared: Prepared, work: WorkFolder) -> Plan:
@@ -361,46 +345,23 @@ def place_of_activations(prepared: Prepared) -> str:
     return "disk" if memory_bytes(prepared, on_disk=False) > free else "memory"
 
 
-def running_neurons(config: CMoEConfig) -> int:
-    """Neurons of one FFN that run for some token: all, unless it is pruned."""
-    routes = config.num_experts_per_tok > 0
-    return config.intermediate_size if routes else config.shared_expert_intermediate_size
-
-
 def seconds(prepared: Prepared) -> float:
-    """Operations of the conversion over the speed of one matrix product of its size."""
+    """Guess, within a factor of two, from the passes over the tokens, the systems to be solved and
+    the speed of one matrix product."""
     source, config, recipe = prepared.source, prepared.config, prepared.recipe
     hidden, width = config.hidden_size, config.intermediate_size
     tokens = prepared.windows_WL.numel()
-    ratio = config.activation_ratio
-    matrices = source.ffn_parameters / (hidden * width)
-    attention = source.layer_parameters - source.ffn_parameters * config.num_parents
-    forward = tokens * (attention + prepared.windows_WL.shape[1] * hidden)
-    ffn = tokens * config.num_parents_per_tok * hidden * width
-    work = forward + (matrices - 1) * ffn + ratio * ffn
-    if recipe.held_out_ridge:
-        order = running_neurons(config)
-        sums = (matrices - 1 + 2 * order / width) * ffn + tokens * order**2 / 2
-        solved = order**2 * (order / 6 + hidden)
-        held = held_out(*prepared.windows_WL.shape)
-        solved += held * order * hidden
-        trials = 2 * recipe.adaptive_split  # one of them is all, if it sees all tokens
-        last = not trials or tokens - held > PROFILED_TOKENS or recipe.polish_epochs > 0
-        work += (trials * min(1, PROFILED_TOKENS / tokens) + last) * sums
-        work += (trials + last) * len(RIDGES) * solved
-        if recipe.polish_epochs:
-            work += sums + solved + 3 * recipe.polish_epochs * matrices * ffn * order / width
-    elif recipe.refit:
-        order = min(tokens, width)
-        refit = 2 * ratio * ffn + tokens * width * order / 2 + order**2 * (order / 6 + hidden)
-        work += refit
+    profiled = min(1, PROFILED_TOKENS / tokens)
+    experts = config.num_parents_per_tok * source.ffn_parameters
+    forward = tokens * (source.layer_parameters - (config.num_parents - 1) * source.ffn_parameters)
+    work = float(forward)
     if recipe.refit:
-        work += (forward + matrices * ffn) if recipe.error_correction else ffn
+        ridges = len(RIDGES) if recipe.held_out_ridge else 1
+        fit = tokens * (experts + width**2 / 2) + ridges * width**2 * (width / 6 + hidden)
+        work += forward + fit * (2 * profiled if recipe.adaptive_split else 1)
+        work += 3 * recipe.polish_epochs * tokens * experts
     if recipe.router == "linear":
-        routed = 1 - config.shared_expert_intermediate_size / width
-        chooses = config.num_experts_per_tok > 0 and source.architecture.router is None
-        rounds = 1 + recipe.reassignments * (chooses and recipe.clusters == "contributions")
-        work += rounds * min(1, PROFILED_TOKENS / tokens) * (tokens * hidden**2 + routed * ffn)
+        work += (1 + recipe.reassignments) * profiled * tokens * (hidden**2 + experts)
     rows = min(tokens, 512)
     x_TH = torch.randn(rows, hidden, device=prepared.device)
     gate_HF = torch.randn(hidden, width, device=prepared.device)
