@@ -7,7 +7,7 @@ from test_polish import HIDDEN, TOKENS, carved, slow_output
 
 from cmoe_hf.conversion.carve.polish import Schedule
 from cmoe_hf.conversion.carve.reconstruct import reconstruct
-from cmoe_hf.conversion.carve.refit import active_blocks, refit_down
+from cmoe_hf.conversion.carve.refit import refit_down
 
 
 def error(result, parts, run_TN, x_TH, wanted_TH):
@@ -34,10 +34,9 @@ def test_without_polish_it_is_the_refit_of_all_tokens_with_the_best_ridge():
     ffn, down_HG, parts, run_TN, x_TH, wanted_TH = carved()
     result = reconstruct(ffn, parts, run_TN, x_TH, wanted_TH, held=100)
     assert result.ridge == min(result.refit_errors, key=result.refit_errors.get)
-    blocks = active_blocks(ffn.hidden(x_TH), parts, run_TN)
     # The last expert never runs: the mean over all columns is smaller than over the others.
     ridge = result.ridge * ffn.width / (ffn.width - parts.experts_NM.shape[1])
-    expected = refit_down(blocks, wanted_TH, down_HG, ridge=ridge)
+    expected = refit_down(ffn.hidden(x_TH), parts, run_TN, wanted_TH, down_HG, ridge=ridge)
     torch.testing.assert_close(result.down_HG, expected, atol=1e-3, rtol=1e-3)
     assert result.ffn.up_FH is ffn.up_FH
 

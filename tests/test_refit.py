@@ -13,8 +13,6 @@ from cmoe_hf.conversion.carve.refit import (
     Batch,
     NormalEquations,
     Running,
-    active_blocks,
-    down_projected,
     held_out_errors,
     refit_down,
     refitted,
@@ -23,7 +21,7 @@ from cmoe_hf.conversion.carve.refit import (
 
 
 def problem(tokens, shape, hidden, seed, keep=0.6):
-    """Blocks, the same activations with their zeros, a projection, and wanted outputs."""
+    """Make a routed layer, its activations with the zeros of idle experts, and a target."""
     shared, experts, neurons = shape
     generator = torch.Generator().manual_seed(seed)
     width = (shared + experts) * neurons
@@ -38,7 +36,7 @@ def problem(tokens, shape, hidden, seed, keep=0.6):
         mask_TF[:, ids_M] = run_TN[:, expert, None].float()
     down_HF = torch.randn(hidden, width, generator=generator)
     wanted_TH = torch.randn(tokens, hidden, generator=generator)
-    return active_blocks(h_TF, parts, run_TN), h_TF * mask_TF, down_HF, wanted_TH
+    return (h_TF, parts, run_TN), h_TF * mask_TF, down_HF, wanted_TH
 
 
 shapes = st.tuples(st.integers(0, 2), st.integers(1, 4), st.integers(1, 5))
@@ -47,7 +45,7 @@ shapes = st.tuples(st.integers(0, 2), st.integers(1, 4), st.integers(1, 5))
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 60), shapes, st.integers(1, 6), st.integers(0, 99))
 def test_it_is_the_ridge_regression_that_stays_near_the_dense_weights(tokens, shape, hidden, seed):
-    blocks, z_TF, down_HF, wanted_TH = problem(tokens, shape, hidden, seed)
+    layer, z_TF, down_HF, wanted_TH = problem(tokens, shape, hidden, seed)
     width = z_TF.shape[1]
     ridge = 0.1 * z_TF.square().sum(dim=0).mean().item()
     # Ordinary least squares with the ridge as further rows.
@@ -56,22 +54,14 @@ def test_it_is_the_ridge_regression_that_stays_near_the_dense_weights(tokens, sh
     expected = torch.linalg.lstsq(rows, wanted, driver="gelsd").solution.T.float()
     if ridge == 0:
         expected = down_HF
-    got = refit_down(blocks, wanted_TH, down_HF, ridge=0.1)
+    got = refit_down(*layer, wanted_TH, down_HF, ridge=0.1)
     torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 40), shapes, st.floats(0, 1), st.integers(0, 99))
-def test_the_sparse_output_is_that_of_the_masked_activations(tokens, shape, keep, seed):
-    blocks, z_TF, down_HF, _ = problem(tokens, shape, 5, seed, keep)
-    got = down_projected(blocks, down_HF, tokens)
-    torch.testing.assert_close(got, z_TF @ down_HF.T, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [15, 200])
 def test_where_nothing_is_missing_nothing_changes(tokens):
-    blocks, z_TF, down_HF, _ = problem(tokens, (1, 3, 4), 5, 0, keep=1.0)
-    got = refit_down(blocks, z_TF @ down_HF.T, down_HF, ridge=0.003)
+    layer, z_TF, down_HF, _ = problem(tokens, (1, 3, 4), 5, 0, keep=1.0)
+    got = refit_down(*layer, z_TF @ down_HF.T, down_HF, ridge=0.003)
     torch.testing.assert_close(got, down_HF, atol=1e-5, rtol=1e-5)
 
 
@@ -80,18 +70,16 @@ def test_experts_that_never_run_keep_their_weights(tokens):
     h_TF, down_HF = torch.randn(tokens, 12), torch.randn(4, 12)
     parts = Partition(torch.arange(4), torch.arange(4, 12).view(2, 4), None, 0)
     run_TN = torch.tensor([[True, False]]).expand(tokens, 2)
-    got = refit_down(
-        active_blocks(h_TF, parts, run_TN), torch.randn(tokens, 4), down_HF, ridge=0.01
-    )
+    got = refit_down(h_TF, parts, run_TN, torch.randn(tokens, 4), down_HF, ridge=0.01)
     assert torch.equal(got[:, 8:], down_HF[:, 8:])
     assert not torch.isclose(got[:, :8], down_HF[:, :8]).any()
 
 
 def test_nothing_running_at_all_changes_nothing():
     parts = Partition(torch.arange(0), torch.arange(8).view(2, 4), None, 0)
-    blocks = active_blocks(torch.randn(10, 8), parts, torch.zeros(10, 2, dtype=torch.bool))
+    layer = (torch.randn(10, 8), parts, torch.zeros(10, 2, dtype=torch.bool))
     down_HF = torch.randn(3, 8)
-    assert torch.equal(refit_down(blocks, torch.randn(10, 3), down_HF, ridge=0.01), down_HF)
+    assert torch.equal(refit_down(*layer, torch.randn(10, 3), down_HF, ridge=0.01), down_HF)
 
 
 @pytest.mark.parametrize("ridge", [1e-12, 1e-3])
@@ -99,8 +87,8 @@ def test_equal_neurons_are_no_trouble(ridge):
     z_TF, down_HF, wanted_TH = torch.randn(300, 6), torch.randn(4, 6), torch.randn(300, 4)
     twice_TF, twice_HF = z_TF.repeat(1, 3) * 1e3, down_HF.repeat(1, 3)
     parts = Partition(torch.arange(6), torch.arange(6, 18).view(3, 4), None, 0)
-    blocks = active_blocks(twice_TF, parts, torch.ones(300, 3, dtype=torch.bool))
-    got = refit_down(blocks, wanted_TH, twice_HF, ridge=ridge)
+    run_TN = torch.ones(300, 3, dtype=torch.bool)
+    got = refit_down(twice_TF, parts, run_TN, wanted_TH, twice_HF, ridge=ridge)
     assert torch.isfinite(got).all()
     before = (twice_TF @ twice_HF.T - wanted_TH).norm()
     assert (twice_TF @ got.T - wanted_TH).norm() < before
@@ -114,12 +102,14 @@ def test_float32_is_precise_enough_for_outlier_neurons(tokens):
     parts = Partition(torch.arange(128), torch.arange(128, 512).view(6, 64), None, 0)
     run_TN = torch.rand(tokens, 6) < 0.5
     wanted_TH, down_HF = h_TF @ torch.randn(512, 32) + torch.randn(tokens, 32), torch.randn(32, 512)
-    outputs = []
-    for dtype in (torch.float32, torch.float64):
-        blocks = active_blocks(h_TF.to(dtype), parts, run_TN)
-        got = refit_down(blocks, wanted_TH.to(dtype), down_HF.to(dtype), ridge=0.003)
-        outputs.append(down_projected(blocks, got, tokens).double())
-    assert (outputs[0] - outputs[1]).norm() < 1e-3 * outputs[1].norm()
+    down_HF, h_TF, target_TH = down_HF.double(), h_TF.double(), wanted_TH.double()
+    z_TF = h_TF * torch.cat([torch.ones(tokens, 128), run_TN.repeat_interleave(64, 1)], dim=1)
+    ridge = 0.003 * z_TF.square().sum(dim=0).mean()
+    rows = torch.cat([z_TF, ridge.sqrt() * torch.eye(512)])
+    exact_HF = torch.linalg.lstsq(rows, torch.cat([target_TH, ridge.sqrt() * down_HF.T])).solution.T
+    layer = (h_TF.float(), parts, run_TN, wanted_TH, down_HF.float())
+    got_TH = z_TF @ refit_down(*layer, ridge=0.003).double().T
+    assert (got_TH - z_TF @ exact_HF.T).norm() < 1e-3 * (z_TF @ exact_HF.T).norm()
 
 
 def routed(tokens, width, experts, shared, hidden, seed=0, keep=0.5):
@@ -159,9 +149,8 @@ def test_sums_over_batches_give_the_refit_of_all_tokens(batch, shared, biased):
     h_TF, parts, run_TN, down_HG, wanted_TH = routed(300, 24 + shared, 4, shared, 5)
     if biased:
         down_HG = torch.cat([down_HG, torch.randn(5, 1)], dim=1)
-    blocks = active_blocks(h_TF, parts, run_TN, biased=biased)
     equations = summed(h_TF, parts, run_TN, down_HG, wanted_TH, batch=batch, biased=biased)
-    expected = refit_down(blocks, wanted_TH, down_HG, ridge=0.1)
+    expected = refit_down(h_TF, parts, run_TN, wanted_TH, down_HG, ridge=0.1)
     # Its ridge is relative to a mean over all columns, the idle ones too.
     got = refitted(equations, down_HG, 0.1 * len(equations.gram_RR) / down_HG.shape[1])
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
@@ -181,8 +170,13 @@ def test_the_error_on_held_out_tokens_is_that_of_the_output(biased):
     held = batches(*held[:5], batch=70, weight_T=held[5])
     errors = held_out_errors(seen, held, (0.01, 1.0))
     for ridge, error in errors.items():
-        blocks = active_blocks(h_TF[300:], parts, run_TN[300:], biased=biased)
-        y_TH = down_projected(blocks, refitted(seen, down_HG, ridge), 100)
+        z_TF = torch.zeros(100, 24 + biased)
+        z_TF[:, parts.shared_S] = h_TF[300:, parts.shared_S]
+        for expert, ids_M in enumerate(parts.experts_NM):
+            z_TF[:, ids_M] = h_TF[300:, ids_M] * run_TN[300:, expert, None]
+        if biased:
+            z_TF[:, -1] = 1
+        y_TH = z_TF @ refitted(seen, down_HG, ridge).T
         missing = ((y_TH - wanted_TH[300:]) * weight_T[300:, None]).norm()
         assert error == pytest.approx(
             (missing / (wanted_TH[300:] * weight_T[300:, None]).norm()).item(), rel=1e-3
