@@ -25,8 +25,7 @@ from .device import DTYPES, peak_memory_bytes, versions
 from .errors import RequestError
 from .folder.card import model_card
 from .folder.fingerprint import CONVERSION, fingerprint_of
-from .folder.layerwise import WorkFolder
-from .folder.windows import keep_windows, kept_windows
+from .folder.layerwise import WorkFolder, planned_tensors
 from .plan import Prepared, prepare, prepare_work
 
 DRIVERS = {"pipeline": carve_model, "hierarchy": carve_moe}
@@ -81,7 +80,7 @@ def convert(model: str | Path, output: str | Path, settings: Settings) -> Conver
         **determinants(prepared),
     }
     with WorkFolder.create(work.output, frozen, overwrite=settings.overwrite) as work:
-        keep_windows(work, calibration=prepared.windows_WL)
+        work.keep_windows(calibration=prepared.windows_WL)
         return carve(prepared, work)
 
 
@@ -117,7 +116,7 @@ def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Co
                     f"{value!r} now. Leave it out, or start again with --overwrite."
                 )
         kept = None
-        if (windows := kept_windows(work)) is not None:
+        if (windows := work.kept_windows()) is not None:
             kept = (windows["calibration"], work.settings["calibration"])
         prepared = prepare(model, settings, kept)
         work.check_apart(prepared.read)
@@ -150,15 +149,17 @@ def carve(prepared: Prepared, work: WorkFolder) -> Conversion:
     row, total = source.architecture, prepared.config.num_hidden_layers
     on_disk = settings.activations == "disk"
     storage = Storage(prepared.device, work.private if on_disk else None)
+    dtype = DTYPES[settings.dtype] if settings.dtype else None
+    planned = planned_tensors(source, prepared.config, dtype)
+    work.create_weights(planned, shard_bytes(settings.max_shard_size))
     rest = source.read_rest()
-    named = {row.carved_name(name): tensor for name, tensor in rest.items()}
-    work.write_rest(in_dtype(named, settings.dtype))
+    work.write_rest({row.carved_name(name): tensor for name, tensor in rest.items()})
     if states := work.read_states():
         streams = Streams.restored(states, storage)
     else:
         dense = recipe.needs_dense_stream and row.router is None
         streams = Streams.embedded(rest[row.embedding], prepared.windows_WL, storage, dense=dense)
-    del rest, named, states
+    del rest, states
     carved = DRIVERS[row.driver](
         source,
         streams,
@@ -171,9 +172,7 @@ def carve(prepared: Prepared, work: WorkFolder) -> Conversion:
     done = work.layers_done
     with tqdm(total=total, initial=done, desc="carving", unit="layer", disable=None) as bar:
         for index, tensors, figures in carved:
-            work.write_layer(
-                index, total, in_dtype(tensors, settings.dtype), figures, streams.saved()
-            )
+            work.write_layer(index, total, tensors, figures, streams.saved())
             del tensors
             resident = psutil.Process().memory_info().rss / 1e9
             bar.set_postfix(memory=f"{resident:.1f}GB", tokens=streams.tokens)
@@ -188,14 +187,15 @@ def carve(prepared: Prepared, work: WorkFolder) -> Conversion:
 
 def complete(prepared: Prepared, work: WorkFolder) -> Conversion:
     """Write everything beside the weights."""
-    config, settings = prepared.config, prepared.settings
+    config = prepared.config
     if isinstance(config, CMoEHierarchicalConfig):
         kept = [layer["kept_parents"] for layer in work.figures]
         config.kept_parents = kept if any(kept) else None
-    work.join(shard_bytes(settings.max_shard_size))
+    always_on = [list(range(layer.get("pinned_experts", 0))) for layer in work.figures]
+    config.always_on_experts = always_on if any(always_on) else None
+    work.write_files(prepared.carried.files)
     config.save_pretrained(work.folder)
     code = work.write_code(type(config))
-    work.write_files(prepared.carried.files)
     fingerprint = fingerprint_of(work.folder, prepared.tokenizer)
     result = Conversion(
         output=str(work.output),
@@ -219,16 +219,6 @@ def summary(layers: list[dict[str, Any]]) -> dict[str, float]:
     bare = sum(layer["seconds"]["bare_forward"] for layer in layers)
     carving = sum(layer["seconds"]["carving_pass"] for layer in layers)
     return {"relative_output_error": sum(errors) / len(errors), "carving_ratio": carving / bare}
-
-
-def in_dtype(tensors: dict[str, torch.Tensor], dtype: str | None) -> dict[str, torch.Tensor]:
-    """The tensors in the precision asked for; the balance bias is always float32."""
-    if dtype is None:
-        return tensors
-    return {
-        name: tensor if name.endswith("balance_bias") else tensor.to(DTYPES[dtype])
-        for name, tensor in tensors.items()
-    }
 
 
 def conversion_report(

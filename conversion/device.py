@@ -2,13 +2,14 @@
 """Where and in which precision to compute, and how much memory that took."""
 
 import platform
-import resource
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 import transformers
 
@@ -50,7 +51,7 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     if device.type == "cpu" and cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return f"{device.type} {platform.processor()}".strip()
@@ -67,15 +68,17 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak resident memory of the process, plus that of the GPU if one was used."""
+    """Return the peak resident memory of the process, plus that of the GPU if one was used."""
     status = Path("/proc/self/status")
-    if status.is_file():
-        # getrusage would count the parent's memory too: Linux keeps its peak across exec.
-        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        peak = int(line.split()[1]) * 1024
-    else:
+    if status.is_file():  # getrusage would count the parent's memory: Linux keeps it across exec
+        found = re.search(r"VmHWM:\s*(\d+)", status.read_text(encoding="utf-8"))
+        peak = int(found[1]) * 1024 if found else 0
+    elif sys.platform == "darwin":
+        import resource
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak *= 1 if sys.platform == "darwin" else 1024
+    else:
+        peak = getattr(psutil.Process().memory_info(), "peak_wset")  # noqa: B009 - of Windows
     return peak + (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
 
 

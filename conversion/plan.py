@@ -19,7 +19,7 @@ from .carve.decoder import BATCH_TOKENS, PROFILED_TOKENS
 from .carve.partition import CLUSTERING_TOKENS
 from .carve.recipe import Recipe
 from .carve.refit import RIDGES
-from .carve.settings import CALIBRATION_TOKENS, Settings, shard_bytes, with_settings
+from .carve.settings import CALIBRATION_TOKENS, Settings, with_settings
 from .carve.shape import Shape, active_parameters, carved_config, width_warning
 from .device import DTYPES, best_seconds, find_device
 from .errors import RequestError
@@ -130,8 +130,8 @@ def prepare_work(
     model: str | Path, output: str | Path, settings: Settings
 ) -> tuple[Prepared, WorkFolder]:
     """What a conversion needs, and the folder that it could be written to; nothing is yet."""
-    prepared = prepare(model, settings)
     work = WorkFolder(output, overwrite=settings.overwrite)
+    prepared = prepare(model, settings)
     work.check(prepared.read)
     check_disk(prepared, work)
     return prepared, work
@@ -152,6 +152,8 @@ def prepare(
             "Lower --k-act."
         )
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trusted)
+    # Before anything is tokenised: a tokenizer forgets its truncation and padding over that.
+    files = carried(source.folder).beside(config, tokenizer)
     windows_WL, calibration = kept or calibration_windows(settings, source, tokenizer)
     prepared = Prepared(
         settings=replace(settings, revision=source.revision),
@@ -162,7 +164,7 @@ def prepare(
         windows_WL=windows_WL,
         calibration=calibration,
         device=device,
-        carried=carried(source.folder).beside(config, tokenizer),
+        carried=files,
     )
     place = place_of_activations(prepared)
     return replace(prepared, settings=replace(prepared.settings, activations=place))
@@ -186,12 +188,7 @@ def calibration_windows(
     Of a text of more than `WHOLE_CHARACTERS`, or of what makes enough tokens, they are drawn from a
     prefix: the record says so.
     """
-    context = source.config.max_position_embeddings
     length = window_length(source.config, settings.sequence_length)
-    if length > context:
-        raise RequestError(
-            f"--sequence-length {length} is longer than the model's context of {context} tokens."
-        )
     samples = settings.samples or max(1, CALIBRATION_TOKENS // length)
     text = open_text(settings.calibration)
     most = max(WHOLE_CHARACTERS, CHARACTERS_PER_TOKEN * samples * length)
@@ -241,16 +238,11 @@ def disk_bytes(prepared: Prepared) -> int:
 
 
 def work_bytes(prepared: Prepared) -> int:
-    """Hidden states of two layers, in carved and dense stream, and activations kept on the disk; or
-    what the finished layers take twice while they are joined: one file, and a layer cut in it."""
+    """Hidden states of two layers, in carved and dense stream, and activations kept on the disk."""
     tokens, config = prepared.windows_WL.numel(), prepared.config
     states = 2 * tokens * config.hidden_size * 4
     kept = tokens * (3 * config.hidden_size + config.intermediate_size) * 4
-    dtype = DTYPES[prepared.settings.dtype] if prepared.settings.dtype else None
-    size, limit = prepared.source.nbytes(dtype), shard_bytes(prepared.settings.max_shard_size)
-    layer = size * prepared.source.layer_parameters // prepared.source.parameters
-    joining = min(size, limit if layer <= limit else limit + layer)
-    return 2 * states + max(kept if prepared.settings.activations == "disk" else 0, joining)
+    return 2 * states + (kept if prepared.settings.activations == "disk" else 0)
 
 
 def memory_bytes(prepared: Prepared, on_disk: bool) -> int:

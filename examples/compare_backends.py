@@ -23,9 +23,9 @@ from cmoe_hf import CMoELlamaConfig
 from cmoe_hf.modeling_cmoe import (
     CMoEExperts,
     ExpertsLoop,
+    all_experts,
     cmoe_experts_forward,
     fastest_backend,
-    whole_experts_forward,
 )
 
 SIZES = [
@@ -51,7 +51,7 @@ WAYS = {
     "eager": ExpertsLoop.forward,
     "grouped_mm": ALL_EXPERTS_FUNCTIONS["grouped_mm"],
     "batched_mm": ALL_EXPERTS_FUNCTIONS["batched_mm"],
-    "whole": whole_experts_forward,
+    "all_experts": all_experts,
     "cmoe": cmoe_experts_forward,
 }
 

@@ -202,7 +202,9 @@ def cut_prompts(arguments: argparse.Namespace) -> list[list[int]]:
     """Token ids of consecutive pieces of the text, of several lengths."""
     from transformers import AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained(arguments.model)(Path(arguments.text).read_text()[:10_000])
+    ids = AutoTokenizer.from_pretrained(arguments.model)(
+        Path(arguments.text).read_text(encoding="utf-8")[:10_000]
+    )
     ends = [sum(PROMPT_LENGTHS[: index + 1]) for index in range(len(PROMPT_LENGTHS))]
     return [
         ids["input_ids"][end - length : end]

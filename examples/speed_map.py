@@ -122,7 +122,11 @@ class Map:
 
     def save(self) -> None:
         """Everything, with what it was measured on."""
-        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        flags = (
+            Path("/proc/cpuinfo").read_text(encoding="utf-8")
+            if Path("/proc/cpuinfo").exists()
+            else ""
+        )
         record = {
             "command": " ".join(["python", *sys.argv]),
             "device": device_name(torch.device("cpu")),

@@ -106,10 +106,6 @@ class LoopbackHub:
         self.repositories[name].commit("main", files, COMMIT)
         return name
 
-    def asked(self, method_and_path: str) -> int:
-        """How often a path was asked for."""
-        return sum(bool(re.search(method_and_path, path)) for path in self.requests)
-
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         """Answer one request."""
         path = unquote(urlsplit(request.path).path).strip("/")

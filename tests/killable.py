@@ -3,7 +3,12 @@
 
 import os
 import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from unittest.mock import patch
 
 import accelerate
@@ -15,11 +20,70 @@ from transformers.distributed import DistributedConfig
 from cmoe_hf.conversion import Tuning, convert, recover, resume, resume_recovery, sweep
 from cmoe_hf.conversion.folder.layerwise import WorkFolder
 
+_watching: list[Callable[[str], None]] = []
+
+
+def _tell(event: str, arguments: tuple) -> None:
+    """Tell of files that are renamed or opened to be written, under their new names."""
+    if not _watching or event not in ("os.rename", "open"):
+        return
+    path = arguments[1] if event == "os.rename" else arguments[0]
+    if event == "os.rename" or (isinstance(path, str | Path) and "+" in str(arguments[1])):
+        _watching[-1](Path(os.fsdecode(path)).name)
+
+
+sys.addaudithook(_tell)
+
+
+@contextmanager
+def watched(look: Callable[[str], None]) -> Iterator[None]:
+    """Call `look` with the name of every file, just before it is written."""
+    _watching.append(look)
+    try:
+        yield
+    finally:
+        _watching.remove(look)
+
+
+@contextmanager
+def interrupted_at(name: str, count: int = 1) -> Iterator[None]:
+    """Press Ctrl-C when a file of this name is written for the `count`-th time."""
+    seen = []
+
+    def interrupt(written: str) -> None:
+        seen.extend([written] * (written == name))
+        if written == name and len(seen) == count:
+            raise KeyboardInterrupt
+
+    with watched(interrupt):
+        yield
+    assert len(seen) >= count, f"{name} was written {len(seen)} times"
+
 
 def convert_it(begun, arguments):
     """Say that it begins, then convert."""
     begun.set()
     convert(**arguments)
+
+
+def die_at_something_new(seen, arguments):
+    """Convert, or go on, and die (as of kill -9) at a file that `seen`, a file, does not name."""
+
+    def die(name):
+        if name not in seen.read_text().split():
+            seen.write_text(f"{seen.read_text()} {name}")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with watched(die):
+        go_on(arguments)
+
+
+def go_on(arguments):
+    """Convert, or resume if that was begun."""
+    if (Path(f"{arguments['output']}.partial") / "work" / "settings.json").is_file():
+        resume(arguments["output"])
+    else:
+        convert(**arguments)
 
 
 def hold(begun, output):
@@ -30,19 +94,18 @@ def hold(begun, output):
             begun.wait(1)
 
 
-def run_out_of_space(queue, arguments, layer):
-    """Convert under a quota that the shard of a layer exceeds; report what is raised."""
-    write = WorkFolder.write_layer
+def run_out_of_space(queue, arguments):
+    """Convert on a disk that is full after the first layer; report what is raised."""
+    written = []
 
-    def write_under_quota(self, index, *others):
-        if index == layer:
+    def fill(name):
+        written.extend([name] * (name == "manifest.json"))
+        if len(written) == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
-        write(self, index, *others)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
-    WorkFolder.write_layer = write_under_quota
     try:
-        convert(**arguments)
+        with watched(fill):
+            convert(**arguments)
     except Exception as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         queue.put((type(error).__name__, str(error), getattr(error, "__notes__", [])))

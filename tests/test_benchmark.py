@@ -136,13 +136,14 @@ def test_bad_requests(carved, dense):
     refused(invoke("--shape", "tiny", "--plot", "plot.docx"), 2, "cannot draw into")
 
 
-def test_models_that_cannot_be_compared(carved, dense, embedded):
+def test_models_that_cannot_be_compared(carved, dense, embedded, tmp_path):
+    (tmp_path / "few.txt").write_text("Two words.")
     for model, options, message in [
         (dense, {}, "is not a carved model"),
         (carved, {"baseline": carved}, "is carved itself"),
         (carved, {"baseline": embedded}, "hidden_size 128, but the carved model has 64"),
         (carved, {"backend": "magic"}, "no experts backend 'magic'"),
-        (carved, {"text": __file__, "prefill": [100_000]}, "100000 are needed"),
+        (carved, {"text": tmp_path / "few.txt", "prefill": [100]}, "100 are needed"),
     ]:
         with pytest.raises(RequestError, match=message):
             benchmark(model, **{"tokens": (), "batch": (), **options})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text sources and windows."""
+"""Texts, tokenizers and windows."""
 
 import json
 
@@ -8,8 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from refusal import refused
+from test_bad_input import run
+from transformers import AutoTokenizer
 
 from cmoe_hf.conversion import RequestError
+from cmoe_hf.conversion.demo import CALIBRATION
 from cmoe_hf.conversion.source.calibration import (
     apart_windows,
     consecutive_windows,
@@ -30,6 +34,36 @@ def test_every_local_format_gives_the_same_text(tmp_path):
         "".join(open_text(tmp_path / f"t.{kind}").chunks) for kind in ("txt", "jsonl", "parquet")
     }
     assert texts == {"\n\n".join(DOCUMENTS)}
+
+
+@pytest.mark.library
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("llama-2", {"tokenizer_class": "GPT2Tokenizer", "unk_token": "<unk>"}), ("qwen2", None)],
+)
+def test_a_vocabulary_beside_its_merges_is_a_tokenizer(own_dense, tmp_path, family, settings):
+    source = own_dense(family)
+    model = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    for path in source.glob("*token*"):
+        path.unlink()
+    (source / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    merges = "\n".join(map(" ".join, model["merges"]))
+    (source / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    if settings:
+        (source / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert run(source, tmp_path / "out").exit_code == 0
+    theirs, ours = map(AutoTokenizer.from_pretrained, (source, tmp_path / "out"))
+    text = CALIBRATION.read_text(encoding="utf-8")[:5000]
+    assert theirs(text)["input_ids"] == ours(text)["input_ids"]
+    assert (tmp_path / "out" / "merges.txt").is_file()
+
+
+@pytest.mark.parametrize("family", ["llama-2", "qwen2", "pythia"])  # of some, the library makes one
+def test_no_tokenizer_is_refused(own_dense, no_leftovers, family):
+    source = own_dense(family)
+    for path in source.glob("*token*"):
+        path.unlink()
+    refused(run(source, no_leftovers), 2, f"{family} has no tokenizer")
 
 
 @given(st.integers(1, 300), st.integers(1, 9000))

@@ -145,13 +145,6 @@ def test_trainer_lowers_the_loss_and_its_checkpoints_load(model, tokenizer, held
         torch.testing.assert_close(again.eval()(ids).logits, model.eval()(ids).logits)
 
 
-def test_gradient_checkpointing_under_the_trainer(model, tokenizer, held_out, tmp_path):
-    losses = train(
-        model, tokenizer, held_out, tmp_path, gradient_checkpointing=True, save_strategy="no"
-    )
-    assert sum(losses[-4:]) < sum(losses[:4])
-
-
 def test_peft_lora_trains_saves_reloads_and_merges(
     model, repo, tokenizer, held_out, tmp_path, prompt
 ):

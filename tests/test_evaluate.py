@@ -3,14 +3,18 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
+from families import SHORT
+from refusal import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from cmoe_hf.conversion import RequestError, evaluate
+from cmoe_hf.conversion import RequestError, Tuning, benchmark, evaluate, recover
 from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.demo import CALIBRATION
 
 
 def slow_perplexity(folder, text, length):
@@ -90,9 +94,10 @@ def test_a_dense_or_static_model_has_no_router_figures(embedded, carve, short_te
             evaluate(model, text=short_text, router="oracle")
 
 
-def test_bad_requests(embedded, dense_copy, short_text):
-    with pytest.raises(RequestError, match="fewer than one window of 5000"):
-        evaluate(embedded, text=short_text, sequence_length=5000)
+def test_bad_requests(embedded, dense_copy, short_text, tmp_path):
+    (tmp_path / "short.txt").write_text("Two words.")
+    with pytest.raises(RequestError, match="fewer than one window of 250"):
+        evaluate(embedded, text=tmp_path / "short.txt", sequence_length=250)
     with pytest.raises(RequestError, match="at least 2"):
         evaluate(embedded, text=short_text, sequence_length=1)
     with pytest.raises(RequestError, match="own, oracle, random"):
@@ -102,6 +107,52 @@ def test_bad_requests(embedded, dense_copy, short_text):
     tokenizer.save_pretrained(dense_copy)
     with pytest.raises(RequestError, match="another vocabulary"):
         evaluate(embedded, baseline=dense_copy, text=short_text)
+
+
+CONTEXT = {
+    "convert": ["{dense}", "{out}", "--calibration", CALIBRATION, "--budget", 0.5],
+    "evaluate": ["{carved}", "--text", SHORT],
+    "report": ["{carved}", "--text", SHORT, "--output", "{out}"],
+    "recover": ["{carved}", "{out}", "--training", CALIBRATION, "--text", SHORT],
+    "export": ["{carved}", "{out}", "--refit-router", CALIBRATION],
+    "sweep": ["{dense}", "{out}", "--calibration", CALIBRATION, "--text", SHORT],
+}
+
+
+@pytest.mark.parametrize("command", CONTEXT)
+def test_windows_longer_than_the_context_are_refused(dense, carve, tmp_path, command):
+    places = {"dense": dense, "carved": carve(dense), "out": tmp_path / "out"}
+    arguments = [str(it).format(**places) for it in CONTEXT[command]]
+    result = CliRunner().invoke(app, [command, *arguments, "--sequence-length", "129"])
+    refused(result, 2, "--sequence-length 129 is longer than the model's context of 128 tokens")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shortest_context_of_several_models_counts(dense, make_dense, carve, tmp_path):
+    shorter, carved = make_dense(max_position_embeddings=64), carve(dense)
+    recovery = {"training": CALIBRATION, "text": SHORT, "tuning": Tuning(sequence_length=65)}
+    for call in (
+        partial(evaluate, carved, baseline=shorter, text=SHORT, sequence_length=65),
+        partial(recover, carved, tmp_path / "out", control=shorter, **recovery),
+    ):
+        with pytest.raises(RequestError, match="context of 64 tokens"):
+            call()
+    assert evaluate(carved, baseline=shorter, text=SHORT).sequence_length == 64
+
+
+def test_a_benchmark_stays_within_the_context(dense, carve):
+    carved, few = carve(dense), {"tokens": (), "rounds": 1}
+    for sizes, message in (
+        (
+            {"prefill": [129], "batch": ()},
+            "--prefill 129 is longer than the model's context of 128",
+        ),
+        ({"prefill": (), "context": 121}, "--context 121 with 8 new tokens is longer"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            benchmark(carved, **sizes, **few)
+    usual = benchmark(carved, batch=(1,), **few)
+    assert usual.prefill[0].tokens == 128 and usual.context == 120
 
 
 def test_json_is_one_object_with_the_promised_keys(sparse, embedded, short_text):

@@ -79,7 +79,7 @@ def test_every_architecture_that_fits_computes_the_same(
                     export(carved, out, to=name)
                 continue
             result = export(carved, out, to=name)
-            assert result.architecture == target.model_type
+            assert result.architecture == target.config_class.model_type
             # With one active expert its weight is exactly 1; otherwise 1/A but for the scale.
             exact = notation[1] == 1 or name == "granite"
             check_logits(carved, out, token_ids, 2e-5 if exact else 2e-3)
@@ -148,18 +148,7 @@ def test_what_vllm_does_not_read_is_said(make_dense, dense, carve, token_ids, tm
     assert "vLLM 0.32 does not read the biases of queries" in caplog.text
     pinned = carve(dense, (2, 3, 8), recipe=Recipe.of(FIRST_EDITION, pinned=2))
     export(pinned, tmp_path / "ernie", to="ernie")
-    assert "the pinned experts (--budget) of a Ernie4_5_MoeForCausalLM" in caplog.text
-
-
-def test_it_generates_the_same_text(embedded, carve, tmp_path):
-    carved = carve(embedded, (1, 1, 8), samples=8, sequence_length=128, dtype="float32")
-    export(carved, tmp_path / "native")
-    prompt = torch.tensor([[5, 17, 300]])
-    texts = [
-        load(folder).generate(prompt, max_new_tokens=100, do_sample=False)
-        for folder in (carved, tmp_path / "native")
-    ]
-    assert torch.equal(*texts)
+    assert "the always-on experts (--budget) of a Ernie4_5_MoeForCausalLM" in caplog.text
 
 
 @pytest.mark.thorough
@@ -179,7 +168,11 @@ def test_it_loads_in_a_process_without_this_package(carved, token_ids, tmp_path)
 
 
 def test_the_card_no_longer_speaks_of_remote_code(carved, tmp_path):
-    export(carved, tmp_path / "native")
+    result = CliRunner().invoke(app, ["export", str(carved), str(tmp_path / "native"), "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert {"output", "architecture", "max_abs_logit_difference"} <= json.loads(
+        result.stdout
+    ).keys()
     card = (tmp_path / "native" / "README.md").read_text()
     assert "AutoModelForCausalLM.from_pretrained(repo)" in card and "SHA-256" not in card
     assert "custom_code" not in card.split("---")[1]
@@ -288,14 +281,6 @@ def test_bad_requests(carved, dense, make_dense, carve, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     refused(invoke(carved), 2, "out exists already")
-
-
-def test_json_has_the_promised_keys(carved, tmp_path):
-    arguments = ["export", str(carved), str(tmp_path / "out"), "--json"]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.stderr
-    printed = json.loads(result.stdout)
-    assert {"output", "architecture", "max_abs_logit_difference"} <= printed.keys()
 
 
 def test_experts_that_grouped_kernels_cannot_run_are_exported(dense, carve, tmp_path):

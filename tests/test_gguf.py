@@ -2,6 +2,8 @@
 """GGUF files in the real llama.cpp: the same log-probabilities, the same tokens."""
 
 import json
+import random
+import re
 import shutil
 import signal
 import socket
@@ -12,9 +14,18 @@ import time
 import openai
 import pytest
 import torch
+from gguf import GGUFReader
+from pico_tokenizers import ENGLISH, TOKENIZERS, byte_level
 from recipes import FIRST_EDITION
 from refusal import refused
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -22,10 +33,10 @@ from cmoe_hf.conversion import CMoEError, Recipe, RequestError, export_gguf
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION
 from cmoe_hf.conversion.measure.llama_cpp import LlamaServer, find_server
-from cmoe_hf.conversion.share.gguf_vocabulary import CONTRACTIONS, REST, WORDS
 
 PLAIN = ["-c", "256", "-fa", "off", "-ctk", "f32", "-ctv", "f32"]
 """Options of a server that keeps keys and values as precisely as we do."""
+TEMPLATE = "{{ messages[0].content }}"
 MIXED = (
     "Grüße, naïve façade — 12345.67€!\n\n\tdef f(x):  return x**2"
     "  # 🎉👩‍💻 I'll don't\r\n日本語 ЯΩ   end "
@@ -113,96 +124,220 @@ def test_what_q8_0_does_not_divide_is_float16(carved, tmp_path):
     assert result.coarse == 4  # the down projections of both layers, of 12 and 24 neurons
 
 
-def byte_level(*steps, **options):
-    """A tokenizer that splits texts like this, trained on our text."""
-    tokenizer = Tokenizer(models.BPE(**options))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps]) if len(steps) > 1 else steps[0]
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=900,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<s>", "</s>", "<|im_start|>"],
-    )
-    tokenizer.train([str(CALIBRATION)], trainer)
+STOPS = ("smollm", "tekken")
+"""With these the package's llama.cpp 86a2835 stops: several expressions, or nested ones."""
+
+
+@pytest.fixture
+def with_tokenizer(dense_copy):
+    """Give a model another tokenizer; return its folder and the tokenizer."""
+
+    def save(made, **attributes):
+        for path in [*dense_copy.glob("tokenizer*"), *dense_copy.rglob("*.jinja")]:
+            path.unlink()
+        named = {"bos_token": "<s>", "eos_token": "</s>", **attributes}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, **named)
+        tokenizer.save_pretrained(dense_copy)
+        return dense_copy, AutoTokenizer.from_pretrained(dense_copy)
+
+    return save
+
+
+def tokens_of(running, text):
+    """The tokens of a text in which special ones are read as such."""
+    return running.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
+
+
+def mixed_texts():
+    """Texts of pieces that tokenizers treat differently, mixed at random."""
+    pieces = [
+        *re.findall(r"\S+|\s+", MIXED),
+        *"aA1 ./\n",
+        "<|a|>",
+        "b",
+        "wörd",
+        "</s>",
+        "CamelCase",
+    ]
+    draw = random.Random(0)
+    return [MIXED, "", *("".join(draw.choices(pieces, k=12)) for _ in range(80))]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_tokenizer_is_the_same(server, with_tokenizer, tmp_path, name):
+    folder, tokenizer = with_tokenizer(TOKENIZERS[name](), chat_template=TEMPLATE)
+    result = export_gguf(folder, tmp_path / "model.gguf")
+    said = GGUFReader(result.output).get_field("tokenizer.ggml.pre").contents()
+    assert said == name.partition(",")[0]
+    if said in STOPS:
+        return
+    with server(result.output, options=["--jinja"]) as running:
+        for text in mixed_texts():
+            assert tokens_of(running, text) == tokenizer(text)["input_ids"], text
+        assert running.get("/props")["chat_template"] == TEMPLATE
+
+
+def normalised(normalizer, make="gpt-2"):
+    tokenizer = TOKENIZERS[make]()
+    tokenizer.normalizer = normalizer
     return tokenizer
 
 
-def split(expression):
-    """What Llama 3 and Qwen2 do before they merge."""
-    return (
-        pre_tokenizers.Split(Regex(expression), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    )
+def metaspace(scheme):
+    tokenizer = normalised(None, "default")
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    return tokenizer
 
 
-def sentencepiece():
-    """A tokenizer as Llama 2 has it: all pairs of tokens that make a token merge."""
-    spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    first = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    first.normalizer = normalizers.Sequence(spaces)
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=900, show_progress=False, special_tokens=special)
-    first.train([str(CALIBRATION)], trainer)
-    made = json.loads(first.to_str())
-    vocabulary = made["model"]["vocab"]
-    ordered = sorted(vocabulary, key=vocabulary.get)[len(special) :]
-    made["model"]["merges"] = [
-        [token[:cut], token[cut:]]
-        for token in ordered
-        for cut in range(1, len(token))
-        if token[:cut] in vocabulary and token[cut:] in vocabulary
-    ]
-    made["added_tokens"] = made["added_tokens"][:3]
+def with_token(**flags):
+    tokenizer = TOKENIZERS["gpt-2"]()
+    tokenizer.add_special_tokens([AddedToken("<|user|>", **flags)])
+    return tokenizer
+
+
+def without_merges():
+    made = json.loads(TOKENIZERS["gpt-2"]().to_str())
+    made["model"]["merges"] = []
     return Tokenizer.from_str(json.dumps(made))
 
 
-ENGLISH = pre_tokenizers.ByteLevel(add_prefix_space=False)
-TOKENIZERS = {
-    "gpt-2": lambda: byte_level(ENGLISH),
-    "smollm": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True), ENGLISH),
-    "qwen2": lambda: byte_level(*split(CONTRACTIONS + WORDS + r"\p{N}|" + REST)),
-    "llama-bpe": lambda: byte_level(
-        *split(CONTRACTIONS + WORDS + r"\p{N}{1,3}|" + REST), ignore_merges=True
+def with_prefix():
+    tokenizer = TOKENIZERS["gpt-2"]()
+    one = [("<|im_start|>", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing("<|im_start|> $A", None, one)
+    return tokenizer
+
+
+REFUSED = {
+    "rstrip": (
+        lambda: with_token(rstrip=True),
+        "the added token '<|user|>' (rstrip): for example '",
     ),
-    "default": sentencepiece,
+    "lstrip": (
+        lambda: with_token(lstrip=True),
+        "the added token '<|user|>' (lstrip): for example '",
+    ),
+    "single word": (lambda: with_token(single_word=True), "(single_word): for example 'a<|user"),
+    "lower case": (lambda: normalised(normalizers.Lowercase()), ": words, case, digits, "),
+    "compatibility": (lambda: normalised(normalizers.NFKC()), "full-width forms, ligatures, "),
+    "NFKC": (lambda: normalised(normalizers.NFKC(), "default"), "full-width forms, ligatures, "),
+    "another prefix": (with_prefix, "for example '' becomes [], not [2]"),
+    "no merges": (without_merges, "the tokenizer has no merges"),
+    "punctuation": (
+        lambda: byte_level(pre_tokenizers.Punctuation(), ENGLISH),
+        "(Punctuation + ByteLevel) in a way that has no name in llama.cpp",
+    ),
+    "words": (
+        lambda: Tokenizer(models.WordLevel({"<s>": 0}, unk_token="<s>")),
+        "a WordLevel model",
+    ),
 }
-"""By llama.cpp's names of how they split texts."""
+"""Tokenizers of which no file can say what they do, and what the refusal says."""
 
 
-STOPS = pytest.mark.xfail(
-    strict=False, reason="the package's llama.cpp 86a2835 stops where several expressions split"
-)
+@pytest.mark.parametrize("kind", REFUSED)
+def test_tokenizers_that_llama_cpp_reads_otherwise_are_refused(with_tokenizer, tmp_path, kind):
+    make, phrase = REFUSED[kind]
+    folder, _ = with_tokenizer(make())
+    with pytest.raises(RequestError, match=re.escape(phrase)):
+        export_gguf(folder, tmp_path / "model.gguf")
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+@pytest.mark.parametrize("kind", ["rstrip", "lower case"])
+def test_a_forced_file_is_read_otherwise(server, with_tokenizer, tmp_path, caplog, kind):
+    folder, tokenizer = with_tokenizer(REFUSED[kind][0]())
+    command = ["export", str(folder), "--gguf", str(tmp_path / "model.gguf"), "--force"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert "reads this model otherwise" in caplog.text
+    text = "<|user|>\n River"
+    with server(tmp_path / "model.gguf") as running:
+        assert tokens_of(running, text) != tokenizer(text)["input_ids"]
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(it, marks=STOPS if it == "smollm" else ()) for it in TOKENIZERS]
+    ("make", "phrase", "text"),
+    [
+        (lambda: normalised(normalizers.NFC()), "does not compose accents", "cafe\u0301"),
+        (lambda: metaspace("always"), "one that begins with a space.", " river"),
+        (lambda: metaspace("first"), "or follows a special token", "</s>river"),
+    ],
 )
-def test_the_tokenizer_is_the_same(server, dense_copy, tmp_path, name):
-    for path in dense_copy.glob("tokenizer*"):
-        path.unlink()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=TOKENIZERS[name](), bos_token="<s>", eos_token="</s>"
+def test_what_every_such_file_lacks_is_a_warning(
+    server, with_tokenizer, tmp_path, caplog, make, phrase, text
+):
+    folder, tokenizer = with_tokenizer(make())
+    result = export_gguf(folder, tmp_path / "model.gguf")
+    assert phrase in caplog.text
+    with server(result.output) as running:
+        assert tokens_of(running, text) != tokenizer(text)["input_ids"]
+        assert tokens_of(running, "The river") == tokenizer("The river")["input_ids"]
+
+
+def test_a_token_at_the_end_of_every_text(server, with_tokenizer, tmp_path, caplog):
+    made = TOKENIZERS["gpt-2"]()
+    both = [("<s>", 0), ("</s>", 1)]
+    made.post_processor = processors.TemplateProcessing("<s> $A </s>", None, both)
+    folder, tokenizer = with_tokenizer(made, chat_template=TEMPLATE)
+    result = export_gguf(folder, tmp_path / "model.gguf")
+    assert "puts '<s>' in front of chats" in caplog.text and "puts '</s>' behind" in caplog.text
+    with server(result.output) as running:
+        ids = tokens_of(running, MIXED)
+    assert ids == tokenizer(MIXED)["input_ids"] and ids[0] == 0 and ids[-1] == 1
+
+
+NAMED = {
+    "default": "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}",
+    "tool_use": "{{ tools[0].function.name }}: {{ messages[0].content }}",
+}
+TOOLS = [{"type": "function", "function": {"name": "look", "description": "", "parameters": {}}}]
+
+
+def test_named_chat_templates(server, with_tokenizer, tmp_path):
+    folder, tokenizer = with_tokenizer(TOKENIZERS["gpt-2"](), chat_template=NAMED)
+    chat = [{"role": "user", "content": "Hi"}]
+    with server(
+        export_gguf(folder, tmp_path / "model.gguf").output, options=["--jinja"]
+    ) as running:
+        for tools in (None, TOOLS):
+            given = {"messages": chat, **({"tools": tools} if tools else {})}
+            expected = tokenizer.apply_chat_template(chat, tools, tokenize=False)
+            assert running.post("/apply-template", **given)["prompt"] == expected
+    folder, _ = with_tokenizer(TOKENIZERS["gpt-2"](), chat_template={"rag": TEMPLATE})
+    with pytest.raises(RequestError, match="chat templates rag none is called default"):
+        export_gguf(folder, tmp_path / "other.gguf")
+
+
+def test_a_chat_template_that_knows_more_than_llama_cpp_gives_it(with_tokenizer, tmp_path):
+    template = "{{ messages[0].content }}{{ pad_token }}"
+    folder, _ = with_tokenizer(
+        TOKENIZERS["gpt-2"](), chat_template=template, pad_token="<|im_start|>"
     )
-    tokenizer.chat_template = "{{ messages[0].content }}"
-    tokenizer.save_pretrained(dense_copy)
-    tokenizer = AutoTokenizer.from_pretrained(dense_copy)
+    with pytest.raises(RequestError, match="the chat template 'default': for example it gives"):
+        export_gguf(folder, tmp_path / "model.gguf")
+
+
+def test_no_chat_template_is_said(carved, tmp_path, caplog):
+    export_gguf(carved, tmp_path / "model.gguf")
+    assert "makes up prompts of its own" in caplog.text
+
+
+def test_all_ends_of_a_generation(server, dense_copy, tmp_path, caplog):
+    path = dense_copy / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [1, 3, 4]}))
     result = export_gguf(dense_copy, tmp_path / "model.gguf")
-    with server(result.output, options=["--jinja"]) as running:
-        assert running.tokens(MIXED) == tokenizer(MIXED)["input_ids"]
-        properties = running.get("/props")
-        assert properties["chat_template"] == tokenizer.chat_template
-
-
-def test_other_tokenizers_are_refused(dense_copy, tmp_path):
-    for made, phrase in (
-        (byte_level(pre_tokenizers.Punctuation(), ENGLISH), "has no name in llama.cpp"),
-        (Tokenizer(models.WordLevel({"<s>": 0}, unk_token="<s>")), "a WordLevel model"),
-    ):
-        PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(dense_copy)
-        with pytest.raises(RequestError, match=phrase):
-            export_gguf(dense_copy, tmp_path / "model.gguf")
-    assert not list(tmp_path.glob("*.gguf*"))
+    assert "ends a generation at" not in caplog.text
+    with server(result.output) as running:
+        for token in (1, 3, 4, 5):
+            biased = {"prompt": [7, 8], "n_predict": 5, "logit_bias": [[token, 1e6]]}
+            said = running.post("/completion", **biased, temperature=0)
+            assert said["stop_type"] == ("limit" if token == 5 else "eos"), token
+    path.write_text(json.dumps({"eos_token_id": [3, 4]}))
+    export_gguf(dense_copy, tmp_path / "few.gguf")
+    assert "ends a generation at '</s>' too" in caplog.text
+    path.write_text(json.dumps({"eos_token_id": [1, 3, 4, 5]}))
+    with pytest.raises(RequestError, match="ends of generations: for example it would go on after"):
+        export_gguf(dense_copy, tmp_path / "many.gguf")
 
 
 def test_bad_requests(carved, dense, make_dense, carve, tmp_path, monkeypatch):

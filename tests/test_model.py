@@ -2,15 +2,15 @@
 """The model itself: routing, backends, and what transformers expects of a MoE."""
 
 import fnmatch
+from functools import partial
 
 import pytest
 import torch
-from torch.nn.functional import silu
-from transformers import AutoTokenizer
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from torch.nn.functional import gelu, silu
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cmoe_hf import CMoELlamaConfig, CMoELlamaForCausalLM
-from cmoe_hf.modeling_cmoe import CMoERouter, CMoESparseMoeBlock
+from cmoe_hf.modeling_cmoe import CMoERouter
 
 pytestmark = pytest.mark.library
 
@@ -76,68 +76,81 @@ def test_router_against_its_definition(router_type, absolute):
         torch.testing.assert_close(weight_K, 1 + share_N[index_K] * router.scale[index_K])
 
 
-def test_a_new_router_weighs_one_and_is_trainable():
-    model = CMoELlamaForCausalLM(config())
-    router = model.model.layers[0].mlp.gate
-    _, weight_TK, _ = router(torch.randn(5, 32))
-    assert (weight_TK == 1).all()
-    assert router.scale.requires_grad and (router.scale == 0).all()
-    model(ids, labels=ids).loss.backward()
-    assert router.scale.grad.abs().sum() > 0
+SHAPES = [(2, 16, 6), (6, 16, 6), (1, 0, 8), (3, 0, 8), (1, 56, 1), (0, 16, 6)]
+"""Experts that run, width of the shared one, routed experts."""
 
 
-def test_the_balance_bias_changes_the_choice_but_not_the_weights():
-    router = random_model().model.layers[0].mlp.gate
-    x_TH = torch.randn(50, 32)
-    router.balance_bias.zero_()
-    router.balance_bias[3] = 10
-    score_TN, weight_TK, index_TK = router(x_TH)
-    assert (index_TK == 3).any(dim=1).all()
-    share_TN = score_TN.softmax(dim=1)
-    torch.testing.assert_close(weight_TK, 1 + share_TN.gather(1, index_TK) * router.scale[index_TK])
+def slow_block(block, x_TH):
+    """The block as a loop over tokens and experts, (T, H)."""
+    shared, experts, rows = block.shared_expert, block.experts, []
+    is_plain = block.down_bias is not None
+    _, weight_TK, index_TK = block.gate(x_TH)
+    for x_H, weight_K, index_K in zip(x_TH, weight_TK, index_TK, strict=True):
+        y_H = block.down_bias.clone() if is_plain else torch.zeros_like(x_H)
+        if shared is not None:
+            h_S = shared.up_proj.weight @ x_H
+            h_S = gelu(h_S + shared.up_proj.bias) if is_plain else h_S * silu(shared.gate_proj(x_H))
+            y_H += shared.down_proj.weight @ h_S
+        for weight, expert in zip(weight_K, index_K.tolist(), strict=True):
+            if is_plain:
+                h_M = gelu(experts.up_proj[expert] @ x_H + experts.up_proj_bias[expert])
+            else:
+                gate_M, up_M = (experts.gate_up_proj[expert] @ x_H).chunk(2)
+                h_M = silu(gate_M) * up_M
+            y_H += weight * (experts.down_proj[expert] @ h_M)
+        rows.append(y_H)
+    return torch.stack(rows)
+
+
+def check_block(make, shape):
+    """Every backend computes what the loop over tokens and experts does."""
+    names = ("num_experts_per_tok", "shared_expert_intermediate_size", "num_experts")
+    model = make(**dict(zip(names, shape, strict=True)))
+    block = model.model.layers[0].mlp
+    for tokens in (1, 40):
+        x_TH = torch.randn(tokens, 32)
+        expected = slow_block(block, x_TH)
+        for backend in ("cmoe", *BACKENDS):
+            model.set_experts_implementation(backend)
+            got = block(x_TH[None])[0]
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4, msg=backend)
+    assert model(ids, output_router_logits=True).logits.shape == (2, 12, 128)
 
 
 @pytest.mark.parametrize("router_type", ["representative", "linear"])
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_every_backend_computes_what_a_loop_over_experts_does(router_type, shape):
+    check_block(partial(random_model, router_type=router_type), shape)
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize(
-    ("active", "shared", "routed"), [(2, 16, 6), (6, 16, 6), (1, 0, 8), (3, 0, 8), (1, 56, 1)]
+    ("family", "shape"), [("llama-2", (2, 2, 8)), ("pythia", (2, 2, 8)), ("qwen3-moe", (1, 1, 4))]
 )
-def test_every_backend_computes_what_a_loop_over_experts_does(router_type, active, shared, routed):
-    model = random_model(
-        router_type=router_type,
-        num_experts_per_tok=active,
-        shared_expert_intermediate_size=shared,
-        num_experts=routed,
-    )
-    expected = slow_logits(model)
-    for backend in BACKENDS:
-        model.set_experts_implementation(backend)
-        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_a_trace_of_one_token_serves_others(make_dense, carve, family, shape, backend):
+    class Logits(torch.nn.Module):
+        """What a trace can return."""
 
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
 
-def slow_logits(model):
-    """Logits with every sparse block replaced by a loop over tokens and experts."""
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
 
-    def slow_block(block, inputs):
-        x_TH = inputs[0].flatten(0, 1)
-        _, weight_TK, index_TK = block.gate(x_TH)
-        rows = []
-        for x_H, weight_K, index_K in zip(x_TH, weight_TK, index_TK, strict=True):
-            y_H = torch.zeros_like(x_H) if block.shared_expert is None else block.shared_expert(x_H)
-            for weight, expert in zip(weight_K, index_K.tolist(), strict=True):
-                gate_M, up_M = (block.experts.gate_up_proj[expert] @ x_H).chunk(2)
-                y_H = y_H + weight * (block.experts.down_proj[expert] @ (silu(gate_M) * up_M))
-            rows.append(y_H)
-        return torch.stack(rows).view_as(inputs[0])
-
-    handles = [
-        module.register_forward_hook(lambda block, inputs, output: slow_block(block, inputs))
-        for module in model.modules()
-        if isinstance(module, CMoESparseMoeBlock)
-    ]
-    logits = model(ids).logits.detach()
-    for handle in handles:
-        handle.remove()
-    return logits
+    folder = carve(make_dense(family), shape)
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation=backend)
+    if family == "qwen3-moe":
+        for layer in model.model.layers:
+            layer.mlp.gate.kept_parents = [0]
+    logits = Logits(model.eval())
+    traced = torch.jit.trace(logits, torch.tensor([[5]]), check_trace=False)
+    for token in range(20, 40):
+        token_11 = torch.tensor([[token]])
+        torch.testing.assert_close(traced(token_11), logits(token_11), atol=1e-4, rtol=1e-4)
 
 
 def test_gradients_agree_between_backends():
@@ -155,14 +168,6 @@ def equal_gradients(make, backends):
         for name, gradient in found[-1].items():
             torch.testing.assert_close(gradient, found[0][name], atol=1e-5, rtol=1e-3, msg=name)
     return found
-
-
-def test_without_active_experts_only_the_shared_one_runs():
-    model = random_model(num_experts_per_tok=0)
-    block = model.model.layers[0].mlp
-    x = torch.randn(2, 3, 32)
-    torch.testing.assert_close(block(x), block.shared_expert(x))
-    assert model(ids, output_router_logits=True).logits.shape == (2, 12, 128)
 
 
 def test_router_logits_on_request_by_keyword_or_config():
@@ -248,27 +253,16 @@ def test_vllm_cannot_mistake_the_router_for_a_softmax_gate():
         assert "weight" not in state
 
 
-def test_a_user_backend_can_be_registered():
-    calls = []
-
-    def spy(self, hidden_states, top_k_index, top_k_weights):
-        calls.append(top_k_index.shape)
-        return ALL_EXPERTS_FUNCTIONS["batched_mm"](self, hidden_states, top_k_index, top_k_weights)
-
-    ALL_EXPERTS_FUNCTIONS.register("spy", spy)
-    model = random_model()
-    expected = model(ids).logits
-    model.set_experts_implementation("spy")
-    torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
-    assert calls == [(24, 2), (24, 2)]
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"num_experts": 5}, "must equal intermediate_size"),
         ({"num_experts_per_tok": 7}, "num_experts_per_tok"),
         ({"router_type": "magic"}, "router_type"),
+        ({"always_on_experts": [[0]]}, "1 lists for 2 layers"),
+        ({"always_on_experts": [[0], [6]]}, "names 6 in layer 1"),
+        ({"always_on_experts": [[], [1, 1]]}, "each once"),
+        ({"always_on_experts": [[0, 1, 2], []]}, "at most 2"),
         (
             {
                 "num_experts": 8,

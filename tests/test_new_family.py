@@ -106,8 +106,8 @@ def follow(code: str, source: str) -> str:
                 after["import"] = node.end_lineno
             case ast.Assign(targets=[target]) | ast.AnnAssign(target=target):
                 after[ast.unparse(target)] = node.end_lineno - 1
-                if ast.unparse(target) == "__all__":
-                    after["class"] = node.lineno - 1
+            case ast.ClassDef():
+                after["class"] = node.end_lineno
     added = defaultdict(list)
     for kind, text in parts(ast.parse(code)):
         added[after[kind]].append(text if kind in ("import", "class") else f"{text},")

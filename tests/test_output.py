@@ -6,13 +6,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from killable import interrupted_at
 from refusal import refused
 from test_bad_input import run
 from typer.testing import CliRunner
 
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION
-from cmoe_hf.conversion.folder.layerwise import WorkFolder
 
 
 def command(*arguments):
@@ -54,9 +54,8 @@ def test_an_output_that_meets_the_source(base, tmp_path, out, phrase, options):
     refused(run(base, tmp_path / out, *options), 2, phrase)
 
 
-@pytest.mark.parametrize("end", ["partial", "work", "replaced"])
-def test_a_source_under_a_name_that_the_work_needs(dense, tmp_path, end):
-    source = Path(shutil.copytree(dense, tmp_path / f"out.{end}"))
+def test_a_source_under_a_name_that_the_work_needs(dense, tmp_path):
+    source = Path(shutil.copytree(dense, tmp_path / "out.partial"))
     before = contents(source)
     refused(run(source, tmp_path / "out", "--overwrite"), 2, f"lies in {source}")
     assert contents(source) == before
@@ -132,26 +131,42 @@ def test_the_parents_of_an_output_are_made(dense, tmp_path):
     refused(run(dense, tmp_path / "file" / "out", "--dry-run"), 2, "file is not a folder")
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "x" * 248, "é" * 124, "y" * 256 + "/out", "z/" * 2000])
+def test_a_name_that_is_too_long(dense, carved, tmp_path, name):
+    out, texts = tmp_path / name, ["--text", CALIBRATION, "--calibration", CALIBRATION]
+    commands = [
+        ["convert", dense, out, "--budget", 0.5, *texts[2:]],
+        ["convert", dense, out, "--budget", 0.5, *texts[2:], "--dry-run"],
+        ["convert", out, "--resume"],
+        ["demo", out],
+        ["export", carved, out],
+        ["export", carved, "--gguf", out.with_name(out.name + ".gguf")],
+        ["recover", carved, out, "--training", CALIBRATION, *texts[:2]],
+        ["recover", out, "--resume"],
+        ["sweep", dense, out, *texts],
+        ["report", carved, "--output", out, *texts[:2], "--no-figures"],
+    ]
+    for arguments in commands:
+        refused(command(*arguments), 2, "Choose a shorter")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_lies_under_a_name_that_the_work_needs_is_not_deleted(dense, carved, tmp_path):
     out = Path(shutil.copytree(carved, tmp_path / "out"))
-    for end in ("replaced", "work"):
-        mine = tmp_path / f"out.{end}"
-        mine.mkdir()
-        (mine / "thesis.txt").write_text("years of work")
-        refused(run(dense, out, "--overwrite"), 2, f"out.{end} exists", "move it away")
-        assert (mine / "thesis.txt").is_file()
-        shutil.rmtree(mine)
+    mine = tmp_path / "out.partial"
+    for thesis in (mine, mine / "thesis.txt"):
+        thesis.parent.mkdir(exist_ok=True)
+        thesis.write_text("years of work")
+        refused(run(dense, out, "--overwrite"), 2, "out.partial exists", "move it away")
+        assert thesis.is_file()
+        thesis.unlink()
     assert run(dense, out, "--overwrite").exit_code == 0
 
 
 def test_what_came_to_the_output_while_the_work_stood_still_is_not_replaced(
-    dense, carved, tmp_path, monkeypatch
+    dense, carved, tmp_path
 ):
-    def stop(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(WorkFolder, "write_text", stop)
+    with interrupted_at("modeling_cmoe.py"):
         assert run(dense, tmp_path / "out").exit_code == 1
     out = Path(shutil.copytree(carved, tmp_path / "out"))
     (out / "mine.txt").touch()

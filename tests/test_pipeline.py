@@ -76,6 +76,7 @@ def test_pinned_experts_run_for_every_token(embedded, carve, token_ids, pinned):
     with torch.no_grad():
         difference = model(token_ids).logits - larger(token_ids).logits
     assert difference.abs().max() < 1e-4
+    assert model.config.always_on_experts == [[*range(pinned)]] * 4
     stored = model.model.layers[0].mlp.gate.balance_bias
     assert (stored != 0).tolist() == [True] * pinned + [False] * (7 - pinned)
 

@@ -7,7 +7,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_evaluate import slow_perplexity
-from test_model import COMPILERS, FIELDS, equal_gradients, ids, randomised
+from test_model import (
+    BACKENDS,
+    COMPILERS,
+    FIELDS,
+    SHAPES,
+    check_block,
+    equal_gradients,
+    ids,
+    randomised,
+)
 from torch.nn.functional import gelu, normalize
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
@@ -23,8 +32,6 @@ from cmoe_hf.modeling_cmoe import CMoERouter
 
 pytestmark = pytest.mark.library
 
-BACKENDS = ("cmoe", "eager", "batched_mm", "grouped_mm")
-
 
 def config(**changes):
     return CMoEGPTNeoXConfig(**{**FIELDS, **changes})
@@ -35,48 +42,14 @@ def random_model(**changes):
     return randomised(CMoEGPTNeoXForCausalLM, config(**changes))
 
 
-def slow_block(block, x_TH):
-    """A loop over tokens and experts."""
-    _, weight_TK, index_TK = block.gate(x_TH)
-    rows = []
-    for x_H, weight_K, index_K in zip(x_TH, weight_TK, index_TK, strict=True):
-        y_H = block.down_bias.clone()
-        if block.shared_expert is not None:
-            up, down = block.shared_expert.up_proj, block.shared_expert.down_proj
-            y_H += down.weight @ gelu(up.weight @ x_H + up.bias)
-        for weight, expert in zip(weight_K, index_K.tolist(), strict=True):
-            experts = block.experts
-            h_M = gelu(experts.up_proj[expert] @ x_H + experts.up_proj_bias[expert])
-            y_H += weight * (experts.down_proj[expert] @ h_M)
-        rows.append(y_H)
-    return torch.stack(rows)
-
-
-@pytest.mark.parametrize(("active", "shared", "routed"), [(2, 16, 6), (1, 0, 8), (3, 0, 8)])
+@pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_every_backend_adds_the_output_bias_once(active, shared, routed):
-    model = random_model(
-        num_experts_per_tok=active, shared_expert_intermediate_size=shared, num_experts=routed
-    )
-    block = model.model.layers[0].mlp
-    for tokens in (1, 40):
-        x_TH = torch.randn(tokens, 32)
-        expected = slow_block(block, x_TH)
-        for backend in BACKENDS:
-            model.set_experts_implementation(backend)
-            got = block(x_TH[None])[0]
-            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4, msg=backend)
-
-
-@torch.no_grad()
-def test_without_active_experts_the_shared_one_and_the_bias_are_left():
-    block = random_model(num_experts_per_tok=0).model.layers[0].mlp
-    x_TH = torch.randn(5, 32)
-    torch.testing.assert_close(block(x_TH[None])[0], block.shared_expert(x_TH) + block.down_bias)
+def test_every_backend_adds_the_output_bias_once(shape):
+    check_block(random_model, shape)
 
 
 def test_gradients_agree_between_backends():
-    for gradients in equal_gradients(random_model, BACKENDS):
+    for gradients in equal_gradients(random_model, ["cmoe", *BACKENDS]):
         assert gradients["model.layers.0.mlp.experts.up_proj_bias"].any()
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from hub import EXPIRED, TOKEN, Fault, git_oid
+from hub import EXPIRED, TOKEN, Fault
 from refusal import refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -19,7 +19,9 @@ from cmoe_hf.conversion import CMoEError, RequestError, export, publish
 from cmoe_hf.conversion.cli import app
 
 STATED = {"licence": "apache-2.0", "base_model": "org/dense"}
+OPTIONS = ("--license", "mit", "--base-model", "org/dense")
 NAME = "org/carved"
+SHARD = "model-00002-of-00002.safetensors"
 
 FROM_THE_HUB = """
 import sys
@@ -93,15 +95,6 @@ def test_it_loads_by_id_where_this_package_is_not(online, folder, tmp_path):
     assert text
 
 
-def test_a_loaded_model_pushes_everything_it_needs(online, folder):
-    AutoModelForCausalLM.from_pretrained(folder).push_to_hub("org/pushed")
-    files = on_the_hub(online, name="org/pushed")
-    assert {"modeling_cmoe.py", "configuration_cmoe.py", "config.json"} <= files.keys()
-    auto_map = json.loads(files["config.json"])["auto_map"]
-    assert auto_map.keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-    assert not any("--" in entry for entry in auto_map.values())
-
-
 @pytest.mark.parametrize(
     ("method", "path", "status", "times"),
     [
@@ -156,7 +149,7 @@ def test_the_same_command_goes_on_where_it_stopped(online, folder):
 
 
 def test_what_the_hub_has_is_compared(online, folder):
-    for name in ("config.json", "model-00002-of-00002.safetensors"):
+    for name in ("config.json", SHARD):
         online.reset()
         online.spoiled = name
         with pytest.raises(CMoEError, match=f"does not have what was sent: {name}"):
@@ -179,7 +172,7 @@ def run(*arguments):
 )
 def test_whom_the_hub_refuses(online, folder, monkeypatch, token, name, phrase):
     monkeypatch.setenv("HF_TOKEN", token)
-    result = run(folder, name, "--license", "mit", "--base-model", "org/dense")
+    result = run(folder, name, *OPTIONS)
     refused(result, 2, phrase)
     assert online.repositories == {}
 
@@ -195,7 +188,7 @@ def test_files_of_another_model_are_not_mixed_with_this_one(online, folder, dens
     files = online.repositories[NAME].files()
     files["images/plot.png"] = b"picture"
     files["NOTES.md"] = b"mine"
-    result = run(folder, NAME, "--license", "mit", "--base-model", "org/dense")
+    result = run(folder, NAME, *OPTIONS)
     refused(result, 2, "model.safetensors", "--replace")
     assert online.repositories[NAME].files() is files
     published = publish(folder, NAME, replace=True, **STATED)
@@ -243,66 +236,63 @@ def test_the_card_gets_what_the_publisher_states(online, folder):
     assert on_the_hub(online)["README.md"] == card.encode()
 
 
-def damage(folder, what):
-    """Make a folder unfit."""
-    if what == "no card":
-        (folder / "README.md").unlink()
-    elif what == "no code":
-        (folder / "modeling_cmoe.py").unlink()
-    elif what == "other code":
-        with open(folder / "modeling_cmoe.py", "a") as file:
-            file.write("\nimport os\n")
-    elif what == "no shard":
-        (folder / "model-00002-of-00002.safetensors").unlink()
-    elif what == "cut shard":
-        path = folder / "model-00002-of-00002.safetensors"
-        path.write_bytes(path.read_bytes()[:-10])
-    elif what == "stray shard":
-        save_file({"x": torch.ones(1)}, folder / "model.safetensors")
-    elif what == "no tensor":
-        path = folder / "model-00002-of-00002.safetensors"
-        tensors = load_file(path)
-        del tensors["model.layers.0.mlp.gate.linear_weight"]
-        save_file(tensors, path)
-    elif what == "other shape":
-        path = folder / "model-00002-of-00002.safetensors"
-        tensors = load_file(path)
-        tensors["model.layers.0.mlp.gate.scale"] = torch.zeros(3)
-        save_file(tensors, path)
-    elif what == "no tokenizer":
-        (folder / "tokenizer.json").unlink()
-    elif what == "unfinished":
-        (folder / "work").mkdir()
-        (folder / "work" / "settings.json").write_text("{}")
-    elif what == "pickle":
-        (folder / "optimizer.pt").write_bytes(b"")
-    elif what == "no auto_map":
-        config = json.loads((folder / "config.json").read_text())
-        del config["auto_map"]["AutoModel"]
-        (folder / "config.json").write_text(json.dumps(config))
+def without_tensor(folder):
+    tensors = load_file(folder / SHARD)
+    del tensors["model.layers.0.mlp.gate.linear_weight"]
+    save_file(tensors, folder / SHARD)
 
 
-@pytest.mark.parametrize(
-    ("what", "phrase"),
-    [
-        ("no card", "needs a card"),
-        ("no code", "modeling_cmoe.py is missing"),
-        ("other code", "not the file whose SHA-256 the card"),
-        ("no shard", "shard model-00002-of-00002.safetensors is missing"),
-        ("cut shard", "corrupt or truncated"),
-        ("stray shard", "model.safetensors is not a shard of this model"),
-        ("no tensor", "names 1 tensors that no shard has"),
-        ("other shape", "mlp.gate.scale among them: [3] where [6] should be"),
-        ("no tokenizer", "has no tokenizer"),
-        ("unfinished", "unfinished work"),
-        ("pickle", "optimizer.pt: pickled files run code"),
-        ("no auto_map", "no entry for AutoModel"),
-    ],
-)
-def test_an_unfit_folder_is_refused_before_anything_is_sent(online, folder, what, phrase):
-    damage(folder, what)
-    result = run(folder, NAME, "--license", "mit", "--base-model", "org/dense")
-    refused(result, 2, phrase)
+def without_auto_model(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["auto_map"]["AutoModel"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def unfinished(folder):
+    (folder / "work").mkdir()
+    (folder / "work" / "settings.json").write_text("{}")
+
+
+def append(name, content):
+    return lambda folder: (folder / name).open("ab").write(content)
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+UNFIT = {
+    "needs a card": remove("README.md"),
+    "modeling_cmoe.py is missing": remove("modeling_cmoe.py"),
+    "not the file whose SHA-256 the card": append("modeling_cmoe.py", b"\nimport os\n"),
+    f"shard {SHARD} is missing": remove(SHARD),
+    "corrupt or truncated": lambda folder: os.truncate(folder / SHARD, 5000),
+    "model.safetensors is not a shard of this model": lambda folder: save_file(
+        {"x": torch.ones(1)}, folder / "model.safetensors"
+    ),
+    "names 1 tensors that no shard has": without_tensor,
+    "has no tokenizer": remove("tokenizer.json"),
+    "unfinished work": unfinished,
+    "optimizer.pt: pickled files run code": append("optimizer.pt", b""),
+    "no entry of its own for AutoModel": without_auto_model,
+}
+"""How a folder becomes unfit, by what the refusal says."""
+
+
+@pytest.mark.parametrize("phrase", UNFIT)
+def test_an_unfit_folder_is_refused_before_anything_is_sent(online, folder, phrase):
+    UNFIT[phrase](folder)
+    refused(run(folder, NAME, *OPTIONS), 2, phrase)
+    assert online.requests == []
+
+
+def test_what_does_not_load_is_not_published(online, folder):
+    path = folder / SHARD
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.gate.scale"] = torch.zeros(3)
+    save_file(tensors, path)
+    with pytest.raises(CMoEError, match="cannot be run under"):
+        publish(folder, NAME, **STATED)
     assert online.requests == []
 
 
@@ -328,14 +318,14 @@ def test_nothing_private_is_published(online, folder, monkeypatch, name, text, p
     monkeypatch.setenv("LOGNAME", "janedoe")
     (folder / "notes").mkdir()
     (folder / name).write_text(f"first\n{text}\n")
-    refused(run(folder, NAME, "--license", "mit", "--base-model", "org/dense"), 2, name, phrase)
+    refused(run(folder, NAME, *OPTIONS), 2, name, phrase)
     assert online.requests == []
 
 
 def test_a_path_in_the_metadata_of_weights_is_found(online, folder):
-    path = folder / "model-00002-of-00002.safetensors"
+    path = folder / SHARD
     save_file(load_file(path), path, metadata={"format": "pt", "from": "/home/jane/llama"})
-    refused(run(folder, NAME, "--license", "mit", "--base-model", "org/dense"), 2, "local path")
+    refused(run(folder, NAME, *OPTIONS), 2, "local path")
 
 
 def test_hidden_files_stay_here(online, folder):
@@ -344,10 +334,6 @@ def test_hidden_files_stay_here(online, folder):
     (folder / ".cache" / "notes.md").write_text(TOKEN)
     publish(folder, NAME, **STATED)
     assert not any(name.startswith(".") for name in on_the_hub(online))
-
-
-def test_git_and_the_server_agree_on_names():
-    assert git_oid(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
 def test_a_card_whose_metadata_cannot_be_read_gets_what_the_publisher_states(online, folder):

@@ -21,7 +21,15 @@ from refusal import refused
 from transformers import AutoModelForCausalLM, Trainer
 from typer.testing import CliRunner
 
-from cmoe_hf.conversion import Recipe, RequestError, Tuning, convert, recover, resume_recovery
+from cmoe_hf.conversion import (
+    Recipe,
+    RequestError,
+    Tuning,
+    convert,
+    recover,
+    resume_recovery,
+    upgrade,
+)
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
 from cmoe_hf.conversion.measure.evaluate import perplexity
@@ -169,7 +177,7 @@ def test_without_speed_the_bias_stays(carved, tmp_path, tensors):
         assert not name.endswith("balance_bias") or not tensor.any()
 
 
-def test_pinned_experts_stay_pinned(dense, tmp_path, tensors):
+def test_always_on_experts_stay_on(dense, tmp_path, tensors, edit_config):
     options = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}
     recipe = Recipe.of("refined", pinned=1)
     convert(dense, tmp_path / "carved", shared=1, active=2, experts=8, recipe=recipe, **options)
@@ -180,6 +188,12 @@ def test_pinned_experts_stay_pinned(dense, tmp_path, tensors):
         assert pinned.sum() == 1
         assert torch.equal(after[name] == 2, pinned)
         assert after[name][~pinned].any()
+    path = tmp_path / "out" / "config.json"
+    written = path.read_bytes()
+    assert json.loads(written)["always_on_experts"] == [[0], [0]]
+    edit_config(tmp_path / "out", always_on_experts=None)  # as in releases until 0.2
+    assert upgrade(tmp_path / "out").changed == ["config.json"]
+    assert path.read_bytes() == written
 
 
 def test_a_model_that_does_not_route_recovers_too(dense, carve, tmp_path):
@@ -243,7 +257,7 @@ def test_move_bias_is_what_a_loop_does(experts):
         step = 0.125 if load < mean else -0.125 if load > mean else 0.0
         expected.append(min(1.0, max(-1.0, bias + step)))
     bias_N = torch.tensor(biases)
-    move_bias(bias_N, torch.tensor(loads), 0.125)
+    move_bias(bias_N, torch.tensor(loads), 0.125, bias_N > 1)
     torch.testing.assert_close(bias_N, torch.tensor(expected))
 
 
@@ -263,7 +277,7 @@ def test_loads_and_imbalance_are_what_a_loop_counts(recovered, token_ids):
         assert load_N.tolist() == counts
         mean = sum(counts) / len(counts)
         deviation = (sum((count - mean) ** 2 for count in counts) / len(counts)) ** 0.5
-        assert imbalance(load_N, gate.balance_bias) == pytest.approx(deviation / mean)
+        assert imbalance(load_N, gate.balance_bias > 1) == pytest.approx(deviation / mean)
 
 
 def test_without_bias_puts_it_back(recovered):

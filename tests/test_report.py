@@ -283,8 +283,8 @@ def test_what_fails_leaves_the_earlier_report(plain, tmp_path, monkeypatch, erro
 
 def test_what_a_killed_run_left_is_cleared(plain, tmp_path, undrawn):
     folder = shutil.copytree(plain[0], tmp_path / "again")
-    (folder / "report").rename(folder / ".report.cmoe-report-old")
-    (folder / ".report.cmoe-report-new").mkdir()
+    (folder / ".report.cmoe").mkdir()
+    (folder / "report").rename(folder / ".report.cmoe" / "old")
     report(folder, **QUICK_ARGUMENTS)
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
 

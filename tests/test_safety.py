@@ -26,34 +26,100 @@ CALLS = {
 """Functions and methods that read, write, fetch, start or interpret something."""
 PARTLY = {"os": "PathLike", "inspect": "signature"}
 """Modules of which one thing may be used."""
-INNARDS = {"__builtins__", "__subclasses__", "__globals__", "__code__", "__loader__"}
+HARMLESS_DUNDERS = {"__name__", "__qualname__", "__module__", "__version__", "__annotations__"}
+INDIRECT = {
+    *("getattr", "hasattr", "setattr", "delattr", "vars", "dir", "locals", "globals", "eval"),
+    *("exec", "compile", "open", "input", "breakpoint", "attrgetter", "methodcaller"),
+}
+"""Names that must not be passed around: only calls of the first two are looked into."""
+GLOBAL_STATE = re.compile(
+    r"backends$|ops$|classes$|environ|(set|enable|disable|allow|use_deterministic)_|(manual_)?seed"
+)
+"""Attributes of libraries that are, or change, state of the whole process."""
+CHANGES = {"update", "setdefault", "pop", "popitem", "clear", "append", "extend", "insert"}
 
 
 def offences(source):
     """What a file does that remote code must not do, from its syntax tree alone."""
+    tree = ast.parse(source)
+    nodes = list(ast.walk(tree))
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    libraries = {it.asname or it.name.split(".")[0] for node in imports for it in node.names}
+    overridden = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    inspected = [node for node in nodes if is_plain_getattr(node, libraries)]
+    allowed = {id(node.func) for node in inspected}
+    allowed |= {id(node) for node in nodes if is_definition(node, overridden)}
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes:
         match node:
             case ast.Import(names=names):
-                found += [it.name for it in names if it.name not in PARTLY or it.asname]
-                found = [name for name in found if not is_harmless(name)]
+                own = [it.name for it in names if it.name not in PARTLY or it.asname]
+                found += [name for name in own if not is_harmless(name)]
             case ast.ImportFrom(module=module, names=names, level=0):
                 imported = [f"{module}.{it.name}" for it in names]
                 found += [name for name in imported if not is_harmless(name)]
+            case ast.ImportFrom(module=module) if module != "configuration_cmoe":
+                found.append(f".{module}")
             case ast.Attribute(value=ast.Name(id=module), attr=name) if module in PARTLY:
                 found += [f"{module}.{name}"] if name != PARTLY[module] else []
             case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in CALLS:
                 found.append(f"{name}()")
-            case ast.Attribute(attr=name) | ast.Name(id=name) if name in INNARDS:
+            case ast.Call(func=ast.Attribute(value=owner, attr=name)) if (
+                name in CHANGES and root(owner) in libraries
+            ):
+                found.append(f"{root(owner)}: {name}()")
+            case ast.MatchClass(kwd_attrs=names):
+                found += [name for name in names if is_inner(name)]
+        match node:
+            case ast.Attribute(attr=name) if is_inner(name) and id(node) not in allowed:
                 found.append(name)
+            case ast.Name(id=name) if name in INDIRECT | {"__builtins__", "__loader__"}:
+                found += [] if id(node) in allowed else [name]
+            case ast.Attribute(ctx=context) | ast.Subscript(ctx=context):
+                is_read = isinstance(context, ast.Load)
+                found += [] if is_read or root(node) not in libraries else [ast.unparse(node)]
     return found
+
+
+def is_inner(name):
+    """Whether an attribute is private, or state of the whole process."""
+    is_private = name.startswith("_") and name not in HARMLESS_DUNDERS
+    return is_private or bool(GLOBAL_STATE.match(name))
+
+
+def is_plain_getattr(node, libraries):
+    """Whether a node reads a public attribute by a written name, and of no module."""
+    match node:
+        case ast.Call(
+            func=ast.Name(id="getattr" | "hasattr"), args=[owner, ast.Constant(value=str(name)), *_]
+        ):
+            return root(owner) not in libraries and not is_inner(name)
+    return False
+
+
+def is_definition(node, overridden):
+    """Whether a node calls what it overrides, or sets an attribute of its own class."""
+    match node:
+        case ast.Attribute(value=ast.Call(func=ast.Name(id="super"), args=[]), attr=name):
+            return name in overridden
+        case ast.Attribute(value=ast.Name(id="cls"), ctx=ast.Store(), attr=name):
+            return not name.startswith("__")
+    return False
+
+
+def root(node):
+    """The name that a chain of attributes, calls and subscripts begins with."""
+    while isinstance(node, ast.Attribute | ast.Subscript | ast.Call):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else None
 
 
 def is_harmless(module):
     """Whether a module, or a name in it, may be imported."""
-    return bool(LIBRARIES.match(module)) and not DANGEROUS.search(
-        module.removeprefix("huggingface_hub")
-    )
+    parts = module.split(".")
+    if not LIBRARIES.match(module) or "*" in parts or any(is_inner(part) for part in parts):
+        return False
+    return not DANGEROUS.search(module.removeprefix("huggingface_hub"))
 
 
 @pytest.mark.parametrize("name", REMOTE_CODE)
@@ -86,10 +152,67 @@ def test_the_remote_code_touches_nothing_but_tensors(name):
         "from transformers.utils.hub import cached_file as f",
         "import torch.hub",
         "x.to_disk.save('here')",
+        "from .elsewhere import x",
+        "from torch import *",
+        # State of the process, or of a library's inside, however it is reached.
+        "import torch; torch.backends.mkldnn.enabled = False",
+        "from torch import backends as b",
+        "import torch.backends.mkldnn",
+        "import torch; torch.set_num_threads(1)",
+        "from torch import set_default_dtype",
+        "import torch; torch.use_deterministic_algorithms(True)",
+        "import torch; torch.manual_seed(0)",
+        "import torch; torch.float = torch.float64",
+        "import torch; torch.nn.Linear.forward = print",
+        "import torch; del torch.nn.Linear",
+        "import os; os.environ['OMP_NUM_THREADS'] = '1'",
+        "from transformers.activations import ACT2FN; ACT2FN['silu'] = print",
+        "from transformers.activations import ACT2FN; ACT2FN.update(silu=print)",
+        "import torch; switch = torch._C._set_mkldnn_enabled",
+        "import torch; switch = getattr(torch._C, '_set_mkldnn_enabled', None)",
+        "import torch; product = getattr(torch.ops.mkldnn, '_linear_pointwise', None)",
+        "import torch; any(getattr(torch.cpu, name, bool)() for name in NAMES)",
+        "from torch import cpu; getattr(cpu, 'anything')",
+        "from torch import _C",
+        "import torch._C as inside",
+        "getattr(model, '_modules')",
+        "getattr(model, name)",
+        "getattr(model, 'set_' + 'things')",
+        "getattr(model, 'set_things')()",
+        "setattr(model, 'name', 1)",
+        "delattr(model, 'name')",
+        "vars(module)['_forward_hooks']",
+        "module._forward_hooks",
+        "module.__dict__['forward']",
+        "object.__setattr__(module, 'forward', print)",
+        "read = getattr",
+        "import operator; operator.attrgetter('_C')",
+        "from operator import attrgetter",
+        "self.experts.config._experts_implementation",
+        "super()._secret()",
+        "self._no_split_modules = []",
+        "match torch:\n    case object(_C=inside): pass",
     ],
 )
 def test_the_check_would_find_it(line):
     assert offences(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "getattr(config, 'sliding_window', None)",
+        "hasattr(config, 'rope_scaling')",
+        "class Model:\n    _no_split_modules = ['Layer']",
+        "class Model:\n    def _init_weights(self, it):\n        super()._init_weights(it)",
+        "class Model:\n    def __init_subclass__(cls):\n        cls._no_split_modules = []",
+        "import torch; torch.is_grad_enabled(), torch.__version__, type(x).__name__",
+        "import torch; x.weight[0] = torch.zeros(3)",
+        "from transformers.integrations.moe import F; F.register('cmoe', print)",
+    ],
+)
+def test_the_check_lets_it_pass(line):
+    assert not offences(line)
 
 
 def test_the_card_states_the_hashes_of_the_code(carved):

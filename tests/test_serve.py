@@ -116,13 +116,10 @@ def test_completion_and_chat_equal_generate(client, folder, expected):
 
 def test_streams_are_the_same_text_in_pieces(client, folder, expected):
     prompt = PROMPTS[0]
-    pieces = [part.choices[0].text for part in ask(client, folder, prompt, stream=True)]
-    assert "".join(filter(None, pieces)) == expected[prompt]
-    assert len(pieces) > 3
+    texts = [part.choices[0].text for part in ask(client, folder, prompt, stream=True)]
     parts = [part.choices for part in chat(client, folder, prompt, stream=True)]
-    pieces = [choices[0].delta.content for choices in parts if choices]
-    assert "".join(filter(None, pieces)) == expected[prompt]
-    assert len(pieces) > 3
+    for pieces in (texts, [choices[0].delta.content for choices in parts if choices]):
+        assert "".join(filter(None, pieces)) == expected[prompt] and len(pieces) > 3
 
 
 def test_five_clients_at_once(server, folder, expected):

@@ -2,9 +2,11 @@
 """Files of weights: one up to a size, numbered ones above, whatever happens while they are made."""
 
 import json
+import signal
 
 import pytest
 import torch
+from killable import die_at_something_new, go_on, interrupted_at
 from refusal import refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save
@@ -13,9 +15,8 @@ from test_output import command
 from test_written_files import recover
 from transformers import AutoModelForCausalLM
 
-from cmoe_hf.conversion import convert, plan, resume
+from cmoe_hf.conversion import resume
 from cmoe_hf.conversion.demo import CALIBRATION
-from cmoe_hf.conversion.folder.layerwise import WorkFolder
 
 INDEX = "model.safetensors.index.json"
 FEW = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}
@@ -33,9 +34,6 @@ def sizes(folder):
         nbytes = [tensor.nbytes for tensor in load_file(path).values()]
         found[path.name], largest = sum(nbytes), max(largest, *nbytes)
     return found, largest
-
-
-MORE_STOPS = [("5GB", "before"), ("150KB", "before"), ("150KB", "after")]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -87,56 +85,35 @@ def test_the_files_do_not_change_the_tensors(dense, carve, carved, tensors, tmp_
     assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
 
 
-@pytest.mark.parametrize(
-    ("size", "after"),
-    [
-        ("5GB", "after"),
-        *(pytest.param(*it, marks=pytest.mark.thorough) for it in MORE_STOPS),
-    ],
-)
-def test_stopped_at_any_write_it_resumes_to_the_same_bytes(
-    dense, carve, tmp_path, monkeypatch, size, after
-):
-    """Stopped before or after each write, also of each joined file; no layer is carved again."""
+@pytest.mark.parametrize("size", ["5GB", "150KB"])
+def test_interrupted_at_any_write_it_resumes_to_the_same_bytes(dense, carve, tmp_path, size):
+    expected = weights(carve(dense, max_shard_size=size))
+    names = ["windows.safetensors", *sorted(expected), "states-1.safetensors", "manifest.json"]
+    for name in [*names, "README.md"]:
+        with pytest.raises(KeyboardInterrupt), interrupted_at(name, 1 + (name == "manifest.json")):
+            go_on({"model": dense, "output": tmp_path / "out", "max_shard_size": size, **FEW})
+    resume(tmp_path / "out")
+    assert weights(tmp_path / "out") == expected
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("size", ["5GB", "150KB"])
+def test_killed_at_any_write_it_resumes_to_the_same_bytes(processes, dense, carve, tmp_path, size):
     expected = carve(dense, max_shard_size=size)
-    extra, replace, stopped = 0, WorkFolder.replace, []
-    size_of_all = sum(path.stat().st_size for path in expected.glob("*.safetensors"))
-
-    def stop(self, path, content):
-        nonlocal extra
-        if after == "after":
-            replace(self, path, content)
-        if path.name not in stopped:
-            stopped.append(path.name)
-            raise KeyboardInterrupt
-        if after == "before":
-            replace(self, path, content)
-        files = [it for it in tmp_path.rglob("*.safetensors") if "states" not in it.name]
-        extra = max(extra, sum(it.stat().st_size for it in files) - size_of_all)
-
-    monkeypatch.setattr(WorkFolder, "replace", stop)
-    monkeypatch.setattr(WorkFolder, "finished", "something")  # nothing is removed at an error
-    written, write = [], WorkFolder.write_layer
-
-    def count(self, index, *others):
-        write(self, index, *others)
-        written.append(index)
-
-    monkeypatch.setattr(WorkFolder, "write_layer", count)
+    seen, out = tmp_path / "seen", tmp_path / "out"
+    seen.write_text("")
+    arguments = {"model": dense, "output": out, "max_shard_size": size, **FEW}
     for _ in range(40):
-        try:
-            if (tmp_path / "out.partial" / "work" / "settings.json").is_file():
-                resume(tmp_path / "out")
-            else:
-                convert(dense, tmp_path / "out", **FEW, max_shard_size=size)
+        process = processes.Process(target=die_at_something_new, args=(seen, arguments))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
             break
-        except KeyboardInterrupt:
-            assert not (tmp_path / "out").exists()
-    assert {"rest.safetensors", "layer-1.safetensors", *weights(expected)} <= set(stopped)
-    assert weights(tmp_path / "out") == weights(expected)
-    assert written == [0, 1]
-    headers, rest = 20_000, 2 * 1024 * 64 * 4  # embedding and head, larger than a file of 150 KB
-    assert 0 < extra < headers + (size_of_all if size == "5GB" else 150_000 + rest)
+        assert process.exitcode == -signal.SIGKILL and not out.exists()
+        weight = sum(path.stat().st_size for path in tmp_path.rglob("model*.safetensors"))
+        assert weight <= sum(map(len, weights(expected).values()))  # no tensor is written twice
+    assert {"manifest.json", "README.md", *weights(expected)} <= set(seen.read_text().split())
+    assert weights(out) == weights(expected)
     assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
@@ -148,21 +125,10 @@ def test_a_size_that_is_none(dense, carved, no_leftovers):
         refused(recover(carved, no_leftovers, "--max-shard-size", size), 2, phrase)
 
 
-def test_the_size_is_frozen_and_counted(dense, tmp_path, monkeypatch):
-    def stop(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(WorkFolder, "join", stop)
+def test_the_size_is_frozen(dense, tmp_path):
+    with interrupted_at("README.md"):
         assert run(dense, tmp_path / "out", "--max-shard-size", "600KB").exit_code == 1
     result = command("convert", tmp_path / "out", "--resume", "--max-shard-size", "1GB")
     refused(result, 2, "max_shard_size was '600KB'")
     result = command("convert", tmp_path / "out", "--resume", "--max-shard-size", "600KB")
     assert result.exit_code == 0, result.stderr
-    few = {**FEW, "samples": 1, "sequence_length": 16}
-    small, large = (
-        plan(dense, tmp_path / "new", **few, max_shard_size=size) for size in ("100KB", "5GB")
-    )
-    size = (dense / "model.safetensors").stat().st_size
-    assert large.work_bytes - size < large.work_bytes - small.work_bytes < size
-    assert large.work_bytes >= size

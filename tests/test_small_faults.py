@@ -3,13 +3,13 @@
 
 import errno
 import json
-import math
 import os
 import shutil
 
 import pytest
 import torch
 from hub import TOKEN
+from killable import interrupted_at
 from refusal import refused
 from safetensors.torch import load_file, save_file
 from test_bad_input import run
@@ -21,10 +21,7 @@ from cmoe_hf.conversion import CMoEError, Tuning, recover
 from cmoe_hf.conversion.carve.decoder import Storage
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
-from cmoe_hf.conversion.folder.layerwise import WorkFolder
-from cmoe_hf.conversion.folder.unfinished import as_json
 from cmoe_hf.conversion.share.vetting import check_private
-from cmoe_hf.conversion.tune.recover import RecoveryFolder
 
 
 def cli(*arguments):
@@ -126,7 +123,7 @@ def beyond(carved, tmp_path):
     [
         ("evaluate", ["--text", HELD_OUT]),
         ("report", ["--text", HELD_OUT]),
-        ("benchmark", ["--text", HELD_OUT, "--rounds", 1]),
+        ("benchmark", ["--text", HELD_OUT, "--rounds", 1, "--prefill", 64, "--context", 64]),
         ("recover", ["OUT", "--training", CALIBRATION, "--text", HELD_OUT, "--samples", 4]),
         ("export", ["OUT", "--refit-router", CALIBRATION]),
     ],
@@ -146,19 +143,11 @@ def test_a_token_beyond_the_embedding_of_the_baseline(dense, dense_copy, edit_co
 
 
 @pytest.fixture
-def stopped(dense, tmp_path, monkeypatch):
-    """A conversion that stopped after its first layer, and whose text is gone since."""
-
-    def stop(self, index, *others):
-        if index == 1:
-            raise KeyboardInterrupt
-        return write(self, index, *others)
-
+def stopped(dense, tmp_path):
+    """A conversion that was interrupted after its first layer, and whose text is gone since."""
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"body": CALIBRATION.read_text()}))
-    write = WorkFolder.write_layer
-    with monkeypatch.context() as patch:
-        patch.setattr(WorkFolder, "write_layer", stop)
+    with interrupted_at("model.safetensors", 4):
         result = run(dense, tmp_path / "out", "--calibration", f"{text}:body")
     assert result.exit_code == 1 and "--resume" in result.stderr
     text.unlink()
@@ -187,20 +176,13 @@ def test_damaged_windows_are_not_resumed(stopped):
     refused(cli("convert", stopped, "--resume"), 2, "there is no text file")
 
 
-def test_a_recovery_is_resumed_without_its_texts(carved, tmp_path, monkeypatch):
+def test_a_recovery_is_resumed_without_its_texts(carved, tmp_path):
     texts = {"training": tmp_path / "training.txt", "text": tmp_path / "text.txt"}
     texts["training"].write_text(CALIBRATION.read_text())
     texts["text"].write_text(HELD_OUT.read_text()[:4_000])
     tuning = Tuning(samples=4, sequence_length=64, batch_size=2)
-    write = RecoveryFolder.write_text
-
-    def stop(self, name, text):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(RecoveryFolder, "write_text", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), interrupted_at("modeling_cmoe.py"):
         recover(carved, tmp_path / "out", **texts, tuning=tuning)
-    monkeypatch.setattr(RecoveryFolder, "write_text", write)
     for path in texts.values():
         path.unlink()
     result = cli("recover", tmp_path / "out", "--resume", "--json")
@@ -238,12 +220,6 @@ def test_what_is_not_finite_is_named_instead_of_printed(overflowing, tmp_path, q
 def test_a_perplexity_that_no_number_holds(overflowing, quiet):
     result = cli("evaluate", overflowing(1e30), "--text", HELD_OUT, "--json")
     refused(result, 1, "mean loss on this text is", "perplexity")
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_no_file_gets_what_json_does_not_know(value):
-    with pytest.raises(CMoEError, match=rf"layers\.1\.error is {value}, not a finite number"):
-        as_json({"seconds": 1.0, "layers": [{"error": 0.5}, {"error": value}]})
 
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF])

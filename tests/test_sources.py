@@ -10,9 +10,10 @@ import torch
 from refusal import refused
 from safetensors.torch import load_file, save_file
 from test_bad_input import change_weights, run
+from test_output import command
 from transformers import AutoModelForCausalLM
 
-from cmoe_hf.conversion import convert, plan
+from cmoe_hf.conversion import convert, evaluate, plan, verify
 from cmoe_hf.conversion.demo import CALIBRATION
 from cmoe_hf.conversion.source.checkpoint import open_source
 
@@ -165,6 +166,23 @@ def test_an_index_that_is_none(sharded, no_leftovers, where):
     refused(run(sharded, no_leftovers), 2, "model.safetensors.index.json has no weight_map")
 
 
+@pytest.mark.parametrize("how", ["../elsewhere.safetensors", "parts/../../x", "C:\\x", None])
+@pytest.mark.parametrize("named_by", ["index", "config.json"])
+def test_weights_outside_the_folder(sharded, no_leftovers, tmp_path, edit_config, how, named_by):
+    outside = tmp_path / "elsewhere.safetensors"
+    shutil.copy(next(sharded.glob("*.safetensors")), outside)
+    name = how or str(outside)
+    if named_by == "config.json":
+        edit_config(sharded, transformers_weights=name)
+    else:
+        path = sharded / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        index["weight_map"]["lm_head.weight"] = name
+        path.write_text(json.dumps(index))
+    refused(run(sharded, no_leftovers), 2, named_by, f"names {name}, which is outside")
+    refused(command("evaluate", sharded, "--text", CALIBRATION), 2, "outside the model's folder")
+
+
 def test_an_adapter_beside_the_weights(dense_copy, no_leftovers):
     (dense_copy / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     save_file({"lora": torch.ones(1)}, dense_copy / "adapter_model.safetensors")
@@ -205,6 +223,25 @@ def test_types_of_buffers_that_are_not_stored_again(own_dense, carve, tmp_path, 
     change_weights(folder, lambda stored: stored.update({buffer: mask}))
     assert run(folder, tmp_path / "out").exit_code == 0
     assert same_tensors(tmp_path / "out", plain)
+
+
+@pytest.mark.parametrize("family", ["llama-2", "qwen3-moe"])
+def test_every_tensor_keeps_its_type(own_dense, tmp_path, tensors, family):
+    folder, router = own_dense(family), "model.layers.1.mlp.gate.weight"
+
+    def halve(stored):
+        for name in [name for name in stored if "norm" not in name and name != router]:
+            stored[name] = stored[name].to(torch.float16)
+
+    change_weights(folder, halve)
+    assert run(folder, tmp_path / "out").exit_code == 0
+    before, after = tensors(folder), tensors(tmp_path / "out")
+    if router in before:
+        before[router.replace("weight", "parent_weight")] = before.pop(router)
+    for name in before.keys() & after.keys():
+        assert before[name].dtype == after[name].dtype and torch.equal(before[name], after[name])
+    half = {name: tensor for name, tensor in after.items() if ".mlp.experts." in name}
+    assert half and all(tensor.dtype == torch.float16 for tensor in half.values())
 
 
 # The names
@@ -326,6 +363,7 @@ def test_packed_experts_of_another_size(own_dense, no_leftovers, change, phrase)
         ("vocab_size", "many"),
         ("vocab_size", 0),
         ("max_position_embeddings", 0),
+        ("return_dict", False),
     ],
 )
 def test_a_configuration_that_the_library_cannot_build(
@@ -362,6 +400,28 @@ def test_a_configuration_that_its_family_cannot_have(
     folder = own_dense(family)
     edit_config(folder, **{field: value})
     refused(run(folder, no_leftovers, "--dry-run"), 2, "config.json of", "not usable", field)
+
+
+@pytest.mark.parametrize("family", ["llama-2", "qwen3-moe"])
+def test_a_model_that_returns_more_than_logits(
+    own_dense, carve, edit_config, short_text, token_ids, family
+):
+    more = {"output_attentions": True, "output_hidden_states": True, "output_router_logits": True}
+    folder = own_dense(family)
+    expected = carve(folder)
+    edit_config(folder, **more)
+    got = carve(folder)
+    written = json.loads((got / "config.json").read_text())
+    assert {key: written[key] for key in more} == more
+    stored = [path.read_bytes() for path in sorted(got.glob("*.safetensors"))]
+    assert stored == [path.read_bytes() for path in sorted(expected.glob("*.safetensors"))]
+    assert verify(got).differences == []
+    measured = {"text": short_text, "sequence_length": 64}
+    assert evaluate(got, **measured).perplexity == evaluate(expected, **measured).perplexity
+    model = AutoModelForCausalLM.from_pretrained(got, attn_implementation="eager")
+    outputs = model(token_ids)
+    assert len(outputs.attentions) == 2 and len(outputs.hidden_states) == 3
+    assert model.generate(token_ids, max_new_tokens=3).shape == (2, 35)
 
 
 def test_a_window_that_is_switched_off_may_be_anything(own_dense, tmp_path, edit_config):

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is read as a text: its rows, its column, its bytes, and how much of it."""
 
+import csv
 import datetime
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -39,6 +41,14 @@ ROWS = [{"id": index, "text": text} for index, text in enumerate(PARAGRAPHS)]
 LINES = "\n".join(map(json.dumps, ROWS))
 
 
+def table(delimiter=",", head=("id", "text"), end="\n"):
+    """The rows as CSV; cells may hold delimiters, quotes and line ends."""
+    file = io.StringIO()
+    writer = csv.writer(file, delimiter=delimiter, lineterminator=end)
+    writer.writerows([head, *(row.values() for row in ROWS)])
+    return file.getvalue()
+
+
 def calibration_of(folder):
     """What `conversion.json` says of the text."""
     return json.loads((folder / "conversion.json").read_text())["calibration"]
@@ -63,6 +73,12 @@ def prose(carved):
         ("text.txt.gz", CALIBRATION.read_text(encoding="utf-8")),
         ("body.jsonl", LINES.replace('"text"', '"body"')),
         ("two.jsonl:body", LINES.replace('"text"', '"title": "not this", "body"')),
+        ("rows.csv", table()),
+        ("rows.tsv", table("\t")),
+        ("semicolons.CSV", table(";")),
+        ("rows.csv.gz", "\ufeff" + table(end="\r\n")),
+        ("two.tsv:body", table("\t", head=("text", "body"))),
+        ("body.csv", table(head=("id", "body"))),
     ],
 )
 def test_rows_are_read_whatever_the_file_is_called(dense, tmp_path, prose, name, content):
@@ -89,9 +105,9 @@ def test_parquet_is_read_whatever_the_case_and_the_column(dense, tmp_path, prose
 @pytest.mark.parametrize(
     ("name", "content", "phrases"),
     [
-        ("rows.txt", LINES, ["rows.txt holds rows of JSON", "rows.jsonl"]),
-        ("rows", json.dumps(ROWS), ["rows holds rows of JSON"]),
-        ("one.log", LINES.partition("\n")[0], ["one.log holds rows of JSON"]),
+        ("rows.txt", LINES, ["cannot read rows.txt: it holds rows of JSON", ".jsonl"]),
+        ("rows", json.dumps(ROWS), ["it holds rows of JSON"]),
+        ("one.log", LINES.partition("\n")[0], ["it holds rows of JSON"]),
         (
             "two.jsonl",
             LINES.replace('"text"', '"title": "x", "body"'),
@@ -100,19 +116,29 @@ def test_parquet_is_read_whatever_the_case_and_the_column(dense, tmp_path, prose
         ("two.jsonl:tail", LINES, ["no column 'tail'; it has ['id', 'text']"]),
         ("text.txt:body", "prose", ["text.txt is plain text: it has no column 'body'"]),
         ("numbers.jsonl", '{"id": 1}\n{"id": 2}', ["no column 'text'; it has ['id']"]),
-        ("broken.jsonl", '{"text": "x"}\n\n{"text": ', ["line 3 of broken.jsonl"]),
-        ("object.json", '{\n "data": []\n}', ["line 1 of object.json", "a list of objects"]),
-        ("strings.json", '["one", "two"]', ["row 1 of strings.json is not an object", '"one"']),
+        ("broken.jsonl", '{"text": "x"}\n\n{"text": ', ["row 2 of broken.jsonl"]),
+        ("object.json", '{\n "data": []\n}', ["row 1 of object.json", "a list of objects"]),
+        ("strings.json", '["one", "two"]', ["row 1 of strings.json", 'it is "one", not an object']),
         ("empty.txt", "", ["empty.txt is empty"]),
         ("empty.jsonl", "\n", ["empty.jsonl is empty"]),
         ("empty.json", "[]", ["empty.json is empty"]),
-        ("latin.txt", b"ab\n" * 10 + b"\xe9t", ["latin.txt is not UTF-8", "byte 30 (0xe9)"]),
-        ("late.txt", b"a\xc3\xa9" * 500_000 + b"\xe9", ["at byte 1500000 (0xe9)"]),
-        ("cut.txt", b"ab\xc3", ["cut.txt is not UTF-8", "byte 2 (0xc3)"]),
-        ("wide.txt", "hello".encode("utf-16"), ["wide.txt is not plain text", "NUL byte at"]),
-        ("nul.jsonl", b'{"text": "a\0"}', ["NUL byte at offset 11"]),
-        ("torn.jsonl.gz", gzip.compress(LINES.encode())[:-20], ["cannot read torn.jsonl.gz"]),
-        ("not.parquet", "not this", ["not.parquet is not a whole Parquet file"]),
+        ("latin.txt", b"ab\n" * 10 + b"\xe9t", ["cannot read latin.txt", "not UTF-8"]),
+        ("late.txt", b"a\xc3\xa9" * 500_000 + b"\xe9", ["cannot read late.txt", "not UTF-8"]),
+        ("latin.csv", b"text\nab\n\xe9t", ["latin.csv: invalid continuation", "not UTF-8"]),
+        ("wide.txt", "hello".encode("utf-16-le"), ["NUL byte", "not UTF-8"]),
+        ("nul.jsonl", b'{"text": "a\0"}', ["row 1 of nul.jsonl: Invalid control character"]),
+        ("more.csv", "text,id\na,1\nb,2,3\n", ["row 2 of more.csv: it has more cells"]),
+        ("open.csv", 'text,id\na,1\n"b,2\n', ["row 2 of open.csv: unexpected end of data"]),
+        ("two.csv", "title,body\na,b\n", ["no column 'text'", "['title', 'body']", "two.csv:COL"]),
+        ("numbers.tsv", "n\tm\n1\t2\n", ["no column 'text'"]),
+        ("head.csv", "text\n", ["head.csv is empty"]),
+        ("gaps.csv", "text,id\n,1\n", ["no row of gaps.csv has text", "row 1 has null"]),
+        (
+            "torn.jsonl.gz",
+            gzip.compress(LINES.encode())[:-20],
+            ["torn.jsonl.gz: Compressed file ended before"],
+        ),
+        ("not.parquet", "not this", ["not.parquet: Parquet magic bytes not found"]),
         ("gone.jsonl:body", None, ["there is no text file"]),
         ("folder", ..., ["is a folder, not a text"]),
     ],
@@ -148,15 +174,15 @@ def test_rows_without_text_are_skipped_and_counted(dense, tmp_path, prose, caplo
     assert calibration_of(tmp_path / "out")["sha256"] == prose
     [warning] = [it.getMessage() for it in caplog.records if it.name.endswith("texts")]
     assert warning.startswith(f"4 of {len(ROWS) + 4} rows of rows.jsonl have no text")
-    assert f"line {at + 1} has null" in warning
+    assert f"row {at + 1} has null" in warning
 
 
 def test_rows_without_text_through_the_library_of_the_hub(tmp_path, caplog):
     """It knows local files, too, so that nothing has to be fetched."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"body": "one", "n": 1}\n{"body": null, "n": 2}\n{"body": "two", "n": 3}\n')
-    rows = hub_rows({"path": "json", "data_files": str(path), "split": "train"}, "org/rows")
-    assert list(documents(rows, None, "org/rows", "")) == ["one", "two"]
+    rows = hub_rows("org/rows", path="json", data_files=str(path), split="train")
+    assert "".join(documents(rows, None, "org/rows", "")) == "one\n\ntwo"
     assert "1 of 3 rows of org/rows" in caplog.text and "'body' is read" in caplog.text
 
 
@@ -173,7 +199,7 @@ def test_rows_without_text_in_parquet(dense, tmp_path, prose, caplog):
 def test_no_row_with_text_is_refused(dense, no_leftovers, tmp_path, value):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n" + json.dumps({"text": value}) + "\n" + json.dumps({"text": value}))
-    phrase = f"no row of rows.jsonl has text in its column 'text': line 2 has {json.dumps(value)}"
+    phrase = f"no row of rows.jsonl has text in its column 'text': row 1 has {json.dumps(value)}"
     refused(run(dense, no_leftovers, "--calibration", str(path)), 2, phrase)
 
 
@@ -264,7 +290,7 @@ def test_of_a_quick_look_no_more_is_read_than_it_takes(dense, tmp_path):
         file.write(b"\xff")  # whoever reads so far is refused
     command = ["evaluate", dense, "--text", text, "--sequence-length", 64, "--json"]
     result = CliRunner().invoke(app, list(map(str, command)))
-    assert result.exit_code == 2 and "large.txt is not UTF-8 text" in result.stderr
+    assert result.exit_code == 2 and "cannot read large.txt" in result.stderr
     result = CliRunner().invoke(app, [*map(str, command), "--windows", "5"])
     assert result.exit_code == 0, result.stderr
     few = json.loads(result.stdout)

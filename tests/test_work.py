@@ -3,18 +3,20 @@
 
 import json
 import random
+import shutil
 import time
+from pathlib import Path
 
 import killable
 import pytest
+from killable import interrupted_at
 from refusal import refused
-from typer.testing import CliRunner
+from test_bad_input import run
+from test_output import command
 
 import cmoe_hf
 from cmoe_hf.conversion import RequestError, convert, plan, resume
-from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION
-from cmoe_hf.conversion.folder.layerwise import WorkFolder
 
 CHANCE = random.SystemRandom()
 """Kills come at other moments in every run; everything else is seeded."""
@@ -63,7 +65,7 @@ def test_killed_at_random_moments_it_resumes_to_the_same_bytes(processes, dense,
         kill_after(processes, CHANCE.uniform(0, duration), output=output, **arguments)
         finish(output, **arguments)
         assert contents(output) == expected
-        assert not (output / "work").exists()
+        assert [path.name for path in tmp_path.glob(f"{output.name}*")] == [output.name]
 
 
 @pytest.mark.thorough
@@ -86,21 +88,10 @@ def test_a_larger_model_killed_again_and_again(processes, embedded, tmp_path):
 
 
 @pytest.fixture
-def unfinished(dense, tmp_path, monkeypatch):
-    """A conversion that stopped after its first layer."""
-
-    def stop(self, index, *others):
-        if index == 1:
-            raise KeyboardInterrupt
-        return write(self, index, *others)
-
-    write = WorkFolder.write_layer
-    with monkeypatch.context() as patch:
-        patch.setattr(WorkFolder, "write_layer", stop)
-        arguments = ["convert", str(dense), str(tmp_path / "out"), "--calibration", CALIBRATION]
-        arguments += ["--shared", 2, "--active", 2, "--experts", 8]
-        arguments += ["--samples", 4, "--sequence-length", 64]
-        result = CliRunner().invoke(app, [*map(str, arguments)])
+def unfinished(dense, tmp_path):
+    """A conversion that was interrupted after its first layer."""
+    with interrupted_at("model.safetensors", 4):
+        result = run(dense, tmp_path / "out")
     assert result.exit_code == 1
     assert "Layers finished: 1; go on with: cmoe convert" in result.stderr
     assert not (tmp_path / "out").exists()
@@ -108,7 +99,7 @@ def unfinished(dense, tmp_path, monkeypatch):
 
 
 def cli_resume(*arguments):
-    return CliRunner().invoke(app, ["convert", *map(str, arguments), "--resume"])
+    return command("convert", *arguments, "--resume")
 
 
 def test_resume_takes_no_other_argument(unfinished, carved, dense):
@@ -149,12 +140,15 @@ def test_what_has_changed_is_named(unfinished, dense, tmp_path, monkeypatch):
         refused(cli_resume(unfinished), 2, f"{name.replace('_', ' ')} has changed")
 
 
-def test_a_damaged_finished_shard_is_noticed(unfinished):
-    part = unfinished.with_name("out.partial") / "work" / "layer-0.safetensors"
-    content = bytearray(part.read_bytes())
-    content[-1] ^= 1
-    part.write_bytes(content)
-    refused(cli_resume(unfinished), 1, part.name, "missing or damaged")
+@pytest.mark.parametrize("name", ["repository/model.safetensors", "work/states-1.safetensors"])
+def test_damage_to_what_is_finished_is_noticed(unfinished, name):
+    path = unfinished.with_name("out.partial") / name
+    with open(path, "r+b") as file:  # in the embedding, or in the header's last tensor
+        file.seek(path.stat().st_size // 10)
+        file.write(b"damaged!")
+    refused(cli_resume(unfinished), 1, "what is finished of the conversion is missing or damaged")
+    path.unlink()
+    refused(cli_resume(unfinished), 1, "missing or damaged", "Start again with --overwrite")
 
 
 def test_an_unfinished_conversion_is_not_started_over_unasked(unfinished, dense):
@@ -166,17 +160,20 @@ def test_an_unfinished_conversion_is_not_started_over_unasked(unfinished, dense)
 
 def test_nothing_to_resume(tmp_path):
     refused(cli_resume(tmp_path / "out"), 2, "no unfinished conversion")
-    refused(CliRunner().invoke(app, ["convert", "model"]), 2, "cmoe convert MODEL OUT")
-    refused(CliRunner().invoke(app, ["convert", "model", "out"]), 2, "--experts")
+    refused(command("convert", "model"), 2, "cmoe convert MODEL OUT")
+    refused(command("convert", "model", "out"), 2, "--experts")
 
 
-def test_killed_between_the_last_two_renames(unfinished, carved):
-    """The work folder has left, the repository does not have its name yet."""
-    partial = unfinished.with_name("out.partial")
-    (partial / "work").rename(unfinished.with_name("out.work"))
-    assert cli_resume(unfinished).exit_code == 0
-    assert contents(unfinished) == contents(carved)
-    assert [path.name for path in unfinished.parent.glob("out*")] == ["out"]
+def test_killed_between_the_last_two_renames(dense, carved, tmp_path):
+    """The old model has left, the new one does not have its name yet."""
+    out = Path(shutil.copytree(carved, tmp_path / "out"))
+    with interrupted_at("model.safetensors", 4):
+        assert run(dense, out, "--overwrite").exit_code == 1
+    out.rename(tmp_path / "out.partial" / "replaced")
+    refused(run(dense, out, "--overwrite"), 2, "out.partial exists already", "move it away")
+    assert cli_resume(out).exit_code == 0
+    assert contents(out) == contents(carved)
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
 @pytest.mark.thorough
@@ -200,13 +197,12 @@ def test_two_conversions_into_the_same_folder(processes, dense, tmp_path):
 def test_a_full_disk_leaves_a_folder_that_can_be_resumed(processes, dense, carved, tmp_path):
     queue = processes.Queue()
     arguments = {"model": dense, "output": tmp_path / "out", **SHAPE, **FEW}
-    process = processes.Process(target=killable.run_out_of_space, args=(queue, arguments, 1))
+    process = processes.Process(target=killable.run_out_of_space, args=(queue, arguments))
     process.start()
     kind, message, notes = queue.get(timeout=300)
     process.join()
-    assert kind == "CMoEError"
-    assert "cannot write layer-1.safetensors" in message
-    assert "--resume" in notes[0]
+    assert kind == "CMoEError" and "cannot write model.safetensors in" in message
+    assert "Layers finished: 1" in notes[0] and "--resume" in notes[0]
     resume(tmp_path / "out")
     assert contents(tmp_path / "out") == contents(carved)
 
@@ -239,26 +235,19 @@ def test_experts_of_an_awkward_width_are_warned_about(dense, tmp_path, caplog):
     assert warning in caplog.messages
 
 
-def test_a_plan_refuses_what_a_conversion_would(dense, carved, tmp_path):
-    arguments = ["convert", str(dense), str(tmp_path), "--experts", "8", "--budget", "0.25"]
-    arguments += ["--calibration", str(CALIBRATION), "--sequence-length", "64", "--dry-run"]
+def test_a_plan_refuses_what_a_conversion_would(dense, tmp_path):
     (tmp_path / "file").write_text("")
-    result = CliRunner().invoke(app, arguments)
-    refused(result, 2, "exists already")
-    arguments[2] = str(tmp_path / "out")
-    result = CliRunner().invoke(app, [*arguments, "--json"])
+    refused(run(dense, tmp_path, "--dry-run"), 2, "exists already")
+    out = tmp_path / "out"
+    result = run(dense, out, "--dry-run")
     assert result.exit_code == 0, result.stderr
     keys = json.loads(result.stdout).keys()
     assert {"layers", "parameters", "active_parameters", "disk_bytes", "seconds"} <= keys
-    result = CliRunner().invoke(app, arguments)
-    words = " ".join(result.stdout.split())
+    shape = ["--budget", 0.25, "--experts", 8, "--calibration", CALIBRATION]
+    words = " ".join(command("convert", dense, out, *shape, "--dry-run").stdout.split())
     assert "nothing was written" in words and "disk while working" in words
-    refused(
-        CliRunner().invoke(app, [*arguments, "--activations", "magic"]),
-        2,
-        "choose auto, memory, disk",
-    )
-    assert not (tmp_path / "out").exists()
+    refused(run(dense, out, "--activations", "magic"), 2, "choose auto, memory, disk")
+    assert not out.exists()
 
 
 def test_notes_of_an_older_release_are_not_misread(unfinished):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import relatives_last
 from huggingface_hub import ModelCard
+from killable import interrupted_at
 from refusal import refused
 from test_bad_input import run
 from test_output import command
@@ -58,18 +59,100 @@ def test_a_broken_card_of_a_carved_model(carved, tmp_path, caplog):
         assert "# Mine" in card.text and section in card.text
 
 
-def test_legal_texts_in_a_folder_go_with_the_model(dense_copy, tmp_path):
-    texts = {"LICENSE": "see LICENSES", "LICENSES/MIT.txt": "MIT", "LICENSES/more/A.txt": "A"}
-    for name, text in texts.items():
-        (dense_copy / name).parent.mkdir(parents=True, exist_ok=True)
-        (dense_copy / name).write_text(text)
+LEGAL = ["LICENSE", "license.txt", "License.md", "COPYING", "Notice.txt", "Use_Policy.md"]
+LEGAL += ["LICENSES/MIT.txt", "LICENSES/more/A.txt", "terms/of use.md"]
+
+
+def add_legal_texts(folder):
+    """Legal texts by all kinds of names, one of which only the card tells."""
+    for name in LEGAL:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"This is {name}.")
+    link = "license: other\nlicense_link: ./terms/of%20use.md#2"
+    (folder / "README.md").write_text(f"---\n{link}\n---\nHello\n")
+
+
+def test_legal_texts_go_with_the_model(dense_copy, tmp_path):
+    add_legal_texts(dense_copy)
     out = tmp_path / "out"
     assert run(dense_copy, out).exit_code == 0
     assert command("export", out, tmp_path / "native").exit_code == 0
     assert recover(out, tmp_path / "tuned").exit_code == 0
     for folder in (out, tmp_path / "native", tmp_path / "tuned"):
-        for name, text in texts.items():
-            assert (folder / name).read_text() == text
+        for name in LEGAL:
+            assert (folder / name).read_text() == f"This is {name}."
+        assert ModelCard.load(folder / "README.md").data.license_link == "./terms/of%20use.md#2"
+
+
+def test_legal_texts_come_from_the_hub(hub, dense_copy, tmp_path):
+    add_legal_texts(dense_copy)
+    hub.publish("org/legal", dense_copy)
+    assert run("org/legal", tmp_path / "out").exit_code == 0
+    assert all((tmp_path / "out" / name).is_file() for name in LEGAL)
+
+
+@pytest.mark.parametrize(
+    ("link", "stays"),
+    [
+        ("https://example.org/terms", True),
+        ("TERMS.md", False),
+        ("../secret.txt", False),
+        ("/etc/hostname", False),
+        ("file:///etc/hostname", False),
+        ("config.json", False),
+        ("./", False),
+    ],
+)
+def test_a_link_to_a_licence_is_followed_or_dropped(dense_copy, tmp_path, caplog, link, stays):
+    (tmp_path / "secret.txt").write_text("a secret")
+    card = f"---\nlicense: other\nlicense_name: own\nlicense_link: {link}\n---\nHello\n"
+    (dense_copy / "README.md").write_text(card)
+    assert run(dense_copy, tmp_path / "out").exit_code == 0
+    written = ModelCard.load(tmp_path / "out" / "README.md").data.to_dict()
+    assert written["license_name"] == "own" and written.get("license_link") == (
+        (stays and link) or None
+    )
+    assert ("there is no such text" in caplog.text) != stays
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not names & {"secret.txt", "hostname"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "cmoe_llama"
+
+
+def test_a_source_in_the_cache_of_the_hub_is_the_repository(dense, tmp_path):
+    commit = "0123456789" * 4
+    folder = tmp_path / "hub" / "models--owner--tiny" / "snapshots" / commit
+    shutil.copytree(dense, folder)
+    (tmp_path / "link").symlink_to(folder)
+    for number, source in enumerate((folder, tmp_path / "link")):
+        out = tmp_path / f"out-{number}"
+        assert run(source, out).exit_code == 0
+        report = json.loads((out / "conversion.json").read_text())
+        assert report["source"] == {"name": "owner/tiny", "revision": commit}
+        card = ModelCard.load(out / "README.md")
+        assert card.data.base_model == "owner/tiny" and "# tiny-CMoE-S2A2E8" in card.text
+        assert f"| source revision | {commit} |" in card.text
+
+
+@pytest.mark.parametrize("how", ["truncation", "padding"])
+def test_what_a_tokenizer_is_set_to_stays_resumed_or_not(dense_copy, tmp_path, how):
+    backend = Tokenizer.from_file(str(dense_copy / "tokenizer.json"))
+    if how == "truncation":
+        backend.enable_truncation(max_length=50)
+    else:
+        backend.enable_padding(length=20)
+    backend.save(str(dense_copy / "tokenizer.json"))
+    assert run(dense_copy, tmp_path / "whole").exit_code == 0
+    with interrupted_at("model.safetensors", 4):  # when layer 1 is written
+        assert run(dense_copy, tmp_path / "resumed").exit_code == 1
+    assert command("convert", tmp_path / "resumed", "--resume").exit_code == 0
+    whole, resumed = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("whole", "resumed")
+    )
+    assert whole.keys() == resumed.keys()
+    differing = {name for name in whole if whole[name] != resumed[name]}
+    assert differing <= {"conversion.json", "README.md"}  # which tell the time
+    assert json.loads(whole["tokenizer.json"])[how] is not None
 
 
 @pytest.mark.parametrize(
@@ -228,6 +311,7 @@ def test_advice_works_as_printed(carved, tmp_path):
     refused(command("recover", carved, out, "--resume"), 2, "cmoe recover OUT --resume.")
     (tmp_path / "out.partial" / "work").mkdir(parents=True)  # of an export that was killed
     (tmp_path / "out.partial" / "work" / "settings.json").write_text("{}")
+    (tmp_path / "out.partial" / "repository").mkdir()
     result = command("export", carved, out)
     refused(result, 2, "choose another output folder, or pass --overwrite")
     assert "--resume" not in result.stderr

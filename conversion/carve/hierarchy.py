@@ -100,7 +100,6 @@ def carve_moe(
         clock = Stopwatch()
         with clock("read"):
             rest = source.read_layer(index, without_experts=True)
-            stored_dtype = rest[router].dtype
             layer = {
                 name: tensor.to(storage.device, torch.float32) for name, tensor in rest.items()
             }
@@ -122,12 +121,7 @@ def carve_moe(
         # The dense down projection ran for all tokens: it is no sample.
         figures["seconds"] = with_totals(clock.seconds, 1)
         rest["mlp.gate.parent_weight"] = rest.pop(router)
-        tensors = {
-            row.carved_layer(index) + name: tensor
-            if name.endswith("balance_bias")
-            else tensor.to(stored_dtype)
-            for name, tensor in (rest | tensors).items()
-        }
+        tensors = {row.carved_layer(index) + name: it for name, it in (rest | tensors).items()}
         yield index, tensors, figures
         del tensors, rest
 

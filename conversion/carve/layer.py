@@ -14,7 +14,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from cmoe_hf import CMoEConfig
-from cmoe_hf.modeling_cmoe import PIN_BIAS, CMoERouter
+from cmoe_hf.modeling_cmoe import CMoERouter
 
 from ..errors import CMoEError
 from ..source.architectures import Architecture
@@ -35,6 +35,7 @@ from .profile import (
 )
 from .recipe import Recipe
 from .router import (
+    ALWAYS_ON_BIAS,
     linear_router,
     oracle_choice,
     output_energies,
@@ -207,13 +208,13 @@ def build_router(
             up_bias_F=ffn.up_bias_F,
             normalise=recipe.normalised_rows,
         )
-    # A pinned expert needs no score: its bias decides.
+    # An expert that is always on needs no score: its bias decides.
     router = {
         name: torch.cat([w.new_zeros(parts.pinned, *w.shape[1:]), ffn.rounded(w)])
         for name, w in router.items()
     }
     bias_N = torch.zeros(len(parts.experts_NM), device=ffn.up_FH.device)
-    bias_N[: parts.pinned] = PIN_BIAS
+    bias_N[: parts.pinned] = ALWAYS_ON_BIAS
     return {**router, "balance_bias": bias_N}
 
 

@@ -14,6 +14,24 @@ from .linalg import lower_gram, solve_shifted
 
 ENERGY_TOKENS = 2048
 """Tokens whose experts' outputs are measured at once."""
+ALWAYS_ON_BIAS, HIGHEST_BIAS = 2.0, 1.0
+"""Balance bias of an expert that runs for every token, and the highest of any other: below 1 + 1
+with its probability, it never wins against the first."""
+
+
+def always_on_mask(bias_N: torch.Tensor, experts: list[int] | None) -> torch.Tensor:
+    """Return which experts of a layer run for every token, (N,) bool.
+
+    Args:
+        bias_N: The layer's balance bias.
+        experts: Their numbers, by the configuration; None in models of cmoe-hf 0.2 and before, and
+            in those without such experts: then the bias tells.
+    """
+    if experts is None:
+        return bias_N > HIGHEST_BIAS
+    always_on_N = torch.zeros_like(bias_N, dtype=torch.bool)
+    always_on_N[experts] = True
+    return always_on_N
 
 
 def representative_router(

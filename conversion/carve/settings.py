@@ -16,6 +16,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeAlias, TypeVar
 
 from ..device import check_dtype
 from ..errors import RequestError
+from ..source.checkpoint import local_name
 from ..source.texts import absolute_text
 from .polish import Schedule
 from .recipe import Recipe
@@ -57,7 +58,7 @@ class Settings:
     polish: bool = False
     """Train each carved layer by itself towards the dense one's output, after the refit."""
     calibration: str | Path = "wikitext2"
-    """Text, JSONL, JSON or Parquet file (FILE:COLUMN names a column), wikitext2, c4, or
+    """Text, JSON, CSV or Parquet file (FILE:COLUMN names a column), wikitext2, c4, or
     `dataset[:subset][:split][:column]` of the Hub."""
     samples: int | None = None
     """Calibration windows; default 16,384 tokens' worth."""
@@ -184,7 +185,7 @@ def absolute(name: str | Path) -> str:
 
 def public_name(name: str) -> str:
     """What may be told of something that `absolute` named: of a path, its last part only."""
-    return Path(os.path.normpath(name)).name if Path(name).is_absolute() else name
+    return local_name(Path(os.path.normpath(name)))[0] if Path(name).is_absolute() else name
 
 
 def shard_bytes(size: str | int) -> int:

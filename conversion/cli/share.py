@@ -55,6 +55,9 @@ def export_command(
     sequence_length: SequenceLength = None,
     max_shard_size: MaxShardSize = MAX_SHARD_SIZE,
     overwrite: Overwrite = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write a GGUF file that llama.cpp reads otherwise.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -72,6 +75,7 @@ def export_command(
                 samples=samples,
                 sequence_length=sequence_length,
                 overwrite=overwrite,
+                force=force,
             )
             print_result(file, as_json, lambda: gguf_table(file))
             return

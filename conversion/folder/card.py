@@ -3,6 +3,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -14,52 +15,7 @@ from ..carve.shape import active_parameters
 from ..source.checkpoint import Source
 
 CARD_FILE = "README.md"
-_BODY = """\
-# {title}
-
-{headline}
-
-[{base}]({base_link}) carved into a sparse Mixture of Experts of shape **{notation}**: {experts}
-experts, {shared} of them shared and always running, and a router that picks {active} of the other
-{routed} for every token (FFN sparsity {sparsity:.1%}). Carving rearranges the neurons of the dense
-model and drops none.{dense}{refitted}{split}
-{untrained}
-{parents}
-
-## How to load it
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-repo = "{title}"  # the Hub id or the folder of this repository
-model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)
-```
-
-{code}
-
-## How it was made
-
-| | |
-|---|---|
-| method | CMoE, [arXiv 2502.04416](https://arxiv.org/abs/2502.04416), recipe `{recipe}` |
-| source revision | {revision} |
-| calibration | {tokens:,} tokens of `{calibration}` ({samples} windows of {length}), seed {seed} |
-| neurons marked per token | {k_act} |
-| software | cmoe-hf {cmoe_hf}, torch {torch}, transformers {transformers} |
-| time | {seconds:.0f} s on {device}; carving pass {ratio:.2f} x the bare forward pass |
-
-## What was measured
-
-{measured}
-
-Per-layer figures are in `conversion.json`; perplexity and tasks, if they were measured, in
-`evaluation.json`.
-
-## Licence
-
-{licence}
-"""
+ASSETS = Path(__file__).parent.parent / "assets"
 
 _MEASURED = """\
 On the calibration tokens, with all earlier layers carved: error of the carved FFN's output
@@ -97,16 +53,6 @@ _DENSE = " Of the decoder's layers {} stay dense."
 _REFITTED = " Their down projections were\nrefitted to the calibration text by least squares."
 
 
-_CODE = """\
-`trust_remote_code=True` runs the two Python files of this repository. They use no network, no files
-and no other process. Where cmoe-hf is installed, `import cmoe_hf` makes it unnecessary. Tested with
-transformers {lowest} to {newest}; under whatever is installed, `cmoe verify` says whether the model
-still computes what it did when it was made.
-
-| file | SHA-256 |
-|---|---|
-{rows}"""
-
 _HEADLINE = """\
 | perplexity | FFN neurons run for a token | parameters run for a token |
 |---|---|---|
@@ -124,32 +70,14 @@ Each layer was then trained by itself towards the dense one's output on these to
 and without gradients between layers."""
 _TRAINED = "Afterwards the\nmodel was [fine-tuned](#recovery)."
 
-_RECOVERY = """\
-## Recovery
 
-LoRA fine-tuning of attention, experts, gate scales and balance biases, merged: {steps} steps on
-{tokens:,} tokens of `{training}`, rank {rank}, learning rate {rate:g}{teacher}. Perplexity on
-`{text}`, in the same run:
-
-| | before | after |
-|---|---|---|
-{rows}
-
-All settings, loads and losses are in `recovery.json`.
-
-"""
-
-
-_NATIVE = """\
-## Stock architecture
-
-This repository is the carved model as `{architecture}`: it needs no remote code, neither
-`trust_remote_code=True` nor the two Python files. Its logits differ from those of the carved model
-by at most {difference:.2g} on random tokens.{refitted}
-
-"""
 _REFITTED_ROUTER = """ Its routers are not those described above: they
 were replaced by linear ones, fitted to a calibration text."""
+
+
+def template(name: str) -> str:
+    """Return a text of `assets`, whose fields are in braces."""
+    return (ASSETS / name).read_text(encoding="utf-8")
 
 
 def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -> str:
@@ -166,7 +94,7 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
     if report["control"] is not None:
         dense = (result["control_before"], result["control_after"])
         rows.append((f"dense `{report['control']}`, tuned by the same recipe", *dense))
-    section = _RECOVERY.format(
+    section = template("card-recovery.md").format(
         steps=result["steps"],
         tokens=result["training_tokens"],
         training=report["training"],
@@ -197,7 +125,7 @@ def native_card(card: str, architecture: str, difference: float, *, refitted: bo
     parsed.data.eval_results = None
     parsed.data.tags = [tag for tag in parsed.data.get("tags") or [] if tag != "custom_code"]
     card = without_section(without_section(str(parsed), FIGURES), CODE)
-    section = _NATIVE.format(
+    section = template("card-native.md").format(
         architecture=architecture,
         difference=difference,
         refitted=_REFITTED_ROUTER if refitted else "",
@@ -252,7 +180,7 @@ def with_perplexity(card: str, told: str) -> str:
 def code_section(code: Mapping[str, str]) -> str:
     """What the Python files are, their hashes, and what they were tested with."""
     rows = "\n".join(f"| `{name}` | `{code[name]}` |" for name in code)
-    return _CODE.format(rows=rows, lowest=TESTED[0], newest=TESTED[1])
+    return template("card-code.md").format(rows=rows, lowest=TESTED[0], newest=TESTED[1])
 
 
 def renewed_card(card: str, code: Mapping[str, str]) -> str:
@@ -300,7 +228,7 @@ def model_card(
         active=in_words(active_parameters(source, config)),
         parameters=in_words(source.parameters),
     )
-    return f"---\n{data.to_yaml()}\n---\n\n" + _BODY.format(
+    return f"---\n{data.to_yaml()}\n---\n\n" + template("card.md").format(
         headline=with_section("", HEADLINE, headline).strip(),
         code=with_section("", CODE, code_section(code)).strip(),
         parents=_parents(config) if isinstance(config, CMoEHierarchicalConfig) else "",

@@ -22,8 +22,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..errors import RequestError
-from ..source.checkpoint import HUB_ID, LEGAL_FILES, TOKENIZER_FILES
-from ..source.stored import read_json
+from ..source.checkpoint import HUB_ID, LEGAL_FILES, TOKENIZER_FILES, linked_file
+from ..source.stored import is_inside, read_json
 from .card import CARD_FILE, parsed_card
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -31,6 +31,8 @@ _PLACE = re.compile(r"(path|file|dir|folder)$")
 """How entries end that may tell where something was."""
 _OLD_NAMES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 """Of classes that transformers 4 calls otherwise."""
+NO_TEXTS = (".bin", ".gguf", ".json", ".pt", ".pth", ".py", ".safetensors")
+"""How names of files end that no licence is in."""
 logger = logging.getLogger(__name__)
 
 
@@ -46,9 +48,7 @@ class Carried:
     @property
     def licence(self) -> dict[str, Any]:
         """Licence fields of the card; empty if it states none."""
-        if not self.card:
-            return {}
-        data = parsed_card(self.card).data.to_dict()
+        data = metadata(self.card)
         return {
             key: data[key] for key in ("license", "license_name", "license_link") if key in data
         }
@@ -59,12 +59,11 @@ class Carried:
         return sum(map(len, self.files.values()))
 
     def beside(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> "Carried":
-        """The files as they serve beside another configuration, which is saved here for trial.
+        """Return the files as they serve beside another configuration, tried in a folder.
 
-        Where the class of the tokenizer follows from the source's model type, which may overrule
-        what the files say, and beside the new type it would do something else, it is stated; where
-        the new type overrules that, the tokenizer is written as it is. There is a generation
-        configuration in any case.
+        The library takes the class of a tokenizer from the model type, which may overrule the
+        files. Where the new type would make another tokenizer of them, the class is stated; where
+        that is not enough, the tokenizer is written as it is. A generation configuration is added.
         """
         files = dict(self.files)
         stated = json.loads(files.get(TOKENIZER_CONFIG, b"{}"))
@@ -73,17 +72,17 @@ class Carried:
                 config.save_pretrained(trial)
                 if GENERATION_CONFIG_NAME not in files:
                     GenerationConfig.from_model_config(config).save_pretrained(trial)
-                    files[GENERATION_CONFIG_NAME] = (
-                        Path(trial) / GENERATION_CONFIG_NAME
-                    ).read_bytes()
+                    path = Path(trial, GENERATION_CONFIG_NAME)
+                    files[GENERATION_CONFIG_NAME] = path.read_bytes()
             except ValueError as error:  # of the library's validators
                 raise RequestError(f"config.json cannot be written again: {error}") from error
             if "auto_map" not in stated:
                 for changes in changed_files(stated, tokenizer):
                     files |= changes
                     for name, content in files.items():
-                        (Path(trial) / name).parent.mkdir(parents=True, exist_ok=True)
-                        (Path(trial) / name).write_bytes(content)
+                        path = Path(trial, name)
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        path.write_bytes(content)
                     if serves(Path(trial), tokenizer):
                         break
         return replace(self, files=files)
@@ -94,17 +93,23 @@ def carried(folder: Path, *others: str) -> Carried:
 
     Raises `RequestError` for a file that cannot be read, or is no JSON though it is called so.
     """
-    files = {}
+    files, card = {}, read_card(folder)
     patterns = (*TOKENIZER_FILES, GENERATION_CONFIG_NAME, *LEGAL_FILES, *others)
-    for path in sorted(folder.iterdir()):  # glob would pass over links that lead nowhere
-        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns):
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if not file.is_dir():
-                    files[file.relative_to(folder).as_posix()] = _content(file)
+    paths = [  # glob would pass over links that lead nowhere
+        path
+        for path in sorted(folder.iterdir())
+        if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)
+    ]
+    if link := linked_file(metadata(card)):
+        paths.append(folder / link)
+    for path in paths:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if not file.is_dir():
+                files[file.relative_to(folder).as_posix()] = _content(file)
     if TOKENIZER_CONFIG in files:
         for file in tokenizer_code(folder):
             files[file.name] = _content(file)
-    return Carried(files, read_card(folder))
+    return Carried(files, card)
 
 
 def changed_files(
@@ -175,7 +180,10 @@ def tokenizer_code(folder: Path) -> Iterator[Path]:
 
 
 def read_card(folder: Path) -> str:
-    """The card of a model, empty if it has none. Metadata that cannot be read is left out."""
+    """Return the card of a model, empty if it has none.
+
+    Metadata that cannot be read is left out, and so is a `license_link` to what is not there.
+    """
     path = folder / CARD_FILE
     if path.is_dir() or not os.path.lexists(path):
         return ""
@@ -187,12 +195,34 @@ def read_card(folder: Path) -> str:
         text = content.decode("latin-1")
     text = text.replace("\r\n", "\n")
     try:
-        parsed_card(text)
+        link = linked_file(metadata(text))
     except Exception as error:  # of the YAML parser and of the library, which builds on it
         reason = " ".join(str(error).split())
         logger.warning(
             "the metadata of %s in %s cannot be read (%s): no licence counts as stated.",
             *(CARD_FILE, folder, reason),
         )
-        text = REGEX_YAML_BLOCK.sub("", text, count=1).lstrip("\n")
+        return REGEX_YAML_BLOCK.sub("", text, count=1).lstrip("\n")
+    if link and not (is_inside(link) and is_legal_text(folder, link)):
+        logger.warning(
+            "license_link of %s in %s names %s, and there is no such text in the folder: the new "
+            "card does not name it.",
+            *(CARD_FILE, folder, link),
+        )
+        card = parsed_card(text)
+        card.data.license_link = None
+        text = str(card)
     return text
+
+
+def is_legal_text(folder: Path, name: str) -> bool:
+    """Return whether a name is that of legal texts, or of a file that can be one."""
+    path = folder / name
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in LEGAL_FILES):
+        return os.path.exists(path)
+    return os.path.isfile(path) and path.suffix not in NO_TEXTS
+
+
+def metadata(card: str) -> dict[str, Any]:
+    """Return the metadata of a card, which may be empty."""
+    return parsed_card(card).data.to_dict() if card else {}

@@ -73,8 +73,7 @@ def stated_fingerprint(folder: Path) -> dict[str, Any] | None:
 def prompts_for(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of two sentences of different lengths, within the model's context."""
     context = AutoConfig.from_pretrained(folder).max_position_embeddings
-    shortest, longest = LENGTHS
-    longest = max(shortest, min(longest, context - probe.GENERATED))
+    longest = max(LENGTHS[0], min(LENGTHS[1], context - probe.GENERATED))
     ids = [tokenizer(prompt)["input_ids"][:longest] for prompt in PROMPTS]
     ids[1] = ids[1][: len(ids[0]) - 1]
     return ids
@@ -115,7 +114,7 @@ def inconsistencies(found: dict[str, Any]) -> list[str]:
 
 
 def moved(found: dict[str, Any], stated: dict[str, Any]) -> list[str]:
-    """Whether the likeliest tokens are not as likely as the fingerprint says, in words."""
+    """Return in words whether the likeliest tokens are not as likely as the fingerprint says."""
     pairs = zip(found["log_probabilities"], stated["log_probabilities"], strict=True)
     by = [max(abs(a - b) for a, b in zip(*pair, strict=True)) for pair in pairs]
     if sorted(by)[len(by) // 2] <= TOLERANCE:
@@ -124,11 +123,7 @@ def moved(found: dict[str, Any], stated: dict[str, Any]) -> list[str]:
 
 
 def changes(found: dict[str, Any], stated: dict[str, Any]) -> list[str]:
-    """What is not as the fingerprint says, in words."""
-    told = moved(found, stated)
-    recorded = found["differences"]["recorded"]
-    if not recorded <= TOLERANCE:
-        told.append(
-            f"it no longer generates what it did (log-probabilities miss by {recorded:.2g})"
-        )
-    return told
+    """Return in words what is not as the fingerprint says."""
+    by = found["differences"]["recorded"]
+    text = f"it no longer generates what it did (log-probabilities miss by {by:.2g})"
+    return moved(found, stated) + ([] if by <= TOLERANCE else [text])

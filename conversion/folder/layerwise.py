@@ -1,36 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder in which a conversion grows, one part for each finished layer, joined at the end.
+"""The folder in which a conversion grows, a layer at a time.
 
-    OUT.partial/model*.safetensors          what is joined already, when all layers are finished
-    OUT.partial/work/settings.json          what was asked for, of which source, by which versions
-    OUT.partial/work/windows.safetensors    the calibration windows: no text is read a second time
-    OUT.partial/work/manifest.json          what is finished: hash of each file, figures of layers
-    OUT.partial/work/rest.safetensors       the part outside the layers
-    OUT.partial/work/layer-N.safetensors    the part of a finished layer
-    OUT.partial/work/states-N.safetensors   hidden states that enter layer N, the next one
-    OUT.partial/work/conversion.log         the same for people
+    OUT.partial/repository/model*.safetensors   the weights; what is not finished is zeros
+    OUT.partial/work/settings.json              what was asked for, of which source and versions
+    OUT.partial/work/windows.safetensors        the calibration windows
+    OUT.partial/work/manifest.json              what is finished: hashes, figures of the layers
+    OUT.partial/work/states-N.safetensors       hidden states that enter layer N, the next one
+    OUT.partial/work/conversion.log             a log for people
 
-The manifest is written last: whenever the process dies, it names only what is whole. A part goes
-when all its tensors are in joined files, which takes the disk of one more of these.
+The manifest is written last: whenever the process dies, it names only what is on the disk.
 """
 
 import json
 import time
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from cmoe_hf import CMoEConfig
+
 from ..errors import CMoEError
-from ..source.stored import WEIGHTS_INDEX
+from ..source.checkpoint import Source
+from ..source.stored import CARVABLE, digest_of, read_headers, read_tensors
 from .paths import remove
-from .shards import file_names, index_of, join, packed
-from .unfinished import PartialFolder, as_json, sha256_of
+from .shards import Shards
+from .strict import as_json
+from .unfinished import PartialFolder, sha256_of
 
 MANIFEST = "manifest.json"
+
+
+def planned_tensors(
+    source: Source, config: CMoEConfig, dtype: torch.dtype | None
+) -> list[dict[str, torch.Tensor]]:
+    """Return what a conversion will write, on the meta device: names, types and shapes.
+
+    First what is outside the layers, then one dictionary for each layer. What the source has too
+    keeps its type, what carving adds has that of the FFN, unless a `dtype` is asked for.
+    """
+    arch = source.architecture
+    with torch.device("meta"):
+        state = arch.cmoe_model(config).state_dict()
+    stored = {arch.carved_name(name): CARVABLE[it.dtype] for name, it in source.tensors.items()}
+    if arch.router:
+        kept = {name: it for name, it in stored.items() if name.endswith(arch.router)}
+        parent = "mlp.gate.parent_weight"
+        stored |= {name.removesuffix(arch.router) + parent: it for name, it in kept.items()}
+    layers = arch.carved_name(arch.layer_prefix.partition("{")[0])
+    parts: list[dict[str, torch.Tensor]] = [{} for _ in range(1 + config.num_hidden_layers)]
+    for name, tensor in sorted(state.items()):
+        is_inside = name.startswith(layers)
+        if not is_inside and name not in stored:
+            continue  # a head that is tied to the embedding
+        number = int(name.removeprefix(layers).partition(".")[0]) if is_inside else -1
+        wanted = dtype or stored.get(name) or CARVABLE[source.ffn(number)[0].dtype]
+        wanted = torch.float32 if name.endswith("balance_bias") else wanted
+        parts[number + 1][name] = torch.empty_like(tensor, dtype=wanted)
+    return parts
 
 
 class WorkFolder(PartialFolder):
@@ -45,11 +75,10 @@ class WorkFolder(PartialFolder):
         """Figures of the finished layers."""
         self.seconds = 0.0
         """Time spent on them, in all sessions."""
-        self._parts: dict[str, dict[str, Any]] = {}
-        """By number: 0 is outside the layers."""
-        self._joined: dict[str, dict[str, Any]] = {}
-        """By the name of the file."""
-        self._states: dict[str, Any] | None = None
+        self._parts: list[dict[str, Any]] = []
+        """Names and hash of the tensors outside the layers, then of those of each layer."""
+        self._states: dict[str, str] | None = None
+        """File and hash of the hidden states."""
         self._since = time.perf_counter()
 
     @property
@@ -63,36 +92,41 @@ class WorkFolder(PartialFolder):
         return f"Layers finished: {self.layers_done}" if self.figures else ""
 
     def read_finished(self) -> None:
-        """Take up the manifest; remove what was being written when the process died."""
-        manifest = {}
-        if (self.private / MANIFEST).is_file():
-            manifest = json.loads((self.private / MANIFEST).read_text(encoding="utf-8"))
-            self.figures, self.seconds = manifest["layers"], manifest["seconds"]
-            self._parts, self._states = manifest["parts"], manifest["states"]
-            self._joined = manifest["joined"]
-        records = [*self._needed(), *([self._states] if self._states else [])]
-        whole = {self.private / record["file"]: record["sha256"] for record in records}
-        whole |= {self.folder / name: record["sha256"] for name, record in self._joined.items()}
-        for path, sha256 in whole.items():
-            if not path.is_file() or sha256_of(path) != sha256:
-                raise CMoEError(
-                    f"{path.name} of the unfinished conversion is missing or damaged: it cannot "
-                    "be resumed. Start again with --overwrite."
-                )
-        written = (self.private.glob(name) for name in ("rest.*", "layer-*", "states-*"))
-        found = [*self.folder.iterdir(), *chain.from_iterable(written)]
-        remove(path for path in found if path != self.private and path not in whole)
+        """Take up the manifest and check what it names. Raises `CMoEError` if it is damaged."""
+        kept = set(self.folder.glob("model*.safetensors*"))
+        remove(path for path in self.folder.iterdir() if path not in kept)
+        if not (self.private / MANIFEST).is_file():
+            return
+        manifest = json.loads((self.private / MANIFEST).read_text(encoding="utf-8"))
+        self.figures, self.seconds = manifest["layers"], manifest["seconds"]
+        self._parts, self._states = manifest["parts"], manifest["states"]
+        try:
+            stored = read_headers(self.folder)
+            for number, part in enumerate(self._parts):
+                tensors = read_tensors({name: stored[name] for name in part["tensors"]})
+                if digest_of(tensors) != part["sha256"]:
+                    raise CMoEError(f"layer {number - 1}" if number else "the embedding")
+            if self._states and sha256_of(self._states_path()) != self._states["sha256"]:
+                raise CMoEError(self._states["file"])
+        except (CMoEError, KeyError, OSError, SafetensorError) as error:
+            raise CMoEError(
+                f"what is finished of the {self.noun} is missing or damaged ({error}): it cannot "
+                "be resumed. Start again with --overwrite."
+            ) from error
 
-    def _needed(self) -> list[dict[str, Any]]:
-        """The parts of which something is not joined yet, in order."""
-        parts = [self._parts[number] for number in sorted(self._parts, key=int)]
-        joined = {name for record in self._joined.values() for name in record["tensors"]}
-        return [part for part in parts if part["tensors"].keys() - joined]
+    def _states_path(self) -> Path:
+        assert self._states is not None
+        return self.private / self._states["file"]
+
+    def create_weights(self, parts: Sequence[dict[str, torch.Tensor]], limit: int) -> None:
+        """Make files of at most `limit` bytes for these tensors, unless they are there already."""
+        self._shards = Shards(self.folder, parts, limit)
+        self._shards.create()
 
     def write_rest(self, tensors: dict[str, torch.Tensor]) -> None:
         """Write the tensors outside the layers, unless that is done already."""
-        if "0" not in self._parts:
-            self._write_part(0, "rest", tensors)
+        if not self._parts:
+            self._write_part(tensors)
             self._write_manifest()
 
     def write_layer(
@@ -104,66 +138,40 @@ class WorkFolder(PartialFolder):
         states: dict[str, torch.Tensor],
     ) -> None:
         """Write a finished layer, and the hidden states that enter the next one."""
-        self._write_part(index + 1, f"layer-{index}", tensors)
+        self._write_part(tensors)
         former, self._states = self._states, None
         if index + 1 < layers:
             path = self.private / f"states-{index + 1}.safetensors"
             self.replace(path, lambda new: save_file(states, new))
             self._states = {"file": path.name, "sha256": sha256_of(path)}
+        self._write_manifest(figures)
         self.figures.append(figures)
-        self._write_manifest()
         if former is not None:
             (self.private / former["file"]).unlink()
 
     def read_states(self) -> dict[str, torch.Tensor]:
-        """The hidden states that enter the next layer; empty before the first."""
+        """Return the hidden states that enter the next layer; none before the first."""
         if self._states is None:
             return {}
-        with safe_open(
-            self.private / self._states["file"], framework="pt", backend="pread"
-        ) as file:
+        with safe_open(self._states_path(), framework="pt", backend="pread") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
-    def _write_part(self, number: int, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        path = self.private / f"{name}.safetensors"
-        tensors = {name: tensors[name].contiguous().cpu() for name in sorted(tensors)}
-        self.replace(path, lambda new: save_file(tensors, new, metadata={"format": "pt"}))
-        self._parts[str(number)] = {
-            "file": path.name,
-            "sha256": sha256_of(path),
-            "tensors": {name: tensor.nbytes for name, tensor in tensors.items()},
-        }
+    def _write_part(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Write tensors in the types and shapes that were planned for them."""
+        planned = self._shards.tensors
+        tensors = {name: tensor.to(planned[name].dtype) for name, tensor in sorted(tensors.items())}
+        assert all(tensor.shape == planned[name].shape for name, tensor in tensors.items())
+        self._shards.write({name: [tensor] for name, tensor in tensors.items()})
+        self._parts.append({"tensors": list(tensors), "sha256": digest_of(tensors.items())})
 
-    def _write_manifest(self) -> None:
+    def _write_manifest(self, *figures: dict[str, Any]) -> None:
         now = time.perf_counter()
         self.seconds += now - self._since
         self._since = now
         manifest = {
             "parts": self._parts,
-            "joined": self._joined,
             "states": self._states,
-            "layers": self.figures,
+            "layers": [*self.figures, *figures],
             "seconds": self.seconds,
         }
         self.replace(self.private / MANIFEST, as_json(manifest))
-
-    def join(self, limit: int) -> None:
-        """Make files of at most `limit` bytes of the parts, with an index if there are several."""
-        sizes = [self._parts[number]["tensors"] for number in sorted(self._parts, key=int)]
-        plan = packed(sizes, limit)
-        files = dict(zip(file_names(len(plan)), plan, strict=True))
-        for name, tensors in files.items():
-            if name not in self._joined:
-                self._join(name, tensors)
-        if len(files) > 1:
-            every = {name: size for part in sizes for name, size in part.items()}
-            self.write_json(WEIGHTS_INDEX, index_of(files, every))
-
-    def _join(self, name: str, tensors: list[str]) -> None:
-        before = self._needed()
-        sources = [self.private / part["file"] for part in before]
-        self.replace(self.folder / name, lambda new: join(new, sources, tensors))
-        self._joined[name] = {"sha256": sha256_of(self.folder / name), "tensors": tensors}
-        self._write_manifest()
-        remaining = self._needed()
-        remove(self.private / part["file"] for part in before if part not in remaining)

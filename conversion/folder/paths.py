@@ -1,29 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an output lies, and what must not lie there: every verb that writes a folder asks here.
+"""Where an output lies, and what must not lie there: every command that writes one asks here.
 
-Paths are compared after all links are followed, and by what the file system says they are: two
-names of one folder are one folder.
+Paths are compared by what the file system says they are: two names of one folder are one folder.
 """
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 
 from ..errors import CMoEError, RequestError
 
-MOUNTS = Path("/proc/self/mountinfo")
-"""Linux tells here what is mounted; `os.path.ismount` misses a folder bound to its own disk."""
+SUFFIX = ".partial"
+"""What unfinished work is called, behind the name of its output."""
+DEEPEST = 256
+"""Bytes that a path has at most below an output."""
 
 
 def resolved(path: str | Path) -> Path:
-    """Where a path leads: a link to a folder stays a link, and the work lands in the folder.
+    """Return where an output will be: a link to a folder stays a link, and the work lands there.
 
-    Raises `RequestError` for a link that leads to itself, and for the root.
+    Raises `RequestError` for a link that leads to itself, the root, and a name that is too long.
     """
     try:
         found = Path(path).expanduser().resolve()
@@ -31,7 +33,26 @@ def resolved(path: str | Path) -> Path:
         raise RequestError(f"{path} cannot be an output folder: {error}.") from error
     if not found.name:
         raise RequestError(f"{path} cannot be an output folder: give a folder in it.")
+    parent, longest, deepest = existing_parent(found), 255, 4096
+    with suppress(OSError, AttributeError):  # Windows has no pathconf
+        longest, deepest = (os.pathconf(parent, f"PC_{kind}_MAX") for kind in ("NAME", "PATH"))
+    most = longest - len(SUFFIX)
+    if max(len(os.fsencode(part)) for part in found.parts) > most:
+        raise RequestError(
+            f"the output {found.name[:20]}..., or a folder above it, has a name of more than "
+            f"{most} bytes. Choose a shorter one."
+        )
+    if len(os.fsencode(found)) > deepest - DEEPEST:
+        raise RequestError(
+            f"the path of the output {found.name} has more than {deepest - DEEPEST} bytes. Choose "
+            "a shorter one."
+        )
     return found
+
+
+def existing_parent(path: Path) -> Path:
+    """Return the nearest folder above a path, or file in its place, that exists."""
+    return next(parent for parent in path.parents if os.path.exists(parent))
 
 
 def check_apart(output: Path, inputs: Mapping[str, str | Path | None], *others: Path) -> None:
@@ -63,24 +84,24 @@ def check_apart(output: Path, inputs: Mapping[str, str | Path | None], *others: 
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether two paths lead to the same file or folder."""
-    try:
+    """Return whether two paths lead to the same file or folder, which exists."""
+    with suppress(OSError):
         return one.samefile(other)
-    except OSError:  # one of them does not exist
-        return False
+    return False
 
 
 def lies_in(path: Path, folder: Path) -> bool:
-    """Whether a path is a folder or lies in it, by whatever names."""
+    """Return whether a path is a folder or lies in it, by whatever names."""
     places = (path.absolute(), path.resolve())  # where its name is, and where it leads
     return any(same(it, folder) for place in places for it in (place, *place.parents))
 
 
 def check_place(*folders: Path) -> None:
-    """Refuse folders that cannot be created, or be given another name. Raises `RequestError`."""
-    mounted = mount_points()
+    """Raise `RequestError` for folders that cannot be created, or be given another name."""
+    # `os.path.ismount` misses a folder bound to its own disk.
+    mounted = {Path(disk.mountpoint) for disk in psutil.disk_partitions(all=True)}
     for folder in folders:
-        if os.path.ismount(folder) or folder in mounted:
+        if folder in mounted:
             raise RequestError(
                 f"{folder} is a mount point (a volume), which cannot be replaced as a whole: give "
                 f"a folder in it, for example {folder / 'model'}."
@@ -91,25 +112,11 @@ def check_place(*folders: Path) -> None:
                     f"{folder} holds a mount point ({point}): unmount it, or choose another "
                     "output folder."
                 )
-        parent = next(place for place in folder.parents if os.path.exists(place))
+        parent = existing_parent(folder)
         if not parent.is_dir():
             raise RequestError(f"cannot create {folder.name}: {parent} is not a folder.")
         if not os.access(parent, os.W_OK | os.X_OK):
             raise RequestError(f"cannot create {folder.name}: {parent} cannot be written to.")
-
-
-def mount_points() -> set[Path]:
-    """Where something is mounted, as far as this system tells."""
-    try:
-        lines = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return set()
-    return {Path(unescaped(line.split(" ")[4])) for line in lines}
-
-
-def unescaped(name: str) -> str:
-    r"""A name of the kernel's table, in which a space is \040."""
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), name)
 
 
 def replace_file(path: Path, content: str | bytes | Callable[[Path], Any]) -> None:
@@ -129,6 +136,21 @@ def replace_file(path: Path, content: str | bytes | Callable[[Path], Any]) -> No
         raise CMoEError(f"cannot write {path.name} in {path.parent}: {error}.") from error
     finally:
         new.unlink(missing_ok=True)
+
+
+def replace_folder(new: Path, target: Path, old: Path) -> None:
+    """Move the folder `new` to `target`, and what was there to `old`, or neither of them.
+
+    Raises `CMoEError`.
+    """
+    try:
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    except OSError as error:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise CMoEError(f"cannot put {target.name} into {target.parent}: {error}.") from error
 
 
 def remove(paths: Iterable[Path]) -> None:

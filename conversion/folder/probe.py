@@ -45,9 +45,8 @@ def probe(
     Returns:
         `likeliest` and `log_probabilities`, (`POSITIONS`, K), at the last positions of the first
         prompt; `generated`, the G greedy tokens after it; and `differences` in log-probability
-        from what the oracle computes: `cached`, of the likeliest tokens at every step of
-        generation; `padded`, of the same in a batch padded on the left; `recorded`, by which the
-        recorded tokens fall short of the likeliest ones, None without them.
+        from the oracle: `cached`, at every step of generation; `padded`, in a batch padded on the
+        left; `recorded`, by which recorded tokens fall short of the likeliest, None without them.
     """
     with tempfile.TemporaryDirectory() as offloaded:
         model = load(Path(folder), offloaded, trust_remote_code=trust_remote_code)

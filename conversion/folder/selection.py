@@ -45,11 +45,11 @@ def code_of_type(model_type: str | None) -> dict[str, str]:
 
 
 def select(module: str, wanted: Iterable[str]) -> str:
-    """The source of a module without the top-level definitions that `wanted` do not need.
+    """Return the source of a module without the definitions that `wanted` do not need.
 
-    What is kept is kept word for word, with the comments above it, but for imports and `__all__`,
-    which name only what is left. Statements that define nothing stay. A definition is needed if its
-    name occurs, also as a whole string, as in an annotation, in another one that is.
+    What stays does so word for word, with the comments above it; imports name only what is left. A
+    definition is needed if its name occurs in another one that is, also as a string, as in an
+    annotation.
     """
     pieces = split(module)
     needed = set(wanted).union(*(piece.uses for piece in pieces if not piece.defines))
@@ -90,8 +90,6 @@ def defined(node: ast.stmt) -> set[str]:
 
 def used(node: ast.stmt) -> set[str]:
     """Names that occur in a top-level statement."""
-    if "__all__" in defined(node):
-        return set()
     found = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
     constants = (part.value for part in ast.walk(node) if isinstance(part, ast.Constant))
     return found | {value for value in constants if isinstance(value, str)}
@@ -100,9 +98,6 @@ def used(node: ast.stmt) -> set[str]:
 def remains(piece: Piece, needed: set[str]) -> str:
     """The text of a statement, or what is left of it."""
     node = piece.node
-    if isinstance(node, ast.Assign) and "__all__" in piece.defines:
-        names = [name for name in ast.literal_eval(node.value) if name in needed]
-        return f"{piece.above}__all__ = {names}\n".replace("'", '"')
     if piece.defines and not piece.defines & needed:
         return ""
     if isinstance(node, ast.Import | ast.ImportFrom) and not piece.defines <= needed:

@@ -1,133 +1,126 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a repository's weights: as large as people expect, written without loading them.
+"""The weight files of a repository, written in place: every tensor has its position beforehand.
 
 A file is laid out as safetensors does it: a header that says where each tensor is, then the
 tensors, wide types first and otherwise by name. The same tensors are the same bytes.
 """
 
 import json
+import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
-CHUNK = 1 << 24
-"""Bytes that are copied at a time."""
+from ..errors import CMoEError
+from ..source.stored import CARVABLE, WEIGHTS_FILE, WEIGHTS_INDEX
+from .paths import replace_file
+from .strict import as_json
+
+NAMES = {dtype: name for name, dtype in CARVABLE.items()}
+"""Names of types in safetensors."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What a header says of a tensor."""
+class Shards:
+    """The weight files in `folder`.
 
-    dtype: str
-    shape: list[int]
-    nbytes: int
+    `parts` are tensors by name that belong together, for example those of a layer; their types and
+    shapes count, so they can be on the meta device. `limit` is the size of a file, see `packed`.
+    """
 
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> "Entry":
-        """Of a tensor, which may be on the meta device."""
-        [size] = struct.unpack("<Q", (file := save({"": tensor.new_empty(0, device="cpu")}))[:8])
-        dtype = json.loads(file[8 : 8 + size])[""]["dtype"]  # as the library calls it
-        return cls(dtype, list(tensor.shape), tensor.nbytes)
+    def __init__(
+        self, folder: Path, parts: Sequence[Mapping[str, torch.Tensor]], limit: int
+    ) -> None:
+        self.folder = folder
+        self.tensors = {name: tensor for part in parts for name, tensor in part.items()}
+        self._headers: dict[str, tuple[bytes, int]] = {}
+        """Header and size of each file."""
+        self._places: dict[str, tuple[str, int]] = {}
+        """File and position of each tensor."""
+        plan = packed([{name: it.nbytes for name, it in part.items()} for part in parts], limit)
+        for number, names in enumerate(plan, 1):
+            shard = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+            self._lay_out(WEIGHTS_FILE if len(plan) == 1 else shard, names)
+
+    def _lay_out(self, file: str, names: list[str]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in sorted(names, key=lambda name: (-self.tensors[name].itemsize, name)):
+            tensor = self.tensors[name]
+            begin, end = end, end + tensor.nbytes
+            about = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
+            header[name] = {**about, "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        self._headers[file] = (struct.pack("<Q", len(text)) + text, start + end)
+        for name in names:
+            self._places[name] = (file, start + header[name]["data_offsets"][0])
+
+    def create(self) -> None:
+        """Write headers and index; what tensors have been written stays. Raises `CMoEError`."""
+        for file, (header, size) in self._headers.items():
+            self._write(file, [(0, [header])], size)
+        if len(self._headers) > 1:
+            where = {name: self._places[name][0] for name in sorted(self._places)}
+            size = sum(tensor.nbytes for tensor in self.tensors.values())
+            index = {"metadata": {"total_size": size}, "weight_map": where}
+            replace_file(self.folder / WEIGHTS_INDEX, as_json(index))
+
+    def write(self, tensors: Mapping[str, Iterable[torch.Tensor]]) -> None:
+        """Write tensors, each in consecutive pieces, to the disk. Raises `CMoEError`."""
+        files: dict[str, list[tuple[int, Iterable[Any]]]] = {}
+        for name, pieces in tensors.items():
+            file, position = self._places[name]
+            files.setdefault(file, []).append((position, map(raw, pieces)))
+        for file, chunks in files.items():
+            self._write(file, chunks, self._headers[file][1])
+
+    def _write(self, file: str, chunks: list[tuple[int, Iterable[Any]]], size: int) -> None:
+        path = self.folder / file
+        try:
+            with open(path, "r+b" if path.exists() else "w+b") as opened:
+                opened.truncate(size)
+                for position, pieces in chunks:
+                    opened.seek(position)
+                    opened.writelines(pieces)
+                opened.flush()
+                os.fsync(opened.fileno())
+        except OSError as error:
+            raise CMoEError(f"cannot write {file} in {self.folder}: {error}.") from error
 
 
 def packed(parts: Sequence[Mapping[str, int]], limit: int) -> list[list[str]]:
-    """Which tensors share a file.
+    """Return which tensors share a file, in the order of the parts.
 
     Args:
         parts: What belongs together, for example a layer: sizes in bytes by name. A part that is
             larger than a file is cut between its tensors, another one only goes where it fits.
         limit: Bytes of a file; a single tensor may have more.
-
-    Returns:
-        Names for each file, in the order of the parts.
     """
     files: list[list[str]] = [[]]
-    room = limit
+    free = limit
     for part in parts:
         whole = sum(part.values()) <= limit
         for names in [list(part)] if whole else [[name] for name in part]:
             size = sum(part[name] for name in names)
-            if size > room and files[-1]:
+            if size > free and files[-1]:
                 files.append([])
-                room = limit
+                free = limit
             files[-1] += names
-            room -= size
+            free -= size
     return files
 
 
-def file_names(count: int) -> list[str]:
-    """What loaders look for: one file, or numbered ones."""
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
-def index_of(files: Mapping[str, Iterable[str]], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The content of the index: which file holds each tensor."""
-    where = {tensor: file for file, tensors in files.items() for tensor in tensors}
-    total = sum(sizes[tensor] for tensor in where)
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-
-
-def write_shard(
-    path: Path, entries: Mapping[str, Entry], pieces: Iterable[tuple[str, Iterable[Any]]]
-) -> None:
-    """Write one file. `pieces` are the tensors of `entries` in any order, their bytes in chunks."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in sorted(entries, key=lambda name: (-_width(entries[name]), name)):
-        begin, end = end, end + entries[name].nbytes
-        entry = entries[name]
-        header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, chunks in pieces:
-            file.seek(8 + len(text) + header[name]["data_offsets"][0])
-            for chunk in chunks:
-                file.write(chunk)
-
-
-def _width(entry: Entry) -> float:
-    """Bytes of a number."""
-    return entry.nbytes / max(1, torch.Size(entry.shape).numel())
-
-
-def join(path: Path, sources: Iterable[Path], names: Iterable[str]) -> None:
-    """Write one file of these tensors of other files, a chunk in memory at a time."""
-    wanted = set(names)
-    entries, places = {}, {}
-    for source in sources:
-        header, start = read_header(source)
-        for name in wanted & header.keys():
-            begin, end = header[name]["data_offsets"]
-            entries[name] = Entry(header[name]["dtype"], header[name]["shape"], end - begin)
-            places[name] = (source, start + begin, end - begin)
-    write_shard(path, entries, ((name, _chunks(*places[name])) for name in sorted(places)))
-
-
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a file, and where its tensors begin."""
+def read_header(path: Path) -> dict[str, Any]:
+    """Return the header of a file."""
     with open(path, "rb") as file:
         [size] = struct.unpack("<Q", file.read(8))
-        return json.loads(file.read(size)), 8 + size
-
-
-def _chunks(path: Path, begin: int, size: int) -> Iterator[bytes]:
-    """A part of a file."""
-    with open(path, "rb") as file:
-        file.seek(begin)
-        while size > 0 and (chunk := file.read(min(CHUNK, size))):
-            yield chunk
-            size -= len(chunk)
+        return json.loads(file.read(size))
 
 
 def raw(tensor: torch.Tensor) -> Any:
-    """The bytes of a tensor."""
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+    """Return the bytes of a tensor."""
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data

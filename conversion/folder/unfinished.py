@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A repository folder that grows: complete at OUT, or visibly unfinished and resumable.
 
-    OUT.partial/                    what is finished
+    OUT.partial/repository/         what becomes OUT
     OUT.partial/work/settings.json  what was asked for
     OUT.partial/work/lock           held by the process that is at work
+    OUT.partial/replaced/           what was at OUT, for a moment
 
-Every file is written under another name and renamed. The work folder leaves before OUT.partial
-becomes OUT.
+Small files are written under another name and renamed.
 """
 
 import hashlib
@@ -16,24 +16,29 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
 import filelock
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 
 from cmoe_hf import CMoEConfig
 
-from ..errors import RequestError
-from .paths import check_apart, check_place, remove, replace_file, resolved
+from ..errors import CMoEError, RequestError
+from .paths import SUFFIX, check_apart, check_place, remove, replace_file, replace_folder, resolved
 from .selection import code_of
-from .strict import to_json
+from .strict import as_json
 
 SETTINGS = "settings.json"
+WINDOWS = "windows.safetensors"
 
 
 class PartialFolder:
-    """The folder of one verb; use it in a `with` block, see `create` and `reopen`.
+    """The folder of one command; use it in a `with` block, see `create` and `reopen`.
 
     When the block fails, a folder with anything finished stays and can be resumed; another is
     removed. When it ends well, the folder becomes OUT.
@@ -46,12 +51,10 @@ class PartialFolder:
 
     def __init__(self, output: str | Path, *, overwrite: bool = False) -> None:
         self.output = resolved(output)
-        self.folder = self.output.with_name(self.output.name + ".partial")
-        self.private = self.folder / "work"
-        self.leaving = self.output.with_name(self.output.name + ".work")
-        """The private folder between its last two moments."""
-        self.replaced = self.output.with_name(self.output.name + ".replaced")
-        """What was at OUT, until the new one is."""
+        self.partial = self.output.with_name(self.output.name + SUFFIX)
+        self.folder = self.partial / "repository"
+        self.private = self.partial / "work"
+        self.replaced = self.partial / "replaced"
         self.overwrite = overwrite
         self.settings: dict[str, Any] = {}
         """What must not change between the sessions of the work."""
@@ -77,12 +80,12 @@ class PartialFolder:
         `inputs` is what the work reads, by what to call it: it must lie elsewhere.
         """
         self.check_apart(inputs)
-        check_place(self.folder, self.output)
+        check_place(self.partial, self.output)
         self._refuse_contents()
 
     def check_apart(self, inputs: Mapping[str, str | Path | None]) -> None:
-        """Raises `RequestError` if the work would destroy one of these."""
-        check_apart(self.output, inputs, self.folder, self.leaving, self.replaced)
+        """Raise `RequestError` if the work would destroy one of these."""
+        check_apart(self.output, inputs, self.partial)
 
     def _refuse_output(self) -> None:
         there = os.path.lexists(self.output)
@@ -99,29 +102,29 @@ class PartialFolder:
                 "--overwrite will not delete it."
             )
 
+    @property
+    def _is_begun(self) -> bool:
+        return (self.private / SETTINGS).is_file() and self.folder.is_dir()
+
     def _refuse_contents(self) -> None:
         self._refuse_output()
-        for path in (self.leaving, self.replaced):
-            ours = path == self.leaving and (path / SETTINGS).is_file()
-            if os.path.lexists(path) and not ours:
-                raise RequestError(
-                    f"{path.name} exists in {path.parent}, left when a process was killed, or "
-                    "something of yours. The work needs this name: move it away."
-                )
-        if self.overwrite:
-            return
-        begun = (self.private / SETTINGS).is_file()
-        if begun:
+        beside = f"{self.partial.name} exists already in {self.partial.parent}"
+        if os.path.lexists(self.partial) and not self._holds_only_work():
+            raise RequestError(
+                f"{beside}, and something in it is not ours, or was at {self.output.name} when a "
+                "process was killed. The work needs this name: move it away."
+            )
+        if self._is_begun:
             self._acquire(make=False)
             self._lock.release()
-        there = self.folder.exists() and not self.folder.is_dir()
-        there |= self.folder.is_dir() and any(it.name != "work" for it in self.folder.iterdir())
-        if begun or there:
-            hint = self.resume_hint if begun else ""
-            raise RequestError(
-                f"{self.folder.name} exists already in {self.folder.parent}: "
-                f"{hint or 'choose another output folder'}, or pass --overwrite to start again."
-            )
+            if not self.overwrite:
+                hint = self.resume_hint or "choose another output folder"
+                raise RequestError(f"{beside}: {hint}, or pass --overwrite to start again.")
+
+    def _holds_only_work(self) -> bool:
+        if self.partial.is_symlink() or not self.partial.is_dir():
+            return False
+        return {path.name for path in self.partial.iterdir()} <= {"repository", "work"}
 
     @classmethod
     def create(cls, output: str | Path, settings: dict[str, Any], *, overwrite: bool) -> Self:
@@ -133,8 +136,9 @@ class PartialFolder:
         work._acquire(make=True)
         try:
             work._refuse_contents()
-            found = [*work.folder.iterdir(), *work.private.iterdir()]
-            remove(path for path in found if path.name not in ("work", "lock"))
+            shutil.rmtree(work.folder, ignore_errors=True)
+            remove(path for path in work.private.iterdir() if path.name != "lock")
+            work.folder.mkdir()
             work.settings = {"work": cls.noun, "overwrite": overwrite, **settings}
             work.replace(work.private / SETTINGS, as_json(work.settings))
         except BaseException:
@@ -151,22 +155,20 @@ class PartialFolder:
         `CMoEError` if a finished file is damaged.
         """
         work = cls(output)
-        if work.folder.is_dir() and work.leaving.is_dir() and not work.private.exists():
-            work.leaving.rename(work.private)  # it was killed between the last two renames
-        if not (work.private / SETTINGS).is_file():
+        if not work._is_begun:
             raise RequestError(
-                f"there is no unfinished {cls.noun} at {work.folder}: start it without --resume."
+                f"there is no unfinished {cls.noun} at {work.partial}: start it without --resume."
             )
         work._acquire(make=False)
         try:
             work.settings = json.loads((work.private / SETTINGS).read_text(encoding="utf-8"))
             if work.settings["work"] != cls.noun:
                 raise RequestError(
-                    f"{work.folder.name} holds an unfinished {work.settings['work']}, not a "
+                    f"{work.partial.name} holds an unfinished {work.settings['work']}, not a "
                     f"{cls.noun}: resume it with its own command."
                 )
             work.overwrite = work.settings.get("overwrite", False)
-            check_place(work.folder, work.output)
+            check_place(work.partial, work.output)
             work._refuse_output()
             work.read_finished()
         except BaseException:
@@ -176,7 +178,7 @@ class PartialFolder:
         return work
 
     def check_unchanged(self, found: Mapping[str, Any]) -> None:
-        """Raises `RequestError` if one of these is not what the settings say."""
+        """Raise `RequestError` if one of these is not what the settings say."""
         for name, value in found.items():
             if value != self.settings[name]:
                 raise RequestError(
@@ -192,11 +194,11 @@ class PartialFolder:
             self._lock.acquire()
         except filelock.Timeout:
             raise RequestError(
-                f"another {self.noun} into {self.folder} is running right now. Wait for it, or "
+                f"another {self.noun} into {self.partial} is running right now. Wait for it, or "
                 "choose another output folder."
             ) from None
         except OSError as error:
-            raise RequestError(f"cannot create {self.folder.name}: {error.strerror}.") from error
+            raise RequestError(f"cannot create {self.partial.name}: {error.strerror}.") from error
 
     def __enter__(self) -> Self:
         return self
@@ -211,21 +213,19 @@ class PartialFolder:
             if error is None:
                 self._finish()
             elif not self.finished:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                shutil.rmtree(self.partial, ignore_errors=True)
             else:
                 self.log(f"stopped: {kind.__name__ if kind else ''} {error}")
                 error.add_note(f"{self.finished}; {self.resume_hint}")
         finally:
             self._lock.release()
+        with suppress(OSError):  # they are gone, unless a locked file could not be removed
+            self.private.rmdir()
+            self.partial.rmdir()
 
     def _finish(self) -> None:
-        shutil.rmtree(self.leaving, ignore_errors=True)
-        self.private.rename(self.leaving)
-        if self.output.exists():
-            self.output.rename(self.replaced)
-        self.folder.rename(self.output)
-        shutil.rmtree(self.replaced, ignore_errors=True)
-        shutil.rmtree(self.leaving, ignore_errors=True)
+        replace_folder(self.folder, self.output, self.replaced)
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def log(self, message: str) -> None:
         """Add a line to the log."""
@@ -233,8 +233,26 @@ class PartialFolder:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
     def replace(self, path: Path, content: str | bytes | Callable[[Path], Any]) -> None:
-        """`paths.replace_file`, for a file of this folder."""
+        """Write a file of this folder, see `paths.replace_file`."""
         replace_file(path, content)
+
+    def keep_windows(self, **windows: torch.Tensor) -> None:
+        """Write the token windows that the work began with: no text is read a second time."""
+        kept = {name: window_WL.contiguous() for name, window_WL in windows.items()}
+        self.replace(self.private / WINDOWS, lambda new: save_file(kept, new))
+
+    def kept_windows(self) -> dict[str, torch.Tensor] | None:
+        """Return what `keep_windows` wrote, if it came to that. Raises `CMoEError` for damage."""
+        path = self.private / WINDOWS
+        if not path.is_file():
+            return None
+        try:
+            return load(path.read_bytes())
+        except (OSError, SafetensorError) as error:
+            raise CMoEError(
+                f"{WINDOWS} of the unfinished {self.noun} is damaged: it cannot be resumed. Start "
+                "again with --overwrite."
+            ) from error
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write one JSON file of the repository."""
@@ -269,11 +287,6 @@ class BriefFolder(PartialFolder):
 
     def read_finished(self) -> None:
         """There is nothing to take up."""
-
-
-def as_json(content: dict[str, Any]) -> str:
-    """As it is written to files."""
-    return to_json(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def sha256_of(path: Path) -> str:

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,11 +15,11 @@ from ..device import DTYPES, check_dtype, device_name, find_device, name_of, ver
 from ..errors import RequestError
 from ..source.calibration import WHOLE_CHARACTERS, read_tokens
 from ..source.checkpoint import find_model
-from ..source.loading import load_model
+from ..source.loading import load_config, load_model, window_length
 from ..source.texts import open_text
 from .routing import check_flat, sparse_blocks
 from .shapes import check_memory, dense_twin, random_model, shape_config
-from .timing import LABELS, Bench, Point
+from .timing import DECODE_STEPS, LABELS, Bench, Point
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +62,9 @@ def benchmark(
     active: int = 3,
     experts: int = 8,
     tokens: Sequence[int] = (1, 8, 64, 512),
-    prefill: Sequence[int] = (512,),
+    prefill: Sequence[int] | None = None,
     batch: Sequence[int] = (1, 8),
-    context: int = 128,
+    context: int | None = None,
     rounds: int = 7,
     text: str | Path | None = None,
     backend: str | None = None,
@@ -82,9 +83,9 @@ def benchmark(
         layers: Layers of that shape; default all of them.
         shared, active, experts: How that shape is carved.
         tokens: Numbers of tokens for the FFN block.
-        prefill: Lengths of a prompt.
+        prefill: Lengths of a prompt, default 512 or the model's context.
         batch: Numbers of sequences to decode.
-        context: Tokens in front of a decoding step.
+        context: Tokens in front of a decoding step, default 128 or what fits the model's context.
         rounds: Dense and carved runs of each point, in turn.
         text: Text to run on, see `evaluate`; default random tokens. What a token is decides
             which experts it needs.
@@ -97,18 +98,26 @@ def benchmark(
         RequestError: The request cannot be satisfied.
         CMoEError: A model or text cannot be reached.
     """
-    check_positive(tokens=tokens, prefill=prefill, batch=batch, context=[context], rounds=[rounds])
-    check_positive(layers=[] if layers is None else [layers])
-    if not (tokens or prefill or batch):
+    given = {"prefill": prefill or [], "layers": [layers], "context": [context]}
+    check_positive(tokens=tokens, batch=batch, rounds=[rounds], **given)
+    if not (tokens or prefill is None or prefill or batch):
         raise RequestError("nothing to time: give tokens, prefill or batch.")
     check_dtype(dtype)
     where = find_device(device)
     check_choice(model, shape, layers, baseline, text)
     if shape is None:
-        given = (str(model), baseline, text)
-        carved, dense, ids = loaded_pair(*given, dtype, where, trust_remote_code)
+        config = load_config(str(model), trust_remote_code)
     else:
         config = shape_config(shape, layers, Shape(shared, active, experts))
+    fitting = partial(window_length, config)
+    prompts = [None] if prefill is None else prefill
+    prefill = [fitting(length, option="--prefill", usual=512) for length in prompts]
+    new_tokens = DECODE_STEPS * (rounds + 1) if batch else 0
+    context = fitting(context, option="--context", usual=128, new_tokens=new_tokens)
+    if shape is None:
+        pair = (str(model), baseline, text)
+        carved, dense, ids = loaded_pair(*pair, dtype, where, trust_remote_code)
+    else:
         carved, dense, ids = random_pair(config, where, dtype)
     choose_backend(carved, backend)
     bench = Bench(dense, carved, ids, rounds=rounds)
@@ -222,10 +231,10 @@ def check_choice(
         raise RequestError("--shape has random weights: leave out --baseline and --text.")
 
 
-def check_positive(**sizes: Sequence[int]) -> None:
+def check_positive(**sizes: Sequence[int | None]) -> None:
     """Raises `RequestError` for a size that is not positive."""
     for name, values in sizes.items():
-        wrong = [value for value in values if value < 1]
+        wrong = [value for value in values if value is not None and value < 1]
         if wrong:
             raise RequestError(f"{name} has {wrong[0]}; it must be at least 1.")
 

@@ -20,7 +20,7 @@ from ..device import check_dtype, find_device
 from ..errors import CMoEError, RequestError
 from ..folder.results import results_folder, write_results
 from ..source.calibration import check_vocabulary, consecutive_windows, read_tokens
-from ..source.loading import load_model, window_length
+from ..source.loading import load_config, load_model, window_length
 from ..source.texts import Text, open_text, text_name
 from .routing import replace_router, routing_blocks, watch_router
 
@@ -100,8 +100,9 @@ def evaluate(
     if card and router != "own":
         raise RequestError(f"--card tells what the model itself does, not with router {router!r}.")
     opened = open_text(text, part="test")
+    length = common_length(sequence_length, trust_remote_code, model, baseline)
     carved, tokenizer = load_model(model, dtype, where, trust_remote_code)
-    windows_WL = text_windows(carved, tokenizer, opened, sequence_length, windows)
+    windows_WL = text_windows(carved, tokenizer, opened, length, windows)
     carved_perplexity, own, chance = measure_routing(carved, windows_WL, router, seed)
     baseline_perplexity = None
     if baseline is not None:
@@ -137,17 +138,26 @@ def check_same_vocabulary(
         )
 
 
+def common_length(
+    asked: int | None, trust_remote_code: bool, model: str | Path, *others: str | Path | None
+) -> int:
+    """Return the length of the windows that all models are measured on. Raises `RequestError`."""
+    given = [model, *(other for other in others if other is not None)]
+    first, *rest = (load_config(each, trust_remote_code) for each in given)
+    length = window_length(first, asked, *rest)
+    if length < 2:
+        raise RequestError(f"--sequence-length is {length}: a window needs at least 2 tokens.")
+    return length
+
+
 def text_windows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: Text,
-    length: int | None,
+    length: int,
     most: int | None,
 ) -> torch.Tensor:
     """The first windows of a text, (W, L). Raises `RequestError` if it is too short."""
-    length = window_length(model.config, length)
-    if length < 2:
-        raise RequestError(f"--sequence-length is {length}: a window needs at least 2 tokens.")
     least = None if most is None else most * length
     read = read_tokens(text, tokenizer, model.config.vocab_size, least_tokens=least)
     return consecutive_windows(read.ids, length=length)[:most]

@@ -70,7 +70,7 @@ class LlamaServer:
         """
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
-        self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - open as long as the process
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - as long as the process
         self.command = [
             *(find_server(), "--model", str(model), "--host", "127.0.0.1"),
             *("--port", str(self.port), "--threads", str(threads)),

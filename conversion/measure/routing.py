@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from cmoe_hf.modeling_cmoe import PIN_LIMIT, CMoEHierarchicalBlock, CMoERouter, CMoESparseMoeBlock
+from cmoe_hf.modeling_cmoe import CMoEHierarchicalBlock, CMoERouter, CMoESparseMoeBlock
 
-from ..carve.router import agreement
+from ..carve.router import agreement, always_on_mask
 from ..errors import RequestError
-from ..source.stored import read_json
+from ..source.stored import read_headers, read_json, read_tensors
 
 HIERARCHICAL = (
     "the model is a carved MoE, of which only perplexity and routing can be measured yet: use "
@@ -55,24 +55,46 @@ def active_routers(model: nn.Module) -> list[CMoERouter]:
     return [router for router in routers if router.top_k > 0]
 
 
+def always_on(router: CMoERouter) -> torch.Tensor:
+    """Return which experts of a router run for every token, (N,) bool."""
+    return always_on_mask(router.balance_bias, router.always_on)
+
+
+def stored_always_on(folder: Path, config: PreTrainedConfig) -> list[list[int]] | None:
+    """Return the `always_on_experts` of a carved model; from its biases if it does not say them."""
+    listed: list[list[int]] | None = getattr(config, "always_on_experts", None)
+    if listed is not None:
+        return listed
+    stored = read_headers(folder)
+    listed = [[] for _ in range(config.num_hidden_layers)]
+    biases = {name: it for name, it in stored.items() if name.endswith("mlp.gate.balance_bias")}
+    for name, bias_N in read_tensors(biases):
+        listed[layer_number(name)] = always_on_mask(bias_N, None).nonzero().flatten().tolist()
+    return listed if any(listed) else None
+
+
+def layer_number(name: str) -> int:
+    """Return the layer of a carved model's tensor, from its name `model.layers.3.mlp...`."""
+    return int(name.split(".")[2])
+
+
 def is_biased(router: CMoERouter) -> bool:
-    """Whether a balance bias other than that of a pinned expert has moved."""
-    bias_N = router.balance_bias
-    return bool(bias_N[bias_N <= PIN_LIMIT].any())
+    """Return whether the balance bias of an expert that is not always on has moved."""
+    return bool(router.balance_bias[~always_on(router)].any())
 
 
 @contextmanager
 def without_bias(model: nn.Module) -> Iterator[None]:
-    """Set the balance biases to zero for a while, but for those of pinned experts."""
-    biases = [router.balance_bias for router in active_routers(model)]
-    kept = [bias_N.clone() for bias_N in biases]
-    for bias_N in biases:
-        bias_N[bias_N <= PIN_LIMIT] = 0
+    """Set the balance biases to zero for a while, but for those of experts that are always on."""
+    routers = active_routers(model)
+    kept = [router.balance_bias.clone() for router in routers]
+    for router in routers:
+        router.balance_bias[~always_on(router)] = 0
     try:
         yield
     finally:
-        for bias_N, before_N in zip(biases, kept, strict=True):
-            bias_N.copy_(before_N)
+        for router, before_N in zip(routers, kept, strict=True):
+            router.balance_bias.copy_(before_N)
 
 
 @contextmanager
@@ -105,12 +127,12 @@ def count_loads(model: nn.Module) -> Iterator[list[torch.Tensor]]:
         yield loads
 
 
-def imbalance(load_N: torch.Tensor, bias_N: torch.Tensor) -> float:
-    """Coefficient of variation (standard deviation over mean) of the loads of one layer.
+def imbalance(load_N: torch.Tensor, always_on_N: torch.Tensor) -> float:
+    """Return the coefficient of variation (standard deviation over mean) of one layer's loads.
 
-    Pinned experts always run and do not count. 0 is perfect balance.
+    Experts that are always on do not count. 0 is perfect balance.
     """
-    load_N = load_N[bias_N.to(load_N.device) <= PIN_LIMIT].double()
+    load_N = load_N[~always_on_N.to(load_N.device)].double()
     if len(load_N) < 2 or load_N.sum() == 0:
         return 0.0
     return (load_N.std(correction=0) / load_N.mean()).item()

@@ -382,7 +382,8 @@ def harness() -> Iterator[TruncationCounter]:
     try:
         with ExitStack() as stack:
             if not sys.stderr.isatty():
-                stack.enter_context(redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                stack.enter_context(redirect_stderr(nowhere))
             stack.enter_context(redirect_stdout(sys.stderr))
             yield counter
     finally:

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from cmoe_hf.modeling_cmoe import cache_name
+from cmoe_hf.modeling_cmoe import cache_keyword
 
 from ..device import synchronize
 from ..errors import RequestError
@@ -213,7 +213,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, prompt_BL: torch.Tensor, room: int | None) -> None:
         """With `room` for that many tokens: a static cache and a compiled step."""
         self.forward = model.forward
-        self.cache_name = cache_name(model.forward)
+        self.cache_keyword = cache_keyword(model.forward)
         config = model.config
         self.cache = (
             DynamicCache(config=config)
@@ -235,7 +235,7 @@ class Decoder:
             position_ids=self.position,
             use_cache=True,
             logits_to_keep=1,
-            **{self.cache_name: self.cache},
+            **{self.cache_keyword: self.cache},
         )
         self.ids_BL = output.logits[:, -1:].argmax(dim=-1)
         self.position = self.position + 1

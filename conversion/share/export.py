@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `export`: the same function as a stock architecture, without remote code.
-
-`needs` says what a model has that not every architecture represents, `targets` what there is to
-choose from, and what they make of our tensors.
+"""Write the same function as a stock architecture, which needs no remote code.
 
 Shape suffixes: T tokens, K active experts, W windows, L tokens of a window.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +25,17 @@ from ..errors import RequestError
 from ..folder.card import CARD_FILE, native_card
 from ..folder.carried import carried
 from ..folder.fingerprint import write_fingerprint
-from ..folder.shards import file_names, index_of, packed, raw, write_shard
+from ..folder.shards import Shards
 from ..folder.unfinished import BriefFolder
 from ..measure.routing import collected
 from ..source.architectures import Architecture, architecture_of
 from ..source.calibration import random_windows, read_tokens
 from ..source.checkpoint import fetch_model, find_model, load_tokenizer
 from ..source.loading import window_length
-from ..source.stored import WEIGHTS_INDEX, Stored, read_headers, read_json
+from ..source.stored import Stored, read_headers, read_json
 from ..source.texts import open_text, text_file
 from .linearise import linear_routers
-from .needs import lacking, needs_of
+from .needs import choose, lacking, needs_of
 from .pieces import Files, Made, by_layer
 from .targets import TARGETS, Target, by_faithfulness
 
@@ -67,8 +63,7 @@ class Export:
     routing_agreement: float
     """Share of these tokens, over all layers, for which both choose the same experts."""
     refitted_router: bool
-    """Whether the router was replaced: then the function is another, and both figures tell how
-    far."""
+    """Whether the router was replaced: then the function is another."""
 
 
 def export(
@@ -100,27 +95,28 @@ def export(
             says why.
         CMoEError: The model cannot be reached or is damaged.
     """
-    limit = shard_bytes(max_shard_size)
+    limit, work = shard_bytes(max_shard_size), ExportFolder(output, overwrite=overwrite)
     if to not in (None, *TARGETS):
         raise RequestError(f"there is no export to {to!r}; choose one of {', '.join(TARGETS)}.")
     folder, name, commit = find_model(model)
     config = AutoConfig.from_pretrained(folder)
-    row = check_config(config, name, refit=refit_router is not None)
+    arch = check_config(config, name, refit=refit_router is not None)
     if commit is not None:
         folder = fetch_model(name, commit)
-    needs = needs_of(config, row, folder)
-    target, reason = choose_target(config, name, needs, to)
-    if unread := lacking(target.unread & needs, ()):
-        logger.warning(
-            "vLLM 0.32 does not read the %s of a %s: there it would be another model. transformers "
-            "does.",
-            " and the ".join(unread),
-            target.causal,
-        )
+    needs = needs_of(config, arch, folder)
+    targets = by_faithfulness(config, needs)
+    chosen, reasons = choose({it.name: it.refusals(config, needs) for it in targets}, name, to)
+    target = TARGETS[chosen]
+    if to is None:
+        precise = target.float32_router or config.dtype == torch.float32
+        precision = "in float32" if precise else "in 16 bits, less precisely than we do"
+        reasons.insert(0, f"it scores experts {precision}")
+    if unread := " and the ".join(lacking(target.unread & needs, ())):
+        where = "there it would be another model. transformers does"
+        logger.warning("vLLM 0.32 does not read the %s of a %s: %s.", unread, target.causal, where)
     tokenizer = load_tokenizer(folder)
     native = target.config(config, needs)
     kept = carried(folder).beside(native, tokenizer)
-    work = ExportFolder(output, overwrite=overwrite)
     work.check({"the carved model": folder, "the calibration text": text_file(refit_router)})
     routers = None
     if refit_router is not None:
@@ -135,8 +131,8 @@ def export(
         difference, agreement = compare(folder, work.folder, config)
         result = Export(
             output=str(work.output),
-            architecture=target.model_type,
-            reason=reason,
+            architecture=native.model_type,
+            reason="; ".join(reasons),
             dtype=str(config.dtype).removeprefix("torch."),
             max_abs_logit_difference=difference,
             routing_agreement=agreement,
@@ -144,8 +140,8 @@ def export(
         )
         if kept.card:
             refitted = routers is not None
-            text = native_card(kept.card, target.model_type, difference, refitted=refitted)
-            work.write_text(CARD_FILE, text)
+            card = native_card(kept.card, native.model_type, difference, refitted=refitted)
+            work.write_text(CARD_FILE, card)
     return result
 
 
@@ -157,7 +153,7 @@ class ExportFolder(BriefFolder):
 
 
 def check_config(config: PreTrainedConfig, name: str, *, refit: bool) -> Architecture:
-    """The row of a carved model. Raises `RequestError` for what no architecture represents."""
+    """Return a carved model's family. Raises `RequestError` for what no target represents."""
     if not isinstance(config, CMoEConfig):
         raise RequestError(f"{name} is a {config.model_type} model, not a carved one.")
     if isinstance(config, CMoEHierarchicalConfig):
@@ -166,10 +162,10 @@ def check_config(config: PreTrainedConfig, name: str, *, refit: bool) -> Archite
             "code loads wherever trust_remote_code may be given."
         )
     reasons = []
-    row = architecture_of(config)
+    arch = architecture_of(config)
     if not config.has_gate:
         reasons.append("no stock architecture has experts with biases and without a gate")
-    elif row is None or row.differs is None:
+    elif arch is None or arch.differs is None:
         reasons.append(f"nobody has said what stock architecture a {config.model_type} can become")
     if config.router_type != "linear" and not refit:
         reasons.append(
@@ -180,29 +176,9 @@ def check_config(config: PreTrainedConfig, name: str, *, refit: bool) -> Archite
         reasons.append("its router takes absolute values")
     if config.num_experts_per_tok == 0:
         reasons.append("it does not route")
-    if reasons or row is None:
+    if reasons or arch is None:
         raise RequestError(f"{name} cannot be exported: {'; '.join(reasons)}.")
-    return row
-
-
-def choose_target(
-    config: CMoEConfig, name: str, needs: set[str], to: str | None
-) -> tuple[Target, str]:
-    """The architecture to write, and why. Raises `RequestError` if it cannot be the model."""
-    refused = {it.name: it.refusals(config, needs) for it in by_faithfulness(config, needs)}
-    fitting = [TARGETS[it] for it, reasons in refused.items() if not reasons]
-    others = ", ".join(it.name for it in fitting) or "nothing"
-    said = {it: f"{it} {' and '.join(reasons)}" for it, reasons in refused.items() if reasons}
-    if to is not None:
-        if to in said:
-            raise RequestError(f"{name} cannot be exported: {said[to]}. {others} represents it.")
-        return TARGETS[to], "asked for"
-    if not fitting:
-        raise RequestError(f"{name} cannot be exported: {'; '.join(said.values())}.")
-    before = list(refused)[: list(refused).index(fitting[0].name)]
-    precise = fitting[0].float32_router or config.dtype == torch.float32
-    precision = "in float32" if precise else "in 16 bits, less precisely than we do"
-    return fitting[0], "; ".join([f"it scores experts {precision}", *(said[it] for it in before)])
+    return arch
 
 
 def fitted_routers(
@@ -213,7 +189,7 @@ def fitted_routers(
     samples: int,
     sequence_length: int | None,
 ) -> dict[str, torch.Tensor]:
-    """Linear routers for a carved model, by the names of their tensors."""
+    """Fit linear routers to a carved model. Return them by the names of their tensors."""
     ids = read_tokens(open_text(text), tokenizer, config.vocab_size).ids
     length = window_length(config, sequence_length)
     windows_WL = random_windows(ids, samples=samples, length=length, seed=0)
@@ -232,7 +208,7 @@ def made_tensors(
     target: Target,
     routers: Mapping[str, torch.Tensor] | None,
 ) -> list[dict[str, Made]]:
-    """The tensors of the target, by name, for each layer; `routers` replace others."""
+    """Return the tensors of the target by name, for each layer; `routers` replace others."""
     layers = []
     for layer, parts in by_layer(read_headers(folder)).items():
         own = with_router(parts, layer, routers)
@@ -244,7 +220,7 @@ def made_tensors(
 def with_router(
     parts: dict[str, Stored], layer: str, routers: Mapping[str, torch.Tensor] | None
 ) -> dict[str, Any]:
-    """The tensors of a layer with another router, if there is one for it."""
+    """Return the tensors of a layer, with another router if there is one for it."""
     name = "mlp.gate.linear_weight"
     if routers is None or layer + name not in routers:
         return parts
@@ -255,26 +231,17 @@ def with_router(
 
 def write_shards(layers: list[dict[str, Made]], work: ExportFolder, limit: int) -> None:
     """Write all tensors, a part of one in memory at a time."""
-    made = {name: it for layer in layers for name, it in layer.items()}
-    sizes = {name: it.entry.nbytes for name, it in made.items()}
-    plan = packed([{name: sizes[name] for name in layer} for layer in layers], limit)
-    files = dict(zip(file_names(len(plan)), plan, strict=True))
+    parts = [{name: it.empty for name, it in layer.items()} for layer in layers]
+    shards = Shards(work.folder, parts, limit)
+    shards.create()
     with Files() as opened:
-
-        def pieces(names: list[str]) -> Iterator[tuple[str, Iterator[Any]]]:
-            return ((name, map(raw, made[name].read(opened))) for name in names)
-
-        for file, names in tqdm(files.items(), desc="exporting", unit="file", disable=None):
-            entries = {name: made[name].entry for name in names}
-            write = partial(write_shard, entries=entries, pieces=pieces(names))
-            work.replace(work.folder / file, write)
-    if len(files) > 1:
-        work.write_json(WEIGHTS_INDEX, index_of(files, sizes))
+        for layer in tqdm(layers, desc="exporting", unit="layer", disable=None):
+            shards.write({name: it.read(opened) for name, it in layer.items()})
 
 
 @torch.no_grad()
 def compare(carved: Path, native: Path, config: CMoEConfig) -> tuple[float, float]:
-    """Precision, largest difference of the logits, and agreement of the routers."""
+    """Return the largest difference of the logits, and how often both route alike."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (1, COMPARED_TOKENS), generator=generator)
     logits, choices = [], []
@@ -294,5 +261,5 @@ def compare(carved: Path, native: Path, config: CMoEConfig) -> tuple[float, floa
 
 
 def chosen_by(output: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The experts that a router chose, in order of number: its one output of whole numbers."""
+    """Return the experts that a router chose, sorted: its one output of whole numbers."""
     return next(it for it in output if not it.is_floating_point()).sort().values

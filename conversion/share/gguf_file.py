@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `export_gguf`: a carved model, or a dense one, as a file for llama.cpp.
+"""Write a carved or a dense model as a GGUF file, tensor by tensor, for llama.cpp."""
 
-Written tensor by tensor, from our own weights: no converter's special cases stand in between.
-"""
-
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from cmoe_hf import CMoEConfig
 from cmoe_hf.modeling_cmoe import attention_types
@@ -26,8 +25,9 @@ from ..source.stored import read_headers
 from ..source.texts import text_file
 from .export import check_config, fitted_routers, with_router
 from .gguf_layouts import BLOCK, LAYOUTS, Layout, common_fields, empty_layer, rope_factors
-from .gguf_vocabulary import Vocabulary, vocabulary
-from .needs import needs_of
+from .gguf_reading import check_reading
+from .gguf_vocabulary import vocabulary
+from .needs import choose, needs_of
 from .pieces import Files, Made, by_layer
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def export_gguf(
     samples: int = 8,
     sequence_length: int | None = None,
     overwrite: bool = False,
+    force: bool = False,
 ) -> GGUFFile:
     """Write a model as a GGUF file, which llama.cpp and what is built on it run.
 
@@ -81,6 +82,8 @@ def export_gguf(
         to: Architecture of llama.cpp, default the first one that computes the same.
         refit_router, samples, sequence_length: See `export`.
         overwrite: Replace a GGUF file at `output`.
+        force: Write the file even if llama.cpp would read texts, chats or ends of generations
+            otherwise than transformers; what differs is a warning then.
 
     Raises:
         RequestError: The extra is not installed, or llama.cpp would compute something else; the
@@ -92,20 +95,27 @@ def export_gguf(
         raise RequestError(f"there is no type {type!r}; choose one of {', '.join(FILE_TYPES)}.")
     if to not in (None, *LAYOUTS):
         raise RequestError(f"there is no export to {to!r}; choose one of {', '.join(LAYOUTS)}.")
+    path = check_output(output, overwrite)
     folder, name, commit = find_model(model)
     config = AutoConfig.from_pretrained(folder)
-    row = architecture_of(config)
+    arch = architecture_of(config)
     if carved(config):
         check_config(config, name, refit=refit_router is not None)
-    if row is None or row.differs is None or row.router is not None:
+    if arch is None or arch.differs is None or arch.router is not None:
         raise RequestError(f"{name} cannot be a GGUF file: a {config.model_type} is not known.")
-    path = check_output(output, overwrite)
+    if getattr(config, "hidden_act", None) not in ("silu", "swish"):
+        raise RequestError(f"{name} cannot be a GGUF file: its activation is {config.hidden_act}.")
     if commit is not None:
         folder = fetch_model(name, commit)
     check_apart(path, {"the model": folder, "the calibration text": text_file(refit_router)})
-    layout, reason = choose_layout(config, name, needs_of(config, row, folder), to)
+    needs, routes = needs_of(config, arch, folder), carved(config)
+    layouts = [it for it in LAYOUTS.values() if it.routes == routes or it.name == to]
+    chosen, reasons = choose({it.name: it.refusals(config, needs) for it in layouts}, name, to)
+    layout = LAYOUTS[chosen]
     tokenizer = load_tokenizer(folder)
-    words = vocabulary(tokenizer, config.vocab_size)
+    ends = end_tokens(folder, config)
+    words = vocabulary(tokenizer, config.vocab_size, ends)
+    check_reading(tokenizer, words, ends, force=force)
     routers = None
     if refit_router is not None:
         routers = fitted_routers(folder, config, tokenizer, refit_router, samples, sequence_length)
@@ -120,7 +130,7 @@ def export_gguf(
     return GGUFFile(
         output=str(path),
         architecture=layout.name,
-        reason=reason,
+        reason="; ".join(reasons) or "it computes the same",
         type=type,
         tensors=len(made),
         bytes=path.stat().st_size,
@@ -129,7 +139,7 @@ def export_gguf(
 
 
 def library() -> Any:
-    """The package that knows the format. Raises `RequestError` if the extra is not installed."""
+    """Import the package that knows the format. Raises `RequestError` without the extra."""
     try:
         import gguf
     except ImportError:
@@ -143,7 +153,7 @@ def carved(config: PreTrainedConfig) -> bool:
 
 
 def check_output(output: str | Path, overwrite: bool) -> Path:
-    """Where the file goes. Raises `RequestError` if it cannot, or something else is there."""
+    """Return where the file goes. Raises `RequestError` if something else is there."""
     path = resolved(output)
     if path.suffix != ".gguf":
         raise RequestError(f"{path.name} should end in .gguf, as tools look for it.")
@@ -154,25 +164,14 @@ def check_output(output: str | Path, overwrite: bool) -> Path:
     return path
 
 
-def choose_layout(
-    config: PreTrainedConfig, name: str, needs: set[str], to: str | None
-) -> tuple[Layout, str]:
-    """The architecture to write, and why. Raises `RequestError` if there is none."""
-    if getattr(config, "hidden_act", None) not in ("silu", "swish"):
-        raise RequestError(f"{name} cannot be a GGUF file: its activation is {config.hidden_act}.")
-    refused = {it.name: it.refusals(config, needs) for it in LAYOUTS.values()}
-    if to is not None:
-        if refused[to]:
-            raise RequestError(f"{name} cannot be a {to}: it {' and '.join(refused[to])}.")
-        return LAYOUTS[to], "asked for"
-    same_kind = [it for it in LAYOUTS.values() if it.routes == carved(config)]
-    said = {it.name: f"{it.name} {' and '.join(refused[it.name])}" for it in same_kind}
-    fitting = [it for it in same_kind if not refused[it.name]]
-    if not fitting:
-        raise RequestError(f"llama.cpp cannot run {name}: {'; '.join(said.values())}.")
-    before = same_kind[: same_kind.index(fitting[0])]
-    reasons = [said[it.name] for it in before]
-    return fitting[0], "; ".join(["it computes the same", *reasons])
+def end_tokens(folder: Path, config: PreTrainedConfig) -> list[int]:
+    """Return the tokens at which transformers ends a generation."""
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        found = GenerationConfig.from_pretrained(folder).eos_token_id
+    else:
+        found = getattr(config, "eos_token_id", None)
+    ends = found if isinstance(found, list) else [found]
+    return [it for it in ends if it is not None and 0 <= it < config.vocab_size]
 
 
 def made_tensors(
@@ -181,7 +180,7 @@ def made_tensors(
     layout: Layout,
     routers: Mapping[str, torch.Tensor] | None,
 ) -> dict[str, Made]:
-    """All tensors of the file, by name."""
+    """Return all tensors of the file by name."""
     made = {}
     layers = by_layer(read_headers(folder))
     outside = layers.pop("", {})
@@ -204,7 +203,7 @@ def made_tensors(
 
 
 def kind_of(made: Made, type: str) -> str:
-    """In what type of numbers a tensor is written."""
+    """Return the type of numbers in which a tensor is written."""
     if len(made.shape) == 1 or made.precise:
         return "f32"
     return "f16" if type == "q8_0" and made.shape[-1] % BLOCK else type
@@ -215,20 +214,20 @@ def write_file(
     name: str,
     config: Any,
     layout: Layout,
-    words: Vocabulary,
+    words: dict[str, Any],
     made: dict[str, Made],
     type: str,
 ) -> None:
     """Write the file, one tensor in memory at a time."""
     gguf = library()
     writer = gguf.GGUFWriter(path, layout.name)
-    writer.add_name(name)
+    # llama.cpp strips spaces behind special tokens of models whose name has Phi-3 in it.
+    writer.add_name(re.sub("(?i)(phi)-?3", r"\1 3", name))
     writer.add_file_type(FILE_TYPES[type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     fields = common_fields(config) | layout.fields(config)
     add_fields(writer, {f"{layout.name}.{key}": value for key, value in fields.items()})
-    for part in asdict(words).values():
-        add_fields(writer, part)
+    add_fields(writer, words)
     for tensor, it in made.items():
         kind = gguf.GGMLQuantizationType[kind_of(it, type).upper()]
         shape, size = stored_size(it.shape, kind)
@@ -244,7 +243,7 @@ def write_file(
 
 
 def add_fields(writer: "GGUFWriter", fields: dict[str, Any]) -> None:
-    """Add metadata, each as the type that it has in Python; numbers are 32 bits wide."""
+    """Add metadata by their types in Python; numbers are 32 bits wide."""
     for key, value in fields.items():
         match value:
             case bool():
@@ -260,7 +259,7 @@ def add_fields(writer: "GGUFWriter", fields: dict[str, Any]) -> None:
 
 
 def stored_size(shape: tuple[int, ...], kind: "GGMLQuantizationType") -> tuple[list[int], int]:
-    """Shape of a tensor's bytes, and how many they are."""
+    """Return the shape of a tensor's bytes, and how many there are."""
     block, width = library().GGML_QUANT_SIZES[kind]
     stored = [*shape[:-1], shape[-1] // block * width]
     return stored, prod(stored)
@@ -269,7 +268,7 @@ def stored_size(shape: tuple[int, ...], kind: "GGMLQuantizationType") -> tuple[l
 def numbers(
     name: str, parts: Iterator[torch.Tensor], columns: int, kind: "GGMLQuantizationType"
 ) -> np.ndarray[Any, Any]:
-    """The bytes of a tensor. Raises `CMoEError` for values that the type cannot hold."""
+    """Return the bytes of a tensor. Raises `CMoEError` for values that the type cannot hold."""
     pieces = []
     for part in parts:
         values = part.float().reshape(-1, columns).numpy()

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The architectures of llama.cpp that compute what our models and their dense sources do.
 
-Of those that route, llama.cpp weighs experts by scores that sum to 1 over the chosen ones. Where a
-file can say how, we let it choose by the scores themselves and take the softmax over the chosen
-experts alone: of scores scaled to nearly nothing that is 1/A exactly, and the file multiplies by A.
+llama.cpp weighs experts by scores that sum to 1 over the A chosen ones. Where a file can say how,
+it takes the softmax over the chosen experts alone: of scores scaled to nearly nothing that is 1/A
+exactly, and the file multiplies by A.
 
 Read in llama.cpp's source, October 2026 (86a2835): `src/models/{granite,glm4-moe,step35}.cpp` and
 `build_moe_ffn` of `src/llama-graph.cpp`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,13 +50,8 @@ NAMES = {
 """Beginnings of names within a layer."""
 
 
-def no_fields(config: Any) -> Fields:
-    """A dense model has no others."""
-    return {}
-
-
 def granite_fields(config: Any) -> Fields:
-    """Of `granitemoe`."""
+    """Return the fields of `granitemoe`."""
     return {
         "logit_scale": 1.0,
         "attention.scale": head_width(config) ** -0.5,
@@ -66,7 +61,7 @@ def granite_fields(config: Any) -> Fields:
 
 
 def glm_fields(config: Any) -> Fields:
-    """Of `glm4moe`."""
+    """Return the fields of `glm4moe`."""
     return choosing(config) | {
         "expert_feed_forward_length": config.moe_intermediate_size,
         "expert_shared_count": config.num_shared,
@@ -75,41 +70,30 @@ def glm_fields(config: Any) -> Fields:
 
 
 def step_fields(config: Any) -> Fields:
-    """Of `step35`, of which layers without a window turn half of what the file says."""
+    """Return the fields of `step35`, which without a window rotates half of what a file says."""
     types, width = attention_types(config), head_width(config)
-    window = getattr(config, "sliding_window", None)
-    empty = {} if window else empty_layer_fields(config)
-    return (
-        choosing(config)
-        | {
-            "expert_feed_forward_length": config.moe_intermediate_size,
-            "expert_shared_feed_forward_length": config.shared_expert_intermediate_size or BLOCK,
-            "attention.sliding_window": window or 1,
-            "attention.sliding_window_pattern": [it == "sliding_attention" for it in types],
-            "rope.dimension_count": 2 * width,
-            "rope.dimension_count_swa": width,
-            "rope.freq_base_swa": float(config.rope_parameters["rope_theta"]),
-        }
-        | empty
-    )
-
-
-def empty_layer_fields(config: Any) -> Fields:
-    """With a last layer that has a window of one token, one head, and adds nothing.
-
-    llama.cpp stops if `step35` has no layer with a window.
-    """
-    count = config.num_hidden_layers
-    return {
-        "block_count": count + 1,
-        "attention.head_count": [config.num_attention_heads] * count + [1],
-        "attention.head_count_kv": [config.num_key_value_heads] * count + [1],
-        "attention.sliding_window_pattern": [False] * count + [True],
+    window, count = getattr(config, "sliding_window", None), config.num_hidden_layers
+    fields = choosing(config) | {
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_feed_forward_length": config.shared_expert_intermediate_size or BLOCK,
+        "attention.sliding_window": window or 1,
+        "attention.sliding_window_pattern": [it == "sliding_attention" for it in types],
+        "rope.dimension_count": 2 * width,
+        "rope.dimension_count_swa": width,
+        "rope.freq_base_swa": float(config.rope_parameters["rope_theta"]),
     }
+    if not window:  # llama.cpp stops without a layer that has one: see `empty_layer`
+        fields |= {
+            "block_count": count + 1,
+            "attention.head_count": [config.num_attention_heads] * count + [1],
+            "attention.head_count_kv": [config.num_key_value_heads] * count + [1],
+            "attention.sliding_window_pattern": [False] * count + [True],
+        }
+    return fields
 
 
 def empty_layer(config: Any, like: Made) -> dict[str, Made]:
-    """Its tensors, all zero, by the rest of their names; of an FFN that is not there nothing."""
+    """Return the tensors of a layer of one head and no FFN that adds nothing."""
     hidden, width = config.hidden_size, head_width(config)
     shapes = dict.fromkeys(("attn_q", "attn_k", "attn_v"), (width, hidden))
     shapes["attn_output"] = (hidden, width)
@@ -120,7 +104,7 @@ def empty_layer(config: Any, like: Made) -> dict[str, Made]:
 
 
 def choosing(config: Any) -> Fields:
-    """How experts are chosen and weighed, where a file can say so."""
+    """Return how experts are chosen and weighed, where a file can say so."""
     return {
         "expert_gating_func": SOFTMAX_OF_CHOSEN,
         "expert_weights_norm": False,
@@ -138,7 +122,7 @@ class Layout:
     wants: frozenset[str] = frozenset()
     """What it insists on."""
     ropes: tuple[str, ...] = ("default", "linear", "llama3")
-    fields: Callable[[Any], Fields] = no_fields
+    fields: Callable[[Any], Fields] = lambda config: {}
     """Beside those of every model, without the name in front."""
     routes: bool = True
     says_how: bool = True
@@ -152,7 +136,7 @@ class Layout:
     renamed: tuple[tuple[str, str], ...] = ()
 
     def refusals(self, config: Any, needs: set[str]) -> list[str]:
-        """Why it cannot be this model, if so."""
+        """Return why it cannot be this model."""
         if self.routes != hasattr(config, "moe_intermediate_size"):
             return ["is of dense models" if not self.routes else "is of models that route"]
         reasons = [f"has no {what}" for what in lacking(needs, self.represents)]
@@ -167,41 +151,34 @@ class Layout:
         return reasons
 
     def layer(self, parts: Mapping[str, Stored], config: Any) -> dict[str, Made]:
-        """What the tensors of a layer become, by the rest of their names."""
+        """Return the tensors of a layer, by their names within it."""
         names = NAMES | dict(self.renamed)
         made = {}
         for part, it in parts.items():
             stem, _, kind = part.rpartition(".")
             if stem in names and not (part == "self_attn.o_proj.bias" and self.routes):
-                heads = self.heads(stem, config)
-                made[f"{names[stem]}.{kind}"] = Made.of(it, interleaved=heads)
+                heads = {
+                    "self_attn.q_proj": config.num_attention_heads,
+                    "self_attn.k_proj": config.num_key_value_heads,
+                }
+                interleaved = heads.get(stem, 0) if self.neighbours else 0
+                made[f"{names[stem]}.{kind}"] = Made.of(it, interleaved=interleaved)
         if "mlp.experts.down_proj" in parts:
             made |= self.routed(parts, config)
         return made
 
-    def heads(self, stem: str, config: Any) -> int:
-        """How many heads' rows are interleaved."""
-        count = {
-            "self_attn.q_proj": config.num_attention_heads,
-            "self_attn.k_proj": getattr(config, "num_key_value_heads", 0),
-        }
-        return count.get(stem, 0) if self.neighbours else 0
-
     def routed(self, parts: Mapping[str, Stored], config: Any) -> dict[str, Made]:
-        """Router and experts of a layer."""
+        """Return the router and the experts of a layer."""
         router, gate_up = parts["mlp.gate.linear_weight"], parts["mlp.experts.gate_up_proj"]
-        several = config.num_experts_per_tok > 1
+        factor = TINY if config.num_experts_per_tok > 1 else 1.0
         made = {
-            "ffn_gate_inp.weight": replace(
-                Made.of(router), dtype="F32", factor=TINY if several else 1.0, precise=True
-            ),
+            "ffn_gate_inp.weight": Made.of(router, dtype="F32", factor=factor, precise=True),
             "ffn_gate_exps.weight": Made.of_experts(gate_up, 0, 2),
             "ffn_up_exps.weight": Made.of_experts(gate_up, 1, 2),
             "ffn_down_exps.weight": Made.of_experts(parts["mlp.experts.down_proj"]),
         }
         if self.says_how:
-            bias = parts["mlp.gate.balance_bias"]
-            made["exp_probs_b.bias"] = Made.of(bias)
+            made["exp_probs_b.bias"] = Made.of(parts["mlp.gate.balance_bias"])
         if not config.shared_expert_intermediate_size and self.says_how:
             hidden = config.hidden_size
             made["ffn_gate_shexp.weight"] = Made.zeros(gate_up, BLOCK, hidden)
@@ -263,7 +240,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def rope_type(config: PreTrainedConfig) -> str:
-    """The kind of rotary embeddings, as transformers calls it."""
+    """Return the kind of rotary embeddings, as transformers calls it."""
     rope = getattr(config, "rope_parameters", None) or {}
     if float(rope.get("partial_rotary_factor", 1.0)) != 1:
         return "partial"
@@ -271,7 +248,7 @@ def rope_type(config: PreTrainedConfig) -> str:
 
 
 def common_fields(config: Any) -> Fields:
-    """What a file of any architecture says, without its name in front."""
+    """Return the fields of any architecture, without its name in front."""
     rope, width = config.rope_parameters, head_width(config)
     fields = {
         "vocab_size": config.vocab_size,
@@ -298,7 +275,7 @@ def common_fields(config: Any) -> Fields:
 
 
 def rope_factors(config: Any) -> torch.Tensor | None:
-    """What the periods of the rotary embeddings are multiplied by, (D/2) float32, if anything."""
+    """Return the factors of the rotary embeddings' periods, (D/2) float32, if there are any."""
     if rope_type(config) != "llama3":
         return None
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))

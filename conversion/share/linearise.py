@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fit a linear router to every layer of a carved model that has another kind.
+"""Fit linear routers to a carved model that has another kind.
 
 Shape suffixes: W windows, L tokens of a window, T tokens, H hidden size, N routed experts.
 """
@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from cmoe_hf.modeling_cmoe import ExpertsLoop, run_expert
+from cmoe_hf.modeling_cmoe import ExpertsLoop
 
 from ..carve.linalg import solve_shifted
 from ..measure.routing import sparse_blocks
@@ -21,10 +21,9 @@ from ..measure.routing import sparse_blocks
 def linear_routers(
     model: PreTrainedModel, windows_WL: torch.Tensor, *, ridge: float
 ) -> list[torch.Tensor]:
-    """Router weights (N, H) float32 of each layer, as `router.linear_router` fits them.
+    """Return router weights (N, H) float32 of each layer, as `router.linear_router` fits them.
 
-    Of the tokens only sums are kept, so that all layers fit while the model runs once. Each sees
-    what the model's own routing makes of the layers before it.
+    Only sums over the tokens are kept, so that all layers are fitted in one run of the model.
 
     Args:
         model: A carved model.
@@ -41,7 +40,7 @@ def linear_routers(
 
 
 class Sums:
-    """What the regression of one layer needs to know of the tokens; a forward pre-hook."""
+    """Sums over the tokens for the regression of one layer; a forward pre-hook."""
 
     def __init__(self, experts: ExpertsLoop) -> None:
         self.experts = experts
@@ -62,7 +61,7 @@ class Sums:
         self.tokens += len(x_TH)
 
     def router(self, ridge: float) -> torch.Tensor:
-        """The weights; their scores have unit variance over tokens and experts."""
+        """Return the weights; their scores have unit variance over tokens and experts."""
         shift = max(ridge * self.gram_HH.diagonal().mean().item(), 1e-30)
         weight_HN = solve_shifted(self.gram_HH, self.cross_HN, shift)
         count = self.tokens * weight_HN.shape[1]
@@ -73,9 +72,9 @@ class Sums:
 
 
 def expert_energies(experts: ExpertsLoop, x_TH: torch.Tensor) -> torch.Tensor:
-    """Squared length of what every expert would add for every token, (T, N) float32."""
+    """Return the squared length of every expert's output for every token, (T, N) float32."""
     energies = [
-        run_expert(experts, expert, x_TH).float().square().sum(dim=1)
+        experts.run_expert(expert, x_TH).float().square().sum(dim=1)
         for expert in range(experts.num_experts)
     ]
     return torch.stack(energies, dim=1)

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What another architecture must have, to compute what a carved model does."""
+"""What another architecture must have to compute what a model does, and which one is chosen."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from cmoe_hf.modeling_cmoe import PIN_LIMIT, attention_types
+from cmoe_hf.modeling_cmoe import attention_types
 
+from ..carve.router import always_on_mask
+from ..errors import RequestError
+from ..measure.routing import layer_number, stored_always_on
 from ..source.architectures import Architecture
 from ..source.stored import read_headers, read_tensors
 
 NEEDS = {
     "shared": "shared expert",
-    "pins": "pinned experts (--budget)",
+    "pins": "always-on experts (--budget)",
     "balance": "trained balance_bias",
     "scale": "trained gate scale",
     "leading": "dense layers at the beginning",
@@ -29,49 +32,81 @@ UNDONE_BY = {"balance": "--bias-speed 0", "scale": "--router-learning-rate 0"}
 """With what option of `recover` a model does without."""
 
 
-def needs_of(config: PreTrainedConfig, row: Architecture, folder: Path) -> set[str]:
-    """Names from `NEEDS`, from the configuration and the few tensors that decide."""
-    needs = {*(row.differs or ())}
+def needs_of(config: PreTrainedConfig, arch: Architecture, folder: Path) -> set[str]:
+    """Return names from `NEEDS`, from the configuration and the few tensors that decide."""
+    needs = {*(arch.differs or ())}
     if getattr(config, "shared_expert_intermediate_size", 0):
         needs.add("shared")
     if "sliding_attention" in attention_types(config):
         needs.add("window")
     if getattr(config, "attention_bias", False):
         needs.add("biases")
-    return needs | dense_needs(config) | trained_needs(folder)
+    return needs | dense_needs(config) | trained_needs(config, folder)
+
+
+def carved_layers(config: PreTrainedConfig) -> list[int]:
+    """Return the layers whose FFN is carved; of a dense model all layers."""
+    dense = getattr(config, "dense_layers", None) or []
+    return [index for index in range(config.num_hidden_layers) if index not in dense]
 
 
 def dense_needs(config: PreTrainedConfig) -> set[str]:
-    """Where dense layers lie between carved ones."""
-    dense = {*(getattr(config, "dense_layers", None) or [])}
-    carved = [index for index in range(config.num_hidden_layers) if index not in dense]
+    """Return where dense layers lie between carved ones."""
+    carved = carved_layers(config)
+    first, last = carved[0], carved[-1]
     places = {
-        "leading": any(index < carved[0] for index in dense),
-        "trailing": any(index > carved[-1] for index in dense),
-        "between": any(carved[0] < index < carved[-1] for index in dense),
+        "leading": first > 0,
+        "trailing": last < config.num_hidden_layers - 1,
+        "between": len(carved) <= last - first,
     }
     return {place for place, there in places.items() if there}
 
 
-def trained_needs(folder: Path) -> set[str]:
-    """What the gates have learned, and a bias of attention's output that is not zero."""
-    kinds = {"mlp.gate.scale": "scale", "mlp.gate.balance_bias": "balance"}
-    kinds["self_attn.o_proj.bias"] = "output bias"
-    needs = set()
-    stored = read_headers(folder)
-    asked = {name: it for name, it in stored.items() if name.endswith(tuple(kinds))}
-    for name, tensor in read_tensors(asked):
+def trained_needs(config: PreTrainedConfig, folder: Path) -> set[str]:
+    """Return what the gates have learned, and a bias of attention's output that is not zero."""
+    kinds = {
+        "mlp.gate.scale": "scale",
+        "mlp.gate.balance_bias": "balance",
+        "self_attn.o_proj.bias": "output bias",
+    }
+    always_on = stored_always_on(folder, config)
+    needs = {"pins"} if always_on else set()
+    stored = read_headers(folder).items()
+    for name, tensor in read_tensors({name: it for name, it in stored if name.endswith((*kinds,))}):
         need = next(need for end, need in kinds.items() if name.endswith(end))
-        if need == "balance" and (tensor > PIN_LIMIT).any():
-            needs.add("pins")
-            tensor = tensor[tensor <= PIN_LIMIT]
+        if need == "balance" and always_on:
+            tensor = tensor[~always_on_mask(tensor, always_on[layer_number(name)])]
         if tensor.any():
             needs.add(need)
     return needs
 
 
 def lacking(needs: Collection[str], represented: Collection[str]) -> list[str]:
-    """What of the needs is not represented, in words."""
+    """Return what of the needs is not represented, in words."""
     found = [need for need in NEEDS if need in needs and need not in represented]
     hints = {need: f" (recover with {option})" for need, option in UNDONE_BY.items()}
     return [NEEDS[need] + hints.get(need, "") for need in found]
+
+
+def choose(refusals: Mapping[str, list[str]], name: str, to: str | None) -> tuple[str, list[str]]:
+    """Choose the first architecture that nothing speaks against, and say why it is no other.
+
+    Args:
+        refusals: By architecture, the best first, why it cannot be the model.
+        name: Of the model.
+        to: Choose this one.
+
+    Raises:
+        RequestError: There is none, or it is not the one asked for.
+    """
+    said = {it: f"{it} {' and '.join(reasons)}" for it, reasons in refusals.items() if reasons}
+    fitting = [it for it in refusals if it not in said]
+    if to in said:
+        others = ", ".join(fitting) or "nothing"
+        raise RequestError(f"{name} cannot be exported: {said[to]}. {others} represents it.")
+    if to is not None:
+        return to, ["asked for"]
+    if not fitting:
+        raise RequestError(f"{name} cannot be exported: {'; '.join(said.values())}.")
+    before = [*refusals][: [*refusals].index(fitting[0])]
+    return fitting[0], [said[it] for it in before]

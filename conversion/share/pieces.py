@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that are made of stored ones: cut, put together, scaled, in another order."""
+"""Tensors made of stored ones: cut, joined, scaled or in another order."""
 
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from safetensors import safe_open
 
-from ..folder.shards import Entry
+from ..folder.shards import NAMES
 from ..source.stored import CARVABLE, Stored
-
-LAYER = "model.layers."
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Made:
 
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors names it."""
+    """Return the name that safetensors has for the type."""
     parts: tuple[Stored | torch.Tensor, ...] = ()
     factor: float = 1.0
     interleaved: int = 0
@@ -33,30 +32,29 @@ class Made:
 
     @classmethod
     def of(cls, *parts: Stored | torch.Tensor, **changes: Any) -> Self:
-        """Of rows below each other; of several matrices with `stacked` of them a packed one."""
+        """Join rows below each other."""
         shapes = [tuple(part.shape) for part in parts]
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
         return replace(cls(shape, type_name(parts[0]), parts), **changes)
 
     @classmethod
     def zeros(cls, like: Stored, *shape: int) -> Self:
-        """Zeros of the same type."""
+        """Return zeros of the same type."""
         return cls(shape, like.dtype)
 
     @classmethod
     def of_experts(cls, packed: Stored, part: int = 0, parts: int = 1) -> Self:
-        """The same part of every packed expert, (N, rows, columns)."""
+        """Take the same part of every packed expert, (N, rows, columns)."""
         pieces = [packed.of_expert(number, part, parts) for number in range(packed.shape[0])]
         return cls((len(pieces), *pieces[0].shape), packed.dtype, tuple(pieces))
 
     @property
-    def entry(self) -> Entry:
-        """For the header of a file."""
-        size = torch.empty((), dtype=CARVABLE[self.dtype]).element_size()
-        return Entry(self.dtype, list(self.shape), prod(self.shape) * size)
+    def empty(self) -> torch.Tensor:
+        """Return its type and shape, as a tensor on the meta device."""
+        return torch.empty(self.shape, dtype=CARVABLE[self.dtype], device="meta")
 
     def read(self, files: "Files") -> Iterator[torch.Tensor]:
-        """The values, a part at a time."""
+        """Read the values, a part at a time."""
         dtype = CARVABLE[self.dtype]
         if not self.parts:
             yield torch.zeros(self.shape, dtype=dtype)
@@ -69,8 +67,8 @@ class Made:
 
 
 def type_name(part: Stored | torch.Tensor) -> str:
-    """As safetensors names it."""
-    return part.dtype if isinstance(part, Stored) else Entry.of(part).dtype
+    """Return the name that safetensors has for the type."""
+    return part.dtype if isinstance(part, Stored) else NAMES[part.dtype]
 
 
 class Files(ExitStack):
@@ -81,7 +79,7 @@ class Files(ExitStack):
         self._opened: dict[Path, Any] = {}
 
     def read(self, stored: Stored) -> torch.Tensor:
-        """The values of a tensor."""
+        """Read the values of a tensor."""
         if stored.path not in self._opened:
             opened = safe_open(stored.path, framework="pt", backend="pread")
             self._opened[stored.path] = self.enter_context(opened)
@@ -89,14 +87,10 @@ class Files(ExitStack):
 
 
 def by_layer(stored: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
-    """Tensors by the beginning of their names, up to the layer's number, and the rest of them.
-
-    What is of no layer begins with nothing.
-    """
-    layers: dict[str, dict[str, Stored]] = {}
+    """Group tensors by the prefix of their layer, "" for those of no layer, and the rest."""
+    layers: dict[str, dict[str, Stored]] = defaultdict(dict)
     for name, tensor in stored.items():
-        layer = ""
-        if name.startswith(LAYER):
-            layer = LAYER + name.removeprefix(LAYER).partition(".")[0] + "."
-        layers.setdefault(layer, {})[name.removeprefix(layer)] = tensor
+        found = re.match(r"model\.layers\.\d+\.", name)
+        layer = found[0] if found else ""
+        layers[layer][name.removeprefix(layer)] = tensor
     return layers

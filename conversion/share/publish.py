@@ -1,18 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `publish`: a model's folder becomes a repository of the Hub, whole or not at all.
-
-Before anything is sent, the folder is checked (`vetting`); afterwards size and hash of every file
-on the Hub are compared with what is here. Uploads go through `HfApi.upload_folder`: what has
-arrived is not sent again, so that the same command goes on after whatever stopped it.
-"""
+"""Upload a model's folder to the Hub, checked before and compared afterwards."""
 
 import fnmatch
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,14 +17,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile
-from tqdm import tqdm
 
 from ..errors import CMoEError, RequestError
 from ..folder.card import CARD_FILE, stated
 from ..folder.carried import read_card
 from ..folder.paths import replace_file
-from ..folder.unfinished import sha256_of
 from .verify import verify
 from .vetting import check_card, check_complete, check_private, files_to_publish
 
@@ -69,15 +59,6 @@ class Publication:
     left: list[str]
     """Files of the repository that are not part of this model and stay."""
     dry_run: bool
-
-
-@dataclass(frozen=True)
-class Target:
-    """A repository of the Hub as it is before anything is sent."""
-
-    exists: bool
-    private: bool
-    files: dict[str, RepoFile]
 
 
 def publish(
@@ -125,21 +106,19 @@ def publish(
     api, branch, commit = HfApi(), revision or "main", None
     with explained(repository):
         patiently(api.whoami)
-        target = look(api, repository, branch)
-        foreign = sorted(set(target.files) - set(names) - {".gitattributes"})
+        was_private, before = look(api, repository, branch, here)
+        foreign = sorted({*before.missing_paths} - {".gitattributes"}) if before else []
         deleted = [name for name in foreign if is_loadable(name)]
         if deleted and not replace:
             raise RequestError(
                 f"{repository} holds files of another model, which would be mixed with this one: "
                 f"{', '.join(deleted)}. Pass --replace to delete them, or choose another name."
             )
-        same = set(names) & set(target.files)
-        replaced = sorted(name for name in same if differs(here, target.files[name]))
         if not dry_run:
             if licence or base_model:  # nobody asked for another card otherwise
                 replace_file(here / CARD_FILE, card)
-            if not target.exists:
-                patiently(partial(api.create_repo, repository, private=not public, exist_ok=True))
+            if was_private is None:
+                patiently(api.create_repo, repository, private=not public, exist_ok=True)
             branch = make_revision(api, repository, branch, pull_request)
             commit = send(api, repository, branch, here, deleted)
             check_arrived(api, repository, commit, here, names)
@@ -148,10 +127,10 @@ def publish(
         commit=commit,
         repository=repository,
         revision=branch,
-        private=target.private if target.exists else not public,
+        private=not public if was_private is None else was_private,
         files=len(names),
         bytes=sum((here / name).stat().st_size for name in names),
-        replaced=replaced,
+        replaced=sorted({it["path"] for it in before.mismatches} & {*names}) if before else [],
         deleted=deleted,
         left=[name for name in foreign if name not in deleted],
         dry_run=dry_run,
@@ -161,7 +140,7 @@ def publish(
 def vetted_card(
     folder: Path, names: list[str], repository: str, *, licence: str | None, base_model: str | None
 ) -> str:
-    """Check everything that can be checked here; return the text that the card is to have."""
+    """Check everything that can be checked here. Return the text that the card is to have."""
     check_complete(folder)
     if CARD_FILE not in names:
         raise RequestError(f"{folder.name} has no {CARD_FILE}: a model needs a card.")
@@ -172,41 +151,42 @@ def vetted_card(
     return card
 
 
-def look(api: HfApi, repository: str, branch: str) -> Target:
-    """The repository as it is."""
+def look(api: HfApi, repository: str, branch: str, folder: Path) -> tuple[bool | None, Any]:
+    """Return whether the repository is private, and its files compared with the folder's.
+
+    Either is None where there is none.
+    """
     try:
-        info = patiently(partial(api.model_info, repository))
+        private = bool(patiently(api.model_info, repository).private)
     except RepositoryNotFoundError as error:
         if error.response.status_code == 401:
             raise
-        return Target(False, True, {})
+        return None, None
     for revision in (branch, "main"):  # a new branch starts as main
         try:
-            return Target(True, bool(info.private), files_of(api, repository, revision))
+            return private, compare(api, repository, revision, folder)
         except RevisionNotFoundError:
             continue
-    return Target(True, bool(info.private), {})
+    return private, None
 
 
-def files_of(api: HfApi, repository: str, revision: str) -> dict[str, RepoFile]:
-    """The files of a revision by name, with sizes and hashes."""
-    tree = partial(api.list_repo_tree, repository, recursive=True, revision=revision)
-    entries = patiently(lambda: list(tree()))
-    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+def compare(api: HfApi, repository: str, revision: str, folder: Path) -> Any:
+    """Compare the checksums of all files."""
+    return patiently(api.verify_repo_checksums, repository, revision=revision, local_dir=folder)
 
 
 def make_revision(api: HfApi, repository: str, branch: str, pull_request: bool) -> str:
-    """Make the branch or the pull request; return the revision to upload to."""
+    """Make the branch or the pull request. Return the revision to upload to."""
     if pull_request:  # not repeated: a lost answer would open a second one
         return str(api.create_pull_request(repository, MESSAGE).git_reference)
     if branch != "main" and not branch.startswith("refs/"):
-        patiently(partial(api.create_branch, repository, branch=branch, exist_ok=True))
+        patiently(api.create_branch, repository, branch=branch, exist_ok=True)
     return branch
 
 
 def send(api: HfApi, repository: str, branch: str, folder: Path, delete: list[str]) -> str:
-    """Upload the folder and delete these files; return the commit."""
-    upload = partial(
+    """Upload the folder and delete some files. Return the commit."""
+    done = patiently(
         api.upload_folder,
         repo_id=repository,
         folder_path=folder,
@@ -215,83 +195,64 @@ def send(api: HfApi, repository: str, branch: str, folder: Path, delete: list[st
         ignore_patterns=HIDDEN,
         delete_patterns=delete or None,
     )
-    return str(patiently(upload).oid)
+    return str(done.oid)
 
 
 def check_arrived(api: HfApi, repository: str, commit: str, folder: Path, names: list[str]) -> None:
-    """Compare size and hash of every file with the Hub's. Raises `CMoEError`."""
-    there = files_of(api, repository, commit)
-    bar = tqdm(names, desc="comparing with the Hub", unit="file", disable=None)
-    wrong = [name for name in bar if name not in there or differs(folder, there[name])]
+    """Compare what the Hub has with what was sent. Raises `CMoEError`."""
+    found = compare(api, repository, commit, folder)
+    wrong = {*found.extra_paths, *(it["path"] for it in found.mismatches)} & set(names)
     if wrong:
         raise CMoEError(
-            f"{repository} does not have what was sent: {', '.join(wrong)} differ at commit "
-            f"{commit[:7]}. Do not use it. {GO_ON}"
+            f"{repository} does not have what was sent: {', '.join(sorted(wrong))} differ at "
+            f"commit {commit[:7]}. Do not use it. {GO_ON}"
         )
 
 
-def differs(folder: Path, file: RepoFile) -> bool:
-    """Whether a file of the Hub differs from the folder's: by size, then by hash."""
-    path = folder / file.path
-    if path.stat().st_size != file.size:
-        return True
-    if file.lfs is not None:
-        return sha256_of(path) != file.lfs.sha256
-    content = path.read_bytes()
-    blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
-    return blob.hexdigest() != file.blob_id
-
-
 def is_loadable(name: str) -> bool:
-    """Whether a loader would look at this file of a repository."""
+    """Whether a loader would look at a file of a repository."""
     return "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in LOADABLE)
 
 
 def url_of(api: HfApi, repository: str, branch: str) -> str:
-    """Where people find it."""
+    """Return where people find it."""
     base = f"{api.endpoint}/{repository}"
     if branch.startswith("refs/pr/"):
         return f"{base}/discussions/{branch.rpartition('/')[2]}"
     return base if branch == "main" else f"{base}/tree/{branch}"
 
 
-def patiently(call: Callable[[], Answer]) -> Answer:
+def patiently(call: Callable[..., Answer], *arguments: Any, **options: Any) -> Answer:
     """Repeat a request that the Hub answers with 429 or 5xx, or that the network loses.
 
     The library repeats only some of its requests. All that go through here can be repeated without
     harm: an upload of what is there already makes no second commit.
     """
-    for wait in (*WAITS, None):
+    for wait in WAITS:
         try:
-            return call()
+            return call(*arguments, **options)
         except Exception as error:
-            if wait is None or not is_passing(error):
+            answer = error.response if isinstance(error, HfHubHTTPError) else None
+            # The library's own client is httpx or httpx2, depending on its version.
+            lost = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+            if not lost and (answer is None or not is_passing(answer.status_code)):
                 raise
-            told = retry_after(error)
-            if told is not None and told > LONGEST_WAIT:
+            asked = answer.headers.get("Retry-After", "") if answer is not None else ""
+            seconds = float(asked) if asked.isdigit() else wait
+            if seconds > LONGEST_WAIT:
                 raise
-            time.sleep(wait if told is None else told)
-    raise AssertionError("unreachable")
+            time.sleep(seconds)
+    return call(*arguments, **options)
 
 
-def is_passing(error: BaseException) -> bool:
+def is_passing(status: int) -> bool:
     """Whether trying again may help."""
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code == 429 or error.response.status_code >= 500
-    # The library's own client is httpx or httpx2, depending on its version.
-    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
-
-
-def retry_after(error: BaseException) -> float | None:
-    """Seconds that the server asks to wait."""
-    headers: Any = getattr(getattr(error, "response", None), "headers", {})
-    told = headers.get("Retry-After", "")
-    return float(told) if told.isdigit() else None
+    return status == 429 or status >= 500
 
 
 @contextmanager
 def explained(repository: str) -> Iterator[None]:
-    """Failures of the Hub become one clear line."""
+    """Turn failures of the Hub into one clear line."""
     try:
         yield
     except CMoEError:
@@ -304,7 +265,7 @@ def explained(repository: str) -> Iterator[None]:
 
 
 def explanation(error: Exception, repository: str) -> CMoEError:
-    """What a failure of the Hub means."""
+    """Return what a failure of the Hub means."""
     login = "Log in with `hf auth login`, or set HF_TOKEN, with a token that may write."
     if isinstance(error, LocalTokenNotFoundError):
         return RequestError(f"the Hub needs a token, and none was found. {login}")
@@ -313,13 +274,11 @@ def explanation(error: Exception, repository: str) -> CMoEError:
     if not isinstance(error, HfHubHTTPError):
         return CMoEError(f"the upload to {repository} broke off: {error}. {GO_ON}")
     status = error.response.status_code
-    if status == 401:
-        return RequestError(
-            f"the Hub does not accept the token: it has expired or is wrong. {login}"
-        )
-    if status == 403:
-        return RequestError(f"the token may not write to {repository}. {login}")
-    if status == 429 or status >= 500:
+    if is_passing(status):
         return CMoEError(f"the Hub answered {status} to {repository} again and again. {GO_ON}")
-    told = error.server_message or f"status {status}"
-    return RequestError(f"the Hub refuses {repository}: {told}")
+    reasons = {
+        401: f"the Hub does not accept the token: it has expired or is wrong. {login}",
+        403: f"the token may not write to {repository}. {login}",
+    }
+    refusal = f"the Hub refuses {repository}: {error.server_message or f'status {status}'}"
+    return RequestError(reasons.get(status, refusal))

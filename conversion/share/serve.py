@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `serve`: an OpenAI-compatible server, which is `transformers serve` or `llama-server`.
-
-By itself the first looks a model's class up among the library's own and finds none of ours.
-"""
+"""Run an OpenAI-compatible server: `transformers serve` or `llama-server`."""
 
 import logging
 import subprocess
@@ -57,7 +54,7 @@ def serve(model: str | Path, options: Sequence[str] = (), *, engine: str = "tran
     from transformers.cli.serve import Serve  # they need the extra
     from transformers.cli.serving.model_manager import ModelManager
 
-    for *_, causal in cmoe_hf.FAMILIES:
+    for *_, causal in cmoe_hf.FAMILIES:  # it looks a model's class up among the library's own
         setattr(transformers, causal.__name__, causal)
     if hasattr(ModelManager, "get_gen_models"):
         # Before 5.24 it lists what is in the cache, which a local folder is not.
@@ -76,7 +73,7 @@ def serve(model: str | Path, options: Sequence[str] = (), *, engine: str = "tran
 
 
 def serve_llama_cpp(model: str | Path, options: Sequence[str]) -> None:
-    """Run `llama-server` on a GGUF file, which is written for the time being if it is none."""
+    """Run `llama-server` on a GGUF file, which is temporary if a folder is given."""
     program = find_server()
     with tempfile.TemporaryDirectory(prefix="cmoe-") as folder:
         file = Path(model)

@@ -1,18 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stock architectures that a carved model can become: one class each.
 
-What differs between them and our models:
-
-* Routing weights. Ours are 1; theirs are made of the scores and sum to 1 over the A chosen experts.
-  With A = 1 that is exactly 1. With more, the router is scaled by a power of two so small that the
-  weights are even, which leaves the order of the scores alone, and what the experts write is
-  multiplied by A.
-* Precision. Ours scores in float32. Where an architecture scores in that of the model, 16 bits
-  choose other experts where two scores are close.
-* Pinned experts need a bias that only the selection sees. Ours is above all probabilities; so it is
-  above all sigmoids.
-
-Shape suffixes: H hidden size, N routed experts, M neurons of an expert.
+Our routing weights are 1; theirs are made of the scores and sum to 1 over the A chosen experts.
+With several, the router is scaled by a power of two so small that the weights are even, which keeps
+the order of the scores, and the experts' outputs are multiplied by A. Where an architecture scores
+in 16 bits, other experts are chosen where two scores are close. Pinned experts need a bias that
+only the selection sees; ours is above all probabilities and all sigmoids.
 """
 
 from collections.abc import Mapping
@@ -38,7 +31,7 @@ from cmoe_hf import CMoEConfig
 from cmoe_hf.modeling_cmoe import attention_types
 
 from ..source.stored import Stored
-from .needs import lacking
+from .needs import carved_layers, lacking
 from .pieces import Made
 
 SAME_FIELDS = (
@@ -55,7 +48,7 @@ Parts = Mapping[str, Stored]
 
 
 class Target:
-    """A stock architecture; what is said here holds for most of them."""
+    """A stock architecture. The defaults are what most of them have."""
 
     name: ClassVar[str]
     config_class: ClassVar[type[PreTrainedConfig]]
@@ -65,9 +58,9 @@ class Target:
     represents: ClassVar[frozenset[str]]
     """Names from `NEEDS`."""
     unread: ClassVar[frozenset[str]] = frozenset()
-    """What of that vLLM does not read, without a word: there it would be another model."""
+    """What of that vLLM ignores silently."""
     float32_router: ClassVar[bool]
-    """Whether it scores experts in float32 whatever the model's precision is."""
+    """Whether it scores experts in float32 in any model."""
     few, tiny = 1.0, 2.0**-13
     """Scales of the router for one active expert, and for several. A smaller one would round close
     scores of a float32 softmax to ties, a larger one would make the weights uneven."""
@@ -83,13 +76,8 @@ class Target:
     ties: ClassVar[bool] = True
     """Whether every engine takes the embeddings for a head that is not there."""
 
-    @property
-    def model_type(self) -> str:
-        """As transformers calls it."""
-        return self.config_class.model_type
-
     def refusals(self, config: CMoEConfig, needs: set[str]) -> list[str]:
-        """Why it cannot be this model, if so."""
+        """Return why it cannot be this model."""
         reasons = [f"has no {what}" for what in lacking(needs, self.represents)]
         if config.num_experts < self.least_experts:
             reasons.append(f"has at least {self.least_experts} routed experts")
@@ -99,11 +87,16 @@ class Target:
         return reasons
 
     def fields(self, config: CMoEConfig, needs: set[str]) -> dict[str, Any]:
-        """Of its configuration, beside `SAME_FIELDS`."""
-        raise NotImplementedError
+        """Return the fields of its configuration beside `SAME_FIELDS`."""
+        return {
+            "moe_intermediate_size": config.moe_intermediate_size,
+            "num_experts": config.num_experts,
+            "norm_topk_prob": True,
+            "mlp_only_layers": list(config.dense_layers or []),
+        }
 
     def config(self, config: CMoEConfig, needs: set[str]) -> PreTrainedConfig:
-        """The configuration of the same model."""
+        """Return its configuration."""
         same = {name: getattr(config, name) for name in SAME_FIELDS if hasattr(config, name)}
         own = {"architectures": [self.causal], **self.fields(config, needs)}
         if not self.ties:
@@ -111,14 +104,14 @@ class Target:
         return self.config_class(**same | own)
 
     def ends(self, parts: Parts) -> dict[str, Made]:
-        """What the tensors before and behind the layers become."""
+        """Return the tensors outside the layers."""
         made = {part: Made.of(it) for part, it in parts.items()}
         if not self.ties and "lm_head.weight" not in made:
             made["lm_head.weight"] = Made.of(parts["model.embed_tokens.weight"])
         return made
 
     def layer(self, parts: Parts, config: CMoEConfig) -> dict[str, Made]:
-        """What the tensors of a layer become, by the names that the architecture has on the Hub."""
+        """Return the tensors of a layer, by their names on the Hub."""
         made = {
             part: Made.of(it) for part, it in parts.items() if not part.startswith("mlp.")
         } | self.attention(parts, config)
@@ -134,7 +127,7 @@ class Target:
         )
 
     def attention(self, parts: Parts, config: CMoEConfig) -> dict[str, Made]:
-        """Biases that have to be there, and queries and keys in another order."""
+        """Return biases that have to be there, and queries and keys in another order."""
         made = {}
         biased = self.always_biased or "self_attn.q_proj.bias" in parts
         for name in self.biased if biased else ():
@@ -149,7 +142,7 @@ class Target:
         return made
 
     def routing(self, parts: Parts, config: CMoEConfig) -> dict[str, Made]:
-        """The router, and the bias that pins experts."""
+        """Return the router, and the bias that pins experts."""
         scale = self.few if config.num_experts_per_tok == 1 else self.tiny
         router = Made.of(parts["mlp.gate.linear_weight"], factor=scale)
         made = {self.gate: replace(router, dtype="F32") if self.float32_router else router}
@@ -158,7 +151,7 @@ class Target:
         return made
 
     def shared_expert(self, parts: Parts, config: CMoEConfig) -> dict[str, Made]:
-        """What always runs."""
+        """Return what always runs."""
         return {
             self.shared + part.removeprefix("mlp.shared_expert."): Made.of(it)
             for part, it in parts.items()
@@ -166,29 +159,25 @@ class Target:
         }
 
     def experts(self, parts: Parts, config: CMoEConfig) -> dict[str, Made]:
-        """The routed experts, a matrix for each."""
+        """Return the routed experts, one by one."""
         gate_up, down = parts["mlp.experts.gate_up_proj"], parts["mlp.experts.down_proj"]
-        made = {}
+        factor, made = self.down_factor(config), {}
         for number in range(config.num_experts):
             expert = f"mlp.experts.{number}."
             made[f"{expert}gate_proj.weight"] = Made.of(gate_up.of_expert(number, 0, 2))
             made[f"{expert}up_proj.weight"] = Made.of(gate_up.of_expert(number, 1, 2))
-            factor = self.down_factor(config)
             made[f"{expert}down_proj.weight"] = Made.of(down.of_expert(number, 0, 1), factor=factor)
         return made
 
     def down_factor(self, config: CMoEConfig) -> float:
-        """What the routed down projections are multiplied by."""
+        """Return the factor of the routed down projections."""
         return config.num_experts_per_tok
 
 
-def no_shared(like: Stored, width: int, hidden: int) -> dict[str, Made]:
-    """A shared expert of zeros, for architectures that insist on one."""
-    return {
-        "gate_proj.weight": Made.zeros(like, width, hidden),
-        "up_proj.weight": Made.zeros(like, width, hidden),
-        "down_proj.weight": Made.zeros(like, hidden, width),
-    }
+def zero_expert(name: str, like: Stored, width: int, hidden: int) -> dict[str, Made]:
+    """Return a shared expert of zeros, for architectures that insist on one."""
+    shapes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
+    return {f"{name}{part}_proj.weight": Made.zeros(like, *it) for part, it in shapes.items()}
 
 
 class Granite(Target):
@@ -269,8 +258,7 @@ class Glm4(Target):
         if config.num_shared:
             return super().shared_expert(parts, config)
         router, width = parts["mlp.gate.linear_weight"], config.moe_intermediate_size
-        zeros = no_shared(router, width, config.hidden_size)
-        return {self.shared + name: made for name, made in zeros.items()}
+        return zero_expert(self.shared, router, width, config.hidden_size)
 
     def down_factor(self, config: CMoEConfig) -> float:
         return 1
@@ -290,8 +278,7 @@ class Ernie(Target):
     interleaved = True
 
     def fields(self, config: CMoEConfig, needs: set[str]) -> dict[str, Any]:
-        dense = {*(config.dense_layers or [])}
-        carved = [index for index in range(config.num_hidden_layers) if index not in dense]
+        carved = carved_layers(config)
         return {
             "moe_intermediate_size": config.moe_intermediate_size,
             "moe_num_experts": config.num_experts,
@@ -309,10 +296,8 @@ class Ernie(Target):
 
     def routing(self, parts: Parts, config: CMoEConfig) -> dict[str, Made]:
         made = super().routing(parts, config)
-        bias = made["mlp.moe_statics.e_score_correction_bias"]
-        return made | {
-            "mlp.moe_statics.e_score_correction_bias": replace(bias, shape=(1, *bias.shape))
-        }
+        bias = made[self.bias]
+        return made | {self.bias: replace(bias, shape=(1, *bias.shape))}
 
 
 class Qwen2(Target):
@@ -331,11 +316,7 @@ class Qwen2(Target):
     def fields(self, config: CMoEConfig, needs: set[str]) -> dict[str, Any]:
         types = attention_types(config)
         shared = config.shared_expert_intermediate_size
-        return {
-            "moe_intermediate_size": config.moe_intermediate_size,
-            "num_experts": config.num_experts,
-            "norm_topk_prob": True,
-            "mlp_only_layers": list(config.dense_layers or []),
+        return super().fields(config, needs) | {
             "shared_expert_intermediate_size": shared or self.no_shared,
             "layer_types": types,
             "use_sliding_window": "sliding_attention" in types,
@@ -344,10 +325,8 @@ class Qwen2(Target):
 
     def shared_expert(self, parts: Parts, config: CMoEConfig) -> dict[str, Made]:
         router, hidden = parts["mlp.gate.linear_weight"], config.hidden_size
-        made = super().shared_expert(parts, config)
-        if not made:
-            zeros = no_shared(router, self.no_shared, hidden)
-            made = {self.shared + name: tensor for name, tensor in zeros.items()}
+        zeros = zero_expert(self.shared, router, self.no_shared, hidden)
+        made = super().shared_expert(parts, config) or zeros
         down = f"{self.shared}down_proj.weight"
         made[down] = replace(made[down], factor=2.0)
         return made | {"mlp.shared_expert_gate.weight": Made.zeros(router, 1, hidden)}
@@ -364,13 +343,8 @@ class Qwen3(Target):
     biased = (*QUERIES_KEYS_VALUES, "o_proj")
 
     def fields(self, config: CMoEConfig, needs: set[str]) -> dict[str, Any]:
-        return {
-            "moe_intermediate_size": config.moe_intermediate_size,
-            "num_experts": config.num_experts,
-            "norm_topk_prob": True,
-            "mlp_only_layers": list(config.dense_layers or []),
-            "attention_bias": bool({"biases", "output bias"} & needs),
-        }
+        own = {"attention_bias": bool({"biases", "output bias"} & needs)}
+        return super().fields(config, needs) | own
 
     def refusals(self, config: CMoEConfig, needs: set[str]) -> list[str]:
         reasons = super().refusals(config, needs)
@@ -383,8 +357,7 @@ TARGETS: dict[str, Target] = {
 
 
 def by_faithfulness(config: CMoEConfig, needs: set[str]) -> list[Target]:
-    """The targets, the best first: those that every engine reads, and of them those that choose
-    experts as precisely as our router does."""
+    """Sort the targets: first what every engine reads, and what scores as precisely as we do."""
 
     def shortcomings(target: Target) -> tuple[bool, bool]:
         precise = config.dtype == torch.float32 or target.float32_router
@@ -394,6 +367,6 @@ def by_faithfulness(config: CMoEConfig, needs: set[str]) -> list[Target]:
 
 
 def head_width(config: CMoEConfig) -> int:
-    """Of attention."""
+    """Return the width of a head of attention."""
     width = getattr(config, "head_dim", None)
     return int(width or config.hidden_size // config.num_attention_heads)

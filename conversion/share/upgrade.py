@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `upgrade`: today's code in a repository that an older release has carved.
+"""Put the code of this release into a repository that an older one has carved.
 
-The new folder grows beside the old one, shares its weights, and takes its place when it has been
-verified: the repository is the old or the new one, never a mixture.
+The new folder is written beside the old one, shares its weights, and replaces it when verified.
 """
 
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from ..folder.fingerprint import (
 )
 from ..folder.selection import REMOTE_CODE
 from ..folder.unfinished import SETTINGS, BriefFolder, sha256_of
+from ..measure.routing import stored_always_on
 from ..source.checkpoint import find_model, from_hub, load_tokenizer
 from ..source.stored import read_json
 from .publish import publish
@@ -55,7 +55,7 @@ class Upgrade:
 
 
 class UpgradeFolder(BriefFolder):
-    """The folder of an upgrade."""
+    """The unfinished folder of an upgrade."""
 
     command = "upgrade"
     noun = "upgrade"
@@ -64,7 +64,7 @@ class UpgradeFolder(BriefFolder):
         begun = self.private / SETTINGS
         if begun.is_file() and read_json(begun).get("work") != self.noun:
             raise RequestError(
-                f"{self.folder.name} beside the model holds unfinished work, which an upgrade "
+                f"{self.partial.name} beside the model holds unfinished work, which an upgrade "
                 "would remove: complete it with --resume, or remove it."
             )
         super()._refuse_contents()
@@ -85,7 +85,7 @@ def upgrade(model: str | Path, *, trust_remote_code: bool = False) -> Upgrade:
         CMoEError: The result would compute something else; nothing was changed.
     """
     output = Path(model).expanduser().absolute()
-    replaced = output.with_name(output.name + ".replaced")
+    replaced = UpgradeFolder(output).replaced
     if not output.exists() and replaced.is_dir():
         replaced.rename(output)  # an upgrade was killed between its last two steps
     folder, name, commit = find_model(model)
@@ -102,7 +102,7 @@ def upgrade(model: str | Path, *, trust_remote_code: bool = False) -> Upgrade:
 
 
 def upgrade_folder(folder: Path, trusted: bool) -> Upgrade:
-    """The same for a local folder."""
+    """Upgrade a local folder."""
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, CMoEConfig):
         raise RequestError(
@@ -114,42 +114,42 @@ def upgrade_folder(folder: Path, trusted: bool) -> Upgrade:
     before = {path.name: sha256_of(path) for path in sorted(folder.glob("*.safetensors"))}
     with UpgradeFolder.create(folder, {}, overwrite=True) as work:
         share_files(folder, work.folder)
+        config.always_on_experts = stored_always_on(folder, config)
         config.save_pretrained(work.folder)
         code = work.write_code(type(config))
-        write_record(folder, work, renewed=any(differ(folder, work.folder, REMOTE_CODE)))
+        write_record(folder, work, renewed=bool(differ(folder, work.folder, REMOTE_CODE)))
         if (folder / CARD_FILE).is_file():
             work.write_text(CARD_FILE, renewed_card(read_card(folder), code))
         found = checked(folder, work, old)
         after = {name: sha256_of(work.folder / name) for name in before}
         if after != before:
             raise CMoEError(f"the weights of {folder.name} changed on the disk meanwhile.")
-        changed = list(differ(folder, work.folder, sorted(REWRITTEN)))
+        changed = differ(folder, work.folder, sorted(REWRITTEN))
     return Upgrade(output=str(folder), changed=changed, weights=after, verification=found.line)
 
 
-def differ(old: Path, new: Path, names: Iterable[str]) -> Iterator[str]:
-    """The names of those files that are not the same in both folders, or only in one."""
-    for name in names:
-        contents = [
-            at.read_bytes() if (at := folder / name).is_file() else None for folder in (old, new)
-        ]
-        if contents[0] != contents[1]:
-            yield name
+def differ(old: Path, new: Path, names: Iterable[str]) -> list[str]:
+    """Return the names of files that differ, or are only in one of the folders."""
+
+    def content(path: Path) -> bytes | None:
+        return path.read_bytes() if path.is_file() else None
+
+    return [name for name in names if content(old / name) != content(new / name)]
 
 
 def old_outcome(folder: Path, trusted: bool) -> dict[str, Any] | None:
-    """What the old code computes; None where the fingerprint says it, or it does not run."""
+    """Return what the old code computes; None where the fingerprint says it, or it does not run."""
     if stated_fingerprint(folder) or runs_here(folder, trusted=trusted):
         return None
     try:
         prompts = prompts_for(folder, load_tokenizer(folder))
         return computed_elsewhere(folder, folder.name, prompts, None)
     except CMoEError:
-        return None  # of what broke it the upgrade is the mend
+        return None  # the upgrade mends what broke it
 
 
 def share_files(folder: Path, target: Path) -> None:
-    """Hard links, or copies where there can be none, of all files that are not written anew."""
+    """Link all files that are not written anew, or copy them where there can be no links."""
     for path in folder.rglob("*"):
         relative = path.relative_to(folder)
         if path.is_dir() and not path.is_symlink():
@@ -163,7 +163,7 @@ def share_files(folder: Path, target: Path) -> None:
 
 
 def write_record(folder: Path, work: UpgradeFolder, *, renewed: bool) -> None:
-    """`conversion.json` with a fingerprint and, if the code is `renewed`, by which release."""
+    """Write `conversion.json` with a fingerprint and, if `renewed`, this release."""
     record = conversion_record(folder)
     if renewed:
         record["upgraded_to"] = [*record.get("upgraded_to", []), cmoe_hf.__version__]

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `verify`: does a repository still compute what it did when it was made.
+"""Check that a repository still computes what it did when it was made.
 
-Every repository carries a fingerprint of itself in `conversion.json`, see `probe`. It is computed
-again under whatever is installed, and generation with a cache and in a padded batch is compared
-with the plain forward pass.
+The fingerprint in its `conversion.json` is computed again under whatever is installed, and
+generation with a cache and in a padded batch is compared with the plain forward pass.
 """
 
 import json
@@ -52,7 +51,7 @@ class Verification:
 
     @property
     def line(self) -> str:
-        """The same in one line."""
+        """Say it in one line."""
         where = f"{self.model} under transformers {self.versions['transformers']}"
         if self.differences:
             return f"not as carved: {where}: {'; '.join(self.differences)}."
@@ -76,16 +75,12 @@ def verify(model: str | Path, *, trust_remote_code: bool = False) -> Verificatio
     """
     folder, name = model_folder(model, code=True)
     stated = stated_fingerprint(folder)
-    is_ours = runs_here(folder, trusted=trust_remote_code)
+    compute = computed if runs_here(folder, trusted=trust_remote_code) else computed_elsewhere
     if stated:
-        prompts, recorded = stated["prompts"], stated["generated"]
+        found = compute(folder, name, stated["prompts"], stated["generated"])
     else:
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-        prompts, recorded = prompts_for(folder, tokenizer), None
-    if is_ours:
-        found = computed(folder, name, prompts, recorded)
-    else:
-        found = computed_elsewhere(folder, name, prompts, recorded)
+        found = compute(folder, name, prompts_for(folder, tokenizer), None)
     differences = [*inconsistencies(found), *(changes(found, stated) if stated else [])]
     return Verification(
         model=name,
@@ -121,11 +116,11 @@ def runs_here(folder: Path, *, trusted: bool) -> bool:
 def computed_elsewhere(
     folder: Path, name: str, prompts: list[list[int]], recorded: list[int] | None
 ) -> dict[str, Any]:
-    """What `probe` finds where this package is not imported: the repository's own code runs."""
+    """Compute it in a process that does not import this package: the repository's own code runs."""
     request = json.dumps({"prompts": prompts, "recorded": recorded})
     with tempfile.TemporaryDirectory() as temporary:
         result = Path(temporary) / "result.json"
-        # Without -P the rooms of this package would be taken for modules of the standard library.
+        # Without -P this folder's modules would shadow those of the standard library.
         done = subprocess.run(
             [sys.executable, "-P", probe.__file__, str(folder.resolve()), request, str(result)],
             env={**os.environ, "HF_MODULES_CACHE": temporary, "HF_HOME": constants.HF_HOME},

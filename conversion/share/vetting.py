@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must be true of a model's folder before strangers get it: it is whole, and it is nobody's
-private matter."""
+"""Check that a model's folder is complete and tells nothing private, before strangers get it."""
 
 import fnmatch
 import getpass
@@ -9,17 +8,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-import torch
 from huggingface_hub import get_token
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import cmoe_hf
-from cmoe_hf import FAMILIES
 
 from ..errors import RequestError
 from ..folder.card import CARD_FILE, parsed_card, stated_hashes
+from ..folder.paths import SUFFIX
 from ..folder.shards import read_header
-from ..folder.unfinished import SETTINGS, sha256_of
+from ..folder.unfinished import sha256_of
 from ..source.checkpoint import LEGAL_FILES, load_tokenizer
 from ..source.stored import WEIGHTS_FILE, WEIGHTS_INDEX, read_headers, read_json
 
@@ -47,7 +44,7 @@ PATHS = {
 
 
 def files_to_publish(folder: Path) -> list[str]:
-    """Names, relative to the folder, of all files but hidden ones. Raises for pickled weights."""
+    """Return the relative names of all files but hidden ones. Raises for pickled weights."""
     names = sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
     )
@@ -62,59 +59,52 @@ def files_to_publish(folder: Path) -> list[str]:
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether the last part of a name matches any pattern."""
+    """Whether the last part of a name matches a pattern."""
     return any(fnmatch.fnmatch(PurePosixPath(name).name, pattern) for pattern in patterns)
 
 
 def check_complete(folder: Path) -> None:
-    """Raises `RequestError` unless the folder can be loaded by somebody who has nothing else."""
-    if (folder / "work" / SETTINGS).is_file() or folder.name.endswith(".partial"):
+    """Check that the folder can be loaded by somebody who has nothing else."""
+    if SUFFIX in (folder.suffix, folder.resolve().parent.suffix):
         raise RequestError(f"{folder.name} is unfinished work: complete it with --resume first.")
     if not (folder / "config.json").is_file():
         raise RequestError(f"{folder} has no config.json: it is not a model.")
     config = read_json(folder / "config.json")
     check_auto_map(folder, config.get("auto_map"))
-    shapes = {name: tensor.shape for name, tensor in read_headers(folder).items()}
-    check_weights(folder, shapes)
-    if config.get("model_type") in {family.model_type for family, *_ in FAMILIES}:
-        check_carved(folder, shapes)
+    check_weights(folder)
     load_tokenizer(folder)
 
 
 def check_auto_map(folder: Path, auto_map: dict[str, str] | None) -> None:
-    """The Python files that `auto_map` names are there, as plain files of this folder."""
-    if auto_map is None:
-        return
-    for name in AUTO_CLASSES:
-        entry = auto_map.get(name)
-        if entry is None or "--" in entry:
-            raise RequestError(
-                f"auto_map in config.json has {'no' if entry is None else 'a foreign'} entry for "
-                f"{name}: the repository would not load by itself. Load the model and save it "
-                "again with save_pretrained."
-            )
+    """Check that the Python files that `auto_map` names are in this folder."""
+    save = "Load the model and save it again with save_pretrained."
+    for name in AUTO_CLASSES if auto_map is not None else ():
+        entry = (auto_map or {}).get(name, "--")
         module = entry.partition(".")[0] + ".py"
+        if "--" in entry:
+            raise RequestError(
+                f"auto_map in config.json has no entry of its own for {name}: the repository "
+                f"would not load by itself. {save}"
+            )
         if not (folder / module).is_file():
             raise RequestError(
-                f"{module} is missing, without which nobody can load the model. Copy it from the "
-                "carved folder, or load the model and save it again with save_pretrained."
+                f"{module} is missing, without which the model does not load. {save}"
             )
 
 
-def check_weights(folder: Path, shapes: dict[str, list[int]]) -> None:
-    """The shards are those of the index, and hold what it says."""
-    where = {}
-    indexed = {WEIGHTS_FILE}
+def check_weights(folder: Path) -> None:
+    """Check that the shards are those of the index, and hold what it says."""
+    stored = read_headers(folder)
+    where = dict.fromkeys(stored, WEIGHTS_FILE)
     if (folder / WEIGHTS_INDEX).is_file():
         where = read_json(folder / WEIGHTS_INDEX)["weight_map"]
-        indexed = set(where.values())
-    stray = sorted({path.name for path in folder.glob("*.safetensors")} - indexed)
+    stray = sorted({path.name for path in folder.glob("*.safetensors")} - {*where.values()})
     if stray:
         raise RequestError(
             f"{', '.join(stray)} is not a shard of this model (see {WEIGHTS_INDEX}); a loader "
             "might take it for one. Remove it, or the index if that is the one left over."
         )
-    missing = sorted(where.keys() - shapes.keys())
+    missing = sorted(where.keys() - stored.keys())
     if missing:
         raise RequestError(
             f"{WEIGHTS_INDEX} names {len(missing)} tensors that no shard has, {missing[0]} among "
@@ -122,27 +112,8 @@ def check_weights(folder: Path, shapes: dict[str, list[int]]) -> None:
         )
 
 
-def check_carved(folder: Path, shapes: dict[str, list[int]]) -> None:
-    """The tensors are those that the configuration asks for."""
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del expected["lm_head.weight"]
-        shapes = {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
-    wrong = sorted(name for name in expected | shapes if expected.get(name) != shapes.get(name))
-    if wrong:
-        name = wrong[0]
-        raise RequestError(
-            f"{len(wrong)} tensors are not what config.json asks for, {name} among them: "
-            f"{shapes.get(name, 'missing')} where {expected.get(name, 'nothing')} should be. "
-            "Convert again, or restore the folder."
-        )
-
-
 def check_card(folder: Path, card: str) -> None:
-    """The card states licence and base model, and the hashes that the Python files have."""
+    """Check that the card states licence, base model and the right hashes of the Python files."""
     data = parsed_card(card).data.to_dict()
     if not data.get("license"):
         raise RequestError(
@@ -166,20 +137,19 @@ def check_card(folder: Path, card: str) -> None:
 
 
 def check_private(folder: Path, names: list[str], card: str, known: set[str]) -> None:
-    """Raises `RequestError` if a file tells a secret, a user's name or a path of this machine.
+    """Check that no file tells a secret, a user's name or a path of this machine.
 
     Args:
         folder: The model.
-        names: The files in question.
+        names: The files to check.
         card: The text that README.md will have.
-        known: Names that are public anyhow, such as the owner of the repository.
+        known: Public names, such as the owner of the repository.
     """
     user = user_name()
     people = {}
     if user.lower() not in NOBODY | {name.lower() for name in known}:
-        # A name that is an ordinary word, such as llama, would be found in every card: it counts
-        # only where it must mean somebody. So it is missed in prose and in relative paths, and
-        # still found, wrongly, where such a path or key has the word by chance.
+        # An ordinary word, such as llama, is in every card: it counts only where it must mean
+        # somebody, and is missed in prose and relative paths.
         pattern = PERSON if is_ordinary(user, folder) else r"\b{0}\b"
         people = {"your user name": pattern.replace("{0}", re.escape(user))}
     token = get_token()
@@ -187,11 +157,11 @@ def check_private(folder: Path, names: list[str], card: str, known: set[str]) ->
     home = str(Path.home())
     own = {"a local path": re.escape(home)} if home.count("/") + home.count("\\") > 1 else {}
     for name in names:
-        told = secrets
+        forbidden = secrets
         if not matches(name, (*VOCABULARIES, *LEGAL_FILES)):
-            told = {**secrets, **people, **PATHS, **own}
+            forbidden = {**secrets, **people, **PATHS, **own}
         for number, line in enumerate(lines_of(folder / name, card, name), 1):
-            for what, pattern in told.items():
+            for what, pattern in forbidden.items():
                 if re.search(pattern, line):
                     raise RequestError(
                         f"{name} tells {what} in line {number}. Remove it from the file."
@@ -199,7 +169,7 @@ def check_private(folder: Path, names: list[str], card: str, known: set[str]) ->
 
 
 def user_name() -> str:
-    """Who runs this; a container may not know."""
+    """Return who runs this; a container may not know."""
     try:
         return getpass.getuser()
     except (OSError, KeyError, ImportError):
@@ -220,11 +190,11 @@ def is_ordinary(user: str, folder: Path) -> bool:
 
 
 def lines_of(path: Path, card: str, name: str) -> Iterator[str]:
-    """The lines of a text file; of weights, the metadata; of a picture, nothing."""
+    """Return the lines of a text file, the metadata of weights, nothing of a picture."""
     if name == CARD_FILE:
         yield from card.splitlines()
     elif path.suffix == ".safetensors":
-        yield json.dumps(read_header(path)[0], ensure_ascii=False)
+        yield json.dumps(read_header(path), ensure_ascii=False)
     elif not matches(name, BINARIES):
         with open(path, encoding="utf-8", errors="replace") as file:
             yield from file

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cmoe_hf.modeling_cmoe import PIN_BIAS, PIN_LIMIT, CMoERouter, CMoESparseMoeBlock
+from cmoe_hf.modeling_cmoe import CMoERouter, CMoESparseMoeBlock
 
 from ..carve.profile import activation_marks
-from ..carve.router import agreement, oracle_choice
+from ..carve.router import ALWAYS_ON_BIAS, agreement, oracle_choice
 from ..errors import CMoEError
 from ..measure.evaluate import perplexity
-from ..measure.routing import collected, imbalance, sparse_blocks
+from ..measure.routing import always_on, collected, imbalance, sparse_blocks
 
 MARKED = 10
 """Neurons that a token marks, the paper's K_a."""
@@ -132,18 +132,18 @@ class LayerWatch:
 
     def __init__(self, block: CMoESparseMoeBlock) -> None:
         self.block = block
-        shared, experts, bias_N = block.shared_expert, block.experts, block.gate.balance_bias
+        shared, experts, gate = block.shared_expert, block.experts, block.gate
         self.shared = 0 if shared is None else shared.up_proj.weight.shape[0]
         self.width = self.shared + experts.num_experts * experts.intermediate_dim
         self.marked = min(MARKED, self.width)
-        self.pins_N = torch.where(bias_N > PIN_LIMIT, bias_N, 0)
+        self.always_on_bias_N = gate.balance_bias * always_on(gate)
 
         def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=bias_N.device)
+            return torch.zeros(shape, dtype=torch.int64, device=self.always_on_bias_N.device)
 
         self.marks_F = zeros(self.width)
         self.hidden = [zeros(HIDDEN_BINS + 1), zeros(HIDDEN_BINS + 1)]  # shared, routed
-        self.load_N, self.unbiased_N = zeros(len(bias_N)), zeros(len(bias_N))
+        self.load_N, self.unbiased_N = zeros(len(gate.scale)), zeros(len(gate.scale))
         self.limit, self.low, self.high = 0.0, math.inf, -math.inf
         self.mass = [0.0, 0.0, 0.0]  # in the order of `Mass`
         self.tokens, self.agreed = 0, 0.0
@@ -187,7 +187,7 @@ class LayerWatch:
         routing = gate.forward(x_TH)  # past other hooks
         index_TK = routing.index_TK
         probability_TN = routing.score_TN.softmax(dim=1, dtype=torch.float32)
-        unbiased_TK = (probability_TN + self.pins_N).topk(gate.top_k, dim=1).indices
+        unbiased_TK = (probability_TN + self.always_on_bias_N).topk(gate.top_k, dim=1).indices
         self.load_N += counted(index_TK, len(self.load_N))
         self.unbiased_N += counted(unbiased_TK, len(self.load_N))
         oracle_TK = oracle_choice(mass_TN, gate.top_k)
@@ -196,9 +196,10 @@ class LayerWatch:
 
     def result(self) -> LayerObservation:
         """The sums as shares of tokens, neurons or mass."""
-        bias_N, whole = self.block.gate.balance_bias.cpu(), max(sum(self.mass), 1e-30)
+        gate, whole = self.block.gate, max(sum(self.mass), 1e-30)
+        always_on_N = always_on(gate).cpu()
         load_N, unbiased_N = self.load_N.cpu(), self.unbiased_N.cpu()
-        routes = self.block.gate.top_k > 0
+        routes = gate.top_k > 0
         shared, ran, idle = (part / whole for part in self.mass)
         step = 2 * self.limit / HIDDEN_BINS
         edges = [-self.limit + step * index for index in range(HIDDEN_BINS + 1)]
@@ -208,11 +209,11 @@ class LayerWatch:
             hidden_low=self.low,
             hidden_high=self.high,
             mass=Mass(shared=shared, ran=ran, idle=idle),
-            pinned=(bias_N > PIN_LIMIT).nonzero().flatten().tolist() if routes else [],
+            pinned=always_on_N.nonzero().flatten().tolist() if routes else [],
             loads=(load_N / self.tokens).tolist() if routes else [],
             loads_unbiased=(unbiased_N / self.tokens).tolist() if routes else [],
-            imbalance=imbalance(load_N, bias_N) if routes else None,
-            imbalance_unbiased=imbalance(unbiased_N, bias_N) if routes else None,
+            imbalance=imbalance(load_N, always_on_N) if routes else None,
+            imbalance_unbiased=imbalance(unbiased_N, always_on_N) if routes else None,
             oracle_agreement=self.agreed / self.tokens if routes else None,
         )
 
@@ -264,9 +265,9 @@ def observe_sample(model: PreTrainedModel, ids_T: torch.Tensor) -> list[TokenRou
     def routes(gate: CMoERouter, inputs: Any, output: Any) -> TokenRoutes:
         score_TN, weight_TK, index_TK = output
         probability_TK = score_TN.softmax(dim=1, dtype=torch.float32).gather(1, index_TK)
-        # Probabilities are below 1: pinned experts fall behind the others.
         rank_TK = gate.balance_bias[index_TK] + probability_TK
-        rank_TK -= 2 * PIN_BIAS * (gate.balance_bias[index_TK] > PIN_LIMIT)
+        # Experts that are always on come last: they say nothing about the token.
+        rank_TK = rank_TK - 2 * ALWAYS_ON_BIAS * always_on(gate)[index_TK]
         order_TK = rank_TK.argsort(dim=1, descending=True, stable=True)
         return TokenRoutes(
             experts=index_TK.gather(1, order_TK).tolist(),

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..device import check_dtype, find_device, name_of, versions
 from ..errors import CMoEError, RequestError
 from ..folder.card import CARD_FILE, FIGURES, with_section
-from ..folder.paths import replace_file
+from ..folder.paths import replace_file, replace_folder, resolved
 from ..folder.strict import to_json
-from ..measure.evaluate import check_same_vocabulary, text_windows
+from ..measure.evaluate import check_same_vocabulary, common_length, text_windows
 from ..measure.routing import check_flat, sparse_blocks
 from ..source.calibration import tokenize
 from ..source.checkpoint import fetch_model, find_model
@@ -128,11 +128,12 @@ def report(
         if other is not None:
             find_model(other)
     opened = open_text(text, part="test")
-    target = folder / "report" if output is None else Path(output).expanduser()
+    length = common_length(sequence_length, trust_remote_code, model, baseline, compare)
+    target = folder / "report" if output is None else resolved(output)
     load = partial(load_model, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
     with fresh_folder(target.absolute()) as new:
         carved, tokenizer = load_carved(load, model)
-        windows_WL = text_windows(carved, tokenizer, opened, sequence_length, windows)
+        windows_WL = text_windows(carved, tokenizer, opened, length, windows)
         ids_T = sample_ids(carved, tokenizer, SAMPLE if sample is None else sample)
         observation = observe(carved, windows_WL)
         measured = {
@@ -309,28 +310,22 @@ def fresh_folder(target: Path) -> Iterator[Path]:
 
     Raises `RequestError` if it cannot be made or would replace anything but an earlier report.
     """
-    # Names that nobody else would use: what is there is left over from a killed run.
-    new, old = (target.with_name(f".{target.name}.cmoe-report-{end}") for end in ("new", "old"))
+    # A name that nobody else would use: what is there is left over from a killed run.
+    beside = target.with_name(f".{target.name}.cmoe")
     try:
         if target.exists() and not is_replaceable(target):
             raise RequestError(
                 f"{target.name} exists and is not a report: choose another --output, or remove it."
             )
-        for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)
-        new.mkdir(parents=True)
+        shutil.rmtree(beside, ignore_errors=True)
+        (beside / "new").mkdir(parents=True)
     except OSError as error:
         raise RequestError(f"cannot create the folder {target.name}: {error.strerror}.") from error
     try:
-        yield new
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
+        yield beside / "new"
+        replace_folder(beside / "new", target, beside / "old")
     finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def is_replaceable(folder: Path) -> bool:

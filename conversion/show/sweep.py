@@ -17,11 +17,12 @@ from ..device import device_name, find_device, versions
 from ..errors import CMoEError, RequestError
 from ..folder.layerwise import WorkFolder
 from ..folder.paths import check_apart, remove, replace_file, resolved
-from ..folder.unfinished import as_json
+from ..folder.strict import as_json
 from ..measure.benchmark import benchmark
 from ..measure.evaluate import evaluate
 from ..plan import carved_as
 from ..source.checkpoint import Source, open_source
+from ..source.loading import load_config, window_length
 from ..source.texts import absolute_text
 from .figures import STYLE, check_drawing
 
@@ -164,6 +165,7 @@ def sweep(
     source = open_source(model)
     if rounds and source.architecture.router is not None:
         raise RequestError("the speed of a carved MoE cannot be measured yet: pass --rounds 0.")
+    window_length(source.config, options.get("sequence_length"))
     cases = with_static(source, protocol, grid)
     name = source.name.rpartition("/")[2]
     store = Store(output or f"{name}-sweep", protocol, where, overwrite=overwrite)
@@ -247,11 +249,12 @@ def carve_into(folder: Path, protocol: Protocol, case: Case) -> float:
 
 def time_it(protocol: Protocol, folder: Path) -> dict[str, tuple[float, float]]:
     """Speed relative to dense, and the roofline's, by the names of `SPEEDS`."""
+    prompt = window_length(load_config(folder, False), None, usual=256)
     timed = benchmark(
         folder,
         baseline=protocol.model,
         tokens=[1],
-        prefill=[256],
+        prefill=[prompt],
         batch=[1],
         context=64,
         rounds=protocol.rounds,

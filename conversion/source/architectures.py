@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each model family names its parts: one row per family, no code.
-
-CONTRIBUTING.md says how to add a row.
-"""
+"""How each model family names its parts. CONTRIBUTING.md says how to add one."""
 
 import re
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.gpt_neox import modeling_gpt_neox as gpt_neox
-from transformers.models.llama import modeling_llama as llama
-from transformers.models.mistral import modeling_mistral as mistral
-from transformers.models.olmoe import modeling_olmoe as olmoe
-from transformers.models.qwen2 import modeling_qwen2 as qwen2
-from transformers.models.qwen3 import modeling_qwen3 as qwen3
-from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
+from transformers import (
+    GPTNeoXForCausalLM,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    OlmoeForCausalLM,
+    PreTrainedConfig,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
+)
 
 import cmoe_hf
 
@@ -30,13 +31,9 @@ from .stored import read_headers
 class Architecture:
     """A dense family that can be carved, and the CMoE classes it becomes."""
 
-    dense_config: type[PreTrainedConfig]
-    dense_model: type[PreTrainedModel]
-    decoder_layer: type[nn.Module]
-    """Its `mlp` is the FFN; called with hidden states, positions and position embeddings."""
-    rotary_embedding: type[nn.Module]
-    cmoe_config: type[cmoe_hf.CMoEConfig]
-    cmoe_model: type[PreTrainedModel]
+    dense_model: Any
+    """Classes of the dense and of the carved model."""
+    cmoe_model: Any
     layer_prefix: str = "model.layers.{}."
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
@@ -58,14 +55,38 @@ class Architecture:
     )
     """Linear layers, dense or carved, that recovery adapts by LoRA."""
     differs: tuple[str, ...] | None = None
-    """In what its decoder differs from Llama's, by the names in `share.needs`; None if nobody has
-    said, so that its carved models cannot become another architecture."""
+    """In what its decoder differs from Llama's, by the names in `share.needs`; None if unknown: its
+    carved models cannot be exported."""
     driver: str = "pipeline"
-    """The room of `carve` that walks its layers."""
+    """The module of `carve` that walks its layers."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Beginnings of tensor names in checkpoints, and those of the CMoE classes."""
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Tensors of old checkpoints that are recomputed and not stored again."""
+
+    @property
+    def dense_config(self) -> type[PreTrainedConfig]:
+        """The configuration class of the dense family."""
+        return self.dense_model.config_class
+
+    @property
+    def cmoe_config(self) -> type[cmoe_hf.CMoEConfig]:
+        """The configuration class of the carved family."""
+        return self.cmoe_model.config_class
+
+    @property
+    def decoder_layer(self) -> type[nn.Module]:
+        """The class of a layer, of which `mlp` is the FFN."""
+        return self._beside_model(*self.dense_model._no_split_modules)
+
+    @property
+    def rotary_embedding(self) -> type[nn.Module]:
+        """The class of the position embeddings."""
+        stem = self.dense_model.__name__.removesuffix("ForCausalLM")
+        return self._beside_model(f"{stem}RotaryEmbedding")
+
+    def _beside_model(self, name: str) -> type[nn.Module]:
+        return getattr(sys.modules[self.dense_model.__module__], name)
 
     def carved_name(self, name: str) -> str:
         """What a tensor of the checkpoint is called in the carved one."""
@@ -79,76 +100,47 @@ class Architecture:
         return self.carved_name(self.layer_prefix.format(index))
 
 
+MOE: dict[str, Any] = {
+    "driver": "hierarchy",
+    "router": "mlp.gate.weight",
+    "gate": "gate_proj.weight",
+    "up": "up_proj.weight",
+    "down": "down_proj.weight",
+}
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(
-        dense_config=llama.LlamaConfig,
-        dense_model=llama.LlamaForCausalLM,
-        decoder_layer=llama.LlamaDecoderLayer,
-        rotary_embedding=llama.LlamaRotaryEmbedding,
-        cmoe_config=cmoe_hf.CMoELlamaConfig,
+        dense_model=LlamaForCausalLM,
         cmoe_model=cmoe_hf.CMoELlamaForCausalLM,
         differs=(),
     ),
     "mistral": Architecture(
-        dense_config=mistral.MistralConfig,
-        dense_model=mistral.MistralForCausalLM,
-        decoder_layer=mistral.MistralDecoderLayer,
-        rotary_embedding=mistral.MistralRotaryEmbedding,
-        cmoe_config=cmoe_hf.CMoEMistralConfig,
+        dense_model=MistralForCausalLM,
         cmoe_model=cmoe_hf.CMoEMistralForCausalLM,
         differs=(),
     ),
     "qwen2": Architecture(
-        dense_config=qwen2.Qwen2Config,
-        dense_model=qwen2.Qwen2ForCausalLM,
-        decoder_layer=qwen2.Qwen2DecoderLayer,
-        rotary_embedding=qwen2.Qwen2RotaryEmbedding,
-        cmoe_config=cmoe_hf.CMoEQwen2Config,
+        dense_model=Qwen2ForCausalLM,
         cmoe_model=cmoe_hf.CMoEQwen2ForCausalLM,
         differs=("biases",),
     ),
     "qwen3": Architecture(
-        dense_config=qwen3.Qwen3Config,
-        dense_model=qwen3.Qwen3ForCausalLM,
-        decoder_layer=qwen3.Qwen3DecoderLayer,
-        rotary_embedding=qwen3.Qwen3RotaryEmbedding,
-        cmoe_config=cmoe_hf.CMoEQwen3Config,
+        dense_model=Qwen3ForCausalLM,
         cmoe_model=cmoe_hf.CMoEQwen3ForCausalLM,
         differs=("norms",),
     ),
     "qwen3_moe": Architecture(
-        dense_config=qwen3_moe.Qwen3MoeConfig,
-        dense_model=qwen3_moe.Qwen3MoeForCausalLM,
-        decoder_layer=qwen3_moe.Qwen3MoeDecoderLayer,
-        rotary_embedding=qwen3_moe.Qwen3MoeRotaryEmbedding,
-        cmoe_config=cmoe_hf.CMoEQwen3MoeConfig,
+        dense_model=Qwen3MoeForCausalLM,
         cmoe_model=cmoe_hf.CMoEQwen3MoeForCausalLM,
-        driver="hierarchy",
-        router="mlp.gate.weight",
-        gate="gate_proj.weight",
-        up="up_proj.weight",
-        down="down_proj.weight",
+        **MOE,
         expert_width="moe_intermediate_size",
     ),
     "olmoe": Architecture(
-        dense_config=olmoe.OlmoeConfig,
-        dense_model=olmoe.OlmoeForCausalLM,
-        decoder_layer=olmoe.OlmoeDecoderLayer,
-        rotary_embedding=olmoe.OlmoeRotaryEmbedding,
-        cmoe_config=cmoe_hf.CMoEOlmoeConfig,
+        dense_model=OlmoeForCausalLM,
         cmoe_model=cmoe_hf.CMoEOlmoeForCausalLM,
-        driver="hierarchy",
-        router="mlp.gate.weight",
-        gate="gate_proj.weight",
-        up="up_proj.weight",
-        down="down_proj.weight",
+        **MOE,
     ),
     "gpt_neox": Architecture(
-        dense_config=gpt_neox.GPTNeoXConfig,
-        dense_model=gpt_neox.GPTNeoXForCausalLM,
-        decoder_layer=gpt_neox.GPTNeoXLayer,
-        rotary_embedding=gpt_neox.GPTNeoXRotaryEmbedding,
-        cmoe_config=cmoe_hf.CMoEGPTNeoXConfig,
+        dense_model=GPTNeoXForCausalLM,
         cmoe_model=cmoe_hf.CMoEGPTNeoXForCausalLM,
         layer_prefix="gpt_neox.layers.{}.",
         embedding="gpt_neox.embed_in.weight",
@@ -168,17 +160,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             "gpt_neox.": "model.",
             "embed_out.": "lm_head.",
         },
-        ignored_suffixes=(
-            "rotary_emb.inv_freq",
-            "attention.bias",
-            "attention.masked_bias",
-        ),
+        ignored_suffixes=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
     ),
 }
 
 
 def find_architecture(config: dict[str, Any], folder: Path) -> Architecture:
-    """The row of a model, from its raw `config.json`.
+    """Return the architecture of a model, from its raw `config.json`.
 
     Raises `RequestError` naming what was found if the family, or a variant of it, cannot be
     carved. `folder` is where its weights may lie.
@@ -210,15 +198,15 @@ def find_architecture(config: dict[str, Any], folder: Path) -> Architecture:
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture | None:
-    """The row of a dense or a carved model; None if it is neither."""
-    for row in ARCHITECTURES.values():
-        if config.model_type in (row.dense_config.model_type, row.cmoe_config.model_type):
-            return row
+    """Return the architecture of a dense or a carved model; None if it is neither."""
+    for arch in ARCHITECTURES.values():
+        if config.model_type in (arch.dense_config.model_type, arch.cmoe_config.model_type):
+            return arch
     return None
 
 
 def reason(config: dict[str, Any], folder: Path) -> str:
-    """What is known of a model that cannot be carved."""
+    """Return what is known of a model that cannot be carved."""
     if str(config.get("model_type")).startswith("cmoe_"):
         return " It is carved already."
     for part, inner in config.items():
@@ -227,25 +215,16 @@ def reason(config: dict[str, Any], folder: Path) -> str:
                 f" It has a {inner['model_type']} inside ({part}) beside other parts: save the "
                 "language model by itself, and carve that."
             )
-    parts = ffn_parts(folder)
-    if not parts:
+    found = []
+    with suppress(RequestError):  # a Hub model is not there yet
+        for name, tensor in read_headers(folder).items():
+            layer, _, part = name.partition(".0.")
+            if part and layer and len(tensor.shape) > 1 and not re.search("att|norm", part):
+                found.append(f"{part.removesuffix('.weight')} {tuple(tensor.shape)}")
+    if not found:
         return ""
     return (
-        f" The FFN of its first layer has {', '.join(parts)}: if that is a gate, an up and a down "
-        "projection, or the last two with biases, a row in conversion/source/architectures.py "
-        "would do: see CONTRIBUTING.md."
+        f" The FFN of its first layer has {', '.join(found[:8])}: if that is a gate, an up and a "
+        "down projection, or the last two with biases, an entry in "
+        "conversion/source/architectures.py would do: see CONTRIBUTING.md."
     )
-
-
-def ffn_parts(folder: Path) -> list[str]:
-    """Names and shapes of the matrices of the first layer that are neither attention nor norm."""
-    try:
-        stored = read_headers(folder)
-    except RequestError:  # a Hub model is not there yet
-        return []
-    found = []
-    for name, tensor in stored.items():
-        layer, _, part = name.partition(".0.")
-        if part and layer and len(tensor.shape) > 1 and not re.search("att|norm", part):
-            found.append(f"{part.removesuffix('.weight')} {tuple(tensor.shape)}")
-    return found[:8]

@@ -5,6 +5,7 @@ Shape suffixes: W windows, L tokens of one window.
 """
 
 import hashlib
+import io
 import logging
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import RequestError
-from .texts import BLOCK, Text
+from .texts import Text
 
 WHOLE_CHARACTERS = 12_000_000
 """A text of fewer is tokenised as one string, at some 200 bytes of memory for each. All of
@@ -24,11 +25,9 @@ WikiText-2 has fewer, and so have most files."""
 PIECE_CHARACTERS = 1_000_000
 """A longer one is tokenised in pieces of so many."""
 HELD_OUT_TOKENS = 4096
-"""Enough to tell one choice from another, and few enough to keep what a layer makes of them."""
+"""Enough to compare choices, and few enough to keep what a layer makes of them."""
 CHARACTERS_PER_TOKEN = 8
 """More than there are on average, so that a prefix of a text has enough tokens."""
-
-
 logger = logging.getLogger(__name__)
 
 
@@ -61,75 +60,61 @@ def read_tokens(
         tokenizer: The model's.
         vocabulary: Tokens that the model knows.
         most_characters: Read no further.
-        least_tokens: Go in pieces from the beginning, and stop when there are so many.
+        least_tokens: Read in pieces, and stop when there are so many.
 
-    Raises `RequestError` for a text that cannot be read, or a token that the model does not know.
+    Raises:
+        RequestError: The text cannot be read, or the model does not know one of the tokens.
     """
-    prefix = Prefix(text.chunks, most_characters)
     whole = WHOLE_CHARACTERS if least_tokens is None else PIECE_CHARACTERS
     pieces: list[torch.Tensor] = []
+    characters, sha256 = 0, hashlib.sha256()
     with closing(text.chunks):
-        for piece in cut(iter(prefix), whole):
+        for piece in cut(limited(text.chunks, most_characters), whole):
             pieces.append(tokenize(tokenizer, piece, begins=not pieces))
+            characters += len(piece)
+            sha256.update(piece.encode())
             if least_tokens is not None and sum(map(len, pieces)) >= least_tokens:
                 break
     ids = torch.cat(pieces)
     check_vocabulary(ids, vocabulary)
-    if prefix.is_cut:
-        logger.warning(
-            "only the first %s characters of %s are read.", f"{most_characters:,}", text.name
-        )
+    is_whole = characters < most_characters
+    if not is_whole:
+        logger.warning("only the first %s characters of %s are read.", f"{characters:,}", text.name)
     elif least_tokens is None and len(pieces) > 1:
         logger.warning(
             "%s has %s characters or more: it is tokenised in pieces, cut at line ends.",
             *(text.name, f"{WHOLE_CHARACTERS:,}"),
         )
-    return Tokens(ids, prefix.characters, prefix.is_whole, prefix.sha256.hexdigest())
+    return Tokens(ids, characters, is_whole, sha256.hexdigest())
 
 
-class Prefix:
-    """The beginning of a text, in blocks, and what was read of it so far."""
-
-    def __init__(self, chunks: Iterator[str], most: int) -> None:
-        self.chunks, self.most = chunks, most
-        self.characters = 0
-        self.sha256 = hashlib.sha256()
-        self.is_whole = self.is_cut = False
-
-    def __iter__(self) -> Iterator[str]:
-        for chunk in self.chunks:
-            for start in range(0, len(chunk), BLOCK):
-                block = chunk[start : start + BLOCK]
-                room = self.most - self.characters
-                self.is_cut = len(block) > room
-                self.characters += min(len(block), room)
-                self.sha256.update(block[:room].encode())
-                yield block[:room]
-                if self.is_cut:
-                    return
-        self.is_whole = True
+def limited(chunks: Iterator[str], most: int) -> Iterator[str]:
+    """Yield the first `most` characters of a text."""
+    for chunk in chunks:
+        yield chunk[:most]
+        most -= len(chunk)
+        if most <= 0:
+            return
 
 
 def cut(chunks: Iterator[str], whole: int) -> Iterator[str]:
-    """A text as one string if it has fewer than `whole` characters, else as pieces of at most
+    """Yield a text as one string if it has fewer than `whole` characters, else in pieces of at most
     `PIECE_CHARACTERS`, cut behind the last line end in each, or before its last space."""
-    text, limit = "", whole
-    parts: list[str] = []
-    size = 0
+    limit, buffer = whole, io.StringIO()
     for chunk in chunks:
-        parts.append(chunk)
-        size += len(chunk)
-        if size < limit:
+        buffer.write(chunk)
+        if buffer.tell() < limit:
             continue
-        text = "".join(parts)
-        while len(text) > PIECE_CHARACTERS:
-            end = text.rfind("\n", 0, PIECE_CHARACTERS) + 1
-            end = end or max(text.rfind(" ", 0, PIECE_CHARACTERS), 0) or PIECE_CHARACTERS
-            yield text[:end]
-            text = text[end:]
-        parts, size, limit = [text], len(text), PIECE_CHARACTERS
-    if size:
-        yield "".join(parts)
+        text, start = buffer.getvalue(), 0
+        while (stop := start + PIECE_CHARACTERS) < len(text):
+            end = text.rfind("\n", start, stop) + 1
+            end = end or max(text.rfind(" ", start + 1, stop), 0) or stop
+            yield text[start:end]
+            start = end
+        limit, buffer = PIECE_CHARACTERS, io.StringIO()
+        buffer.write(text[start:])
+    if rest := buffer.getvalue():
+        yield rest
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, begins: bool = True) -> torch.Tensor:

@@ -4,17 +4,19 @@
 Weights are only ever read from safetensors, by the names that the library has for them.
 """
 
-import hashlib
 import logging
-import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
+from posixpath import normpath
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download, metadata_load, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -25,11 +27,12 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from yaml import YAMLError
 
 from ..errors import CMoEError, RequestError
 from .architectures import Architecture, find_architecture
 from .library import dense_config, dense_shapes
-from .stored import CARVABLE, Stored, read_headers, read_json, read_tensors
+from .stored import CARVABLE, Stored, digest_of, read_headers, read_json, read_tensors
 
 HEAD = "lm_head.weight"
 """What the library calls the head of every family."""
@@ -46,10 +49,21 @@ WRAPPERS = {
     "base_model.model.": ("PEFT", "model.merge_and_unload()"),
 }
 """Parts of names that wrappers add: whose they are, and how to get at the model inside."""
-LEGAL_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+LEGAL_FILES = tuple(
+    "".join(f"[{letter.upper()}{letter}]" if letter.isalpha() else letter for letter in pattern)
+    for pattern in (
+        *("license*", "licence*", "unlicense*", "copying*", "copyright*"),
+        *("notice*", "*use_policy*", "third*party*"),
+    )
+)
+"""Patterns of names, in any case; also what of a repository is downloaded."""
+VOCABULARY_FILES = (
+    *("tokenizer.json", "tokenizer.model*", "tekken.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("spiece.model", "sentencepiece.bpe.model"),
+)
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model*", "tokenizer_config.json", "tekken.json"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *VOCABULARY_FILES,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.json", "chat_template.jinja", "additional_chat_templates"),
 )
 """Files and folders; what a tokenizer has of them."""
@@ -61,6 +75,8 @@ SOURCE_FILES = (
 logger = logging.getLogger(__name__)
 Shapes = dict[str, list[int]]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+SNAPSHOT = re.compile(r"models--(.+)/snapshots/([0-9a-f]{40})")
+"""How the path of a Hub model's files in the library's cache ends: its id, and the commit."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +87,7 @@ class Source:
     name: str
     """Hub id, or the bare name of a local folder: never a path."""
     revision: str | None
-    """Commit of a Hub repository; None for a local folder."""
+    """Commit of a Hub repository; None for any other folder."""
     architecture: Architecture
     config: PreTrainedConfig
     tensors: dict[str, Stored]
@@ -115,25 +131,28 @@ class Source:
 
     def digest(self) -> str:
         """SHA-256 of all tensors. Reads everything once: a NaN is found now, not hours later."""
-        total = hashlib.sha256()
         names = sorted(self.tensors, key=lambda name: (self.tensors[name].path, name))
-        for name in tqdm(names, desc="checking the weights", unit="tensor", disable=None):
-            [tensor] = self.read([name]).values()
-            total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            total.update(tensor.flatten().view(torch.uint8).numpy().data)
-        return total.hexdigest()
+        bar = tqdm(names, desc="checking the weights", unit="tensor", disable=None)
+        return digest_of(item for name in bar for item in self.read([name]).items())
 
     @property
     def parameters(self) -> int:
         """Number of values in all tensors."""
-        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+        return sum(tensor.numel for tensor in self.tensors.values())
 
     @property
     def layer_parameters(self) -> int:
         """Number of values in one decoder layer."""
         prefix = self.architecture.layer_prefix.format(0)
-        inside = (tensor for name, tensor in self.tensors.items() if name.startswith(prefix))
-        return sum(math.prod(tensor.shape) for tensor in inside)
+        return sum(it.numel for name, it in self.tensors.items() if name.startswith(prefix))
+
+    def ffn(self, index: int) -> list[Stored]:
+        """Return the tensors of a layer's FFN, or first expert, that its neurons share out."""
+        arch = self.architecture
+        prefix = arch.layer_prefix.format(index)
+        prefix += arch.expert_prefix.format(0) if arch.router else ""
+        names = (arch.up, arch.gate, arch.up_bias, arch.down)
+        return [self.tensors[prefix + name] for name in names if name is not None]
 
     @property
     def ffn_parameters(self) -> int:
@@ -141,19 +160,13 @@ class Source:
 
         An output bias belongs to none of them.
         """
-        row = self.architecture
-        prefix = row.layer_prefix.format(0) + (row.expert_prefix.format(0) if row.router else "")
-        names = [name for name in (row.gate, row.up, row.up_bias, row.down) if name is not None]
-        return sum(math.prod(self.tensors[prefix + name].shape) for name in names)
+        return sum(tensor.numel for tensor in self.ffn(0))
 
     def nbytes(self, dtype: torch.dtype | None) -> int:
-        """Size in bytes in the given precision, or as stored."""
+        """Return the size in bytes in the given precision, or as stored."""
         if dtype is not None:
             return self.parameters * dtype.itemsize
-        return sum(
-            math.prod(tensor.shape) * CARVABLE[tensor.dtype].itemsize
-            for tensor in self.tensors.values()
-        )
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def find_model(model: str | Path, *, revision: str | None = None) -> tuple[Path, str, str | None]:
@@ -169,17 +182,69 @@ def find_model(model: str | Path, *, revision: str | None = None) -> tuple[Path,
                 f"folder {folder} has no config.json: it is not a model."
                 + (f" It holds {ADAPTER}. {MERGE}" if (folder / ADAPTER).is_file() else "")
             )
-        return folder, folder.resolve().name, None
+        return folder, local_name(folder)[0], None
     if folder.exists() or not HUB_ID.fullmatch(str(model)):
         raise RequestError(f"{model} is neither a folder nor the id of a Hub repository.")
     config = Path(from_hub(hf_hub_download, str(model), revision, filename="config.json"))
     return config.parent, str(model), config.parent.name
 
 
+def local_name(folder: Path) -> tuple[str, str | None]:
+    """Return the Hub id and the commit of a folder in the Hub's cache, else its bare name."""
+    if found := SNAPSHOT.fullmatch("/".join(folder.resolve().parts[-3:])):
+        return found[1].replace("--", "/"), found[2]
+    return folder.resolve().name, None
+
+
 def fetch_model(name: str, revision: str | None, *, code: bool = False) -> Path:
     """Download the files of a Hub model that a conversion or an evaluation needs."""
     patterns = [*SOURCE_FILES, *(["*.py"] if code else [])]
-    return Path(from_hub(snapshot_download, name, revision, allow_patterns=patterns))
+    folder = Path(from_hub(snapshot_download, name, revision, allow_patterns=patterns))
+    with suppress(OSError, ValueError, YAMLError):  # a card that cannot be read names no licence
+        link = linked_file(metadata_load(folder / "README.md") or {})
+        if link and not (folder / link).exists():
+            linked = [escape(link), escape(link) + "/*"]
+            from_hub(snapshot_download, name, folder.name, allow_patterns=linked)
+    return folder
+
+
+def linked_file(card: Mapping[str, Any]) -> str | None:
+    """Return the path that `license_link` of a card's metadata names; None for none or a URL."""
+    link = card.get("license_link")
+    if not link or not isinstance(link, str):
+        return None
+    parts = urlsplit(link)
+    return None if parts.scheme in ("http", "https") else normpath(unquote(parts.path))
+
+
+HUB_ERRORS: dict[type[Exception], tuple[type[CMoEError], str]] = {
+    GatedRepoError: (
+        RequestError,
+        "{name} is gated. Ask for access at its page on the Hub, then log in with `hf auth login` "
+        "or set HF_TOKEN.",
+    ),
+    RevisionNotFoundError: (
+        RequestError,
+        "{name} exists on the Hub, but has no revision {revision}.",
+    ),
+    RepositoryNotFoundError: (
+        RequestError,
+        "there is no folder and no Hub repository named {name}. Check the spelling; if it is "
+        "private, log in with `hf auth login`.",
+    ),
+    LocalEntryNotFoundError: (
+        CMoEError,
+        "cannot reach the Hub, and {where} is not in the local cache. Check the connection and "
+        "HF_HUB_OFFLINE, or give a local folder.",
+    ),
+    EntryNotFoundError: (RequestError, "{where} has no config.json: it is not a model."),
+    HFValidationError: (RequestError, "{name} is neither a folder nor a valid Hub id."),
+    Exception: (  # of the HTTP library, which differs between versions
+        CMoEError,
+        "cannot reach the Hub for {where}: {error}. Check the connection, or give a local folder.",
+    ),
+}
+"""What failures of a download mean; the first that fits counts."""
 
 
 def from_hub(download: Any, name: str, revision: str | None, **arguments: Any) -> str:
@@ -187,55 +252,34 @@ def from_hub(download: Any, name: str, revision: str | None, **arguments: Any) -
     where = f"{name} at revision {revision}" if revision else name
     try:
         return download(name, revision=revision, **arguments)
-    except GatedRepoError as error:
-        raise RequestError(
-            f"{name} is gated. Ask for access at its page on the Hub, then log in with "
-            "`hf auth login` or set HF_TOKEN."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise RequestError(f"{name} exists on the Hub, but has no revision {revision}.") from error
-    except RepositoryNotFoundError as error:
-        raise RequestError(
-            f"there is no folder and no Hub repository named {name}. Check the spelling; if it "
-            "is private, log in with `hf auth login`."
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise CMoEError(
-            f"cannot reach the Hub, and {where} is not in the local cache. Check the connection "
-            "and HF_HUB_OFFLINE, or give a local folder."
-        ) from error
-    except EntryNotFoundError as error:
-        raise RequestError(f"{where} has no config.json: it is not a model.") from error
-    except HFValidationError as error:
-        raise RequestError(f"{name} is neither a folder nor a valid Hub id.") from error
-    except Exception as error:  # of the HTTP library, which differs between versions
-        raise CMoEError(
-            f"cannot reach the Hub for {where}: {error}. Check the connection, or give a local "
-            "folder."
-        ) from error
+    except Exception as error:
+        kind, text = next(it for known, it in HUB_ERRORS.items() if isinstance(error, known))
+        raise kind(text.format(name=name, where=where, revision=revision, error=error)) from error
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises `RequestError` if there is none."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise RequestError(
-            f"{folder.name} has no tokenizer (neither tokenizer.json nor tokenizer.model). Copy "
-            "the tokenizer files of the model into the folder."
-        )
+    """Return the tokenizer of a model folder. Raises `RequestError` if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library raises whatever its parsers raise
-        raise RequestError(f"the tokenizer of {folder.name} cannot be loaded: {error}") from error
+        if any(path.match(name) for path in folder.iterdir() for name in VOCABULARY_FILES):
+            raise RequestError(
+                f"the tokenizer of {folder.name} cannot be loaded: {error}"
+            ) from error
+        tokenizer = None
+    # Without files the library makes some tokenizers that know their special tokens only.
+    if tokenizer is None or not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
+        raise RequestError(
+            f"{folder.name} has no tokenizer (such as tokenizer.json, or vocab.json and "
+            "merges.txt). Copy the tokenizer files of the model into the folder."
+        )
+    return tokenizer
 
 
 def open_source(
     model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> Source:
-    """Find a dense checkpoint and check its files against its configuration.
-
-    Checks, in order of cost: the family is supported, no code comes with the checkpoint, every
-    shard is there and whole, every tensor has the shape that the configuration asks for, none is
-    missing or unknown.
+    """Find a dense checkpoint and check its files against its configuration, cheapest first.
 
     With `trust_remote_code`, code may come with it. That of a tokenizer will run; that of a model
     does not, the model is taken for one of the library's family.
@@ -256,7 +300,7 @@ def open_source(
     if architecture.router is not None:
         shapes = one_by_one(architecture, shapes)
     tensors = named_tensors(architecture, config, read_headers(folder), shapes)
-    return Source(folder, name, commit, architecture, config, tensors)
+    return Source(folder, name, commit or local_name(folder)[1], architecture, config, tensors)
 
 
 def one_by_one(row: Architecture, shapes: Shapes) -> Shapes:
@@ -271,10 +315,9 @@ def one_by_one(row: Architecture, shapes: Shapes) -> Shapes:
 
 
 def check_code(folder: Path, name: str, trusted: bool) -> None:
-    """Raises `RequestError` for a source that carries code, unless it is trusted."""
+    """Raise `RequestError` for a source that carries code, unless it is trusted."""
     for file in ("config.json", "tokenizer_config.json"):
-        entries = read_json(folder / file).get("auto_map") if (folder / file).is_file() else None
-        if not entries:
+        if not ((folder / file).is_file() and read_json(folder / file).get("auto_map")):
             continue
         if not trusted:
             raise RequestError(
@@ -289,14 +332,10 @@ def check_code(folder: Path, name: str, trusted: bool) -> None:
 def named_tensors(
     row: Architecture, config: PreTrainedConfig, stored: Mapping[str, Stored], shapes: Shapes
 ) -> dict[str, Stored]:
-    """The stored tensors by the names that the dense model has for them.
+    """Return the stored tensors by the names that the dense model has for them.
 
-    Args:
-        row: The family.
-        config: Of the dense model. Its `tie_word_embeddings` becomes false, as the library's does,
-            where the files have a head that differs from the embedding.
-        stored: By the names in the files.
-        shapes: Of the dense model's tensors, an expert at a time.
+    `stored` has the names in the files, `shapes` those of the model, an expert at a time. As in the
+    library, `config.tie_word_embeddings` becomes false if a head differs from the embedding.
 
     Raises `RequestError` for what the library would not load in full, or carving would lose.
     """
@@ -316,22 +355,20 @@ def named_tensors(
     check_types(tensors)
     if config.tie_word_embeddings:
         tie_head(row, config, tensors)
-    expected = dict(shapes)
-    if config.tie_word_embeddings:
-        del expected[HEAD]
+    left_out = (HEAD,) if config.tie_word_embeddings else ()
+    expected = {name: shape for name, shape in shapes.items() if name not in left_out}
     check_shapes(config, tensors, expected)
     return tensors
 
 
-def unpacked(row: Architecture, key: str, tensor: Stored) -> Iterator[tuple[str, Stored]]:
-    """A tensor by its name, or the experts' parts of one that has all of a layer's experts."""
+def unpacked(row: Architecture, key: str, tensor: Stored) -> list[tuple[str, Stored]]:
+    """Return a tensor by its name, or the parts of one that has all of a layer's experts."""
     inside = row.expert_prefix.partition("{")[0]
     packed = key.endswith((f"{inside}gate_up_proj", f"{inside}down_proj"))
     if row.router is None or not packed or len(tensor.shape) != 3:
-        yield key, tensor
-        return
-    for name, *place in experts_in(row, key, tensor.shape):
-        yield name, tensor.of_expert(*place)
+        return [(key, tensor)]
+    parts = experts_in(row, key, tensor.shape)
+    return [(name, tensor.of_expert(*place)) for name, *place in parts]
 
 
 def experts_in(
@@ -387,7 +424,7 @@ def tie_head(row: Architecture, config: PreTrainedConfig, tensors: dict[str, Sto
 
 
 def check_wrapping(unknown: list[str]) -> None:
-    """Raises `RequestError` for names that come from a wrapper around the model."""
+    """Raise `RequestError` for names that come from a wrapper around the model."""
     for name in unknown:
         for prefix, (wrapper, remedy) in WRAPPERS.items():
             if f".{prefix}" in f".{name}":
@@ -399,7 +436,7 @@ def check_wrapping(unknown: list[str]) -> None:
 
 
 def check_types(tensors: Mapping[str, Stored]) -> None:
-    """Raises `RequestError` for weights of a type in which neurons cannot be moved and refitted."""
+    """Raise `RequestError` for weights of a type in which neurons cannot be moved and refitted."""
     for tensor in tensors.values():
         if tensor.dtype not in CARVABLE:
             raise RequestError(
@@ -410,7 +447,7 @@ def check_types(tensors: Mapping[str, Stored]) -> None:
 
 
 def check_shapes(config: PreTrainedConfig, tensors: Mapping[str, Stored], expected: Shapes) -> None:
-    """Raises `RequestError` unless the tensors are those expected, of the same shapes."""
+    """Raise `RequestError` unless the tensors are those expected, of the same shapes."""
     missing = sorted(expected.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - expected.keys())
     if missing == [HEAD]:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from cmoe_hf.modeling_cmoe import LAYER_KEYWORDS, attention_types, cache_name
+from cmoe_hf.modeling_cmoe import LAYER_KEYWORDS, attention_types, cache_keyword
 
 from ..errors import RequestError
 from .architectures import Architecture
@@ -24,6 +24,9 @@ from .stored import read_json
 
 SIZES = re.compile(r"num_\w+|\w+_size|head_dim|max_position_embeddings|sliding_window")
 """Fields that are above zero, if they are integers at all."""
+PLAIN_OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+"""How models are run here, whatever their configuration makes them return; a carved model keeps
+what its source says."""
 
 
 def dense_config(row: Architecture, folder: Path, name: str) -> PreTrainedConfig:
@@ -37,6 +40,11 @@ def dense_config(row: Architecture, folder: Path, name: str) -> PreTrainedConfig
     except Exception as error:  # the library raises whatever its validators raise
         raise RequestError(f"config.json of {name} is not usable: {error}") from error
     check_sizes({key: getattr(config, key) for key in fields & {"sliding_window"}}, name)
+    if not config.return_dict:
+        raise RequestError(
+            f"config.json of {name} is not usable: return_dict is false, and the library's models "
+            "fail on the tuples that their decoders then return. Remove the field."
+        )
     if row.router is not None and config.num_experts_per_tok > config.num_experts:
         raise RequestError(
             f"config.json of {name} is not usable: num_experts_per_tok is "
@@ -46,7 +54,7 @@ def dense_config(row: Architecture, folder: Path, name: str) -> PreTrainedConfig
 
 
 def check_sizes(fields: Mapping[str, Any], name: str) -> None:
-    """Raises `RequestError` for a size that is none. Other types are for the library to refuse."""
+    """Raise `RequestError` for a size that is none. Other types are for the library to refuse."""
     for key, value in sorted(fields.items()):
         if SIZES.fullmatch(key) and isinstance(value, int) and value < 1:
             raise RequestError(
@@ -108,10 +116,12 @@ class AttentionHalf(nn.Module):
 
     def __init__(self, row: Architecture, config: Any, length: int, device: torch.device) -> None:
         super().__init__()
-        config = type(config).from_dict(config.to_dict(), attn_implementation="sdpa")
+        config = type(config).from_dict(
+            config.to_dict() | PLAIN_OUTPUTS, attn_implementation="sdpa"
+        )
         with torch.device("meta"):
             self.layer = row.decoder_layer(config, 0)
-        cache_name(row.decoder_layer.forward, *LAYER_KEYWORDS)  # or a mask would be ignored
+        cache_keyword(row.decoder_layer.forward, *LAYER_KEYWORDS)  # or a mask would be ignored
         self.ffn_input = self.layer.mlp = self.Recorder()
         self.layer.eval()
         self.position_ids = torch.arange(length, device=device).unsqueeze(0)

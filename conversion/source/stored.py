@@ -5,11 +5,13 @@ Which files count, and which names mean the same tensor, is as the library's loa
 is carved must be what everybody else loads.
 """
 
+import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -38,6 +40,16 @@ class Stored:
     """Which expert of a packed tensor; None for a whole tensor."""
     rows: tuple[int, int] = (0, 0)
     """Which rows of that expert."""
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes, of a type that can be carved."""
+        return self.numel * CARVABLE[self.dtype].itemsize
 
     def read(self, opened: Any) -> torch.Tensor:
         """The values, from its open file. No more of a packed tensor is read than asked for."""
@@ -83,7 +95,7 @@ def weight_files(folder: Path) -> list[str]:
             + ". Weights are read from safetensors only; complete the download, or convert other "
             "formats with `save_pretrained` first."
         )
-    chosen = str(named or present[0])
+    chosen = check_inside(str(named or present[0]), "config.json")
     if chosen == WEIGHTS_FILE and len(present) > 1:
         logger.warning("%s is read, as the library does; %s is ignored.", *present)
     if not chosen.endswith(".index.json"):
@@ -91,7 +103,23 @@ def weight_files(folder: Path) -> list[str]:
     where = read_json(folder / chosen).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
         raise RequestError(f"{chosen} has no weight_map of tensors and files. Download it again.")
-    return sorted(set(where.values()))
+    return [check_inside(file, chosen) for file in sorted(set(where.values()))]
+
+
+def check_inside(file: str, named_by: str) -> str:
+    """Return a file's name as it is. Raises `RequestError` if it leads out of its folder."""
+    if not is_inside(file):
+        raise RequestError(
+            f"{named_by} names {file}, which is outside the model's folder: it is not read. "
+            "Download the model again, or move the file into the folder."
+        )
+    return file
+
+
+def is_inside(name: str) -> bool:
+    """Return whether a relative path stays in its folder, on every system."""
+    path = PureWindowsPath(name)
+    return not path.anchor and ".." not in path.parts
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
@@ -131,3 +159,12 @@ def read_tensors(tensors: Mapping[str, Stored]) -> Iterator[tuple[str, torch.Ten
             for name, tensor in tensors.items():
                 if tensor.path == path:
                     yield name, tensor.read(opened)
+
+
+def digest_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return the SHA-256 of names, types, shapes and values."""
+    total = hashlib.sha256()
+    for name, tensor in tensors:
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        total.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where texts come from: files and data sets, read bit by bit, only as far as they are wanted."""
+"""Texts from files and data sets, read only as far as they are needed."""
 
-import codecs
+import csv
 import gzip
-import io
 import json
 import logging
 import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, TypeGuard
+from typing import Any, TypeGuard
 
 from datasets import load_dataset
 from pyarrow import ArrowException
@@ -22,45 +21,35 @@ from ..errors import CMoEError, RequestError
 
 logger = logging.getLogger(__name__)
 
-DATASETS: dict[str, dict[str, dict[str, Any]]] = {
-    "wikitext2": {
-        "train": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
-        "test": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"},
-    },
-    "c4": {
-        "train": {
-            "path": "allenai/c4",
-            "data_files": "en/c4-train.00000-of-01024.json.gz",
-            "split": "train",
-        },
-        "test": {
-            "path": "allenai/c4",
-            "data_files": "en/c4-validation.00000-of-00008.json.gz",
-            "split": "train",
-        },
-    },
+WIKITEXT, C4 = "Salesforce/wikitext:wikitext-2-raw-v1", "allenai/c4:en"
+DATASETS = {
+    "wikitext2": {"train": f"{WIKITEXT}:train", "test": f"{WIKITEXT}:test"},
+    "c4": {"train": f"{C4}:train", "test": f"{C4}:validation"},
 }
 """Short names; each has a part to calibrate on and a part to measure on."""
-
-JSON_FORMATS = (".json", ".jsonl", ".ndjson")
-TABLE_FORMATS = (*JSON_FORMATS, ".parquet")
 MAX_DOCUMENTS = 100_000
 """Documents read from a Hub data set; they are streamed, so that C4 is not downloaded whole."""
 BLOCK = 1 << 20
-"""Bytes of a file, or characters of a document, that are handled at once."""
+"""Characters that are read at once."""
 PEEKED_ROWS = 100
-"""Rows that say which columns a table has, and which of them hold text."""
+"""Rows that tell which columns a table has, and which of them hold text."""
+READ_ERRORS = (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error, ArrowException)
+"""Of files, packed or not, and of the readers of all formats."""
+HINTS = {
+    UnicodeError: " It is not UTF-8: convert it, for example with iconv.",
+    json.JSONDecodeError: " Each line must be an object, or the file a list of objects.",
+}
+"""What to do about some of them."""
 
-Row = tuple[str, Any]
-"""Where a row is, in words, and what it is."""
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Text:
-    """A source that was found and begins well. It can be read once."""
+    """A text whose beginning was read without errors. It can be read once."""
 
     name: str
-    """As it may be told to others: a file by its bare name."""
+    """Public name: a file's name without its path."""
     chunks: Generator[str]
     """The characters. Raises `RequestError` where they cannot be read."""
 
@@ -68,295 +57,223 @@ class Text:
 def open_text(source: str | Path, *, part: str = "train") -> Text:
     """Find a text and read its beginning; documents are joined by a blank line.
 
-    `source` is a file, `wikitext2`, `c4`, or `dataset[:subset][:split][:column]` of the Hub. Rows
-    of `.jsonl`, `.ndjson`, `.json` (also a list of rows) and `.parquet` files give their column
-    `text`, or the only one of strings, or the one named in `FILE:COLUMN`; rows without a string
-    there are skipped and counted. Any other file is plain UTF-8. All of them may be gzipped.
-    `part` is `"train"` or `"test"` and matters for the short names only.
+    Args:
+        source: A file, `wikitext2`, `c4`, or `dataset[:subset][:split][:column]` of the Hub. Of
+            JSON (lines, or a list of objects), CSV, TSV and Parquet files the column `text` is
+            read, or the only one that holds text, or the one named in `FILE:COLUMN`; rows without
+            text there are skipped and counted. Any other file is plain UTF-8. Files may be
+            gzipped.
+        part: `train` or `test`; matters for data sets of the Hub only.
 
-    Raises `RequestError` for a source that does not exist or has no text, `CMoEError` for one
-    that cannot be reached.
+    Raises:
+        RequestError: The source does not exist or holds no text.
+        CMoEError: The source cannot be reached.
     """
-    found, name = find_file(source), str(source)
-    if found is not None:
-        path, column = found
-        name = path.name
-        kind = kind_of(path)
-        if kind in TABLE_FORMATS:
-            rows = json_rows(path) if kind in JSON_FORMATS else parquet_rows(path)
-            how = f"name one after a colon: {name}:COLUMN"
-            chunks = joined(documents(rows, column, name, how))
-        elif column is not None:
-            raise RequestError(f"{name} is plain text: it has no column {column!r}.")
-        else:
-            chunks = prose(path)
-    elif name in DATASETS:
-        chunks = joined(documents(hub_rows(DATASETS[name][part], name), "text", name, ""))
+    path, column = find_file(source)
+    if path is None:
+        chunks = hub_documents(str(source), part)
+    elif kind_of(path) in TABLES:
+        rows = read_file(path, TABLES[kind_of(path)])
+        chunks = documents(rows, column, path.name, f"{path.name}:COLUMN")
+    elif column is None:
+        chunks = read_file(path, text_blocks)
     else:
-        refuse_path(Path(source).expanduser(), name)
-        dataset, subset, split, column = (*name.split(":"), "", "", "", "")[:4]
-        arguments = {"path": dataset, "name": subset or None, "split": split or part}
-        how = f"name one: {dataset}:SUBSET:SPLIT:COLUMN"
-        chunks = joined(documents(hub_rows(arguments, name), column or None, name, how))
-    first = next((chunk for chunk in chunks if chunk), None)
+        raise RequestError(f"{path.name} is plain text: it has no column {column!r}.")
+    first = next(filter(None, chunks), None)
     if first is None:
-        raise RequestError(f"{name} is empty: give a file or data set with text in it.")
-    return Text(text_name(source), _from(first, chunks))
+        raise RequestError(f"{text_name(source)} is empty: give a text or data set that is not.")
+
+    def read() -> Generator[str]:
+        yield first
+        yield from chunks
+
+    return Text(text_name(source), read())
 
 
-def _from(first: str, others: Iterator[str]) -> Generator[str]:
-    """A generator, so that it can be closed and a table then tells what it skipped."""
-    yield first
-    yield from others
-
-
-def find_file(source: str | Path) -> tuple[Path, str | None] | None:
-    """The file that a source is, and the column that it names; None if it is no file."""
-    front, colon, column = str(source).rpartition(":")
-    for name, named in ((str(source), None), (front if colon else "", column)):
+def find_file(source: str | Path) -> tuple[Path | None, str | None]:
+    """Return the file that a source is, if it is one, and the column that it names."""
+    front, _, column = str(source).rpartition(":")
+    for name, named in ((str(source), None), (front, column)):
         path = Path(name).expanduser()
         if path.is_file():
             return path, named
-    return None
+    return None, None
 
 
 def text_file(source: str | Path | None) -> Path | None:
-    """The file that a source is, if it is one."""
-    found = None if source is None else find_file(source)
-    return None if found is None else found[0]
+    """Return the file that a source is, if it is one."""
+    return None if source is None else find_file(source)[0]
 
 
 def text_name(source: str | Path) -> str:
-    """A source as it may be told to others: a file by its bare name."""
-    return Path(source).name if find_file(source) is not None else str(source)
+    """Return the public name of a source: a file's name without its path."""
+    return str(source) if text_file(source) is None else Path(source).name
 
 
 def absolute_text(source: str | Path) -> str:
-    """The same source, wherever the process will be."""
-    found = find_file(source)
-    if found is None:
-        return str(source)
-    path, column = found
-    return str(path.absolute()) + ("" if column is None else f":{column}")
+    """Return the source, with an absolute path if it is a file."""
+    is_file = text_file(source) is not None
+    return str(Path(source).expanduser().absolute()) if is_file else str(source)
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that tells a file's format, in lower case and without `.gz`."""
+    """Return the suffix that tells a file's format, in lower case and without `.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     return next((suffix for suffix in reversed(suffixes) if suffix != ".gz"), "")
 
 
-def refuse_path(path: Path, name: str) -> None:
-    """Raises `RequestError` if what is no file was meant to be one."""
-    if path.is_dir():
-        raise RequestError(f"{name} is a folder, not a text: give one of its files.")
-    looks_local = path.is_absolute() or name.startswith((".", "~"))
-    if looks_local or kind_of(Path(name.partition(":")[0])) in (".txt", ".md", *TABLE_FORMATS):
-        raise RequestError(f"there is no text file {name}.")
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
-    """A file's bytes, unpacked. Raises `RequestError` if they cannot be read."""
+def read_file(path: Path, reader: Any) -> Iterator[Any]:
+    """Yield what a reader makes of a file, gzipped or not. Raises `RequestError`."""
+    open_it: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    encoding = None if reader is parquet_rows else "utf-8-sig"
+    number = 0
     try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
-            yield file
-    except (OSError, EOFError, zlib.error) as error:
-        raise RequestError(f"cannot read {path.name}: {error}.") from error
+        with open_it(path, "rt" if encoding else "rb", encoding=encoding) as file:
+            for item in reader(file):
+                yield item
+                number += 1
+    except READ_ERRORS as error:
+        place = "" if reader is text_blocks else f"row {number + 1} of "
+        reason = str(getattr(error, "reason", error)).partition("\n")[0].rstrip(".")
+        hint = "".join(hint for kind, hint in HINTS.items() if isinstance(error, kind))
+        raise RequestError(f"cannot read {place}{path.name}: {reason}.{hint}") from error
 
 
-def characters(path: Path) -> Iterator[str]:
-    """A UTF-8 file with every line ended by a line feed, without a byte order mark."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    offset = 0
-    with opened(path) as file:
-        while True:
-            block = file.read(BLOCK)
-            if offset == 0 and block.startswith(codecs.BOM_UTF8):
-                block, offset = block[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
-            pending = len(decoder.getstate()[0])
-            nul = block.find(b"\0")
-            if nul >= 0:
-                raise RequestError(
-                    f"{path.name} is not plain text: there is a NUL byte at offset {offset + nul}. "
-                    "Convert it to UTF-8, for example with iconv."
-                )
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                at = offset - pending + error.start
-                raise RequestError(
-                    f"{path.name} is not UTF-8 text: {error.reason} at byte {at} "
-                    f"(0x{error.object[error.start]:02x}). Convert it, for example with iconv."
-                ) from error
-            yield newlines.decode(text, final=not block)
-            if not block:
-                return
-            offset += len(block)
-
-
-def prose(path: Path) -> Iterator[str]:
-    """A file of plain text. Raises `RequestError` for rows of JSON: they would be read as prose."""
-    chunks = characters(path)
-    head = next(chunks)
+def text_blocks(file: Any) -> Iterator[str]:
+    """Yield plain text. Raises `ValueError` for JSON, whose braces would be read as prose."""
+    head = file.read(BLOCK)
     if begins_with_rows(head):
-        raise RequestError(
-            f"{path.name} holds rows of JSON, whose braces and keys would be read as prose. Name "
-            f"it {path.stem}.jsonl, and the text in its rows will be read."
-        )
-    return chain([head], chunks)
+        raise ValueError("it holds rows of JSON, which are read if its name ends in .jsonl")
+    for block in chain([head], iter(partial(file.read, BLOCK), "")):
+        if "\0" in block:
+            raise UnicodeError("it holds a NUL byte")
+        yield block
 
 
 def begins_with_rows(head: str) -> bool:
-    """Whether a text is a JSON object, followed by nothing or another, or a list of objects."""
-    head = head.lstrip()
-    is_list = head.startswith("[")
-    head = head[is_list:].lstrip()
+    """Tell whether a text is a JSON object, followed by nothing or another, or a list of them."""
+    start = len(head) - len(head.lstrip("[ \t\n"))
     try:
-        row, end = json.JSONDecoder().raw_decode(head)
+        row, end = json.JSONDecoder().raw_decode(head, start)
     except (ValueError, RecursionError):
         return False
-    rest = head[end:].lstrip()
-    return isinstance(row, dict) and (not rest or rest[0] in (",]" if is_list else "{"))
+    behind = head[end:].lstrip()[:1]
+    return isinstance(row, dict) and behind in (",]" if "[" in head[:start] else "{")
 
 
-def json_rows(path: Path) -> Iterator[Row]:
-    """The rows of a JSON file: one a line, or the members of one list, which is read whole."""
-    chunks = characters(path)
-    head = next((chunk for chunk in chunks if chunk.strip()), "")
-    if head.lstrip().startswith("["):
-        rows = parsed("".join([head, *chunks]), path.name, "the list")
-        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-        return
-    for number, line in enumerate(lines(chain([head], chunks)), 1):
-        if line.strip():
-            yield f"line {number}", parsed(line, path.name, f"line {number}")
+# The loaders of `datasets` cast every row to the types of the first ones, so that a stray number
+# fails and a date becomes another text; their errors name no row, and they need a cache.
+def json_rows(file: Any) -> Iterator[Row]:
+    """Yield JSON objects: one a line, or the members of one list, which is read whole."""
+    is_list = file.read(BLOCK).lstrip().startswith("[")
+    file.seek(0)
+    lines = (json.loads(line) for line in file if line.strip())
+    for row in json.load(file) if is_list else lines:
+        if not isinstance(row, dict):
+            raise ValueError(f'it is {json.dumps(row)[:40]}, not an object such as {{"text": ...}}')
+        yield row
 
 
-def parsed(text: str, name: str, place: str) -> Any:
-    """JSON as data. Raises `RequestError` if it is none."""
+def csv_rows(file: Any) -> Iterator[Row]:
+    """Yield the rows below the header; an empty cell is None."""
+    csv.field_size_limit(2**31 - 1)  # a document may be long
+    delimiter = max(",;\t", key=file.readline().count)
+    file.seek(0)
+    for row in csv.DictReader(file, delimiter=delimiter, strict=True):
+        if None in row:
+            raise ValueError("it has more cells than the header")
+        yield {column: cell or None for column, cell in row.items()}
+
+
+def parquet_rows(file: Any) -> Iterator[Row]:
+    """Yield the rows of all batches."""
+    for batch in ParquetFile(file).iter_batches(batch_size=256):
+        yield from batch.to_pylist()
+
+
+TABLES = {
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), json_rows),
+    **dict.fromkeys((".csv", ".tsv"), csv_rows),
+    ".parquet": parquet_rows,
+}
+"""Readers by suffix."""
+
+
+def hub_documents(name: str, part: str) -> Iterator[str]:
+    """Yield the texts of a Hub data set. Raises `RequestError` if a file was meant."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise RequestError(f"{name} is a folder, not a text: give one of its files.")
+    known = DATASETS[name][part] if name in DATASETS else name
+    dataset, subset, split, column = (*known.split(":"), "", "", "")[:4]
+    looks_local = path.is_absolute() or name.startswith((".", "~"))
+    if looks_local or kind_of(Path(dataset)) in (".txt", ".md", *TABLES):
+        raise RequestError(f"there is no text file {name}.")
+    rows = hub_rows(name, path=dataset, name=subset or None, split=split or part)
+    return documents(rows, column or None, name, f"{dataset}:SUBSET:SPLIT:COLUMN")
+
+
+def hub_rows(source: str, **arguments: Any) -> Iterator[Row]:
+    """Yield the first rows of a Hub data set, streamed."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(
-            f"{place} of {name} is not valid JSON ({error}): each line must be an object, or the "
-            "file a list of objects."
-        ) from error
-
-
-def lines(chunks: Iterator[str]) -> Iterator[str]:
-    """Lines without their ends. Not `splitlines`: JSON may hold what that takes for line ends."""
-    rest = ""
-    for chunk in chunks:
-        *whole, rest = (rest + chunk).split("\n")
-        yield from whole
-    yield rest
-
-
-def parquet_rows(path: Path) -> Iterator[Row]:
-    """The rows of a Parquet file."""
-    number = 0
-    with opened(path) as file:
-        try:
-            for batch in ParquetFile(file).iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
-        except ArrowException as error:
-            reason = str(error).partition("\n")[0]
-            raise RequestError(f"{path.name} is not a whole Parquet file: {reason}") from error
-
-
-def hub_rows(arguments: Mapping[str, Any], name: str) -> Iterator[Row]:
-    """The first rows of a Hub data set, streamed."""
-    try:
-        rows = islice(load_dataset(**arguments, streaming=True), MAX_DOCUMENTS)
-        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-    except (ConnectionError, TimeoutError) as error:
-        raise CMoEError(
-            f"cannot reach the data set {name}: {error}. Give a local text file instead."
-        ) from error
+        yield from islice(load_dataset(**arguments, streaming=True), MAX_DOCUMENTS)
     except Exception as error:  # load_dataset has no common base class for its errors
-        raise RequestError(
-            f"cannot read {name} as a data set: {error}. Give a local file (.txt, .jsonl, "
+        unreachable = isinstance(error, (ConnectionError, TimeoutError))
+        raise (CMoEError if unreachable else RequestError)(
+            f"cannot read {source} as a data set: {error}. Give a local file (.txt, .jsonl, .csv, "
             ".parquet), wikitext2, c4, or dataset[:subset][:split][:column]."
         ) from error
 
 
-def documents(rows: Iterator[Row], column: str | None, name: str, how: str) -> Iterator[str]:
-    """The texts of a table; rows that have none are counted in one warning.
+def documents(rows: Iterator[Row], column: str | None, name: str, example: str) -> Iterator[str]:
+    """Yield the texts of a table, with a blank line before all but the first.
 
-    Raises `RequestError` if no row has one, or `column` and table do not say which column it is;
-    `how` tells the user to do so.
+    Rows without text are counted in one warning. Raises `RequestError` if no row has any, or the
+    column to read is unknown; `example` shows how to name one.
     """
     head = list(islice(rows, PEEKED_ROWS))
     if not head:
         return
-    column = column_of(head, column, name, how)
+    column = column_of(head, column, name, example)
     total = skipped = 0
     first = ""
     try:
-        for place, row in chain(head, rows):
-            total += 1
-            value = columns_of(place, row, name).get(column)
+        for total, row in enumerate(chain(head, rows), 1):
+            value = row.get(column)
             if is_text(value):
-                yield value
+                yield f"\n\n{value}" if total - skipped > 1 else value
             else:
                 skipped += 1
-                first = first or f"{place} has {json.dumps(value, default=str)[:40]}"
-    except GeneratorExit:  # enough was read
-        pass
-    else:
-        if skipped == total:
-            raise RequestError(f"no row of {name} has text in its column {column!r}: {first}.")
-    if skipped:
-        logger.warning(
-            "%d of %d rows of %s have no text in their column %r and were skipped: %s.",
-            *(skipped, total, name, column, first),
-        )
+                first = first or f"row {total} has {json.dumps(value, default=str)[:40]}"
+    finally:  # also if enough was read
+        if skipped and skipped < total:
+            logger.warning(
+                "%d of %d rows of %s have no text in their column %r and were skipped: %s.",
+                *(skipped, total, name, column, first),
+            )
+    if skipped == total:
+        raise RequestError(f"no row of {name} has text in its column {column!r}: {first}.")
 
 
-def columns_of(place: str, row: Any, name: str) -> Mapping[str, Any]:
-    """A row as columns. Raises `RequestError` if it has none."""
-    if not isinstance(row, Mapping):
-        raise RequestError(
-            f"{place} of {name} is not an object with columns but {json.dumps(row)[:40]}: write "
-            '{"text": ...} for each document.'
-        )
-    return row
-
-
-def column_of(head: Sequence[Row], column: str | None, name: str, how: str) -> str:
-    """The column to read: as named, or `text`, or the only one that holds strings."""
-    rows = [columns_of(place, row, name) for place, row in head]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    wanted = column or "text"
+def column_of(rows: Sequence[Row], column: str | None, name: str, example: str) -> str:
+    """Return the column to read: as named, or `text`, or the only one that holds letters."""
+    cells = [cell for row in rows for cell in row.items()]
+    columns, wanted = list(dict.fromkeys(key for key, _ in cells)), column or "text"
     if wanted in columns:
         return wanted
-    holding = [key for key in columns if any(isinstance(row.get(key), str) for row in rows)]
+    holding = {key for key, it in cells if is_text(it) and any(map(str.isalpha, it))}
     if column is None and len(holding) == 1:
+        [wanted] = holding
         logger.warning(
-            "%s has no column 'text': %r is read, the only one that holds strings.",
-            *(name, holding[0]),
+            "%s has no column 'text': %r is read, the only one that holds text.", name, wanted
         )
-        return holding[0]
-    hint = f" To read another, {how}." if how else ""
-    raise RequestError(f"{name} has no column {wanted!r}; it has {columns}.{hint}")
+        return wanted
+    raise RequestError(f"{name} has no column {wanted!r}; it has {columns}. Name one: {example}.")
 
 
 def is_text(value: Any) -> TypeGuard[str]:
-    """Whether it is a string that can be encoded: JSON can write halves of characters."""
-    if not isinstance(value, str):
-        return False
+    """Tell whether a value is a string that can be encoded: JSON can write half a character."""
     try:
-        value.encode()
+        return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
         return False
-    return True
-
-
-def joined(texts: Iterator[str]) -> Iterator[str]:
-    """Documents with a blank line between them."""
-    for number, text in enumerate(texts):
-        yield f"\n\n{text}" if number else text

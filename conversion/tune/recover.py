@@ -31,13 +31,20 @@ from ..errors import RequestError
 from ..folder.card import CARD_FILE, recovered_card
 from ..folder.carried import Carried, carried
 from ..folder.fingerprint import write_fingerprint
-from ..folder.unfinished import SETTINGS, PartialFolder, as_json, sha256_of
-from ..folder.windows import keep_windows, kept_windows
+from ..folder.strict import as_json
+from ..folder.unfinished import SETTINGS, PartialFolder, sha256_of
 from ..measure.evaluate import perplexity
-from ..measure.routing import active_routers, count_loads, imbalance, is_biased, without_bias
+from ..measure.routing import (
+    active_routers,
+    always_on,
+    count_loads,
+    imbalance,
+    is_biased,
+    without_bias,
+)
 from ..source.calibration import consecutive_windows, random_windows, read_tokens
 from ..source.checkpoint import load_tokenizer
-from ..source.loading import load_model, model_folder, window_length
+from ..source.loading import load_config, load_model, model_folder, window_length
 from ..source.texts import absolute_text, open_text, text_file
 from .tuning import Tuning, check_peft, check_sharding, last_checkpoint, tune
 
@@ -162,17 +169,16 @@ def recover(
         max_shard_size=max_shard_size,
         trust_remote_code=trust_remote_code,
     )
-    tuning = tuning or Tuning()
+    tuning, work = tuning or Tuning(), RecoveryFolder(output, overwrite=overwrite)
     ready = make_ready(request, tuning)
     if accelerate.PartialState().is_main_process:
-        work = RecoveryFolder(output, overwrite=overwrite)
         work.check(recovery_reads(request, ready))
         check_room(ready.folder, work)
     asked = {"request": asdict(request), "tuning": asdict(tuning)}
     settings = {**asked, **frozen_inputs(ready), "text_tokens": ready.text_tokens}
     with owned_folder(output, settings, overwrite=overwrite) as work:
         if accelerate.PartialState().is_main_process:
-            keep_windows(work, training=ready.training_WL, test=ready.test_WL)
+            work.keep_windows(training=ready.training_WL, test=ready.test_WL)
         return run(request, tuning, ready, work)
 
 
@@ -186,7 +192,7 @@ def resume_recovery(output: str | Path) -> Recovery:
     with owned_folder(output, None, overwrite=False) as work:
         request, tuning = Request(**work.settings["request"]), Tuning(**work.settings["tuning"])
         kept = None
-        if (windows := kept_windows(work)) is not None:
+        if (windows := work.kept_windows()) is not None:
             kept = (work.settings["text_tokens"], windows["training"], windows["test"])
         ready = make_ready(request, tuning, kept)
         work.check_apart(recovery_reads(request, ready))
@@ -216,22 +222,22 @@ def make_ready(request: Request, tuning: Tuning, kept: Texts | None = None) -> R
             "Give another --text."
         )
     folder, _ = model_folder(request.model)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=request.trust_remote_code)
+    config = load_config(folder, request.trust_remote_code)
     if not isinstance(config, CMoEConfig):
         raise RequestError(
             f"{folder.name} is a {config.model_type} model, not a carved one: `cmoe convert` it "
             "first."
         )
     tokenizer = load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
-    vocabulary = config.vocab_size
+    others = []
     for dense in filter(None, {request.teacher, request.control}):
-        (where, _), trusted = model_folder(dense), request.trust_remote_code
-        known = AutoConfig.from_pretrained(where, trust_remote_code=trusted).vocab_size
-        vocabulary = min(vocabulary, known)
-        other = load_tokenizer(where, trust_remote_code=trusted)
+        trusted = request.trust_remote_code
+        others.append(load_config(dense, trusted))
+        other = load_tokenizer(model_folder(dense)[0], trust_remote_code=trusted)
         if other.get_vocab() != tokenizer.get_vocab():
             raise RequestError(f"{dense} has another vocabulary than {request.model}.")
-    length = window_length(config, tuning.sequence_length)
+    vocabulary = min(it.vocab_size for it in (config, *others))
+    length = window_length(config, tuning.sequence_length, *others)
     texts = kept or read_texts(request, tuning, tokenizer, vocabulary, length)
     return Ready(folder, device, tokenizer, *texts, carried(folder))
 
@@ -393,6 +399,7 @@ def tuned(
         figures["biases"] = [gate.balance_bias.tolist() for gate in active_routers(loaded)]
         if accelerate.PartialState().is_main_process:
             limit = shard_bytes(request.max_shard_size)
+            loaded.config = AutoConfig.from_pretrained(ready.folder)  # without `PLAIN_OUTPUTS`
             loaded.save_pretrained(work.folder, max_shard_size=limit)
     return {**figures, "seconds": time.perf_counter() - start}
 
@@ -408,7 +415,7 @@ def quality_and_loads(model: PreTrainedModel, ready: Ready, description: str) ->
         figures: dict[str, Any] = {"perplexity": measured}
         if gates:
             uneven = [
-                imbalance(load_N, gate.balance_bias)
+                imbalance(load_N, always_on(gate))
                 for load_N, gate in zip(loads, gates, strict=True)
             ]
             figures["imbalance"] = sum(uneven) / len(uneven)

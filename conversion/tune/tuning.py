@@ -30,10 +30,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from cmoe_hf.modeling_cmoe import PIN_LIMIT, CMoERouter, ExpertsLoop
+from cmoe_hf.modeling_cmoe import CMoERouter, ExpertsLoop
 
+from ..carve.router import HIGHEST_BIAS
 from ..errors import CMoEError, RequestError, missing
-from ..measure.routing import active_routers, count_loads
+from ..measure.routing import active_routers, always_on, count_loads
 from ..source.architectures import architecture_of
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -353,19 +354,21 @@ class BalanceBias(TrainerCallback):
         speed = self.trainer.tuning.bias_speed * (1 - (state.global_step - 1) / state.max_steps)
         for router, load_N in zip(active_routers(self.trainer.model), loads, strict=True):
             load_N = accelerate.utils.reduce(load_N.clone(), reduction="sum")
-            move_bias(router.balance_bias, load_N, speed)
+            move_bias(router.balance_bias, load_N, speed, always_on(router))
 
 
 @torch.no_grad()
-def move_bias(bias_N: torch.Tensor, load_N: torch.Tensor, speed: float) -> None:
-    """In place: up by `speed` where the load is below the mean, down where it is above.
+def move_bias(
+    bias_N: torch.Tensor, load_N: torch.Tensor, speed: float, always_on_N: torch.Tensor
+) -> None:
+    """Move the balance bias up by `speed` where the load is below the mean, down where above.
 
-    Pinned experts stay as they are and do not count; no other bias may grow into a pin.
+    Experts that are always on stay so and do not count; no other may become one.
     """
-    free_N = bias_N <= PIN_LIMIT
+    free_N = ~always_on_N
     load_N = load_N.to(bias_N.device, torch.float32)
     step_N = speed * (load_N[free_N].mean() - load_N[free_N]).sign()
-    bias_N[free_N] = (bias_N[free_N] + step_N).clamp(-PIN_LIMIT, PIN_LIMIT)
+    bias_N[free_N] = (bias_N[free_N] + step_N).clamp(-HIGHEST_BIAS, HIGHEST_BIAS)
 
 
 class Progress(TrainerCallback):

@@ -46,7 +46,7 @@ PLAIN_FFN_PLAN = {
 
 
 def expert_parallel_plan(ffn: dict[str, str]) -> dict[str, Any]:
-    """Whole experts on each rank. Needs transformers 5.20: the plan's names changed there."""
+    """Plan whole experts on each rank. Needs transformers 5.20, which changed the plan's names."""
     names = [name for name in ffn if ".mlp.experts" in name]
     kinds = {True: "ep_dispatch_experts", False: "grouped_gemm"}
     return {name: kinds[name.endswith("experts")] for name in names}
@@ -55,13 +55,13 @@ def expert_parallel_plan(ffn: dict[str, str]) -> dict[str, Any]:
 def tensor_parallel_plan(
     dense: type[PreTrainedConfig], ffn: dict[str, str] = FFN_PLAN
 ) -> dict[str, str]:
-    """The dense family's plan with a carved FFN in place of the dense one."""
+    """Return the dense family's plan with a carved FFN in place of the dense one."""
     plan = dense.base_model_tp_plan or {}
     return {name: how for name, how in plan.items() if ".mlp." not in name} | ffn
 
 
 def with_legacy_keys(config: PreTrainedConfig, written: dict[str, Any]) -> dict[str, Any]:
-    """What is written of a configuration, and the same under the names of transformers 4.
+    """Return what is written of a configuration, with the names of transformers 4 added.
 
     Engines of that time do not look for `rope_parameters` and take another theta without a word.
     Parameters by type of layer have no older form.
@@ -79,9 +79,20 @@ def with_legacy_keys(config: PreTrainedConfig, written: dict[str, Any]) -> dict[
     return written | older
 
 
+def check_lists(name: str, lists: list[list[int]], layers: int, most: int, count: int) -> None:
+    """Raise `ValueError` unless each layer has a list of at most `most` numbers below `count`."""
+    if len(lists) != layers:
+        raise ValueError(f"{name} has {len(lists)} lists for {layers} layers.")
+    for index, numbers in enumerate(lists):
+        if wrong := [number for number in numbers if not 0 <= number < count]:
+            raise ValueError(f"{name} names {wrong[0]} in layer {index}, but there are {count}.")
+        if len({*numbers}) != len(numbers) or len(numbers) > most:
+            raise ValueError(f"{name} of layer {index} is {numbers}: each once, at most {most}.")
+
+
 @strict
 class CMoEConfig(PreTrainedConfig):
-    """What carving adds to the configuration of a dense family.
+    """Configuration of a dense family with the fields that carving adds.
 
     All fields of that configuration keep their meaning; `intermediate_size` stays the width of the
     dense FFN, so that `shared_expert_intermediate_size + num_experts * moe_intermediate_size`
@@ -92,7 +103,7 @@ class CMoEConfig(PreTrainedConfig):
     attribute_map = {"num_local_experts": "num_experts"}
 
     has_gate = True
-    """Whether h = act(x Wg) * (x Wu); without a gate, h = act(x W + b)."""
+    """h = act(x Wg) * (x Wu); without a gate, h = act(x W + b)."""
     num_parents = num_parents_per_tok = 1
     """Of a hierarchical model, see `CMoEHierarchicalConfig`."""
 
@@ -113,6 +124,9 @@ class CMoEConfig(PreTrainedConfig):
     """Use the absolute value of the score, as the authors' released code does."""
     dense_layers: list[int] | None = None
     """Layers whose FFN is the dense one."""
+    always_on_experts: list[list[int]] | None = None
+    """For each layer the routed experts that run for every token, which their balance bias sees to;
+    None if there are none. Models carved by cmoe-hf 0.2 and before do not say it."""
     norm_topk_prob: bool = False
     """Always false: the gate weights 1 + softmax(score) * u are never renormalised."""
     output_router_logits: bool = False
@@ -154,7 +168,7 @@ class CMoEConfig(PreTrainedConfig):
 
     @classmethod
     def local_auto_map(cls) -> dict[str, str]:
-        """Where the Auto classes find the code beside the weights. vLLM needs `AutoModel` too."""
+        """Name the classes of the code beside the weights; vLLM needs `AutoModel` too."""
         family = cls.__name__.removesuffix("Config")
         return {
             "AutoConfig": f"configuration_cmoe.{family}Config",
@@ -163,7 +177,7 @@ class CMoEConfig(PreTrainedConfig):
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is written to `config.json`."""
+        """Return what is written to `config.json`."""
         return with_legacy_keys(self, super().to_diff_dict())
 
     def save_pretrained(
@@ -178,7 +192,7 @@ class CMoEConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def validate_architecture(self) -> None:
-        """Part of the strict validation: the parts must add up to the dense FFN."""
+        """Check, as part of the strict validation, that the parts add up to the dense FFN."""
         super().validate_architecture()
         experts, odd = divmod(self.num_experts, self.num_parents)
         active, uneven = divmod(self.num_experts_per_tok, self.num_parents_per_tok)
@@ -201,6 +215,9 @@ class CMoEConfig(PreTrainedConfig):
             )
         if self.shared_expert_intermediate_size == self.num_experts_per_tok == 0:
             raise ValueError("Without a shared expert, num_experts_per_tok must be at least 1.")
+        if self.always_on_experts is not None:
+            most = (self.num_hidden_layers, self.num_experts_per_tok, self.num_experts)
+            check_lists("always_on_experts", self.always_on_experts, *most)
         dense = self.dense_layers or []
         if wrong := [index for index in dense if not 0 <= index < self.num_hidden_layers]:
             raise ValueError(
@@ -251,6 +268,7 @@ class CMoEGPTNeoXConfig(CMoEConfig, GPTNeoXConfig):
     """A GPT-NeoX or Pythia whose FFNs are carved: they have biases and no gate."""
 
     model_type = "cmoe_gpt_neox"
+    attribute_map = CMoEConfig.attribute_map | {"rms_norm_eps": "layer_norm_eps"}
     has_gate = False
     base_model_tp_plan = tensor_parallel_plan(GPTNeoXConfig, PLAIN_FFN_PLAN)
     base_model_pp_plan = {  # the decoder's parts are named as in the other families
@@ -287,7 +305,7 @@ class CMoEHierarchicalConfig(CMoEConfig):
     num_experts_per_tok: int = 2
 
     def validate_architecture(self) -> None:
-        """Part of the strict validation."""
+        """Check the fields of parents, as part of the strict validation."""
         super().validate_architecture()
         if self.dense_layers:
             raise ValueError("dense_layers are those of a dense source; this one is a MoE.")
@@ -296,17 +314,9 @@ class CMoEHierarchicalConfig(CMoEConfig):
                 f"num_parents_per_tok ({self.num_parents_per_tok}) must be between 1 and "
                 f"num_parents ({self.num_parents})."
             )
-        kept = self.kept_parents
-        if kept is not None and len(kept) != self.num_hidden_layers:
-            raise ValueError(
-                f"kept_parents has {len(kept)} lists for {self.num_hidden_layers} layers."
-            )
-        wrong = [number for layer in kept or [] for number in layer]
-        wrong = [number for number in wrong if not 0 <= number < self.num_parents]
-        if wrong:
-            raise ValueError(
-                f"kept_parents names parent {wrong[0]}, but there are {self.num_parents}."
-            )
+        if self.kept_parents is not None:
+            most = (self.num_hidden_layers, self.num_parents, self.num_parents)
+            check_lists("kept_parents", self.kept_parents, *most)
         if self.flat_routing and self.router_type != "linear":
             raise ValueError("flat_routing needs scores of a linear router.")
 
@@ -331,16 +341,3 @@ class CMoEOlmoeConfig(CMoEHierarchicalConfig, OlmoeConfig):
 
     model_type = "cmoe_olmoe"
     base_model_tp_plan = tensor_parallel_plan(OlmoeConfig, HIERARCHICAL_FFN_PLAN)
-
-
-__all__ = [
-    "CMoEConfig",
-    "CMoEGPTNeoXConfig",
-    "CMoEHierarchicalConfig",
-    "CMoELlamaConfig",
-    "CMoEMistralConfig",
-    "CMoEOlmoeConfig",
-    "CMoEQwen2Config",
-    "CMoEQwen3Config",
-    "CMoEQwen3MoeConfig",
-]

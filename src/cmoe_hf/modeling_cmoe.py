@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -56,8 +56,8 @@ logger = logging.get_logger(__name__)
 TESTED = ("5.16", "5.24")
 """The lowest and the newest transformers that this code has been tested with."""
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
-"""What releases of transformers call the keys and values of earlier tokens, the newest first."""
-CONSUMED = {
+"""Names that releases of transformers give the keys and values of earlier tokens, newest first."""
+ACCEPTED_KWARGS = {
     # What the library says may travel to layers, attention and loss.
     *TransformersKwargs.__annotations__,
     *("ignore_index", "shift_labels", "return_dict"),
@@ -72,36 +72,39 @@ CONSUMED = {
 """Keywords beyond the signatures of our forward methods that somebody further on reads."""
 
 
-def cache_name(taker: Any, *others: str) -> str:
-    """What a function, layer or output of the library calls the cache; it must know `others` too.
+def cache_keyword(target: Any, *required: str) -> str:
+    """Return the name under which a function or output class of the library takes the cache.
 
-    Decided by its signature, not by a version. A keyword that is not there would vanish in
-    `**kwargs`, and the model would go on with an empty cache or without a mask.
+    Its signature decides, not a version. A keyword that is not there would vanish in `**kwargs`,
+    and the model would go on with an empty cache or without a mask.
 
     Raises:
-        ImportError: A name is not there.
+        ImportError: It knows no such name, or not all of the `required` keywords.
     """
-    known = getattr(taker, "__dataclass_fields__", None) or inspect.signature(taker).parameters
+    is_class = isinstance(target, type)
+    known = target.__annotations__ if is_class else inspect.signature(target).parameters
     found = [name for name in CACHE_NAMES if name in known]
-    missing = [name for name in others if name not in known]
+    missing = [name for name in required if name not in known]
     if missing or not found:
         lost = ", ".join(missing or ["the cache"])
         raise ImportError(
             f"transformers {transformers.__version__} has another name for {lost} in "
-            f"{taker.__qualname__}, so this model would compute something else. Its code knows "
+            f"{target.__qualname__}, so this model would compute something else. Its code knows "
             f"transformers {TESTED[0]} to {TESTED[1]}: install one of these, or renew the code "
             "with a newer cmoe-hf: cmoe upgrade."
         )
     return found[0]
 
 
-def given_cache(cache: Any, past_key_values: Any, others: dict[str, Any]) -> Any:
-    """The cache that a forward method was given under either name; nothing may be left unread.
+def resolve_cache(cache: Any, past_key_values: Any, kwargs: dict[str, Any]) -> Any:
+    """Return the cache that a forward method was given under either name.
 
     Raises:
-        TypeError: Two caches, or a keyword among `others` that nobody would read.
+        TypeError: There are two caches, or a keyword that nothing would read.
     """
-    unread = sorted(name for name in others if name not in CONSUMED and others[name] is not None)
+    unread = sorted(
+        name for name in kwargs if name not in ACCEPTED_KWARGS and kwargs[name] is not None
+    )
     if unread:
         raise TypeError(f"forward() got {', '.join(unread)}, which nothing in this model reads.")
     if cache is not None and past_key_values is not None and cache is not past_key_values:
@@ -110,7 +113,7 @@ def given_cache(cache: Any, past_key_values: Any, others: dict[str, Any]) -> Any
 
 
 def warn_of_untested_library() -> None:
-    """Say so, once, if the installed transformers is newer than all that were tested."""
+    """Warn, once, if the installed transformers is newer than all that were tested."""
     installed = [int(part) for part in transformers.__version__.split(".")[:2]]
     if installed > [int(part) for part in TESTED[1].split(".")]:
         logger.warning_once(
@@ -119,34 +122,34 @@ def warn_of_untested_library() -> None:
         )
 
 
-PIN_BIAS, PIN_LIMIT = 2.0, 1.0
-"""Balance bias of a pinned expert, and the highest of any other: below 1 + 1 with its probability,
-it never wins against a pin."""
+def is_traced() -> bool:
+    """Return whether a compiler or `torch.jit.trace` records the run: then no data may decide."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 class Routing(NamedTuple):
-    """What a router decided."""
+    """The decision of a router."""
 
-    score_TN: torch.Tensor
-    """Of every routed expert, float32."""
-    weight_TK: torch.Tensor
+    score_TN: Tensor
+    """Score of every routed expert, float32."""
+    weight_TK: Tensor
     """Gate weights of the experts that run."""
-    index_TK: torch.Tensor
-    """Which they are, int64."""
+    index_TK: Tensor
+    """Numbers of the experts that run, int64."""
 
 
 class HierarchicalRouting(NamedTuple):
-    """What the router of a carved MoE decided, over the experts of a token's parents."""
+    """The decision of a carved MoE's router, over the experts of a token's parents."""
 
-    score_TN: torch.Tensor
-    weight_TK: torch.Tensor
-    index_TK: torch.Tensor
-    idle_weight_TI: torch.Tensor
+    score_TN: Tensor
+    weight_TK: Tensor
+    index_TK: Tensor
+    idle_weight_TI: Tensor
     """Gate weights of the experts that do not run."""
-    idle_index_TI: torch.Tensor
-    """Which they are, int64."""
-    parent_weight_TP: torch.Tensor
-    parent_TP: torch.Tensor
+    idle_index_TI: Tensor
+    """Numbers of the experts that do not run, int64."""
+    parent_weight_TP: Tensor
+    parent_TP: Tensor
 
 
 class CMoERouter(nn.Module):
@@ -161,11 +164,14 @@ class CMoERouter(nn.Module):
     a lone `weight` for a plain softmax router and silently replace it.
     """
 
-    balance_bias: torch.Tensor
+    balance_bias: Tensor
 
-    def __init__(self, config: CMoEConfig) -> None:
+    def __init__(self, config: CMoEConfig, layer_idx: int = 0) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
+        listed = config.always_on_experts
+        self.always_on = None if listed is None else listed[layer_idx]
+        """Experts whose balance bias makes them run for every token; None if nothing says so."""
         self.absolute_score = config.router_absolute_score
         self.router_type = config.router_type
         shape = (config.num_experts, config.hidden_size)
@@ -184,62 +190,43 @@ class CMoERouter(nn.Module):
             "balance_bias", torch.zeros(config.num_experts, dtype=torch.float32), persistent=True
         )
 
-    def score(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def score(self, x_TH: Tensor) -> Tensor:
         """Score s of every expert, in float32: rounding to 16 bits would reorder close experts."""
         with maybe_autocast(device_type=x_TH.device.type, enabled=False):
-            return self.score_as_it_is(x_TH.float())
-
-    def score_as_it_is(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """The same of float32 tokens where nothing is cast unasked."""
-        if self.router_type == "linear":
-            score_TN = F.linear(x_TH, self.linear_weight.float())
-        elif self.has_gate:
-            gate_TN = F.linear(x_TH, self.gate_weight.float())
-            up_TN = F.linear(x_TH, self.up_weight.float())
-            score_TN = self.act_fn(gate_TN) * up_TN
-        else:
-            up_TN = F.linear(x_TH, self.up_weight.float(), self.up_bias.float())
-            score_TN = self.act_fn(up_TN)
-        return score_TN.abs() if self.absolute_score else score_TN
+            x_TH = x_TH.float()
+            if self.router_type == "linear":
+                score_TN = F.linear(x_TH, self.linear_weight.float())
+            elif self.has_gate:
+                gate_TN = F.linear(x_TH, self.gate_weight.float())
+                score_TN = self.act_fn(gate_TN) * F.linear(x_TH, self.up_weight.float())
+            else:
+                score_TN = self.act_fn(F.linear(x_TH, self.up_weight.float(), self.up_bias.float()))
+            return score_TN.abs() if self.absolute_score else score_TN
 
     @property
     def choice(self) -> tuple[int, int]:
-        """How many experts compete, and how many of them run."""
+        """Number of experts that compete, and of those that run."""
         return len(self.scale), self.top_k
 
-    def selection_score(
-        self, probability: torch.Tensor, index: torch.Tensor | None, x_TH: torch.Tensor
-    ) -> torch.Tensor:
-        """What the experts `index`, or all of them, are chosen by: p + b."""
+    def selection_score(self, probability: Tensor, index: Tensor | None, x_TH: Tensor) -> Tensor:
+        """Value p + b that decides between the experts `index`, or between all."""
         return probability + (self.balance_bias if index is None else self.balance_bias[index])
 
-    def pick(self, value_TN: torch.Tensor, x_TH: torch.Tensor) -> torch.Tensor:
-        """The experts of the highest value, (T, K), of those that the tokens x may have."""
+    def pick(self, value_TN: Tensor, x_TH: Tensor) -> Tensor:
+        """Experts of the highest value, (T, K), of those that the tokens x may have."""
         return torch.topk(value_TN, self.top_k, dim=-1).indices
 
-    def weigh(self, probability_TN: torch.Tensor, index_TK: torch.Tensor) -> torch.Tensor:
+    def weigh(self, probability_TN: Tensor, index_TK: Tensor) -> Tensor:
         """Gate weights 1 + p * u of the chosen experts, (T, K) float32."""
         return (1 + probability_TN * self.scale).gather(1, index_TK)
 
-    def forward(self, x_TH: torch.Tensor) -> Routing | HierarchicalRouting:
+    def forward(self, x_TH: Tensor) -> Routing | HierarchicalRouting:
         """Route every token."""
         score_TN = self.score(x_TH)
         probability_TN = torch.softmax(score_TN, dim=-1, dtype=torch.float32)
         index_TK = self.pick(self.selection_score(probability_TN, None, x_TH), x_TH)
         weight_TK = self.weigh(probability_TN, index_TK)
         return Routing(score_TN, weight_TK.to(x_TH.dtype), index_TK)
-
-    def route_one_token(self, x_1H: torch.Tensor) -> list[tuple[int, float]]:
-        """The experts of one token on a CPU, and their gate weights.
-
-        As `forward`, but in Python: choosing among a few dozen numbers takes it less than the
-        library's calls do.
-        """
-        [probability_N] = self.score_as_it_is(x_1H.float()).softmax(dim=-1).tolist()
-        scale_N, bias_N = self.scale.tolist(), self.balance_bias.tolist()
-        selection_N = [p + b for p, b in zip(probability_N, bias_N, strict=True)]
-        best_N = sorted(range(len(selection_N)), key=selection_N.__getitem__, reverse=True)
-        return [(n, 1 + probability_N[n] * scale_N[n]) for n in best_N[: self.top_k]]
 
 
 class CMoEHierarchicalRouter(CMoERouter):
@@ -253,14 +240,14 @@ class CMoEHierarchicalRouter(CMoERouter):
     of such. All state is of one module without a lone `weight`, for the reason above.
     """
 
-    def __init__(self, config: CMoEHierarchicalConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: CMoEHierarchicalConfig, layer_idx: int = 0) -> None:
+        super().__init__(config, layer_idx)
         self.parents_per_token = config.num_parents_per_tok
         self.norm_parent_prob = config.norm_parent_prob
         self.flat = config.flat_routing
         self.per_parent = config.num_experts // config.num_parents
         self.groups = 1 if self.flat else self.parents_per_token
-        self.kept_parents: list[int] = []
+        self.kept_parents = config.kept_parents[layer_idx] if config.kept_parents else []
         """Parents of which everything runs: their experts leave the places to others."""
         self.parent_weight = nn.Parameter(torch.empty(config.num_parents, config.hidden_size))
         if self.flat:
@@ -268,10 +255,10 @@ class CMoEHierarchicalRouter(CMoERouter):
 
     @property
     def choice(self) -> tuple[int, int]:
-        """How many experts compete, and how many of them run."""
+        """Number of experts that compete, and of those that run."""
         return self.parents_per_token * self.per_parent // self.groups, self.top_k // self.groups
 
-    def parents(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def parents(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and indices of the parents, (T, P) each, computed as in the source."""
         logits = F.linear(x_TH, self.parent_weight)
         probability = torch.softmax(logits, dtype=torch.float32, dim=-1)
@@ -280,18 +267,18 @@ class CMoEHierarchicalRouter(CMoERouter):
             weight_TP = weight_TP / weight_TP.sum(dim=-1, keepdim=True)
         return weight_TP.to(logits.dtype), parent_TP
 
-    def candidates(self, parent_TP: torch.Tensor) -> torch.Tensor:
+    def candidates(self, parent_TP: Tensor) -> Tensor:
         """The experts that compete, (T, G, C)."""
         child_N = torch.arange(self.per_parent, device=parent_TP.device)
         index_TPN = parent_TP[:, :, None] * self.per_parent + child_N
         return index_TPN.flatten(1).unflatten(1, (self.groups, -1))
 
-    def is_kept(self, index: torch.Tensor) -> torch.Tensor:
+    def is_kept(self, index: Tensor) -> Tensor:
         """Whether experts are of a parent that is kept whole."""
         kept = torch.tensor(self.kept_parents, dtype=torch.int64, device=index.device)
         return torch.isin(index // self.per_parent, kept)
 
-    def pick(self, value_TN: torch.Tensor, x_TH: torch.Tensor) -> torch.Tensor:
+    def pick(self, value_TN: Tensor, x_TH: Tensor) -> Tensor:
         index_TGC = self.candidates(self.parents(x_TH)[1])
         value_TGC = value_TN.gather(1, index_TGC.flatten(1)).view_as(index_TGC)
         if self.kept_parents and self.flat:
@@ -299,7 +286,7 @@ class CMoEHierarchicalRouter(CMoERouter):
         best_TGK = value_TGC.topk(self.choice[1], dim=-1).indices
         return index_TGC.gather(2, best_TGK).flatten(1)
 
-    def forward(self, x_TH: torch.Tensor) -> HierarchicalRouting:
+    def forward(self, x_TH: Tensor) -> HierarchicalRouting:
         """Route every token, within its parents."""
         weight_TP, parent_TP = self.parents(x_TH)
         index_TGC = self.candidates(parent_TP)
@@ -337,84 +324,46 @@ class CMoEHierarchicalRouter(CMoERouter):
 
 
 LARGE = 2**19
-"""Elements of a weight that no longer fits into the nearer caches: reading it well pays."""
-WIDE = 2**16
-"""The same for one row, which the library multiplies on one core alone."""
-PLAIN = (torch.Tensor, nn.Parameter)
-"""Kinds of weights that are numbers, neither quantised nor spread over devices."""
-ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-SWITCH_ONEDNN = getattr(torch._C, "_set_mkldnn_enabled", None)
-BFLOAT16_INSTRUCTIONS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-MULTIPLIES_BFLOAT16 = any(getattr(torch.cpu, name, bool)() for name in BFLOAT16_INSTRUCTIONS)
-"""Whether this CPU does: where it does not, each number that is multiplied is converted."""
+"""Elements of a float32 weight that a few rows read faster by `small_batch_linear`."""
+GEMV_LARGE = 2**16
+"""Elements of a float32 weight that one row reads faster by `gemv`."""
 
 
-def is_thin(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> bool:
-    """Whether x Wᵀ is a few rows on a CPU against a large weight, without gradients.
+def small_batch_linear(x_TH: Tensor, weight_QH: Tensor) -> Tensor:
+    """Return `torch.nn.functional.linear(x, W)`, faster for a few float32 rows on a CPU.
 
-    `torch.nn.functional.linear` reads the weight much slower there than memory allows, and in
-    float32 with two to eight rows once for each of them.
+    The library reads a large weight there much slower than memory allows, and with two to eight
+    rows once for each of them.
     """
-    rows, dtype = len(x_TH), weight_QH.dtype
-    if rows == 1:
-        large = dtype == torch.bfloat16 or weight_QH.numel() >= WIDE
-    else:
-        large = rows <= 512 and weight_QH.numel() >= LARGE
-    return (
-        large
-        and weight_QH.is_cpu
-        and dtype == x_TH.dtype
-        and dtype in ((torch.float32, torch.bfloat16) if rows == 1 else (torch.float32,))
-        and type(weight_QH) in PLAIN
-        and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and (x_TH.requires_grad or weight_QH.requires_grad))
-    )
-
-
-def thin_linear(x_TH: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
-    """`torch.nn.functional.linear`, faster where `is_thin`."""
     rows = len(x_TH)
-    if not is_thin(x_TH, weight_QH):
+    with_gradients = x_TH.requires_grad or weight_QH.requires_grad
+    if (
+        rows > 512
+        or weight_QH.numel() < (GEMV_LARGE if rows == 1 else LARGE)
+        or not x_TH.dtype == weight_QH.dtype == torch.float32
+        or not weight_QH.is_cpu
+        or (with_gradients and torch.is_grad_enabled())
+        or is_traced()
+    ):
         return F.linear(x_TH, weight_QH)
     if rows == 1:
-        return row_linear(x_TH, weight_QH)
-    if rows <= 24 and ONEDNN_LINEAR is not None:
-        return ONEDNN_LINEAR(x_TH, weight_QH, None, "none", [], "")
+        return gemv(x_TH, weight_QH)
     # MKL is faster at W xᵀ than at x Wᵀ, if the product has a multiple of eight columns.
     padded_TH = F.pad(x_TH, (0, 0, 0, -rows % 8)) if rows > 4 else x_TH
     return (weight_QH @ padded_TH.T).T[:rows]
 
 
-def row_linear(x_1H: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
-    """`torch.nn.functional.linear` of one row on a CPU, as fast as memory gives the weight."""
-    if weight_QH.dtype == torch.bfloat16:
-        return row_linear_without_onednn(x_1H, weight_QH)
+def gemv(x_1H: Tensor, weight_QH: Tensor) -> Tensor:
+    """Return `torch.nn.functional.linear(x, W)` of one row, computed on all cores.
+
+    The library multiplies one float32 row on one core, and the matrices of a batch on all.
+    """
     rows = len(weight_QH)
     pieces = min(rows & -rows, 16)  # the largest power of two that divides it
-    if (
-        pieces == 1
-        or weight_QH.dtype != torch.float32  # others run on all cores anyway
-        or weight_QH.numel() < WIDE
-        or not weight_QH.is_contiguous()
-    ):
+    if not weight_QH.is_contiguous():
         return F.linear(x_1H, weight_QH)
     weight_PRH = weight_QH.view(pieces, rows // pieces, -1)
     return torch.bmm(weight_PRH, x_1H.T.expand(pieces, -1, 1)).view(1, rows)
-
-
-def row_linear_without_onednn(x_1H: torch.Tensor, weight_QH: torch.Tensor) -> torch.Tensor:
-    """The same by PyTorch's own product: on CPUs that multiply bfloat16, oneDNN's takes 2.5 times
-    as long for one row.
-    """
-    # The switch is the process's. Another thread that finds it off leaves it alone, and whoever
-    # turned it off turns it on again: whatever happens in between, it does not stay off.
-    if SWITCH_ONEDNN is None or not torch.backends.mkldnn.enabled:
-        return F.linear(x_1H, weight_QH)
-    try:
-        SWITCH_ONEDNN(False)
-        return F.linear(x_1H, weight_QH)
-    finally:
-        SWITCH_ONEDNN(True)
 
 
 class ExpertsLoop(nn.Module):
@@ -425,12 +374,11 @@ class ExpertsLoop(nn.Module):
     """
 
     down_proj: nn.Parameter
-    config: Any  # what `use_experts_implementation` keeps
 
     def __init__(
         self, config: CMoEConfig, num_experts: int | None = None, width: int | None = None
     ) -> None:
-        """The routed experts of `config`, or others of the same kind."""
+        """Make the routed experts of `config`, or others of the same kind."""
         super().__init__()
         self.num_experts = num_experts or config.num_experts
         self.hidden_dim = config.hidden_size
@@ -438,24 +386,32 @@ class ExpertsLoop(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        linear: Any = F.linear,
+    ) -> Tensor:
         """Tokens (T, H), chosen experts (T, K) and their weights (T, K) to (T, H)."""
         out_TH = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
-            if token.numel() == 0:
+            if not is_traced() and token.numel() == 0:
                 continue
-            y_UH = F.linear(self.hidden(expert, hidden_states[token]), self.down_proj[expert])
+            y_UH = self.run_expert(expert, hidden_states[token], linear)
             y_UH = y_UH * top_k_weights[token, slot, None]
-            out_TH.index_add_(0, token, y_UH.to(out_TH.dtype))
+            out_TH.index_add_(0, token, y_UH.to(out_TH.dtype).contiguous())
         return out_TH
 
-    def hidden(self, expert: int, x_UH: torch.Tensor, linear: Any = F.linear) -> torch.Tensor:
+    def run_expert(self, expert: int, x_UH: Tensor, linear: Any = F.linear) -> Tensor:
+        """Output of one expert, (U, H)."""
+        return linear(self.hidden(expert, x_UH, linear), self.down_proj[expert])
+
+    def hidden(self, expert: int, x_UH: Tensor, linear: Any = F.linear) -> Tensor:
         """Hidden activations of one expert, (U, M)."""
         raise NotImplementedError
 
-    def hidden_of_all(self, x_TH: torch.Tensor) -> torch.Tensor:
+    def hidden_of_all(self, x_TH: Tensor) -> Tensor:
         """Hidden activations of every expert, (T, N, M)."""
         raise NotImplementedError
 
@@ -478,12 +434,12 @@ class CMoEExperts(ExpertsLoop):
             torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim)
         )
 
-    def hidden(self, expert: int, x_UH: torch.Tensor, linear: Any = F.linear) -> torch.Tensor:
+    def hidden(self, expert: int, x_UH: Tensor, linear: Any = F.linear) -> Tensor:
         gate_UM, up_UM = linear(x_UH, self.gate_up_proj[expert]).chunk(2, dim=-1)
         return self.act_fn(gate_UM) * up_UM
 
-    def hidden_of_all(self, x_TH: torch.Tensor) -> torch.Tensor:
-        product_TQ = thin_linear(x_TH, self.gate_up_proj.flatten(0, 1))
+    def hidden_of_all(self, x_TH: Tensor) -> Tensor:
+        product_TQ = small_batch_linear(x_TH, self.gate_up_proj.flatten(0, 1))
         gate_TNM, up_TNM = product_TQ.unflatten(1, (self.num_experts, 2, -1)).unbind(dim=2)
         return self.act_fn(gate_TNM) * up_TNM
 
@@ -505,109 +461,81 @@ class CMoEPlainExperts(ExpertsLoop):
         nothing = torch.zeros(self.num_experts, self.hidden_dim)
         self.register_buffer("down_proj_bias", nothing, persistent=False)
 
-    def hidden(self, expert: int, x_UH: torch.Tensor, linear: Any = F.linear) -> torch.Tensor:
+    def hidden(self, expert: int, x_UH: Tensor, linear: Any = F.linear) -> Tensor:
         return self.act_fn(linear(x_UH, self.up_proj[expert]) + self.up_proj_bias[expert])
 
-    def hidden_of_all(self, x_TH: torch.Tensor) -> torch.Tensor:
-        product_TR = thin_linear(x_TH, self.up_proj.flatten(0, 1)) + self.up_proj_bias.flatten()
+    def hidden_of_all(self, x_TH: Tensor) -> Tensor:
+        product_TR = (
+            small_batch_linear(x_TH, self.up_proj.flatten(0, 1)) + self.up_proj_bias.flatten()
+        )
         return self.act_fn(product_TR).unflatten(1, (self.num_experts, -1))
 
 
 def cmoe_experts_forward(
     self: ExpertsLoop,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
-    """The default backend, `"cmoe"`: the fastest of its own loop and the stock ones."""
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
+    """Run the default backend, `"cmoe"`: the fastest of its own ways and the library's."""
     backend = fastest_backend(self, *top_k_index.shape)
-    arguments = (self, hidden_states, top_k_index, top_k_weights)
-    if backend == "direct":
-        return direct_experts_forward(*arguments)
-    if backend == "whole":
-        return whole_experts_forward(*arguments)
-    if backend == "sorted":
-        return sorted_experts_forward(*arguments)
-    if backend == "eager":
-        return ExpertsLoop.forward(*arguments)
-    return ALL_EXPERTS_FUNCTIONS[backend](*arguments)
+    run = OWN_BACKENDS.get(backend) or ALL_EXPERTS_FUNCTIONS[backend]
+    return run(self, hidden_states, top_k_index, top_k_weights)
 
 
 def fastest_backend(experts: ExpertsLoop, tokens: int, top_k: int) -> str:
-    """Name of the fastest way to run `top_k` experts for each of `tokens` tokens.
+    """Name the fastest way to run `top_k` experts for each of `tokens` tokens.
 
-    The limits were measured on CPUs, see results/ of cmoe-hf. They depend on shapes, types and the
-    processor only, so that a compiler can decide while it traces.
+    The limits were measured on CPUs, see results/ of cmoe-hf. They depend on shapes and types
+    only, so that a compiler can decide while it traces.
     """
-    weight_NHM, pairs = experts.down_proj, tokens * top_k
-    if not torch.compiler.is_compiling() and type(weight_NHM).__module__.startswith("torchao"):
+    weight_NHM, pairs, traced = experts.down_proj, tokens * top_k, is_traced()
+    if not traced and type(weight_NHM).__module__.startswith("torchao"):
         return "eager"  # the products of a quantised weight know one expert at a time
-    grouped = grouped_backend(weight_NHM)
     if weight_NHM.is_cuda:
         return fastest_backend_on_a_gpu(weight_NHM, experts.num_experts, tokens, top_k)
+    grouped = grouped_backend(weight_NHM)
     expert_size = experts.hidden_dim * experts.intermediate_dim
-    # Older releases do not have the attribute, nor the parallel plan.
-    if getattr(experts, "_is_expert_parallel", False) or not weight_NHM.is_cpu:
+    if not weight_NHM.is_cpu:
         return grouped
-    if torch.compiler.is_compiling():  # to one loop that gathers and multiplies
+    if traced:  # by a compiler to one loop that gathers and multiplies
         return "batched_mm" if pairs * expert_size <= 500_000 else grouped
-    if is_whole_faster(experts, tokens, top_k):
-        return "whole"
-    if pairs * expert_size <= 50_000 and tokens > 1:
-        return "batched_mm"  # copying so little is cheaper than sorting
     if weight_NHM.requires_grad and torch.is_grad_enabled():
         return grouped  # a view of one expert has a gradient of the size of all
-    if tokens == 1:
+    if is_all_experts_faster(experts, tokens, top_k):
+        return "all_experts"
+    if tokens == 1 or (expert_size >= LARGE and weight_NHM.dtype == torch.float32):
         return "direct"
-    if expert_size >= LARGE and weight_NHM.dtype == torch.float32:
-        return "direct"
-    if pairs >= 16 * experts.num_experts and can_be_sorted(experts):
+    in_place = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    if pairs >= 16 * experts.num_experts and type(experts) is CMoEExperts and in_place:
         return "sorted"
     if pairs >= 64 * experts.num_experts and pairs * experts.hidden_dim >= 300_000:
         return "eager"  # the others copy every token top_k times, here beyond the caches
     return grouped
 
 
-def can_be_sorted(experts: ExpertsLoop) -> bool:
-    """Whether products may be written in place, which no gradient follows and nothing casts."""
-    return (
-        type(experts) is CMoEExperts
-        and experts.down_proj.dtype in (torch.float32, torch.bfloat16)
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def is_whole_faster(experts: ExpertsLoop, tokens: int, top_k: int) -> bool:
-    """Whether running all experts takes less than choosing, on a CPU, as measured.
+def is_all_experts_faster(experts: ExpertsLoop, tokens: int, top_k: int) -> bool:
+    """Return whether running all experts takes less time than choosing, on a CPU, as measured.
 
     Each chosen expert costs some calls, as long as reading so many weights of an idle one, more
     where tokens must be sorted. With few tokens the idle ones are only read. Narrow experts
     multiply slower than all of them as one wide matrix, the more so the narrower they are.
     """
-    dtype = experts.down_proj.dtype
-    if dtype not in (torch.float32, torch.bfloat16):
-        return False
-    if torch.is_grad_enabled() and experts.down_proj.requires_grad:
-        return False  # idle experts would have gradients, all of them zero
+    if experts.down_proj.dtype != torch.float32:
+        return False  # many CPUs convert each number of 16 bits that they multiply
     count, width = experts.num_experts, experts.intermediate_dim
     hit = count * (1 - (1 - top_k / count) ** tokens)
     idle = (count - hit) * experts.hidden_dim * width
     if tokens == 1:  # three experts one by one take as long as the calls for all of them
         return idle < 75_000 * (top_k - 3)
-    if dtype == torch.bfloat16:  # 25 tokens multiply as long as their weights are read
-        unchosen = (count - top_k) * experts.hidden_dim * width
-        return MULTIPLIES_BFLOAT16 and idle + tokens / 25 * unchosen <= 150_000 * hit
     if count * width <= 100 * top_k:
         return True
     few = tokens * count <= (200 if width <= 64 else 64) * top_k
     return few and idle <= 100_000 * hit
 
 
-def fastest_backend_on_a_gpu(
-    weight_NHM: torch.Tensor, experts: int, tokens: int, top_k: int
-) -> str:
-    """The same on a GPU, from what one H200 has shown in bfloat16.
+def fastest_backend_on_a_gpu(weight_NHM: Tensor, experts: int, tokens: int, top_k: int) -> str:
+    """Name the fastest way on a GPU, from what one H200 has shown in bfloat16.
 
     `grouped_mm` sorts, 0.4 ms whatever the size; that long, idle experts can multiply as well, and
     nothing launches less. `batched_mm` copies the weights of every pair of token and expert: good
@@ -615,98 +543,77 @@ def fastest_backend_on_a_gpu(
     """
     expert_size = weight_NHM.shape[1] * weight_NHM.shape[2]
     idle = (experts - top_k) * expert_size
-    if tokens * top_k <= experts and (torch.compiler.is_compiling() or idle > 50_000_000):
+    if tokens * top_k <= experts and (is_traced() or idle > 50_000_000):
         return "batched_mm"
     # Activations of all experts would be kept for the gradients.
     most = 128 if torch.is_grad_enabled() else 2**26 / (experts * weight_NHM.shape[2])
     if tokens <= most and tokens * idle <= 30_000_000_000:
-        return "whole"
+        return "all_experts"
     return grouped_backend(weight_NHM)
 
 
-def grouped_backend(weight_NHM: torch.Tensor) -> str:
-    """What multiplies token groups: a grouped kernel wants rows at multiples of 16 bytes."""
+def grouped_backend(weight_NHM: Tensor) -> str:
+    """Name what multiplies groups of tokens: a grouped kernel wants rows of 16 bytes."""
     if all(size * weight_NHM.element_size() % 16 == 0 for size in weight_NHM.shape[1:]):
         return "grouped_mm"
-    # A compiler cannot follow a loop that depends on data.
-    return "batched_mm" if torch.compiler.is_compiling() else "eager"
+    return "batched_mm" if is_traced() else "eager"  # a loop depends on data
 
 
-def direct_experts_forward(
-    self: ExpertsLoop,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
-    """Loop over the experts that were chosen, on views of the packed weights, on a CPU."""
-    tokens, top_k = top_k_index.shape
-    if tokens == 1:
-        y_KH = [run_expert(self, expert, hidden_states) for expert in top_k_index[0].tolist()]
-        return top_k_weights @ (y_KH[0] if top_k == 1 else torch.cat(y_KH))
-    expert_P = top_k_index.flatten()
-    order_P = expert_P.argsort(stable=True)
-    rows = torch.bincount(expert_P, minlength=self.num_experts).tolist()
-    token_P, weight_P1 = order_P // top_k, top_k_weights.flatten()[order_P, None]
-    out_TH = torch.zeros_like(hidden_states)
-    parts = zip(token_P.split(rows), weight_P1.split(rows), strict=True)
-    for expert, (token_U, weight_U1) in enumerate(parts):
-        if len(token_U):
-            y_UH = run_expert(self, expert, hidden_states[token_U]) * weight_U1
-            out_TH.index_add_(0, token_U, y_UH.to(out_TH.dtype).contiguous())
-    return out_TH
+def direct_experts(self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """Loop over the chosen experts with products for few rows, on views of the packed weights."""
+    if len(x_TH) > 1:
+        arguments = (x_TH, index_TK, weight_TK, small_batch_linear)
+        return ExpertsLoop.forward(self, *arguments)
+    y_KH = [
+        self.run_expert(expert, x_TH, small_batch_linear)
+        if expert < self.num_experts  # else it is on another rank
+        else torch.zeros_like(x_TH)
+        for expert in index_TK[0].tolist()
+    ]
+    return weight_TK @ torch.cat(y_KH)
 
 
-def sorted_experts_forward(
-    self: Any,  # CMoEExperts
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
+def sorted_experts(self: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """Sort the tokens by their experts, once, and write each expert's products where they belong.
 
     Shape suffixes besides: P pairs of token and expert, Q rows of a weight.
     """
-    expert_P = top_k_index.flatten()
-    order_P = expert_P.argsort(stable=True)
-    rows = torch.bincount(expert_P, minlength=self.num_experts).tolist()
-    token_P = order_P // top_k_index.shape[1]
+    expert_P = index_TK.flatten()
+    rows = torch.bincount(expert_P, minlength=self.num_experts)[: self.num_experts].tolist()
+    order_P = expert_P.argsort(stable=True)[: sum(rows)]  # without experts on other ranks
+    token_P = order_P // index_TK.shape[1]
 
-    def product(x_PH: torch.Tensor, weight_NQH: torch.Tensor) -> torch.Tensor:
+    def product(x_PH: Tensor, weight_NQH: Tensor) -> Tensor:
         out_PQ = x_PH.new_empty(len(x_PH), weight_NQH.shape[1])
         parts = zip(x_PH.split(rows), weight_NQH.mT, out_PQ.split(rows), strict=True)
         for x_UH, weight_HQ, out_UQ in parts:
             torch.mm(x_UH, weight_HQ, out=out_UQ)
         return out_PQ
 
-    gate_PM, up_PM = product(hidden_states[token_P], self.gate_up_proj).chunk(2, dim=-1)
-    z_PM = self.act_fn(gate_PM) * up_PM * top_k_weights.flatten()[order_P, None]
-    return torch.zeros_like(hidden_states).index_add_(0, token_P, product(z_PM, self.down_proj))
+    gate_PM, up_PM = product(x_TH[token_P], self.gate_up_proj).chunk(2, dim=-1)
+    z_PM = self.act_fn(gate_PM) * up_PM * weight_TK.flatten()[order_P, None]
+    return torch.zeros_like(x_TH).index_add_(0, token_P, product(z_PM, self.down_proj))
 
 
-def whole_experts_forward(
-    self: ExpertsLoop,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
+def all_experts(self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """Run every expert for every token, with weight 0 where it was not chosen."""
-    tokens = len(hidden_states)
+    tokens = len(x_TH)
     # One column more, which is dropped: of experts that are not on this rank.
-    nothing = top_k_weights.new_zeros(tokens, self.num_experts + 1)
-    weight_TN = nothing.scatter(1, top_k_index, top_k_weights)[:, :-1]
-    z_TNM = self.hidden_of_all(hidden_states) * weight_TN.unsqueeze(2)
+    nothing = weight_TK.new_zeros(tokens, self.num_experts + 1)
+    weight_TN = nothing.scatter(1, index_TK, weight_TK)[:, :-1]
+    z_TNM = self.hidden_of_all(x_TH) * weight_TN.unsqueeze(2)
     if tokens <= 32 or self.down_proj.is_cuda:
         return torch.bmm(z_TNM.transpose(0, 1), self.down_proj.mT).sum(dim=0)
     return F.linear(z_TNM.flatten(1), self.down_proj.transpose(0, 1).flatten(1))  # copies weights
 
 
-def run_expert(
-    experts: ExpertsLoop, expert: int, x_UH: torch.Tensor, linear: Any = thin_linear
-) -> torch.Tensor:
-    """One expert on the tokens that chose it, (U, H)."""
-    return linear(experts.hidden(expert, x_UH, linear), experts.down_proj[expert])
-
-
+OWN_BACKENDS: dict[str, Any] = {
+    "eager": ExpertsLoop.forward,
+    "direct": direct_experts,
+    "sorted": sorted_experts,
+    "all_experts": all_experts,
+}
+"""Ways of the default backend that the library has not."""
 ALL_EXPERTS_FUNCTIONS.register("cmoe", cmoe_experts_forward)
 
 
@@ -721,11 +628,11 @@ class CMoESharedExpert(nn.Module):
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+    def hidden(self, x: Tensor) -> Tensor:
         """Hidden activations."""
         return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -739,78 +646,12 @@ class CMoEPlainSharedExpert(nn.Module):
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+    def hidden(self, x: Tensor) -> Tensor:
         """Hidden activations."""
         return self.act_fn(self.up_proj(x))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.hidden(x))
-
-
-def run_shared_expert(shared: Any, x_TH: torch.Tensor) -> torch.Tensor:
-    """The shared expert, (T, H); by `thin_linear` if that is faster and nobody would notice.
-
-    Not part of the module: what replaces or watches its parts (adapters, quantisation, parallel
-    plans, offloading, vLLM, hooks) must find plain linear layers that are called as such.
-    """
-    if not is_plain(shared) or not is_thin(x_TH, shared.gate_proj.weight):
-        return shared(x_TH)
-    return run_plain_shared_expert(shared, x_TH, thin_linear)
-
-
-def run_plain_shared_expert(shared: Any, x_TH: torch.Tensor, linear: Any) -> torch.Tensor:
-    """One that `is_plain`, by another product than `torch.nn.functional.linear`."""
-    hidden = shared.act_fn(linear(x_TH, shared.gate_proj.weight))
-    return linear(hidden * linear(x_TH, shared.up_proj.weight), shared.down_proj.weight)
-
-
-def is_plain(shared: Any) -> bool:
-    """Whether a shared expert is a gated one as it was made, and nobody watches its parts."""
-    if type(shared) is not CMoESharedExpert or not hasattr(shared, "gate_proj"):
-        return False  # vLLM has merged it with up_proj
-    parts = (shared.gate_proj, shared.up_proj, shared.down_proj)
-    return not is_watched(shared, *parts) and all(
-        type(part) is nn.Linear and type(part.weight) in PLAIN for part in parts
-    )
-
-
-def is_watched(*modules: nn.Module) -> bool:
-    """Whether somebody would notice that one of them is not called: a hook, another forward."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        for module in modules
-    )
-
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
-class Findings:
-    """What a block looked at when it found that it `may_be_short`, to see that nothing changed.
-
-    To know it, its modules are asked some thirty things, each of them cold in the caches after a
-    layer's weights went by: a tenth of a small block's time. Whether the dictionaries behind the
-    answers still hold the same costs a third of that. Weights are not kept: those that somebody
-    replaces must be free to go.
-    """
-
-    def __init__(self, block: "CMoESparseMoeBlock") -> None:
-        modules = list(block.modules())
-        self.hooks = [vars(module)[name] for module in modules for name in HOOKS]
-        looks = [(module._modules, name) for module in modules for name in module._modules]
-        looks += [(vars(module), "forward") for module in modules[1:]]
-        looks.append((vars(block.experts.config), "_experts_implementation_internal"))
-        self.same = [(owner, name, owner.get(name)) for owner, name in looks]
-        owners = [module._parameters for module in modules]
-        self.kinds = [(owner, name, type(owner[name])) for owner in owners for name in owner]
-
-    def hold(self) -> bool:
-        """Nothing was hooked, replaced or switched since."""
-        return (
-            not any(self.hooks)
-            and all(owner.get(name) is value for owner, name, value in self.same)
-            and all(type(owner.get(name)) is kind for owner, name, kind in self.kinds)
-        )
 
 
 class CMoESparseMoeBlock(nn.Module):
@@ -818,26 +659,23 @@ class CMoESparseMoeBlock(nn.Module):
 
     experts_class: type[ExpertsLoop] = CMoEExperts
     shared_class: type[nn.Module] = CMoESharedExpert
-    findings: "Findings | None" = None
 
     def __init__(self, config: CMoEConfig, layer_idx: int = 0) -> None:
         super().__init__()
-        self.gate = CMoERouter(config)
+        self.gate = CMoERouter(config, layer_idx)
         self.experts = self.experts_class(config)
         # Absent rather than empty: vLLM concludes from the name that there is a shared expert.
         has_shared = config.shared_expert_intermediate_size > 0
         self.shared_expert: Any = self.shared_class(config) if has_shared else None
         self.down_bias: nn.Parameter | None = None
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, S, H) to (B, S, H)."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if self.is_short(x_TH):
-            return self.run_one_token(x_TH).reshape(hidden_states.shape)
         # vLLM's kernel overwrites its input: everything else that needs it comes first.
         always_TH: Any = self.down_bias
         if self.shared_expert is not None:
-            shared_TH = run_shared_expert(self.shared_expert, x_TH)
+            shared_TH = self.shared_expert(x_TH)
             always_TH = shared_TH if always_TH is None else always_TH + shared_TH
         if self.gate.top_k == 0:
             return always_TH.reshape(hidden_states.shape)
@@ -845,49 +683,9 @@ class CMoESparseMoeBlock(nn.Module):
         out_TH = self.experts(x_TH, index_TK, weight_TK)
         return (out_TH if always_TH is None else out_TH + always_TH).reshape(hidden_states.shape)
 
-    def is_short(self, x_TH: torch.Tensor) -> bool:
-        """Whether this is one token on a CPU, whose chosen experts run one after the other, and all
-        parts are as they were made and called by us alone.
-        """
-        if (
-            len(x_TH) != 1
-            or not x_TH.is_cpu
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch.is_autocast_enabled("cpu")
-        ):
-            return False
-        if self.findings is None or not self.findings.hold():
-            self.findings = Findings(self) if self.may_be_short() else None
-        return self.findings is not None
-
-    def may_be_short(self) -> bool:
-        """What of that is asked once, and again when the `Findings` no longer hold."""
-        gate, experts = self.gate, self.experts
-        return (
-            type(experts) is CMoEExperts
-            and type(experts.down_proj) in PLAIN
-            and experts.config._experts_implementation == "cmoe"
-            and type(gate) is CMoERouter
-            and is_plain(self.shared_expert)
-            and not is_watched(gate, experts)
-            and fastest_backend(experts, 1, gate.top_k) == "direct"
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy has other dictionaries to look at.
-        return {name: value for name, value in vars(self).items() if name != "findings"}
-
-    def run_one_token(self, x_1H: torch.Tensor) -> torch.Tensor:
-        """The same as `forward` in few calls, each of which takes longer than a small product."""
-        out_1H = run_plain_shared_expert(self.shared_expert, x_1H, row_linear)
-        for expert, weight in self.gate.route_one_token(x_1H):
-            out_1H.add_(run_expert(self.experts, expert, x_1H, row_linear), alpha=weight)
-        return out_1H
-
 
 class CMoEPlainBlock(CMoESparseMoeBlock):
-    """The same for an FFN without a gate, whose output bias is added once for every token."""
+    """Sparse block of an FFN without a gate; the output bias is added once for every token."""
 
     experts_class, shared_class = CMoEPlainExperts, CMoEPlainSharedExpert
 
@@ -902,13 +700,11 @@ class CMoEHierarchicalBlock(nn.Module):
     def __init__(self, config: CMoEHierarchicalConfig, layer_idx: int) -> None:
         super().__init__()
         shared = config.shared_expert_intermediate_size
-        self.gate = CMoEHierarchicalRouter(config)
-        if config.kept_parents:
-            self.gate.kept_parents = config.kept_parents[layer_idx]
+        self.gate = CMoEHierarchicalRouter(config, layer_idx)
         self.experts = CMoEExperts(config)
         self.shared_experts = CMoEExperts(config, config.num_parents, shared) if shared else None
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, S, H) to (B, S, H)."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing: HierarchicalRouting = self.gate(x_TH)
@@ -921,12 +717,10 @@ class CMoEHierarchicalBlock(nn.Module):
             out_TH = out_TH + self.run_kept(x_TH, routing.idle_weight_TI, routing.idle_index_TI)
         return out_TH.reshape(hidden_states.shape)
 
-    def run_kept(
-        self, x_TH: torch.Tensor, weight_TK: torch.Tensor, index_TK: torch.Tensor
-    ) -> torch.Tensor:
-        """What the idle experts of the kept parents add, (T, H)."""
+    def run_kept(self, x_TH: Tensor, weight_TK: Tensor, index_TK: Tensor) -> Tensor:
+        """Output of the idle experts of the kept parents, (T, H)."""
         runs_TK = self.gate.is_kept(index_TK)
-        if torch.compiler.is_compiling():  # to shapes that no data decides
+        if is_traced():  # to shapes that no data decides
             return self.experts(x_TH, index_TK, weight_TK * runs_TK)
         token, slot = torch.where(runs_TK)
         out_TH = torch.zeros_like(x_TH)
@@ -937,14 +731,10 @@ class CMoEHierarchicalBlock(nn.Module):
 
 
 class CMoEDecoderLayer(nn.Module):
-    """A decoder layer with the sparse block in place of the FFN.
-
-    To be mixed into a family's decoder layer, of which the rest stays as it is.
-    """
+    """Puts the sparse block in place of the FFN of a family's decoder layer, mixed in before it."""
 
     attention_class: type[nn.Module]
     norm_class: type[nn.Module]
-    norm_eps = "rms_norm_eps"
     block_class: type[nn.Module] = CMoESparseMoeBlock
 
     def __init__(self, config: CMoEConfig, layer_idx: int) -> None:
@@ -955,7 +745,7 @@ class CMoEDecoderLayer(nn.Module):
 
 
 LAYER_KEYWORDS = ("attention_mask", "position_ids", "use_cache", "position_embeddings")
-OUTPUT_CACHE = cache_name(MoeModelOutputWithPast)
+OUTPUT_CACHE = cache_keyword(MoeModelOutputWithPast)
 MASKS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
@@ -963,7 +753,7 @@ MASKS = {
 
 
 def attention_types(config: PreTrainedConfig) -> list[str]:
-    """How far each layer looks back, one of `MASKS`."""
+    """Return the kind of mask that each layer uses, a key of `MASKS`."""
     types = getattr(config, "layer_types", None)
     if types is None:
         window = getattr(config, "sliding_window", None)
@@ -977,7 +767,7 @@ LINEAR_ONLY = ("bitsandbytes", "eetq", "hqq", "quanto", "torchao")
 
 
 def quantisation_method(config: CMoEConfig) -> str | None:
-    """Name of the method that the configuration asks for, if any."""
+    """Name the method that the configuration asks for, if any."""
     quantisation = getattr(config, "quantization_config", None)
     if isinstance(quantisation, dict):
         return quantisation.get("quant_method")
@@ -986,7 +776,7 @@ def quantisation_method(config: CMoEConfig) -> str | None:
 
 
 def warn_of_unquantised_experts(decoder: "CMoEModel") -> None:
-    """Say so if the model is about to be quantised by a method that passes over the experts."""
+    """Warn if the model is about to be quantised by a method that passes over the experts."""
     quantisation = getattr(decoder.config, "quantization_config", None)
     told_names = hasattr(getattr(quantisation, "quant_type", None), "fqn_to_config")
     method = quantisation_method(decoder.config)
@@ -1002,7 +792,7 @@ def warn_of_unquantised_experts(decoder: "CMoEModel") -> None:
 
 
 class CMoEPreTrainedModel(PreTrainedModel):
-    """What the library needs to know to load, save, split, compile and train these models."""
+    """Tells the library how to load, save, split, compile and train these models."""
 
     config: CMoEConfig
     base_model_prefix = "model"
@@ -1016,7 +806,7 @@ class CMoEPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["balance_bias"]
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """What follows from the family's layer."""
+        """Set the attributes that follow from the family's layer."""
         decoder = getattr(cls, "model_class", cls)
         if layer := getattr(decoder, "layer_class", None):
             cls._no_split_modules = [layer.__name__]
@@ -1039,9 +829,8 @@ class CMoEPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if not isinstance(module, CMoERouter | CMoESparseMoeBlock | ExpertsLoop):
             return
-        for name, value in {**module._parameters, **module._buffers}.items():
-            if value is None:
-                continue
+        parameters, buffers = module.named_parameters, module.named_buffers
+        for name, value in (*parameters(recurse=False), *buffers(recurse=False)):
             if name.endswith(("bias", "scale")):
                 init.zeros_(value)
             else:
@@ -1057,9 +846,10 @@ class CMoEModel(CMoEPreTrainedModel):
     def __init__(self, config: CMoEConfig) -> None:
         super().__init__(config)
         self.mask_cache = {
-            kind: cache_name(mask, "attention_mask", "position_ids") for kind, mask in MASKS.items()
+            kind: cache_keyword(mask, "attention_mask", "position_ids")
+            for kind, mask in MASKS.items()
         }
-        self.layer_cache = cache_name(self.layer_class.forward, *LAYER_KEYWORDS)
+        self.layer_cache = cache_keyword(self.layer_class.forward, *LAYER_KEYWORDS)
         warn_of_untested_library()
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -1067,8 +857,7 @@ class CMoEModel(CMoEPreTrainedModel):
         self.layers = nn.ModuleList(
             [self.layer_class(config, index) for index in range(config.num_hidden_layers)]
         )
-        eps = getattr(config, self.layer_class.norm_eps)
-        self.norm = self.layer_class.norm_class(config.hidden_size, eps=eps)
+        self.norm = self.layer_class.norm_class(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = self.rotary_class(config=config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -1078,21 +867,20 @@ class CMoEModel(CMoEPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
-        """As in any transformers decoder; `output_router_logits=True` also returns the scores.
+        """Run the decoder; `output_router_logits=True` also returns the scores.
 
-        `cache` and `past_key_values` are two names of the same: before transformers 5.24 it was
-        called by the second.
+        `cache` is called `past_key_values` before transformers 5.24; both names are accepted.
         """
-        cache = given_cache(cache, past_key_values, kwargs)
+        cache = resolve_cache(cache, past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
@@ -1156,20 +944,20 @@ class CMoEForCausalLM(CMoEPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Logits (B, S, V), the loss if `labels` are given, and the router scores on request."""
-        cache = given_cache(cache, past_key_values, kwargs)
+        """Return logits (B, S, V), a loss if `labels` are given, and router scores on request."""
+        cache = resolve_cache(cache, past_key_values, kwargs)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         outputs = self.model(
@@ -1190,7 +978,7 @@ class CMoEForCausalLM(CMoEPreTrainedModel):
         return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            **{OUTPUT_CACHE: getattr(outputs, OUTPUT_CACHE)},
+            **{OUTPUT_CACHE: outputs.get(OUTPUT_CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
@@ -1282,7 +1070,6 @@ class CMoEGPTNeoXDecoderLayer(CMoEDecoderLayer, gpt_neox.GPTNeoXLayer):
 
     attention_class, norm_class = gpt_neox.GPTNeoXAttention, nn.LayerNorm
     block_class = CMoEPlainBlock
-    norm_eps = "layer_norm_eps"
 
 
 class CMoEGPTNeoXModel(CMoEModel):
@@ -1339,21 +1126,3 @@ class CMoEOlmoeForCausalLM(CMoEForCausalLM, GenerationMixin):
 
     config: CMoEOlmoeConfig
     model_class = CMoEOlmoeModel
-
-
-__all__ = [
-    "CMoEGPTNeoXForCausalLM",
-    "CMoEGPTNeoXModel",
-    "CMoELlamaForCausalLM",
-    "CMoELlamaModel",
-    "CMoEMistralForCausalLM",
-    "CMoEMistralModel",
-    "CMoEOlmoeForCausalLM",
-    "CMoEOlmoeModel",
-    "CMoEQwen2ForCausalLM",
-    "CMoEQwen2Model",
-    "CMoEQwen3ForCausalLM",
-    "CMoEQwen3Model",
-    "CMoEQwen3MoeForCausalLM",
-    "CMoEQwen3MoeModel",
-]
