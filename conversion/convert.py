@@ -19,13 +19,14 @@ from cmoe_hf import CMoEHierarchicalConfig
 from .carve.decoder import Storage, Streams
 from .carve.hierarchy import carve_moe
 from .carve.pipeline import carve_model
-from .carve.settings import NORMAL, Settings, absolute, shard_bytes, with_settings
+from .carve.settings import NORMAL, ConvertOptions, Settings, absolute, shard_bytes
 from .carve.shape import Shape, width_warning
 from .device import DTYPES, peak_memory_bytes, versions
 from .errors import RequestError
 from .folder.card import model_card
 from .folder.fingerprint import CONVERSION, fingerprint_of
 from .folder.layerwise import WorkFolder, planned_tensors
+from .options import narrowed, with_options
 from .plan import Prepared, prepare, prepare_work
 
 DRIVERS = {"pipeline": carve_model, "hierarchy": carve_moe}
@@ -49,31 +50,24 @@ class Conversion:
     """Time of the carving pass over that of the bare forward pass."""
 
 
-@with_settings(Settings)
-def convert(model: str | Path, output: str | Path, settings: Settings) -> Conversion:
-    """Carve the dense model `model` (folder or Hub id) into a CMoE repository at `output`.
+@with_options(ConvertOptions)
+def convert(options: ConvertOptions) -> Conversion:
+    """Carve a dense model into a CMoE repository.
 
-    The repository grows in `output` + `.partial` and appears at `output` when it is complete. What
-    stops before that can be continued with `resume`.
-
-    Args:
-        model: Folder or Hub id of a supported dense model, with tokenizer and safetensors.
-        output: Folder to create.
-        settings: As keywords, the fields of `Settings`; `budget`, or `experts`, `shared` and
-            `active`, must be given.
-
-    Returns:
-        What was done, with times in seconds and memory in bytes.
+    Give `budget`, or `experts`, `shared` and `active`. The repository grows in `output` +
+    `.partial` and appears at `output` when it is complete. What stops before that can be continued
+    with `resume`.
 
     Raises:
         RequestError: The request cannot be satisfied; nothing was started.
         CMoEError: The work failed; nothing was left at `output`.
     """
-    prepared, work = prepare_work(model, output, settings)
+    settings = narrowed(options, Settings)
+    prepared, work = prepare_work(options.model, options.output, settings)
     if warning := width_warning(prepared.config):
         logger.warning("%s", warning)
     frozen = {
-        "model": absolute(model),
+        "model": absolute(options.model),
         "settings": prepared.settings.record(),
         "threads": torch.get_num_threads(),
         "calibration": prepared.calibration,

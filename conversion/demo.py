@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `demo`: the whole job on the embedded default, offline and in half a minute."""
+"""The whole job on the embedded default, offline and in half a minute."""
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import pipeline
 
+from .carve.settings import ShapeOptions
 from .carve.shape import Shape
-from .convert import Conversion, convert
+from .convert import convert
 from .measure.evaluate import evaluate
+from .options import with_options
 
 ASSETS = Path(__file__).parent / "assets"
 MODEL = ASSETS / "llama-pydoc"
@@ -19,8 +22,6 @@ HELD_OUT = ASSETS / "heldout.txt"
 PROMPT = "When a function is called,"
 SAMPLES = 32
 """Calibration windows: half of the default, so that three conversions take half a minute."""
-TRADE_OFF = ("S3A3E8", "S2A2E8", "S1A1E8")
-"""Shapes to compare: three quarters, half and a quarter of the FFN run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,66 +51,59 @@ class Demo:
     """The carved repository; None if no folder was given, and it is gone."""
 
 
-def demo(
-    output: str | Path | None = None,
-    *,
-    shared: int = 3,
-    active: int = 3,
-    experts: int = 8,
-    recipe: str = "refined",
-    compare: Sequence[str] = TRADE_OFF,
-    overwrite: bool = False,
-) -> Demo:
-    """Carve the embedded default, measure dense and carved on held-out text, generate a line.
+@dataclass(frozen=True)
+class DemoOptions(ShapeOptions):
+    """The options of `demo`."""
 
-    Without `output` the repository is made in a temporary folder; those of the shapes to compare
-    always are. See `convert` for the rest.
-    """
+    output: str | Path | None = None
+    """Keep the carved model in this folder."""
+    _: KW_ONLY
+    recipe: str = "refined"
+    """Method: refined (ours), paper, or released: the choices of the authors' code."""
+    compare: Sequence[str] = ("S3A3E8", "S2A2E8", "S1A1E8")
+    """Shapes to compare; by default three quarters, half and a quarter of the FFN run."""
+    overwrite: bool = False
+    """Replace an existing model at OUT."""
+
+
+@with_options(DemoOptions)
+def demo(options: DemoOptions) -> Demo:
+    """Carve the embedded default, measure dense and carved on held-out text, generate a line."""
+    asked = Shape(options.shared, options.active, options.experts)
+    settings: dict[str, Any] = {"calibration": CALIBRATION, "samples": SAMPLES}
+    settings |= {"recipe": options.recipe, "overwrite": options.overwrite}
     with tempfile.TemporaryDirectory() as temporary:
-
-        def carve(shape: Shape, folder: Path, *, overwrite: bool = False) -> Conversion:
-            return convert(
-                MODEL,
-                folder,
-                shared=shape.shared,
-                active=shape.active,
-                experts=shape.experts,
-                recipe=recipe,
-                calibration=CALIBRATION,
-                samples=SAMPLES,
-                overwrite=overwrite,
-            )
-
-        asked = Shape(shared, active, experts)
-        folder = Path(output) if output is not None else Path(temporary) / "carved"
-        conversion = carve(asked, folder, overwrite=overwrite)
-        measured = evaluate(folder, baseline=MODEL, text=HELD_OUT, dtype="float32")
-        found = {asked: measured.perplexity}
-        for shape in map(Shape.parse, compare):
-            if shape not in found:
-                other = carve(shape, Path(temporary) / shape.notation).output
-                found[shape] = evaluate(other, text=HELD_OUT, dtype="float32").perplexity
-        lines = {model: generated_by(model) for model in (MODEL, folder)}
-    assert measured.baseline_perplexity is not None
+        kept = Path(temporary, "kept") if options.output is None else Path(options.output)
+        folders = {asked: kept}
+        for shape in map(Shape.parse, options.compare):
+            folders.setdefault(shape, Path(temporary, shape.notation))
+        made = [convert(MODEL, it, **asdict(shape), **settings) for shape, it in folders.items()]
+        found = [
+            evaluate(it, baseline=MODEL if it == kept else None, text=HELD_OUT, dtype="float32")
+            for it in folders.values()
+        ]
+        dense, carved = continuation(MODEL), continuation(kept)
+    points = [
+        Point(notation=it.notation, activation_ratio=it.activation_ratio, perplexity=one.perplexity)
+        for it, one in zip(folders, found, strict=True)
+    ]
+    assert found[0].baseline_perplexity is not None
     return Demo(
-        dense_perplexity=measured.baseline_perplexity,
-        carved_perplexity=measured.perplexity,
-        notation=conversion.notation,
-        activation_ratio=conversion.activation_ratio,
-        router_oracle_agreement=measured.router_oracle_agreement,
-        router_chance_agreement=measured.router_chance_agreement,
-        shapes=[
-            Point(notation=it.notation, activation_ratio=it.activation_ratio, perplexity=found[it])
-            for it in found
-        ],
-        generated_dense=lines[MODEL],
-        generated=lines[folder],
-        output=conversion.output if output is not None else None,
+        dense_perplexity=found[0].baseline_perplexity,
+        carved_perplexity=found[0].perplexity,
+        notation=made[0].notation,
+        activation_ratio=made[0].activation_ratio,
+        router_oracle_agreement=found[0].router_oracle_agreement,
+        router_chance_agreement=found[0].router_chance_agreement,
+        shapes=points,
+        generated_dense=dense,
+        generated=carved,
+        output=made[0].output if options.output is not None else None,
     )
 
 
-def generated_by(model: Path) -> str:
-    """What a model makes of the prompt, up to its last full stop."""
+def continuation(model: Path) -> str:
+    """Return what a model makes of the prompt, up to its last full stop."""
     [line] = pipeline("text-generation", model=str(model))(
         PROMPT, max_new_tokens=40, do_sample=False, no_repeat_ngram_size=6
     )

@@ -19,13 +19,14 @@ from .carve.decoder import BATCH_TOKENS, PROFILED_TOKENS
 from .carve.partition import CLUSTERING_TOKENS
 from .carve.recipe import Recipe
 from .carve.refit import RIDGES
-from .carve.settings import CALIBRATION_TOKENS, Settings, with_settings
+from .carve.settings import CALIBRATION_TOKENS, ConvertOptions, Settings
 from .carve.shape import Shape, active_parameters, carved_config, width_warning
 from .device import DTYPES, best_seconds, find_device
 from .errors import RequestError
 from .folder.carried import Carried, carried
 from .folder.layerwise import WorkFolder
 from .folder.selection import code_of
+from .options import narrowed, with_options
 from .source.calibration import (
     CHARACTERS_PER_TOKEN,
     WHOLE_CHARACTERS,
@@ -111,8 +112,8 @@ class Prepared:
         }
 
 
-@with_settings(Settings)
-def plan(model: str | Path, output: str | Path, settings: Settings) -> Plan:
+@with_options(ConvertOptions)
+def plan(options: ConvertOptions) -> Plan:
     """Say what `convert` with the same arguments would do, or refuse what it would refuse.
 
     Nothing is written. A Hub model is downloaded, as the conversion will need it.
@@ -121,7 +122,8 @@ def plan(model: str | Path, output: str | Path, settings: Settings) -> Plan:
         RequestError: The request cannot be satisfied.
         CMoEError: The source checkpoint is damaged or cannot be reached.
     """
-    prepared, work = prepare_work(model, output, settings)
+    settings = narrowed(options, Settings)
+    prepared, work = prepare_work(options.model, options.output, settings)
     prepared.source.digest()
     return estimate(prepared, work)
 

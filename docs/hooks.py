@@ -122,6 +122,12 @@ def spoken(node: ast.expr) -> str:
     return "…"
 
 
+def source_of(module: str) -> str:
+    """Return the text of a module of the toolchain."""
+    path = ROOT.joinpath("conversion", *module.split("."))
+    return path.with_suffix(".py").read_text(encoding="utf-8")
+
+
 def api() -> str:
     """The public names, each with a directive for mkdocstrings."""
     tree = ast.parse((ROOT / "conversion" / "__init__.py").read_text(encoding="utf-8"))
@@ -138,9 +144,18 @@ def api() -> str:
         "`from cmoe_hf.conversion import convert, evaluate`: each command is a verb with the same "
         "options, keyword only; it returns a frozen dataclass, and neither prints nor exits.",
     ]
-    for title, names in {"Verbs": verbs, "Settings, results and errors": classes}.items():
+    options = sorted(
+        f"{module}.{name}"
+        for module in set(homes.values())
+        for name in re.findall(r"^class (\w+Options)\b", source_of(module), re.MULTILINE)
+    )
+    for title, names in {
+        "Verbs": [f"{homes[name]}.{name}" for name in verbs],
+        "Options of the verbs, as keywords": options,
+        "Settings, results and errors": [f"{homes[name]}.{name}" for name in classes],
+    }.items():
         blocks.append(f"## {title}")
-        blocks += [f"::: cmoe_hf.conversion.{homes[name]}.{name}" for name in names]
+        blocks += [f"::: cmoe_hf.conversion.{name}" for name in names]
     return "\n\n".join(blocks) + "\n"
 
 

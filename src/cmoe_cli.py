@@ -29,7 +29,7 @@ SUMMARIES = {
     "publish": "Upload a model to the Hub, checked before and compared afterwards.",
     "serve": "Serve a model by the OpenAI protocol: `transformers serve` or `llama-server`.",
 }
-"""What the commands say of themselves; a test compares."""
+"""What the help says of each command."""
 
 
 def application() -> typer.Typer:

@@ -1,23 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: its keys, its streams, its configuration file."""
 
+import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
+from families import SHORT
+from hub import TOKEN
+from refusal import refused
 from typer.testing import CliRunner
 
-from cmoe_hf.conversion import Settings
-from cmoe_hf.conversion.cli import COMMANDS, app
-from cmoe_hf.conversion.cli.common import field_texts
+from cmoe_cli import SUMMARIES
+from cmoe_hf import conversion
+from cmoe_hf.conversion import RECIPES, Settings
+from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.device import DTYPES
+from cmoe_hf.conversion.measure.evaluate import ROUTERS
+from cmoe_hf.conversion.measure.shapes import SHAPES
+from cmoe_hf.conversion.options import option_texts
+from cmoe_hf.conversion.share.gguf_file import FILE_TYPES
+from cmoe_hf.conversion.share.gguf_layouts import LAYOUTS
+from cmoe_hf.conversion.share.serve import ENGINES
+from cmoe_hf.conversion.share.targets import TARGETS
 
 PAGE = Path(__file__).parents[1] / "docs" / "convert.md"
 SHAPE = ["--shared", "2", "--active", "2", "--experts", "8"]
+RENAMED = {"compiled": "compile", "licence": "license", "pull_request": "pr"}
 CHEAP = ["--calibration", str(CALIBRATION), "--samples", "4", "--sequence-length", "64"]
 
 
@@ -42,13 +58,13 @@ main()
     assert heavy.strip() == "[]", done.stderr
     expected = CliRunner().invoke(app, arguments, prog_name="cmoe")
     assert printed == expected.stdout and done.returncode == expected.exit_code
-    assert all(f" {name} " in printed for name in COMMANDS)
+    assert all(f" {name} " in printed for name in SUMMARIES)
 
 
 def test_the_page_says_of_the_options_what_the_command_says():
     printed = " ".join(invoke("convert", "--help").stdout.replace("│", " ").split())
     rows = []
-    for name, text in field_texts(Settings).items():
+    for name, text in option_texts(Settings).items():
         option = f"--{name.replace('_', '-')}"
         rows.append(f"| `{option}` | {text} |")
         assert option in printed
@@ -116,12 +132,136 @@ def test_a_missing_option_is_a_wrong_request(dense, tmp_path):
 
 
 def test_the_demo_compares_dense_and_carved_and_generates_a_line(tmp_path):
-    result = invoke("demo", tmp_path / "demo")
+    out = tmp_path / "demo[v2]"
+    result = invoke("demo", out)
     assert result.exit_code == 0, result.stderr
-    page = tmp_path / "demo" / "report" / "index.html"
+    page = out / "report" / "index.html"
     shapes = ("carved S3A3E8", "carved S2A2E8", "carved S1A1E8")
     told = ("dense continues: When a", "S3A3E8 continues: When a", f"report: {page}\n")
     for phrase in ("perplexity", *shapes, "chance 10.0%)", *told):
         assert phrase in result.stdout, result.stdout
     assert page.is_file()
-    assert (tmp_path / "demo" / "config.json").is_file()
+    assert (out / "config.json").is_file()
+
+
+AWKWARD = "[b]:smile:[v2]"
+"""Markup and an emoji's code to rich, an ordinary name to the file system."""
+
+
+@pytest.fixture(scope="module")
+def awkward(dense, carved, hub, tmp_path_factory):
+    """A folder with models and a task of such names; a repository with a file of such a name."""
+    folder = tmp_path_factory.mktemp("awkward")
+    shutil.copytree(dense, folder / f"dense{AWKWARD}")
+    shutil.copytree(carved, folder / f"carved{AWKWARD}")
+    (folder / "there").mkdir()
+    (folder / "there" / f"{AWKWARD}.md").write_text("Notes.")
+    hub.reset()
+    hub.publish("org/model", folder / "there")
+    tasks = Path(__file__).parent / "task"
+    task = yaml.safe_load((tasks / "pydoc_topics.yaml").read_text())
+    for name in task["dataset_kwargs"]["data_files"].values():
+        shutil.copy(tasks / name, folder)
+    task["task"] = f"topics{AWKWARD}"
+    (folder / "task.yaml").write_text(yaml.safe_dump(task))
+    return folder
+
+
+TEXT = ["--text", SHORT, "--sequence-length", 64]
+LOADS = ["--training", CALIBRATION, "--text", SHORT, "--samples", 4, "--sequence-length", 64]
+PRINTED = {
+    "convert": ["convert", f"dense{AWKWARD}", f"out{AWKWARD}", *SHAPE, *CHEAP],
+    "plan": ["convert", f"dense{AWKWARD}", "planned", *SHAPE, *CHEAP, "--dry-run"],
+    "recover": ["recover", f"carved{AWKWARD}", f"recovered{AWKWARD}", *LOADS],
+    "evaluate": ["evaluate", f"carved{AWKWARD}", *TEXT, "--windows", 1],
+    "tasks": ["evaluate", f"carved{AWKWARD}", "--tasks", f"topics{AWKWARD}", "--include-path", "."],
+    "benchmark": [
+        *("benchmark", f"carved{AWKWARD}", "--prefill", 8, "--rounds", 1),
+        *("--tokens", "", "--batch", ""),
+    ],
+    "sweep": [
+        *("sweep", f"dense{AWKWARD}", f"swept{AWKWARD}", "--rounds", 0, "--grid", "S2A1E4"),
+        *(*TEXT[:2], *CHEAP),
+    ],
+    "report": ["report", f"carved{AWKWARD}", *TEXT, "--windows", 1, "--no-figures"],
+    "export": ["export", f"carved{AWKWARD}", f"exported{AWKWARD}"],
+    "gguf": ["export", f"carved{AWKWARD}", "--gguf", f"{AWKWARD}[/b].gguf"],
+    "verify": ["verify", f"carved{AWKWARD}"],
+    "upgrade": ["upgrade", f"carved{AWKWARD}"],
+    "publish": [
+        *("publish", f"carved{AWKWARD}", "org/model", "--dry-run"),
+        *("--license", "mit", "--base-model", "org/dense"),
+    ],
+}
+
+
+@pytest.mark.parametrize("arguments", PRINTED.values(), ids=PRINTED)
+def test_names_are_printed_as_they_are(arguments, awkward, monkeypatch):
+    monkeypatch.chdir(awkward)
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert AWKWARD in result.stdout, result.stdout
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_a_function_takes_what_its_command_takes(name):
+    function = getattr(conversion, name)
+    command = typer.main.get_command(app).commands[name]
+    options = {flag: option for option in command.params for flag in option.opts}
+    for keyword, parameter in inspect.signature(function).parameters.items():
+        assert f"    {keyword}: " in function.__doc__
+        if parameter.kind is parameter.KEYWORD_ONLY and keyword != "tuning":
+            called = RENAMED.get(keyword, keyword).replace("_", "-")
+            expected = parameter.default
+            if isinstance(expected, tuple):
+                expected = ",".join(map(str, expected))
+            assert options[f"--{called}"].default == expected
+    with pytest.raises(TypeError, match="magic"):
+        function(magic=1)
+
+
+@pytest.mark.parametrize(
+    ("command", "choices"),
+    [
+        ("convert", RECIPES),
+        ("convert", DTYPES),
+        ("evaluate", [*ROUTERS, *DTYPES]),
+        ("benchmark", [*SHAPES, *DTYPES]),
+        ("export", [*TARGETS, *LAYOUTS, *FILE_TYPES]),
+        ("serve", ENGINES),
+        ("report", ["[report]"]),
+    ],
+)
+def test_the_help_names_every_choice(monkeypatch, command, choices):
+    monkeypatch.setenv("COLUMNS", "300")
+    printed = invoke(command, "--help").stdout
+    assert all(choice in printed for choice in choices)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        (["export", "carved", "out", "--type", "f32"], "--type is for a GGUF file"),
+        (["export", "carved", "--gguf", "file", "--max-shard-size", "1GB"], "is for a folder"),
+        (["export", "carved", "out", "--gguf", "file"], "either a folder OUT or --gguf"),
+        (["export", "carved"], "either a folder OUT or --gguf"),
+        (["evaluate", "carved", "--limit", 1], "--limit is for tasks"),
+        (["evaluate", "carved", "--tasks", "boolq", "--seed", 0], "--seed is for perplexity"),
+        (["benchmark", "carved", "--threads", 1], "--threads goes with --engine llama.cpp only"),
+        (["benchmark", "--engine", "llama.cpp", "--compile"], "--compile does not go with"),
+        (["benchmark", "--engine", "magic"], "no engine 'magic'"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments, phrase):
+    refused(invoke(*arguments), 2, phrase)
+
+
+def test_a_configuration_file_takes_lists_where_the_command_line_takes_commas(tmp_path):
+    config = tmp_path / "settings.yaml"
+    entries = {"shape": "tiny", "layers": 1, "rounds": 1, "tokens": [1, 2]}
+    config.write_text(yaml.safe_dump({**entries, "prefill": [], "batch": "", "json": True}))
+    result = invoke("benchmark", "--config", config)
+    assert result.exit_code == 0, result.stderr
+    assert [point["tokens"] for point in json.loads(result.stdout)["ffn"]] == [1, 2]

@@ -8,7 +8,7 @@ import cmoe_hf.conversion
 
 HOUSE = Path(cmoe_hf.conversion.__file__).parent
 FLOORS = {
-    "": 0,  # errors and device
+    "": 0,  # errors, device and options
     "source": 1,
     "carve": 2,
     "folder": 3,
@@ -19,7 +19,7 @@ FLOORS = {
     "share": 6,
     "cli": 7,
 }
-GROUND = {"errors", "device"}
+GROUND = {"errors", "device", "options"}
 
 
 def wing_of(parts):

@@ -1,18 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a conversion is asked to do, checked as far as that is possible without the model.
+"""What a conversion is asked to do, checked as far as that is possible without the model."""
 
-`Settings` says every option once: the command line takes names, types, defaults and help from its
-fields, the verbs their keywords, a work folder its `settings.json`, README.md its table.
-"""
-
-import functools
-import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Self, TypeAlias, TypeVar
+from typing import Any, Self
 
 from ..device import check_dtype
 from ..errors import RequestError
@@ -30,16 +24,43 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{unit}i": 1024**power for power, unit in enumerate("kmgt", 1)}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt]?|[kmgt]i)b?")
 
-Options = ParamSpec("Options")
-Result = TypeVar("Result")
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeOptions:
+    """A shape for those who do not choose one."""
+
+    shared: int = 3
+    """Shared experts, always on (S)."""
+    active: int = 3
+    """Routed experts run per token (A)."""
+    experts: int = 8
+    """Experts in all (E); must divide the FFN width."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The options of a conversion: `budget`, or `experts` with `shared` and `active` or `budget`.
+class CarvingOptions:
+    """How to carve, whatever the shape."""
 
-    The docstrings of the fields are what `cmoe convert --help` says.
-    """
+    recipe: str | Recipe = "refined"
+    """Method: refined (ours), paper, or released: the choices of the authors' code."""
+    calibration: str | Path = "wikitext2"
+    """Text, JSONL, JSON or Parquet file (FILE:COLUMN names a column), wikitext2, c4, or
+    `dataset[:subset][:split][:column]` of the Hub."""
+    samples: int | None = None
+    """Calibration windows; default 16,384 tokens' worth."""
+    sequence_length: int | None = None
+    """Tokens per window; default 2,048 or the model's context."""
+    seed: int = 0
+    """Seed of the windows' offsets; nothing else is random."""
+    dtype: str | None = None
+    """Of the carved weights: float32, bfloat16, float16; default the source's precision."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, mps; default the fastest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(CarvingOptions):
+    """The options of a conversion: give `budget`, or `experts` with `shared` and `active`."""
 
     experts: int | None = None
     """Experts in all (E); must divide the FFN width. Chosen if only --budget is given, and with
@@ -53,25 +74,10 @@ class Settings:
     calibration tokens how many of them always run."""
     dense_layers: str | tuple[int, ...] = ""
     """Layers whose FFN stays dense, for example 0 or 0,29; all of their neurons run."""
-    recipe: str | Recipe = "refined"
-    """Method: refined (ours), paper, or released: the choices of the authors' code."""
     polish: bool = False
     """Train each carved layer by itself towards the dense one's output, after the refit."""
-    calibration: str | Path = "wikitext2"
-    """Text, JSON, CSV or Parquet file (FILE:COLUMN names a column), wikitext2, c4, or
-    `dataset[:subset][:split][:column]` of the Hub."""
-    samples: int | None = None
-    """Calibration windows; default 16,384 tokens' worth."""
-    sequence_length: int | None = None
-    """Tokens per window; default 2,048 or the model's context."""
     k_act: int = 10
     """Neurons marked per token (K_a)."""
-    seed: int = 0
-    """Seed of the windows' offsets; nothing else is random."""
-    dtype: str | None = None
-    """Of the carved weights: float32, bfloat16, float16; default the source's precision."""
-    device: str | None = None
-    """cpu, cuda, cuda:1, mps; default the fastest."""
     activations: str = "auto"
     """Where the calibration activations are kept: memory, disk, or auto: on the disk if they would
     not fit into memory."""
@@ -152,29 +158,14 @@ class Settings:
         return asdict(self)
 
 
-Verb: TypeAlias = Callable[Concatenate[str | Path, str | Path, Options], Result]
-"""Of a model and an output, with options."""
+@dataclass(frozen=True)
+class ConvertOptions(Settings):
+    """The options of `convert` and `plan`."""
 
-
-def with_settings(
-    settings: Callable[Options, Settings],
-) -> Callable[[Callable[[str | Path, str | Path, Settings], Result]], Verb[Options, Result]]:
-    """Give a verb the fields of the settings as keywords."""
-
-    def decorate(
-        verb: Callable[[str | Path, str | Path, Settings], Result],
-    ) -> Verb[Options, Result]:
-        @functools.wraps(verb)
-        def called(model: str | Path, output: str | Path, **options: Any) -> Result:
-            return verb(model, output, settings(**options))  # type: ignore[call-arg] # by name only
-
-        own = inspect.signature(verb)
-        places = list(own.parameters.values())[:2]
-        fields = inspect.signature(settings).parameters.values()
-        vars(called)["__signature__"] = own.replace(parameters=[*places, *fields])
-        return called  # type: ignore[return-value] # takes the first two by name, too
-
-    return decorate
+    model: str | Path
+    """Folder or Hub id of a supported dense model, with tokenizer and safetensors."""
+    output: str | Path
+    """Folder to create."""
 
 
 def absolute(name: str | Path) -> str:
@@ -183,9 +174,9 @@ def absolute(name: str | Path) -> str:
     return str(path.absolute()) if path.exists() else str(name)
 
 
-def public_name(name: str) -> str:
+def public_name(name: str | Path) -> str:
     """What may be told of something that `absolute` named: of a path, its last part only."""
-    return local_name(Path(os.path.normpath(name)))[0] if Path(name).is_absolute() else name
+    return local_name(Path(os.path.normpath(name)))[0] if Path(name).is_absolute() else str(name)
 
 
 def shard_bytes(size: str | int) -> int:

@@ -2,17 +2,18 @@
 """The verb `benchmark`: is the carved model faster, where, and how far from what is possible."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..carve.settings import absolute, public_name
+from ..carve.settings import ShapeOptions, absolute, public_name
 from ..carve.shape import Shape
 from ..device import DTYPES, check_dtype, device_name, find_device, name_of, versions
 from ..errors import RequestError
+from ..options import LoadOptions, with_options
 from ..source.calibration import WHOLE_CHARACTERS, read_tokens
 from ..source.checkpoint import find_model
 from ..source.loading import load_config, load_model, window_length
@@ -52,52 +53,54 @@ class Benchmark:
     versions: dict[str, str]
 
 
-def benchmark(
-    model: str | Path | None = None,
-    *,
-    baseline: str | Path | None = None,
-    shape: str | None = None,
-    layers: int | None = None,
-    shared: int = 3,
-    active: int = 3,
-    experts: int = 8,
-    tokens: Sequence[int] = (1, 8, 64, 512),
-    prefill: Sequence[int] | None = None,
-    batch: Sequence[int] = (1, 8),
-    context: int | None = None,
-    rounds: int = 7,
-    text: str | Path | None = None,
-    backend: str | None = None,
-    compiled: bool = False,
-    dtype: str | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-) -> Benchmark:
-    """Time FFN, prefill and decoding of a carved model against the dense one.
+@dataclass(frozen=True)
+class BenchmarkOptions(ShapeOptions, LoadOptions):
+    """The options of `benchmark`."""
 
-    Args:
-        model: Folder or Hub id of a carved model.
-        baseline: Folder or Hub id of the dense model. Without it, one of the same shape with
-            random weights: its speed does not depend on them.
-        shape: One of `SHAPES`, instead of `model`: both with random weights.
-        layers: Layers of that shape; default all of them.
-        shared, active, experts: How that shape is carved.
-        tokens: Numbers of tokens for the FFN block.
-        prefill: Lengths of a prompt, default 512 or the model's context.
-        batch: Numbers of sequences to decode.
-        context: Tokens in front of a decoding step, default 128 or what fits the model's context.
-        rounds: Dense and carved runs of each point, in turn.
-        text: Text to run on, see `evaluate`; default random tokens. What a token is decides
-            which experts it needs.
-        backend: Experts backend, default the model's own choice.
-        compiled: Decode with a static cache and `torch.compile(mode="reduce-overhead")`.
-        dtype: Precision, default that of the carved model; float32 for a shape.
-        device, trust_remote_code: See `evaluate`.
+    model: str | Path | None = None
+    """Folder or Hub id of a carved model."""
+    _: KW_ONLY
+    baseline: str | Path | None = None
+    """The dense model; default one of the same shape with random weights: its speed does not depend
+    on them."""
+    shape: str | None = None
+    """Random weights instead of a model: tiny, smollm2-135m, smollm2-360m, tinyllama-1.1b,
+    llama-3.2-1b, llama-3.2-3b, llama-2-7b, llama-3-8b, llama-2-70b."""
+    layers: int | None = None
+    """Layers of that shape; default all."""
+    tokens: Sequence[int] = (1, 8, 64, 512)
+    """Tokens for the FFN block."""
+    prefill: Sequence[int] | None = None
+    """Tokens of a prompt; default 512 or the context of the model."""
+    batch: Sequence[int] = (1, 8)
+    """Sequences to decode."""
+    context: int | None = None
+    """Tokens in front of a decoding step; default 128 or what fits the context of the model."""
+    rounds: int = 7
+    """Runs of each point, dense and carved in turn."""
+    text: str | Path | None = None
+    """Text to run on, as in `evaluate`, for tokens decide which experts run; default random
+    tokens."""
+    backend: str | None = None
+    """Experts backend, for example eager, grouped_mm; default the model's choice."""
+    compiled: bool = False
+    """Decode with a static cache and `torch.compile(mode="reduce-overhead")`."""
+
+
+@with_options(BenchmarkOptions)
+def benchmark(options: BenchmarkOptions) -> Benchmark:
+    """Time FFN, prefill and decoding of a carved model against the dense one.
 
     Raises:
         RequestError: The request cannot be satisfied.
         CMoEError: A model or text cannot be reached.
     """
+    model, baseline, shape, layers = options.model, options.baseline, options.shape, options.layers
+    shared, active, experts = options.shared, options.active, options.experts
+    tokens, prefill, batch = options.tokens, options.prefill, options.batch
+    context, rounds, text, backend = options.context, options.rounds, options.text, options.backend
+    compiled, dtype, device = options.compiled, options.dtype, options.device
+    trust_remote_code = options.trust_remote_code
     given = {"prefill": prefill or [], "layers": [layers], "context": [context]}
     check_positive(tokens=tokens, batch=batch, rounds=[rounds], **given)
     if not (tokens or prefill is None or prefill or batch):

@@ -5,7 +5,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..device import device_name, versions
 from ..errors import RequestError, missing
+from ..options import with_options
 from .llama_cpp import LlamaServer, server_version
 
 STEPS = 32
@@ -103,29 +104,35 @@ def gguf_work(file: str | Path) -> GGUFWork:
     return GGUFWork(name, field(f"{name}.vocab_size"), read, products, cached)
 
 
-def benchmark_gguf(
-    model: str | Path,
-    baseline: str | Path,
-    *,
-    threads: int = 1,
-    prefill: Sequence[int] = (512,),
-    context: Sequence[int] = (128,),
-    rounds: int = 7,
-) -> EngineBenchmark:
-    """Time a carved model against the dense one in llama.cpp.
+@dataclass(frozen=True)
+class GGUFBenchmarkOptions:
+    """The options of `benchmark_gguf`."""
 
-    Args:
-        model: GGUF file of the carved model.
-        baseline: GGUF file of the dense one, of the same type.
-        threads: That llama.cpp uses, for prompts and for decoding.
-        prefill: Lengths of a prompt, random tokens.
-        context: Tokens in front of those that are decoded.
-        rounds: Dense and carved runs of each point, in turn.
+    model: str | Path
+    """GGUF file of the carved model."""
+    baseline: str | Path
+    """GGUF file of the dense one, of the same type."""
+    _: KW_ONLY
+    threads: int = 1
+    """Threads of llama.cpp, for prompts and for decoding."""
+    prefill: Sequence[int] = (512,)
+    """Tokens of a prompt."""
+    context: Sequence[int] = (128,)
+    """Tokens in front of those that are decoded."""
+    rounds: int = 7
+    """Runs of each point, dense and carved in turn."""
+
+
+@with_options(GGUFBenchmarkOptions)
+def benchmark_gguf(asked: GGUFBenchmarkOptions) -> EngineBenchmark:
+    """Time a carved model against the dense one in llama.cpp, on random tokens.
 
     Raises:
         RequestError: There is no such file, or no llama.cpp.
         CMoEError: llama.cpp cannot run a file.
     """
+    model, baseline, threads = asked.model, asked.baseline, asked.threads
+    prefill, context, rounds = asked.prefill, asked.context, asked.rounds
     if min([threads, rounds, *prefill, *context], default=0) < 1:
         raise RequestError("threads, rounds and numbers of tokens must be at least 1.")
     dense, carved = gguf_work(baseline), gguf_work(model)

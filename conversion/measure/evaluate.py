@@ -7,7 +7,7 @@ Shape suffixes: B windows of a batch, W windows, L tokens of one window.
 import math
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..device import check_dtype, find_device
 from ..errors import CMoEError, RequestError
 from ..folder.results import results_folder, write_results
+from ..options import LoadOptions, with_options
 from ..source.calibration import check_vocabulary, consecutive_windows, read_tokens
 from ..source.loading import load_config, load_model, window_length
 from ..source.texts import Text, open_text, text_name
@@ -50,20 +51,32 @@ class Evaluation:
     """The same for a router that picks at random: 1 / C(Nr, A)."""
 
 
-def evaluate(
-    model: str | Path,
-    *,
-    baseline: str | Path | None = None,
-    text: str | Path = "wikitext2",
-    sequence_length: int | None = None,
-    windows: int | None = None,
-    router: str = "own",
-    seed: int = 0,
-    card: bool = False,
-    dtype: str | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-) -> Evaluation:
+@dataclass(frozen=True)
+class EvaluateOptions(LoadOptions):
+    """The options of `evaluate`."""
+
+    model: str | Path
+    """Folder or Hub id of a carved or dense model."""
+    _: KW_ONLY
+    baseline: str | Path | None = None
+    """The dense model, measured in the same run; it must share the tokenizer."""
+    text: str | Path = "wikitext2"
+    """Text file, wikitext2, c4 or a Hub data set (their test parts)."""
+    sequence_length: int | None = None
+    """Tokens per window; default 2,048 or the model's context."""
+    windows: int | None = None
+    """Only the first windows of the text, for a quick look."""
+    router: str = "own"
+    """Who routes: own (the model's router), oracle (the experts of largest sum |h|, a bound), or
+    random."""
+    seed: int = 0
+    """Seed of the random router."""
+    card: bool = False
+    """Write the results into `evaluation.json` and the card in the model's folder."""
+
+
+@with_options(EvaluateOptions)
+def evaluate(options: EvaluateOptions) -> Evaluation:
     """Measure the perplexity of a model, and of its dense baseline in the same run.
 
     The text is tokenised once with the model's tokenizer, in pieces if it has
@@ -71,25 +84,14 @@ def evaluate(
     is dropped. Perplexity is exp of the mean negative log-likelihood over the L - 1 predicted
     tokens of every window.
 
-    Args:
-        model: Folder or Hub id of a carved or dense model.
-        baseline: Folder or Hub id of the dense model; it must share the tokenizer.
-        text: Text file, `wikitext2`, `c4` or a Hub data set (their test parts).
-        sequence_length: Window length in tokens, default 2,048 or the model's context.
-        windows: Only the first ones, for a quick look: no more of the text is read than they take.
-        router: `"own"`, or replace it in `model`: `"oracle"` runs the experts of largest
-            sum |h| (a bound, not a usable router), `"random"` any.
-        seed: Seed of the random router.
-        card: Write the result into `evaluation.json` and the card in the model's folder.
-        dtype: Precision to compute in, default that of each checkpoint.
-        device: Where to compute, default the accelerator if there is one.
-        trust_remote_code: Run Python code that comes with the model. CMoE repositories need it
-            only where this package is not installed.
-
     Raises:
         RequestError: The request cannot be satisfied.
         CMoEError: A model or text cannot be reached, or yields NaN.
     """
+    model, baseline, text, card = options.model, options.baseline, options.text, options.card
+    sequence_length, windows = options.sequence_length, options.windows
+    router, seed, dtype, device = options.router, options.seed, options.dtype, options.device
+    trust_remote_code = options.trust_remote_code
     if router not in ROUTERS:
         raise RequestError(f"there is no router {router!r}; choose one of {', '.join(ROUTERS)}.")
     if windows is not None and windows < 1:

@@ -14,7 +14,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from difflib import get_close_matches
 from functools import cache, partial
 from pathlib import Path
@@ -26,6 +26,7 @@ import torch
 from ..device import check_dtype, find_device
 from ..errors import CMoEError, RequestError, missing
 from ..folder.results import results_folder, write_results
+from ..options import LoadOptions, with_options
 from ..source.checkpoint import find_model
 from ..source.loading import load_model
 
@@ -79,39 +80,44 @@ class TaskEvaluation:
     """Only so many documents of each task were used: not a figure to compare with others."""
 
 
-def evaluate_tasks(
-    model: str | Path,
-    *,
-    tasks: Sequence[str],
-    baseline: str | Path | None = None,
-    few_shot: int | None = None,
-    limit: int | None = None,
-    include_path: str | Path | None = None,
-    batch_size: int = 1,
-    card: bool = False,
-    dtype: str | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-) -> TaskEvaluation:
+@dataclass(frozen=True)
+class TaskOptions(LoadOptions):
+    """The options of `evaluate_tasks`."""
+
+    model: str | Path
+    """Folder or Hub id of a carved or dense model."""
+    _: KW_ONLY
+    tasks: Sequence[str]
+    """Tasks, groups or tags of the lm-evaluation-harness to measure instead; paper for those of the
+    paper."""
+    baseline: str | Path | None = None
+    """The dense model, measured in the same run."""
+    few_shot: int | None = None
+    """Examples in each prompt; default the paper's or the task's."""
+    limit: int | None = None
+    """Only the first documents of each task, for a quick look."""
+    include_path: str | Path | None = None
+    """Folder with tasks of your own (YAML)."""
+    batch_size: int = 1
+    """Requests of a task in a batch."""
+    card: bool = False
+    """Write the results into `evaluation.json` and the card in the model's folder."""
+
+
+@with_options(TaskOptions)
+def evaluate_tasks(options: TaskOptions) -> TaskEvaluation:
     """Measure a model, and its dense baseline in the same run, on tasks of the harness.
 
     The metric of a task is `acc_norm` where the harness offers it, else `acc`, else its first.
-
-    Args:
-        model: Folder or Hub id of a carved or dense model.
-        tasks: Names of tasks, groups or tags of the harness; `"paper"` is `PAPER_TASKS`.
-        baseline: Folder or Hub id of the dense model.
-        few_shot: Examples in each prompt, default those of `PAPER_TASKS`, else the task's own.
-        limit: Use only the first documents of each task.
-        include_path: Folder with tasks of your own, as YAML files for the harness.
-        batch_size: Requests in a batch.
-        card: Write the results into `evaluation.json` and the card in the model's folder.
-        dtype, device, trust_remote_code: See `evaluate`.
 
     Raises:
         RequestError: The request cannot be satisfied; no model was loaded.
         CMoEError: A model or a task's data cannot be reached, or the model yields NaN.
     """
+    model, tasks, baseline, card = options.model, options.tasks, options.baseline, options.card
+    few_shot, limit, include_path = options.few_shot, options.limit, options.include_path
+    batch_size, dtype, device = options.batch_size, options.dtype, options.device
+    trust_remote_code = options.trust_remote_code
     check_harness()
     check_numbers(few_shot=few_shot, limit=limit, batch_size=batch_size)
     check_dtype(dtype)

@@ -6,7 +6,7 @@ Shape suffixes: T tokens, K active experts, W windows, L tokens of a window.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..folder.fingerprint import write_fingerprint
 from ..folder.shards import Shards
 from ..folder.unfinished import BriefFolder
 from ..measure.routing import collected
+from ..options import with_options
 from ..source.architectures import Architecture, architecture_of
 from ..source.calibration import random_windows, read_tokens
 from ..source.checkpoint import fetch_model, find_model, load_tokenizer
@@ -66,35 +67,50 @@ class Export:
     """Whether the router was replaced: then the function is another."""
 
 
-def export(
-    model: str | Path,
-    output: str | Path,
-    *,
-    to: str | None = None,
-    refit_router: str | Path | None = None,
-    samples: int = 8,
-    sequence_length: int | None = None,
-    max_shard_size: str | int = MAX_SHARD_SIZE,
-    overwrite: bool = False,
-) -> Export:
+@dataclass(frozen=True, kw_only=True)
+class RefitOptions:
+    """Linear routers in place of those that an engine does not have."""
+
+    refit_router: str | Path | None = None
+    """Text to fit linear routers to, where the model has others."""
+    samples: int = 8
+    """Windows of that text."""
+    sequence_length: int | None = None
+    """Tokens per window; default 2,048 or the model's context."""
+    overwrite: bool = False
+    """Replace what is at the output."""
+
+
+@dataclass(frozen=True)
+class ExportOptions(RefitOptions):
+    """The options of `export`."""
+
+    model: str | Path
+    """Folder or Hub id of a carved model."""
+    output: str | Path
+    """Folder to create."""
+    _: KW_ONLY
+    to: str | None = None
+    """granite, glm4, ernie, qwen2, qwen3; with --gguf llama, qwen2, qwen3, granitemoe, glm4moe,
+    step35; default the most faithful that fits."""
+    max_shard_size: str | int = MAX_SHARD_SIZE
+    """Of a file of weights, for example 500MB or 2GiB; one file up to it."""
+
+
+@with_options(ExportOptions)
+def export(options: ExportOptions) -> Export:
     """Write a carved model as a stock architecture that loads without remote code.
 
-    Args:
-        model: Folder or Hub id of a carved model with a linear router and no fine-tuned gates.
-        output: Folder to create.
-        to: Name in `targets.TARGETS`, default the most faithful that represents the model.
-        refit_router: Calibration text (as for `convert`) to which linear routers are fitted, in
-            place of routers that no stock architecture has.
-        samples: Calibration windows.
-        sequence_length: Tokens of each, default 2,048 or the model's context.
-        max_shard_size: Of a file of weights, see `convert`.
-        overwrite: Replace an existing model repository at `output`.
+    It must have a linear router, unless one is fitted, and no fine-tuned gates.
 
     Raises:
         RequestError: No architecture, or not the one asked for, represents the model; the message
             says why.
         CMoEError: The model cannot be reached or is damaged.
     """
+    model, output, to, overwrite = options.model, options.output, options.to, options.overwrite
+    refit_router, samples = options.refit_router, options.samples
+    sequence_length, max_shard_size = options.sequence_length, options.max_shard_size
     limit, work = shard_bytes(max_shard_size), ExportFolder(output, overwrite=overwrite)
     if to not in (None, *TARGETS):
         raise RequestError(f"there is no export to {to!r}; choose one of {', '.join(TARGETS)}.")

@@ -3,7 +3,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,12 @@ from cmoe_hf.modeling_cmoe import attention_types
 
 from ..errors import CMoEError, RequestError, missing
 from ..folder.paths import check_apart, check_place, replace_file, resolved
+from ..options import with_options
 from ..source.architectures import architecture_of
 from ..source.checkpoint import fetch_model, find_model, load_tokenizer
 from ..source.stored import read_headers
 from ..source.texts import text_file
-from .export import check_config, fitted_routers, with_router
+from .export import RefitOptions, check_config, fitted_routers, with_router
 from .gguf_layouts import BLOCK, LAYOUTS, Layout, common_fields, empty_layer, rope_factors
 from .gguf_reading import check_reading
 from .gguf_vocabulary import vocabulary
@@ -60,36 +61,38 @@ class GGUFFile:
     """Matrices with rows of no multiple of 32 numbers, which are float16 in a Q8_0 file."""
 
 
-def export_gguf(
-    model: str | Path,
-    output: str | Path,
-    *,
-    type: str = "f16",
-    to: str | None = None,
-    refit_router: str | Path | None = None,
-    samples: int = 8,
-    sequence_length: int | None = None,
-    overwrite: bool = False,
-    force: bool = False,
-) -> GGUFFile:
+@dataclass(frozen=True)
+class GGUFOptions(RefitOptions):
+    """The options of `export_gguf`."""
+
+    model: str | Path
+    """Folder or Hub id of a carved model, or of a dense one."""
+    output: str | Path
+    """File to create."""
+    _: KW_ONLY
+    to: str | None = None
+    """Architecture of llama.cpp; default the first one that computes the same."""
+    type: str = "f16"
+    """Of a GGUF file's matrices: f32, f16, q8_0, bf16."""
+    force: bool = False
+    """Write the file even if llama.cpp would read texts, chats or ends of generations otherwise
+    than transformers: what differs is a warning then."""
+
+
+@with_options(GGUFOptions)
+def export_gguf(options: GGUFOptions) -> GGUFFile:
     """Write a model as a GGUF file, which llama.cpp and what is built on it run.
 
-    Args:
-        model: Folder or Hub id of a carved model with a linear router and no fine-tuned gates, or
-            of a dense one.
-        output: File to create.
-        type: Of the matrices, one of `FILE_TYPES`.
-        to: Architecture of llama.cpp, default the first one that computes the same.
-        refit_router, samples, sequence_length: See `export`.
-        overwrite: Replace a GGUF file at `output`.
-        force: Write the file even if llama.cpp would read texts, chats or ends of generations
-            otherwise than transformers; what differs is a warning then.
+    A carved model must have a linear router, unless one is fitted, and no fine-tuned gates.
 
     Raises:
         RequestError: The extra is not installed, or llama.cpp would compute something else; the
             message says what.
         CMoEError: The model cannot be reached or is damaged.
     """
+    model, output, to, type = options.model, options.output, options.to, options.type
+    refit_router, samples = options.refit_router, options.samples
+    sequence_length, overwrite = options.sequence_length, options.overwrite
     library()
     if type not in FILE_TYPES:
         raise RequestError(f"there is no type {type!r}; choose one of {', '.join(FILE_TYPES)}.")
@@ -115,7 +118,7 @@ def export_gguf(
     tokenizer = load_tokenizer(folder)
     ends = end_tokens(folder, config)
     words = vocabulary(tokenizer, config.vocab_size, ends)
-    check_reading(tokenizer, words, ends, force=force)
+    check_reading(tokenizer, words, ends, force=options.force)
     routers = None
     if refit_router is not None:
         routers = fitted_routers(folder, config, tokenizer, refit_router, samples, sequence_length)

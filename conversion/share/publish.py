@@ -5,7 +5,7 @@ import fnmatch
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from ..errors import CMoEError, RequestError
 from ..folder.card import CARD_FILE, stated
 from ..folder.carried import read_card
 from ..folder.paths import replace_file
+from ..options import with_options
 from .verify import verify
 from .vetting import check_card, check_complete, check_private, files_to_publish
 
@@ -61,37 +62,45 @@ class Publication:
     dry_run: bool
 
 
-def publish(
-    folder: str | Path,
-    repository: str,
-    *,
-    public: bool = False,
-    revision: str | None = None,
-    pull_request: bool = False,
-    replace: bool = False,
-    licence: str | None = None,
-    base_model: str | None = None,
-    dry_run: bool = False,
-    trust_remote_code: bool = False,
-) -> Publication:
-    """Upload a model's folder to the Hub, and compare what the Hub then has.
+@dataclass(frozen=True)
+class PublishOptions:
+    """The options of `publish`."""
 
-    Args:
-        folder: A carved, recovered or exported model.
-        repository: OWNER/NAME. It is created if need be.
-        public: Create it public, not private. An existing one stays what it is.
-        revision: Branch to upload to, created if need be, or `refs/pr/N`; default `main`.
-        pull_request: Open a (draft) pull request instead of changing the branch.
-        replace: Delete files of the repository that belong to another model.
-        licence: Licence for the card, where it states none.
-        base_model: Hub id of the dense model for the card.
-        dry_run: Check everything and say what would be sent.
-        trust_remote_code: Run the folder's code even if no release of this project has written it.
+    folder: str | Path
+    """Folder of a carved, recovered or exported model."""
+    repository: str
+    """OWNER/NAME on the Hub, created if need be."""
+    _: KW_ONLY
+    public: bool = False
+    """Create the repository public, not private. An existing one stays what it is."""
+    revision: str | None = None
+    """Branch to upload to, created if need be, or refs/pr/N; default main."""
+    pull_request: bool = False
+    """Open a draft pull request instead."""
+    replace: bool = False
+    """Delete files of another model in the repository."""
+    licence: str | None = None
+    """Licence for the card, where it states none, for example llama2."""
+    base_model: str | None = None
+    """Hub id of the dense model, for the card."""
+    dry_run: bool = False
+    """Check everything, send nothing."""
+    trust_remote_code: bool = False
+    """Run the folder's code even if no release of this project has written it."""
+
+
+@with_options(PublishOptions)
+def publish(options: PublishOptions) -> Publication:
+    """Upload a model's folder to the Hub, and compare what the Hub then has.
 
     Raises:
         RequestError: The folder is not fit to be published, or the Hub refuses the request.
         CMoEError: The Hub cannot be reached, or has something else afterwards.
     """
+    folder, repository, revision = options.folder, options.repository, options.revision
+    public, pull_request, replace = options.public, options.pull_request, options.replace
+    licence, base_model, dry_run = options.licence, options.base_model, options.dry_run
+    trust_remote_code = options.trust_remote_code
     here = Path(folder).expanduser()
     if not here.is_dir():
         raise RequestError(f"there is no folder {folder}.")

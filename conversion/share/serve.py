@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import transformers
@@ -16,6 +17,7 @@ import cmoe_hf
 
 from ..errors import CMoEError, RequestError, missing
 from ..measure.llama_cpp import find_server, stop
+from ..options import with_options
 from ..source.checkpoint import load_tokenizer
 from ..source.loading import model_folder
 from .gguf_file import export_gguf
@@ -24,20 +26,28 @@ ENGINES = ("transformers", "llama.cpp")
 logger = logging.getLogger(__name__)
 
 
-def serve(model: str | Path, options: Sequence[str] = (), *, engine: str = "transformers") -> None:
-    """Serve a model until interrupted. It is loaded before the first request.
+@dataclass(frozen=True)
+class ServeOptions:
+    """The options of `serve`."""
 
-    Args:
-        model: Folder or Hub id, of a carved or any other causal model. Clients have to name it as
-            it is given here. For llama.cpp also a GGUF file.
-        options: Further options of `transformers serve`, or of `llama-server`, for example
-            `["--port", "8001"]`.
-        engine: One of `ENGINES`.
+    model: str | Path
+    """Folder or Hub id, for llama.cpp also a GGUF file; clients name it like this."""
+    options: Sequence[str] = ()
+    """Further options of `transformers serve`, or of `llama-server`, for example --port 8001."""
+    _: KW_ONLY
+    engine: str = ENGINES[0]
+    """transformers or llama.cpp."""
+
+
+@with_options(ServeOptions)
+def serve(asked: ServeOptions) -> None:
+    """Serve a model until interrupted. It is loaded before the first request.
 
     Raises:
         RequestError: There is no such model, it has no tokenizer, or the extra is not installed.
         CMoEError: The Hub cannot be reached.
     """
+    model, options, engine = asked.model, asked.options, asked.engine
     if engine not in ENGINES:
         raise RequestError(f"there is no engine {engine!r}; choose one of {', '.join(ENGINES)}.")
     if engine == "llama.cpp":

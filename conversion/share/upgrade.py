@@ -32,10 +32,11 @@ from ..folder.fingerprint import (
 from ..folder.selection import REMOTE_CODE
 from ..folder.unfinished import SETTINGS, BriefFolder, sha256_of
 from ..measure.routing import stored_always_on
+from ..options import with_options
 from ..source.checkpoint import find_model, from_hub, load_tokenizer
 from ..source.stored import read_json
 from .publish import publish
-from .verify import Verification, computed_elsewhere, runs_here, verify
+from .verify import Verification, VerifyOptions, computed_elsewhere, runs_here, verify
 
 REWRITTEN = ("config.json", CONVERSION, CARD_FILE, *REMOTE_CODE)
 
@@ -70,20 +71,26 @@ class UpgradeFolder(BriefFolder):
         super()._refuse_contents()
 
 
-def upgrade(model: str | Path, *, trust_remote_code: bool = False) -> Upgrade:
+@dataclass(frozen=True)
+class UpgradeOptions(VerifyOptions):
+    """The options of `upgrade`."""
+
+    model: str | Path
+    """Folder of a carved or recovered model; a Hub id opens a pull request."""
+
+
+@with_options(UpgradeOptions)
+def upgrade(options: UpgradeOptions) -> Upgrade:
     """Renew the Python files, the configuration, the card and the fingerprint of a repository.
 
     Weights stay what they are, to the byte. A repository without a fingerprint is compared with
     what its old code computes without a cache, if that still runs.
 
-    Args:
-        model: Folder of a carved or recovered model, or its Hub id: then a pull request is opened.
-        trust_remote_code: Run old code that no release of this project has written.
-
     Raises:
         RequestError: It is no carved model.
         CMoEError: The result would compute something else; nothing was changed.
     """
+    model, trust_remote_code = options.model, options.trust_remote_code
     output = Path(model).expanduser().absolute()
     replaced = UpgradeFolder(output).replaced
     if not output.exists() and replaced.is_dir():

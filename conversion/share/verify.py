@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ..folder.fingerprint import (
 )
 from ..folder.selection import code_of_type
 from ..folder.unfinished import sha256_of
+from ..options import with_options
 from ..source.checkpoint import load_tokenizer
 from ..source.loading import model_folder
 from ..source.stored import read_json
@@ -60,19 +61,28 @@ class Verification:
         return f"consistent: {where}; it has no fingerprint to tell whether it is as carved."
 
 
-def verify(model: str | Path, *, trust_remote_code: bool = False) -> Verification:
+@dataclass(frozen=True)
+class VerifyOptions:
+    """The options of `verify`."""
+
+    model: str | Path
+    """Folder or Hub id of a carved, recovered or exported model."""
+    _: KW_ONLY
+    trust_remote_code: bool = False
+    """Run code of a model that no release of this project has written."""
+
+
+@with_options(VerifyOptions)
+def verify(options: VerifyOptions) -> Verification:
     """Compare what a repository computes with its fingerprint, and its ways to generate.
 
     Its own code runs, in a process of its own, unless it is the code of this release.
-
-    Args:
-        model: Folder or Hub id of a carved, recovered or exported model.
-        trust_remote_code: Run code that no release of this project has written.
 
     Raises:
         RequestError: There is no such model, or its code is not to be trusted.
         CMoEError: It cannot be loaded at all.
     """
+    model, trust_remote_code = options.model, options.trust_remote_code
     folder, name = model_folder(model, code=True)
     stated = stated_fingerprint(folder)
     compute = computed if runs_here(folder, trusted=trust_remote_code) else computed_elsewhere

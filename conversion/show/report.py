@@ -9,7 +9,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ..folder.paths import replace_file, replace_folder, resolved
 from ..folder.strict import to_json
 from ..measure.evaluate import check_same_vocabulary, common_length, text_windows
 from ..measure.routing import check_flat, sparse_blocks
+from ..options import LoadOptions, with_options
 from ..source.calibration import tokenize
 from ..source.checkpoint import fetch_model, find_model
 from ..source.loading import load_model
@@ -74,44 +75,48 @@ class Report:
     """The table that the page opens with: names of the columns, and rows of values."""
 
 
-def report(
-    model: str | Path,
-    *,
-    baseline: str | Path | None = None,
-    compare: str | Path | None = None,
-    text: str | Path = "wikitext2",
-    sequence_length: int | None = None,
-    windows: int = 16,
-    rounds: int = 5,
-    sample: str | None = None,
-    output: str | Path | None = None,
-    figures: bool = True,
-    dtype: str | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    card: bool = True,
-) -> Report:
-    """Watch a carved model on a text and write a page of figures, with a PNG file of each.
+@dataclass(frozen=True)
+class ReportOptions(LoadOptions):
+    """The options of `report`."""
 
-    Args:
-        model: Folder of a carved model, or a Hub id if `output` is given.
-        baseline: The dense model: its perplexity on the same text, and the speed of both.
-        compare: Another carved model of the same source, for the table of gains and losses.
-        text: Text file, `wikitext2`, `c4` or a Hub data set (their test parts).
-        sequence_length: Window length in tokens, default 2,048 or the model's context.
-        windows: Windows of the text to run, from its beginning.
-        rounds: Timed runs of dense and carved decoding, in turn; 0 for none.
-        sample: A sentence whose way through the experts the page shows, at most 200 tokens.
-        output: Folder of the page, default `report` in the model's folder. One that holds an
-            earlier report is replaced.
-        figures: Draw the PNG files, which need the extra `[report]`; the page does not.
-        dtype, device, trust_remote_code: See `evaluate`.
-        card: Show two of the figures in the model's README.md; only without `output`.
+    model: str | Path
+    """Folder of a carved model, or a Hub id if there is an output folder."""
+    _: KW_ONLY
+    baseline: str | Path | None = None
+    """The dense model: its perplexity on the same text, and the speed of both."""
+    compare: str | Path | None = None
+    """Another carved model of the same source, side by side."""
+    text: str | Path = "wikitext2"
+    """Text file, wikitext2, c4 or a Hub data set (their test parts) to watch it on."""
+    sequence_length: int | None = None
+    """Tokens per window; default 2,048 or the model's context."""
+    windows: int = 16
+    """Windows of the text, from its beginning."""
+    rounds: int = 5
+    """Timed runs, dense and carved in turn; 0 for none."""
+    sample: str | None = None
+    """A sentence to follow through the experts, at most 200 tokens."""
+    output: str | Path | None = None
+    """Folder for the page, default report in the model's; an earlier report is replaced."""
+    figures: bool = True
+    """Draw PNG files beside the page, which need the extra `[report]`."""
+    card: bool = True
+    """Show two of the figures in the model's README.md; only without an output folder."""
+
+
+@with_options(ReportOptions)
+def report(options: ReportOptions) -> Report:
+    """Watch a carved model on a text and write a page of figures, with a PNG file of each.
 
     Raises:
         RequestError: The request cannot be satisfied; nothing was written.
         CMoEError: A model or text cannot be reached, yields NaN, or the page cannot be written.
     """
+    model, baseline, compare = options.model, options.baseline, options.compare
+    text, sequence_length, windows = options.text, options.sequence_length, options.windows
+    rounds, sample, output = options.rounds, options.sample, options.output
+    figures, card, dtype, device = options.figures, options.card, options.dtype, options.device
+    trust_remote_code = options.trust_remote_code
     if figures:
         check_drawing("a report")
     check_dtype(dtype)

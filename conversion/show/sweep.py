@@ -4,13 +4,13 @@
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from tqdm import tqdm
 
-from ..carve.settings import Settings, absolute
+from ..carve.settings import CarvingOptions, Settings, absolute
 from ..carve.shape import Shape
 from ..convert import convert, resume
 from ..device import device_name, find_device, versions
@@ -20,6 +20,7 @@ from ..folder.paths import check_apart, remove, replace_file, resolved
 from ..folder.strict import as_json
 from ..measure.benchmark import benchmark
 from ..measure.evaluate import evaluate
+from ..options import narrowed, with_options
 from ..plan import carved_as
 from ..source.checkpoint import Source, open_source
 from ..source.loading import load_config, window_length
@@ -28,8 +29,6 @@ from .figures import STYLE, check_drawing
 
 GRID = ("S1A1E8", "S1A3E8", "S2A2E8", "S1A5E8", "S3A3E8")
 SPEEDS = {"ffn": "FFN, 1 token", "prefill": "prefill", "decode": "decoding 1 sequence"}
-OPTIONS = ("recipe", "calibration", "samples", "sequence_length", "seed", "dtype", "device")
-"""Of the `Settings`: what all conversions of a sweep share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class Protocol:
     rounds: int
     """Timed runs of each point; 0 measures no speed."""
     options: dict[str, Any]
-    """Of each conversion."""
+    """`CarvingOptions` of each conversion."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,61 +119,65 @@ class Sweep:
     versions: dict[str, str]
 
 
-def sweep(
-    model: str | Path,
-    output: str | Path | None = None,
-    *,
-    grid: Sequence[str] = GRID,
-    text: str | Path = "wikitext2",
-    rounds: int = 7,
-    keep: bool = False,
-    overwrite: bool = False,
-    **options: Any,
-) -> Sweep:
+@dataclass(frozen=True)
+class SweepOptions(CarvingOptions):
+    """The options of `sweep`. Evaluation windows are as long as those of the calibration."""
+
+    model: str | Path
+    """Folder or Hub id of a dense model."""
+    output: str | Path | None = None
+    """Folder for the results; default the model's name with `-sweep`."""
+    _: KW_ONLY
+    grid: Sequence[str] = GRID
+    """Shapes in the paper's notation and budgets (0.5); static pruning is added."""
+    text: str | Path = "wikitext2"
+    """Text to measure perplexity on."""
+    rounds: int = 7
+    """Timed runs of each point, dense and carved in turn; 0 for none."""
+    keep: bool = False
+    """Keep the carved models beside the results."""
+    overwrite: bool = False
+    """Forget what an earlier sweep measured."""
+
+
+@with_options(SweepOptions)
+def sweep(options: SweepOptions) -> Sweep:
     """Convert, evaluate and time every model of a grid, and static pruning at equal activation.
 
     What is measured is written to `output` row by row: interrupted, or called with a larger grid,
     it measures only what is missing. The rows are in `sweep.json` and `sweep.md`, drawn in
     `sweep.png`.
 
-    Args:
-        model: Folder or Hub id of a dense model.
-        output: Folder for the results, default the model's name with `-sweep`.
-        grid: Shapes in the paper's notation, for example `S3A3E8`, and budgets, for example `0.5`.
-        text: Text to measure perplexity on.
-        rounds: Timed runs of each point, dense and carved in turn; 0 measures no speed.
-        keep: Keep the carved models in `output`.
-        overwrite: Forget what was measured before.
-        options: Of each conversion: those in `OPTIONS`, see `Settings`. The windows of the
-            evaluation are as long as those of the calibration.
-
     Raises:
         RequestError: The request cannot be satisfied; nothing was started.
         CMoEError: The work failed; the finished rows are kept.
     """
+    model, rounds = options.model, options.rounds
     if rounds < 0:
         raise RequestError(f"rounds is {rounds}: it cannot be negative.")
-    if unknown := options.keys() - set(OPTIONS):
-        raise TypeError(f"a sweep has no option {', '.join(sorted(unknown))}")
-    options["calibration"] = absolute_text(options.get("calibration", Settings.calibration))
+    calibration = absolute_text(options.calibration)
     protocol = Protocol(
-        model=absolute(model), text=absolute_text(text), rounds=rounds, options=options
+        model=absolute(model),
+        text=absolute_text(options.text),
+        rounds=rounds,
+        options=vars(narrowed(options, CarvingOptions, calibration=calibration)),
     )
     check_drawing("a sweep")
-    where = device_name(find_device(options.get("device")))
+    where = device_name(find_device(options.device))
     source = open_source(model)
     if rounds and source.architecture.router is not None:
         raise RequestError("the speed of a carved MoE cannot be measured yet: pass --rounds 0.")
-    window_length(source.config, options.get("sequence_length"))
-    cases = with_static(source, protocol, grid)
+    window_length(source.config, options.sequence_length)
+    cases = with_static(source, protocol, options.grid)
     name = source.name.rpartition("/")[2]
-    store = Store(output or f"{name}-sweep", protocol, where, overwrite=overwrite)
+    output = options.output or f"{name}-sweep"
+    store = Store(output, protocol, where, overwrite=options.overwrite)
     for case in tqdm([None, *cases], desc="sweep", unit="model", disable=None):
         key = "dense" if case is None else case.name
         if key not in store.measured:
             folder = store.folder / key
             store.add(key, figures_of(protocol, case, folder))
-            if not keep:
+            if not options.keep:
                 shutil.rmtree(folder, ignore_errors=True)
     result = Sweep(
         output=str(store.folder),
@@ -277,8 +280,7 @@ class Store:
         check_apart(self.folder, {**read, "the calibration text": calibration})
         # Figures of other versions or of another machine cannot stand in the same table.
         said = {"model": protocol.model, "text": protocol.text, "rounds": protocol.rounds}
-        chosen = {name: protocol.options.get(name, getattr(Settings, name)) for name in OPTIONS}
-        self.protocol = {**said, **chosen, "device": device, "versions": versions()}
+        self.protocol = {**said, **protocol.options, "device": device, "versions": versions()}
         self.measured: dict[str, dict[str, Any]] = {}
         if self.file.is_file() and not overwrite:
             self._read()

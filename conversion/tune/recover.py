@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from ..measure.routing import (
     is_biased,
     without_bias,
 )
+from ..options import LoadOptions, narrowed, with_options
 from ..source.calibration import consecutive_windows, random_windows, read_tokens
 from ..source.checkpoint import load_tokenizer
 from ..source.loading import load_config, load_model, model_folder, window_length
@@ -89,19 +90,38 @@ class Recovery:
     ln(before / after) / ln(before / control_after)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
+@dataclass(frozen=True)
+class Request(LoadOptions):
     """What was asked for besides how to tune; both are frozen until the recovery ends."""
 
-    model: str
-    training: str = "wikitext2"
-    text: str = "wikitext2"
-    teacher: str | None = None
-    control: str | None = None
+    model: str | Path
+    """Folder or Hub id of a carved model."""
+    _: KW_ONLY
+    training: str | Path = "wikitext2"
+    """Text to learn from: file, wikitext2, c4 or a Hub data set (their training parts)."""
+    text: str | Path = "wikitext2"
+    """Text to measure perplexity on (its test part); never the training text."""
+    teacher: str | Path | None = None
+    """Learn the next-token distribution of this dense model instead of the text's next tokens."""
+    control: str | Path | None = None
+    """The dense model: tune it by the same recipe and compare."""
     dtype: str | None = None
-    device: str | None = None
+    """float32 or bfloat16; default the checkpoint's precision."""
     max_shard_size: str | int = MAX_SHARD_SIZE
-    trust_remote_code: bool = False
+    """Of a file of weights, for example 500MB or 2GiB; one file up to it."""
+
+
+@dataclass(frozen=True)
+class RecoverOptions(Request):
+    """The options of `recover`."""
+
+    output: str | Path
+    """Folder to create."""
+    _: KW_ONLY
+    tuning: Tuning | None = None
+    """How to tune, default the paper's settings."""
+    overwrite: bool = False
+    """Replace an existing model or unfinished recovery at `output`."""
 
 
 @dataclass(frozen=True)
@@ -120,56 +140,28 @@ class Ready:
     """What the recovered model takes over from the carved one as it is."""
 
 
-def recover(
-    model: str | Path,
-    output: str | Path,
-    *,
-    training: str | Path = "wikitext2",
-    text: str | Path = "wikitext2",
-    teacher: str | Path | None = None,
-    control: str | Path | None = None,
-    tuning: Tuning | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    max_shard_size: str | int = MAX_SHARD_SIZE,
-    trust_remote_code: bool = False,
-    overwrite: bool = False,
-) -> Recovery:
+@with_options(RecoverOptions)
+def recover(options: RecoverOptions) -> Recovery:
     """Fine-tune a carved model with LoRA, merge, and write a repository like the one before.
 
     Trained are attention, shared and routed experts, the gate scale u and the balance bias. The
     work grows in `output` + `.partial`; what stops can be continued with `resume_recovery`.
 
-    Args:
-        model: Folder or Hub id of a carved model.
-        output: Folder to create.
-        training: Text to learn from, see `texts.open_text` (its training part).
-        text: Text to measure perplexity on (its test part). Never the training text.
-        teacher: Folder or Hub id of a dense model whose next-token distribution is learned
-            instead of the text's next tokens.
-        control: Folder or Hub id of the dense model, to be tuned by the same recipe and compared.
-        tuning: How to tune, default the paper's settings.
-        dtype: `float32` or `bfloat16`; default that of the checkpoint.
-        device, trust_remote_code: See `evaluate`.
-        max_shard_size: Of a file of weights, see `convert`.
-        overwrite: Replace an existing model repository or unfinished recovery at `output`.
-
     Raises:
         RequestError: The request cannot be satisfied; nothing was started.
         CMoEError: The work failed; what was finished can be resumed.
     """
-    request = Request(
-        model=absolute(model),
-        training=absolute_text(training),
-        text=absolute_text(text),
-        teacher=None if teacher is None else absolute(teacher),
-        control=None if control is None else absolute(control),
-        dtype=dtype,
-        device=device,
-        max_shard_size=max_shard_size,
-        trust_remote_code=trust_remote_code,
+    output, overwrite = options.output, options.overwrite
+    request = narrowed(
+        options,
+        Request,
+        model=absolute(options.model),
+        training=absolute_text(options.training),
+        text=absolute_text(options.text),
+        teacher=None if options.teacher is None else absolute(options.teacher),
+        control=None if options.control is None else absolute(options.control),
     )
-    tuning, work = tuning or Tuning(), RecoveryFolder(output, overwrite=overwrite)
+    tuning, work = options.tuning or Tuning(), RecoveryFolder(output, overwrite=overwrite)
     ready = make_ready(request, tuning)
     if accelerate.PartialState().is_main_process:
         work.check(recovery_reads(request, ready))
@@ -378,7 +370,12 @@ def run(request: Request, tuning: Tuning, ready: Ready, work: RecoveryFolder) ->
 
 
 def tuned(
-    request: Request, model: str, tuning: Tuning, ready: Ready, work: RecoveryFolder, stage: str
+    request: Request,
+    model: str | Path,
+    tuning: Tuning,
+    ready: Ready,
+    work: RecoveryFolder,
+    stage: str,
 ) -> dict[str, Any]:
     """Measure, tune and measure one model; the carved one is written."""
     start = time.perf_counter()
