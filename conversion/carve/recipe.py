@@ -2,6 +2,7 @@
 """The table of choices: what the paper, its released code and ours do differently."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -61,19 +62,20 @@ class Recipe:
     """In a MoE that is carved again: whether the experts of one `"parent"` compete, or those of all
     parents of a `"token"`."""
 
-    pinned: int = 0
+    always_on: int = 0
     """Active experts that run for every token: those of the most important neurons."""
     adaptive_split: bool = False
-    """Choose `pinned` for each layer on held-out calibration tokens."""
+    """Choose `always_on` for each layer on held-out calibration tokens."""
     routed_by: str = "router"
     """Who routes while calibrating: the `"router"`, an `"oracle"` (the experts of largest sum |h|)
     or a `"random"` choice. For comparisons: the model keeps its router."""
 
     @classmethod
     def of(cls, recipe: "str | Recipe", **changes: Any) -> "Recipe":
-        """The recipe of that name, or another one, with some choices changed, for ablations.
+        """Return the recipe of that name, or another one, with some choices changed.
 
-        Raises `RequestError` for what does not exist.
+        Raises:
+            RequestError: There is no such recipe or choice.
         """
         if isinstance(recipe, str):
             if recipe not in RECIPES:
@@ -81,6 +83,7 @@ class Recipe:
                     f"there is no recipe {recipe!r}; choose one of {', '.join(RECIPES)}."
                 )
             recipe = RECIPES[recipe]
+        changes = {FORMER_NAMES.get(name, name): value for name, value in changes.items()}
         known = {choice.name for choice in fields(cls)} - {"name"}
         if unknown := sorted(changes.keys() - known):
             raise RequestError(
@@ -88,12 +91,17 @@ class Recipe:
             )
         return replace(recipe, **changes)
 
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Recipe":
+        """Return the recipe that `dataclasses.asdict` recorded, by this release or an older one."""
+        return cls(**{FORMER_NAMES.get(name, name): value for name, value in record.items()})
+
     def __repr__(self) -> str:
         return repr(self.title)
 
     @property
     def title(self) -> str:
-        """Its name, and what was changed."""
+        """Its name, and what was changed in it."""
         changed = [
             f"{choice.name} = {getattr(self, choice.name)}"
             for choice in fields(self)
@@ -112,43 +120,49 @@ class Recipe:
         return self.routed_by == "router" and (self.held_out_ridge or not self.refit)
 
     def __post_init__(self) -> None:
-        """Raises `RequestError` for a choice that does not exist or goes with no other."""
+        """Raise `RequestError` for a choice that does not exist or contradicts another."""
         for choice in fields(self):
-            kind = type(choice.default)
-            value = getattr(self, choice.name)
+            kind, value = type(choice.default), getattr(self, choice.name)
+            known = CHOICES.get(choice.name)
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise RequestError(
                     f"the recipe's {choice.name} is {value!r}; it must be of type {kind.__name__}."
                 )
             if isinstance(value, float) and not math.isfinite(value):
                 raise RequestError(f"the recipe's {choice.name} is {value}; it must be finite.")
-        for name, known in _KNOWN_CHOICES.items():
-            if getattr(self, name) not in known:
+            if known and value not in known:
                 raise RequestError(
-                    f"the recipe's {name} is {getattr(self, name)!r}; it can be {', '.join(known)}."
+                    f"the recipe's {choice.name} is {value!r}; it can be {', '.join(known)}."
                 )
-        if self.router == "representative" and self.clusters != "marks":
-            raise RequestError(
-                "a representative router needs clusters of marks: change both, or neither."
-            )
-        if self.pinned < 0:
-            raise RequestError("the recipe's pinned cannot be negative.")
-        if (self.pinned or self.adaptive_split) and self.clusters != "contributions":
-            raise RequestError(
-                "a budget (pinned experts, an adaptive split) needs clusters of contributions: "
-                "use --recipe refined, or say --shared and --active."
-            )
-        if self.adaptive_split and not self.refit:
-            raise RequestError("a budget compares refitted layers: leave the refit on.")
-        if self.polish_epochs and not self.held_out_ridge:
-            raise RequestError("polish_epochs need held-out tokens: change held_out_ridge, too.")
-        if min(self.router_epochs, self.reassignments, self.polish_epochs) < 0:
-            raise RequestError("the recipe's epochs and rounds cannot be negative.")
-        if min(self.max_iterations, self.router_ridge, self.refit_ridge) <= 0:
-            raise RequestError("the recipe's max_iterations and ridges must be above 0.")
+        splits = self.always_on or self.adaptive_split
+        lowest = min(self.always_on, self.router_epochs, self.reassignments, self.polish_epochs)
+        contradictions = {
+            "a representative router needs clusters of marks: change both, or neither.": (
+                self.router == "representative" and self.clusters != "marks"
+            ),
+            "a budget (experts that are always on, an adaptive split) needs clusters of "
+            "contributions: use --recipe refined, or say --shared and --active.": (
+                splits and self.clusters != "contributions"
+            ),
+            "a budget compares refitted layers: leave the refit on.": (
+                self.adaptive_split and not self.refit
+            ),
+            "polish_epochs need held-out tokens: change held_out_ridge, too.": (
+                self.polish_epochs and not self.held_out_ridge
+            ),
+            "the recipe's always_on, epochs and rounds cannot be negative.": lowest < 0,
+            "the recipe's max_iterations and ridges must be above 0.": (
+                min(self.max_iterations, self.router_ridge, self.refit_ridge) <= 0
+            ),
+        }
+        for message, is_so in contradictions.items():
+            if is_so:
+                raise RequestError(message)
 
 
-_KNOWN_CHOICES = {
+FORMER_NAMES = {"pinned": "always_on"}
+"""Names of choices in records and commands of cmoe-hf 0.2 and before."""
+CHOICES = {
     "importance": ("rate", "energy", "fluctuation", "weight"),
     "clusters": ("marks", "contributions"),
     "metric": ("l1", "l2"),

@@ -10,61 +10,76 @@ regression that stays near W,
 
 so that with all experts active, where Z W^T = Y, nothing changes. `NormalEquations` sums Z^T Z and
 Z^T D batch by batch. A few tokens are held out of these sums, and their Z and D kept: the error on
-them, ||Z C - D|| with C = (W' - W)^T, tells which lambda is best on text that the refit has not
-learnt. One lambda tried so costs one factorisation and one product, and no pass over the others.
+them, ||Z C - D|| with C = (W' - W)^T, tells which lambda is best on unseen text. Each lambda costs
+one factorisation and one product, and no pass over the other tokens.
 
 Shape suffixes: T tokens, B tokens of one batch, H hidden size, F dense FFN width, G = F, or F + 1
-with an output bias, R running neurons, E running experts, N routed experts.
+with an output bias, R running neurons, N routed experts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
 
-from .linalg import solve_shifted, strips
+from .decoder import BATCH_TOKENS
+from .layer import FFN
+from .linalg import add_lower_gram, solve_ridge
 from .partition import Partition
 
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""What `held_out_errors` tries, relative to a mean squared activation."""
+"""Candidates of `held_out_errors`, relative to a mean squared activation."""
 
 
 def ridge_for(tokens: int, width: int, ridge: float) -> float:
-    """The ridge where a neuron has fewer tokens than the ten that `ridge` was tuned for.
+    """Return the ridge to use where there are fewer than the ten tokens a neuron it was tuned for.
 
-    It grows with the square of what is missing, as the best one did, measured: otherwise the refit
-    would learn the calibration text by heart.
+    The best one grew with the square of the shortage, measured: a weaker one overfits.
     """
     return ridge * max(1.0, (10 * width / max(tokens, 1)) ** 2)
 
 
 class Running(NamedTuple):
-    """The neurons that run for some token, the shared ones first, and which of them when."""
+    """The neurons that run for some token under a routing."""
 
     neurons_R: torch.Tensor
     """Shared neurons, then those of the running experts, one expert after the other, int64."""
-    shared: int
-    """How many of them are shared."""
-    experts_E: torch.Tensor
-    """Experts that run for some token, ascending, int64."""
+    expert_R: torch.Tensor
+    """The expert of each, N for shared neurons, int64."""
 
     @classmethod
     def of(cls, parts: Partition, run_TN: torch.Tensor) -> Self:
-        """Those of a partition under some routing."""
+        """Select the shared neurons and those of the experts that run at all."""
+        experts, neurons = parts.experts_NM.shape
         experts_E = run_TN.any(dim=0).nonzero().squeeze(1)
+        shared_S = parts.shared_S.to(run_TN.device)
         routed_R = parts.experts_NM.to(run_TN.device)[experts_E].flatten()
-        neurons_R = torch.cat([parts.shared_S.to(run_TN.device), routed_R])
-        return cls(neurons_R, len(parts.shared_S), experts_E)
+        owner_R = [torch.full_like(shared_S, experts), experts_E.repeat_interleave(neurons)]
+        return cls(torch.cat([shared_S, routed_R]), torch.cat(owner_R))
 
-    def idle_zeroed(self, h_BR: torch.Tensor, run_BN: torch.Tensor) -> torch.Tensor:
-        """Z: activations of these neurons, zero where their expert does not run, (B, R)."""
-        shared_BR, routed_BR = h_BR.split([self.shared, h_BR.shape[1] - self.shared], dim=1)
-        if not len(self.experts_E):
-            return shared_BR
-        mask_BE = run_BN[:, self.experts_E]
-        width = routed_BR.shape[1] // len(self.experts_E)
-        return torch.cat([shared_BR, routed_BR * mask_BE.repeat_interleave(width, dim=1)], dim=1)
+    def mask_idle(self, h_BR: torch.Tensor, run_BN: torch.Tensor) -> torch.Tensor:
+        """Return Z: activations of these neurons, zero where their expert does not run, (B, R)."""
+        always_B1 = run_BN.new_ones(len(run_BN), 1)
+        return h_BR * torch.cat([run_BN, always_B1], dim=1)[:, self.expert_R]
+
+
+class Samples(NamedTuple):
+    """Calibration tokens of one FFN, and what a refit aims at."""
+
+    x_TH: torch.Tensor
+    """Inputs."""
+    target_TH: torch.Tensor
+    """Outputs to aim at, Y."""
+    weight_T: torch.Tensor
+    """Factor of each token's error, see `token_weights`."""
+    num_held_out: int = 0
+    """How many of the last tokens choose how to fit."""
+
+    def take(self, tokens: slice | torch.Tensor) -> Self:
+        """Select some of the tokens."""
+        x_TH, target_TH, weight_T, num_held_out = self
+        return type(self)(x_TH[tokens], target_TH[tokens], weight_T[tokens], num_held_out)
 
 
 class Batch(NamedTuple):
@@ -74,119 +89,110 @@ class Batch(NamedTuple):
     """Z, with one more column, of ones, for an output bias."""
     missing_BH: torch.Tensor
     """D."""
-    wanted: torch.Tensor
+    target_square: torch.Tensor
     """||Y||^2, a scalar."""
 
-    @classmethod
-    def of(
-        cls,
-        running: Running,
-        h_BF: torch.Tensor,
-        run_BN: torch.Tensor,
-        wanted_BH: torch.Tensor,
-        down_HG: torch.Tensor,
-        weight_B: torch.Tensor | None = None,
-    ) -> Self:
-        """Of hidden activations; each error has a weight (not squared), 1 if None."""
-        z_BR = running.idle_zeroed(h_BF[:, running.neurons_R], run_BN)
-        down_HR = down_HG[:, running.neurons_R]
-        if down_HG.shape[1] > h_BF.shape[1]:
+
+def batches(
+    ffn: FFN,
+    down_HG: torch.Tensor,
+    running: Running,
+    run_TN: torch.Tensor,
+    samples: Samples,
+) -> Iterator[Batch]:
+    """Yield what a refit needs, computing the hidden activations of one batch at a time."""
+    down_HR = down_HG[:, running.neurons_R]
+    if ffn.is_biased:
+        down_HR = torch.cat([down_HR, down_HG[:, -1:]], dim=1)
+    split = (tensor.split(BATCH_TOKENS) for tensor in (run_TN, *samples[:3]))
+    for run_BN, x_BH, target_BH, weight_B in zip(*split, strict=True):
+        z_BR = running.mask_idle(ffn.hidden(x_BH)[:, running.neurons_R], run_BN)
+        if ffn.is_biased:
             z_BR = torch.cat([z_BR, z_BR.new_ones(len(z_BR), 1)], dim=1)
-            down_HR = torch.cat([down_HR, down_HG[:, -1:]], dim=1)
-        if weight_B is not None:
-            z_BR, wanted_BH = z_BR * weight_B[:, None], wanted_BH * weight_B[:, None]
-        return cls(z_BR, wanted_BH - z_BR @ down_HR.T, wanted_BH.square().sum())
+        z_BR, target_BH = z_BR * weight_B[:, None], target_BH * weight_B[:, None]
+        yield Batch(z_BR, target_BH - z_BR @ down_HR.T, target_BH.square().sum())
 
 
 @dataclass
 class NormalEquations:
-    """What a refit needs of any number of tokens, summed batch by batch."""
+    """The sums over tokens that a refit needs."""
 
     running: Running
-    """Whose neurons the equations are for."""
     gram_RR: torch.Tensor
     """Z^T Z, float32, with one more row and column for an output bias; its lower triangle."""
     cross_RH: torch.Tensor
     """Z^T D."""
 
     @classmethod
-    def empty(cls, running: Running, hidden: int, *, biased: bool = False) -> Self:
-        """Sums over no tokens."""
-        order, device = len(running.neurons_R) + biased, running.neurons_R.device
-        gram_RR = torch.zeros(order, order, device=device)
-        return cls(running, gram_RR, torch.zeros(order, hidden, device=device))
+    def empty(cls, ffn: FFN, running: Running) -> Self:
+        """Create sums over no tokens."""
+        order, hidden = len(running.neurons_R) + ffn.is_biased, len(ffn.down_HF)
+        gram_RR = ffn.down_HF.new_zeros(order, order)
+        return cls(running, gram_RR, ffn.down_HF.new_zeros(order, hidden))
 
     def add(self, batches: Iterable[Batch]) -> None:
-        """Add some tokens."""
+        """Add the tokens of some batches."""
         for z_BR, missing_BH, _ in batches:
-            for rows in strips(len(self.gram_RR)):
-                self.gram_RR[rows, : rows.stop] += z_BR[:, rows].T @ z_BR[:, : rows.stop]
+            add_lower_gram(self.gram_RR, z_BR)
             self.cross_RH += z_BR.T @ missing_BH
 
     def change(self, ridge: float) -> torch.Tensor:
-        """C, the change of the refit with lambda = `ridge` mean squared activations, (R, H)."""
-        shift = max(ridge * self.gram_RR.diagonal().mean().item(), 1e-30)
-        return solve_shifted(self.gram_RR, self.cross_RH, shift)
+        """Return C (R, H) with lambda = `ridge` mean squared activations."""
+        if not len(self.gram_RR):  # no neuron runs
+            return self.cross_RH
+        return solve_ridge(self.gram_RR, self.cross_RH, ridge)
+
+    def refit(self, down_HG: torch.Tensor, ridge: float) -> torch.Tensor:
+        """Return the refitted down projection W' (H, G). Neurons that never run keep theirs."""
+        change_RH, neurons_R = self.change(ridge), self.running.neurons_R
+        down_HG = down_HG.clone()
+        down_HG[:, neurons_R] += change_RH[: len(neurons_R)].T
+        if len(change_RH) > len(neurons_R):
+            down_HG[:, -1] += change_RH[-1]
+        return down_HG
 
 
 def held_out_errors(
-    seen: NormalEquations, held: Sequence[Batch], ridges: Iterable[float] = RIDGES
+    seen: NormalEquations, held_out: Sequence[Batch], ridges: Iterable[float] = RIDGES
 ) -> dict[float, float]:
-    """Relative error on the tokens held out of the refit on the tokens seen, for each ridge."""
-    wanted = max(sum(batch.wanted.item() for batch in held), 1e-30)
+    """Return the relative error on held-out tokens of the refit on the tokens seen, by ridge."""
+    target = max(sum(batch.target_square.item() for batch in held_out), 1e-30)
 
     def error(change_RH: torch.Tensor) -> float:
-        left = (torch.addmm(b.missing_BH, b.z_BR, change_RH, alpha=-1) for b in held)
-        return (sum(left_BH.square().sum().item() for left_BH in left) / wanted) ** 0.5
+        left = (torch.addmm(b.missing_BH, b.z_BR, change_RH, alpha=-1) for b in held_out)
+        return (sum(left_BH.square().sum().item() for left_BH in left) / target) ** 0.5
 
     return {ridge: error(seen.change(ridge)) for ridge in ridges}
 
 
-def refitted(equations: NormalEquations, down_HG: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The refitted down projection W' (H, G). Neurons that never run keep their weights."""
-    change_RH, running = equations.change(ridge), equations.running
-    down_HG = down_HG.clone()
-    down_HG[:, running.neurons_R] += change_RH[: len(running.neurons_R)].T
-    if len(change_RH) > len(running.neurons_R):
-        down_HG[:, -1] += change_RH[-1]
-    return down_HG
-
-
-def refit_down(
-    h_TF: torch.Tensor,
-    parts: Partition,
-    run_TN: torch.Tensor,
-    target_TH: torch.Tensor,
-    down_HG: torch.Tensor,
-    *,
-    ridge: float,
-) -> torch.Tensor:
-    """Return the refitted down projection W' (H, G) of tokens whose activations are all there.
-
-    Args:
-        h_TF: Hidden activations of the dense FFN.
-        parts: Neurons of the experts.
-        run_TN: True where a routed expert runs.
-        target_TH: Y.
-        down_HG: W, with the output bias as its last column if there is one.
-        ridge: lambda, relative to the mean square of all activations.
-
-    Raises `CMoEError` if the system cannot be solved.
-    """
-    running, columns = Running.of(parts, run_TN), down_HG.shape[1]
-    equations = NormalEquations.empty(running, len(down_HG), biased=columns > h_TF.shape[1])
-    if not len(equations.gram_RR):
-        return down_HG.clone()
-    equations.add([Batch.of(running, h_TF, run_TN, target_TH, down_HG)])
-    return refitted(equations, down_HG, ridge * len(equations.gram_RR) / columns)
-
-
 def token_weights(residual_TH: torch.Tensor, *, most: float = 2.0) -> torch.Tensor:
-    """What the error of each token is worth, (T,): inverse to the length of its residual stream.
+    """Return the weight of each token's error, (T,): inverse to its residual stream's length.
 
     The next layer normalises that stream, so an error counts by its share of it. A few tokens,
     first positions above all, are a hundred times as long as the others and would decide the least
-    squares alone. Relative to the median token; none counts more than `most`.
+    squares alone. The median token weighs 1, and none more than `most`.
     """
     length_T = residual_TH.norm(dim=1)
     return (length_T.median() / length_T.clamp_min(1e-30)).clamp_max(most)
+
+
+def sparse_output(
+    ffn: FFN,
+    down_HG: torch.Tensor,
+    parts: Partition,
+    run_TN: torch.Tensor,
+    x_TH: torch.Tensor,
+    h_TF: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the output of the sparse FFN, (T, H) (paper, eq. 2).
+
+    Its hidden activations are `h_TF`, or computed for one batch at a time.
+    """
+    running = Running.of(parts, run_TN)
+    down_HR, y_TH = down_HG[:, running.neurons_R], torch.empty_like(x_TH)
+    for start in range(0, len(x_TH), BATCH_TOKENS):
+        tokens = slice(start, start + BATCH_TOKENS)
+        h_BF = ffn.hidden(x_TH[tokens]) if h_TF is None else h_TF[tokens]
+        z_BR = running.mask_idle(h_BF[:, running.neurons_R], run_TN[tokens])
+        y_TH[tokens] = z_BR @ down_HR.T
+    return y_TH + down_HG[:, -1] if ffn.is_biased else y_TH
