@@ -38,11 +38,7 @@ class Storage:
     """Map them from files in this folder instead of keeping them on the device."""
 
     def empty(self, name: str, *shape: int) -> torch.Tensor:
-        """Create an uninitialised float32 tensor.
-
-        Raises:
-            CMoEError: The disk has no space for it.
-        """
+        """Create an uninitialised float32 tensor. Raises `CMoEError` if the disk is full."""
         if self.folder is None:
             return torch.empty(shape, device=self.device)
         path = self.folder / f"{name}.activations"
@@ -141,19 +137,22 @@ def profile_layer(
     *,
     cosine: bool,
     clock: Stopwatch,
-) -> None:
-    """Run attention on all windows, in place, and fill `profile` with what the FFN does."""
-    profile.is_finite = True
+) -> bool:
+    """Run attention on all windows, in place, and fill `profile` with what the FFN does.
+
+    Returns whether all activations are finite.
+    """
+    all_finite, k_act = True, profile.marks_TK.shape[1]
     with clock("forward"):
         for tokens, x_BH in attend(attention, hidden_WLH):
             profile.x_TH[tokens] = x_BH
-            h_BF, marks_BK, is_finite = ffn.profile(
-                profile.x_TH[tokens], profile.k_act, cosine=cosine, clock=clock
+            h_BF, profile.marks_TK[tokens], is_finite = ffn.profile(
+                profile.x_TH[tokens], k_act, cosine=cosine, clock=clock
             )
             kept_BF = profile.h_TF[tokens]  # of the last batch perhaps a part, of later ones none
             kept_BF.copy_(h_BF[: len(kept_BF)])
-            profile.marks_TK[tokens] = marks_BK
-            profile.is_finite &= is_finite
+            all_finite &= is_finite
+    return all_finite
 
 
 def dense_output(ffn: FFN, profile: Profile) -> torch.Tensor:

@@ -16,8 +16,7 @@ experts of a token, N experts carved from one, X those of all.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,8 +48,7 @@ FEWEST = 1 / 3
 """Tokens per neuron of a source expert. With fewer, static pruning was as good, measured."""
 
 
-@dataclass
-class SourceExpert:
+class SourceExpert(NamedTuple):
     """One expert of the source and the tokens that its router sends there."""
 
     ffn: FFN
@@ -60,8 +58,7 @@ class SourceExpert:
     """The router's weight for each of them."""
 
 
-@dataclass
-class CarvedExpert:
+class CarvedExpert(NamedTuple):
     """A source expert divided, before its parts are routed."""
 
     partition: Partition
@@ -90,9 +87,7 @@ def carve_moe(
         clock = Stopwatch()
         with clock("read"):
             rest = source.read_layer(index, without_experts=True)
-            layer = {
-                name: tensor.to(storage.device, torch.float32) for name, tensor in rest.items()
-            }
+            layer = {name: it.to(storage.device, torch.float32) for name, it in rest.items()}
             gate = CMoEHierarchicalRouter(config).to(storage.device)
             gate.parent_weight.copy_(layer.pop(router))
             attention.load(index, layer)
@@ -106,12 +101,11 @@ def carve_moe(
         )
         streams.carved_WLH.flatten(0, 1).add_(y_TH)
         attention.release()
-        del layer, y_TH
         # The dense down projection ran for all tokens: it is no sample.
         figures["seconds"] = with_totals(clock.seconds, 1)
         rest["mlp.gate.parent_weight"] = rest.pop(router)
         tensors = {arch.carved_layer(index) + name: it for name, it in (rest | carved).items()}
-        del rest, carved
+        del layer, y_TH, rest, carved
         yield index, tensors, figures
         del tensors
 
@@ -152,12 +146,12 @@ def carve_experts(
         run_TX.scatter_(1, gate(x_TH).index_TK, True)
     y_TH, dense_TH = torch.zeros_like(x_TH), torch.zeros_like(x_TH)
     stored: dict[str, list[torch.Tensor]] = {}
-    for number, (carved, run_TN) in enumerate(
-        zip(experts, run_TX.split(gate.per_parent, dim=1), strict=True)
-    ):
-        expert = read(number)
+    for number, run_TN in enumerate(run_TX.split(gate.per_parent, dim=1)):
+        expert, carved = read(number), experts[number]
         run_UN = run_TN[expert.token_U] | carved.kept
-        down_HF = finish_expert(expert, carved, x_TH, run_UN, recipe, clock, y_TH, dense_TH)
+        down_HF, y_UH, dense_UH = fit_expert(expert, carved, x_TH, run_UN, recipe, clock)
+        y_TH.index_add_(0, expert.token_U, y_UH * expert.weight_U[:, None])
+        dense_TH.index_add_(0, expert.token_U, dense_UH * expert.weight_U[:, None])
         with clock("slicing"):
             for name, tensor in expert_tensors(expert.ffn, carved.partition, down_HF).items():
                 stored.setdefault(name, []).append(tensor.to(expert.ffn.stored_dtype).cpu())
@@ -226,37 +220,31 @@ def load_router(gate: CMoEHierarchicalRouter, experts: list[CarvedExpert], ffn: 
                 row.copy_(ffn.rounded(carved.router[name]))
 
 
-def finish_expert(
+def fit_expert(
     expert: SourceExpert,
     carved: CarvedExpert,
     x_TH: torch.Tensor,
     run_UN: torch.Tensor,
     recipe: Recipe,
     clock: Stopwatch,
-    y_TH: torch.Tensor,
-    dense_TH: torch.Tensor,
-) -> torch.Tensor:
-    """Return the refitted down projection (H, F) under the routing `run_UN`.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Refit a source expert to its own output under the routing `run_UN`.
 
-    Adds the weighted outputs of the source expert, carved and dense, to `y_TH` and `dense_TH`.
+    Returns its down projection (H, F), and its outputs carved and dense, (U, H) each.
     """
-    ffn, parts, x_UH, weight_U = expert.ffn, carved.partition, x_TH[expert.token_U], expert.weight_U
+    ffn, parts, down_HF = expert.ffn, carved.partition, expert.ffn.down_HF
     with clock("forward_again"):
+        x_UH = x_TH[expert.token_U]
         h_UF = ffn.hidden(x_UH)
     with clock("dense_down_sample"):
-        target_UH = ffn.output(h_UF)
-    down_HF = ffn.down_HF
+        dense_UH = ffn.output(h_UF)
     with clock("refit"):
         if recipe.refit and not carved.kept:
-            samples = Samples(x_UH, target_UH, weight_U)
+            samples = Samples(x_UH, dense_UH, expert.weight_U)
             ridge = ridge_for(len(x_UH), ffn.width, recipe.refit_ridge)
-            fit = reconstruct(ffn, parts, run_UN, samples, ridge=ridge)
-            down_HF = ffn.rounded(fit.down_HG)
+            down_HF = ffn.rounded(reconstruct(ffn, parts, run_UN, samples, ridge=ridge).down_HG)
     with clock("carved_down"):
-        y_UH = sparse_output(ffn, down_HF, parts, run_UN, x_UH, h_UF)
-        y_TH.index_add_(0, expert.token_U, y_UH * weight_U[:, None])
-        dense_TH.index_add_(0, expert.token_U, target_UH * weight_U[:, None])
-    return down_HF
+        return down_HF, sparse_output(ffn, down_HF, parts, run_UN, x_UH, h_UF), dense_UH
 
 
 def expert_tensors(ffn: FFN, parts: Partition, down_HF: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ N routed experts, K active experts or marked neurons per token.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from transformers.activations import ACT2FN
@@ -38,9 +38,6 @@ from .router import (
     ranking_router,
     representative_router,
 )
-
-Empty = Callable[..., torch.Tensor]
-"""Creates an uninitialised float32 tensor of a name and a shape."""
 
 
 @dataclass
@@ -119,13 +116,8 @@ class FFN:
         return tensor.to(self.stored_dtype).float()
 
 
-@dataclass
-class Profile:
-    """What the calibration tokens do in one FFN.
-
-    Overwritten layer by layer: the buffers are the largest thing in memory, and touching new ones
-    costs as much as some of the arithmetic.
-    """
+class Profile(NamedTuple):
+    """What the calibration tokens do in one FFN."""
 
     x_TH: torch.Tensor
     """Inputs."""
@@ -134,26 +126,10 @@ class Profile:
     computed again where they are needed."""
     marks_TK: torch.Tensor
     """Indices of the marked neurons, on the CPU."""
-    is_finite: bool = True
-    """Whether no activation is NaN or infinite."""
-
-    @classmethod
-    def empty(cls, tokens: int, kept: int, hidden: int, width: int, k: int, empty: Empty) -> Self:
-        """Create buffers for `tokens` tokens, and for hidden activations of the first `kept`."""
-        return cls(
-            x_TH=empty("inputs", tokens, hidden),
-            h_TF=empty("hidden", kept, width),
-            marks_TK=torch.empty(tokens, k, dtype=torch.int64),
-        )
-
-    @property
-    def k_act(self) -> int:
-        """The number of marked neurons per token."""
-        return self.marks_TK.shape[1]
 
     def first(self) -> Self:
         """Return the part of the tokens whose hidden activations are kept."""
-        return replace(self, x_TH=self.x_TH[: len(self.h_TF)])
+        return self._replace(x_TH=self.x_TH[: len(self.h_TF)])
 
 
 def take_ffn(
@@ -176,30 +152,25 @@ def take_ffn(
     return ffn, layer
 
 
-def importance(ffn: FFN, profile: Profile, measure: str) -> torch.Tensor:
-    """Return what decides which neurons are shared, (F,) float64, by the recipe's measure."""
-    if measure == "energy":
-        return energies(profile.h_TF, ffn.down_HF)
-    if measure == "fluctuation":
-        return fluctuations(profile.h_TF, ffn.down_HF)
-    if measure == "weight":
-        return weight_ranges(ffn.gate_FH, ffn.up_FH)
-    return activation_rates(profile.marks_TK, ffn.width)
-
-
 def divide(ffn: FFN, profile: Profile, config: CMoEConfig, recipe: Recipe) -> Partition:
     """Divide the neurons into shared ones and routed experts, by the recipe."""
-    score_F = importance(ffn, profile, recipe.importance)
+    measures = {
+        "rate": lambda: activation_rates(profile.marks_TK, ffn.width),
+        "energy": lambda: energies(profile.h_TF, ffn.down_HF),
+        "fluctuation": lambda: fluctuations(profile.h_TF, ffn.down_HF),
+        "weight": lambda: weight_ranges(ffn.gate_FH, ffn.up_FH),
+    }
+    score_F = measures[recipe.importance]()
     shape = {
         "shared": config.shared_expert_intermediate_size,
         "experts": config.num_experts,
         "max_iterations": recipe.max_iterations,
     }
-    if recipe.clusters == "contributions":
-        return partition_by_contributions(
-            profile.h_TF, ffn.down_HF, score_F, always_on=recipe.always_on, **shape
-        )
-    return partition_by_marks(profile.marks_TK, score_F, metric=recipe.metric, **shape)
+    if recipe.clusters == "marks":
+        return partition_by_marks(profile.marks_TK, score_F, metric=recipe.metric, **shape)
+    return partition_by_contributions(
+        profile.h_TF, ffn.down_HF, score_F, always_on=recipe.always_on, **shape
+    )
 
 
 def build_router(
@@ -243,14 +214,13 @@ def running_experts(
     """Return which routed experts run for which token, (T, N) bool."""
     if recipe.routed_by == "router":
         index_TK = chosen_experts(router, profile.x_TH, config)
-    else:
-        if recipe.routed_by == "oracle":
-            mass_TN = torch.stack([profile.h_TF[:, m].abs().sum(1) for m in parts.experts_NM], 1)
-        else:
-            chance = torch.Generator().manual_seed(0)  # a resumed run must repeat it
-            mass_TN = torch.rand(len(profile.x_TH), config.num_experts, generator=chance)
-            mass_TN = mass_TN.to(profile.x_TH.device)
+    elif recipe.routed_by == "oracle":
+        mass_TN = torch.stack([profile.h_TF[:, m].abs().sum(1) for m in parts.experts_NM], 1)
         index_TK = oracle_choice(mass_TN, config.num_experts_per_tok)
+    else:
+        chance = torch.Generator().manual_seed(0)  # a resumed run must repeat it
+        chance_TN = torch.rand(len(profile.x_TH), config.num_experts, generator=chance)
+        index_TK = oracle_choice(chance_TN.to(profile.x_TH.device), config.num_experts_per_tok)
     run_TN = torch.zeros(len(index_TK), config.num_experts, dtype=torch.bool)
     return run_TN.to(index_TK.device).scatter_(1, index_TK, True)
 
@@ -285,7 +255,7 @@ def divide_and_route(
 
 @dataclass
 class CarvedLayer:
-    """The outcome for one layer."""
+    """A carved FFN."""
 
     partition: Partition
     router: dict[str, torch.Tensor]
@@ -306,32 +276,31 @@ def stored_tensors(
     arch: Architecture, index: int, dense: dict[str, torch.Tensor], carved: CarvedLayer
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of layer `index`, carved, in the checkpoint's precision."""
-    tensors = dict(dense)
-    parts = (arch.gate, arch.up, arch.down, arch.up_bias, arch.down_bias)
+    tensors, parts = dict(dense), carved.partition
+    names = (arch.gate, arch.up, arch.down, arch.up_bias, arch.down_bias)
     gate_FH, up_FH, down_HF, up_bias_F, down_bias_H = (
-        None if part is None else tensors.pop(part) for part in parts
+        tensors.pop(name) if name else None for name in names
     )
     assert up_FH is not None and down_HF is not None  # every architecture names them
     if carved.ffn.is_polished:
         up_FH = carved.ffn.up_FH.to(up_FH)
         gate_FH = None if carved.ffn.gate_FH is None else carved.ffn.gate_FH.to(up_FH)
     down_HG = carved.down_HG.to(down_HF)
-    shared_S, experts_NM = carved.partition.shared_S, carved.partition.experts_NM
     inputs = {"gate_proj.weight": gate_FH, "up_proj.weight": up_FH, "up_proj.bias": up_bias_F}
-    if len(shared_S):
+    if len(parts.shared_S):
         for name, rows_F in inputs.items():
             if rows_F is not None:
-                tensors[f"mlp.shared_expert.{name}"] = rows_F[shared_S]
-        tensors["mlp.shared_expert.down_proj.weight"] = down_HG[:, shared_S]
-    tensors |= packed(experts_NM, gate_FH, up_FH, down_HG)
+                tensors[f"mlp.shared_expert.{name}"] = rows_F[parts.shared_S]
+        tensors["mlp.shared_expert.down_proj.weight"] = down_HG[:, parts.shared_S]
+    tensors |= packed(parts.experts_NM, gate_FH, up_FH, down_HG)
     if up_bias_F is not None:
-        tensors["mlp.experts.up_proj_bias"] = up_bias_F[experts_NM]
+        tensors["mlp.experts.up_proj_bias"] = up_bias_F[parts.experts_NM]
     if down_bias_H is not None:
         tensors["mlp.down_bias"] = down_HG[:, -1]
     for name, weight in carved.router.items():
         dtype = torch.float32 if name == "balance_bias" else up_FH.dtype
         tensors[f"mlp.gate.{name}"] = weight.to(dtype)
-    tensors["mlp.gate.scale"] = torch.zeros(len(experts_NM), dtype=up_FH.dtype)
+    tensors["mlp.gate.scale"] = torch.zeros(len(parts.experts_NM), dtype=up_FH.dtype)
     return {arch.carved_layer(index) + name: tensor for name, tensor in tensors.items()}
 
 

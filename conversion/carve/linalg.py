@@ -12,10 +12,8 @@ from ..errors import CMoEError
 def solve_shifted(gram_XX: torch.Tensor, right_XH: torch.Tensor, shift: float) -> torch.Tensor:
     """Return (G + shift I)^-1 R by Cholesky, from the lower triangle of G.
 
-    Allocates one more matrix of the size of G; the diagonal of G is changed meanwhile.
-
-    Raises:
-        CMoEError: The matrix is not positive definite.
+    Allocates one more matrix of the size of G; the diagonal of G is changed meanwhile. Raises
+    `CMoEError` if the matrix is not positive definite.
     """
     diagonal_X = gram_XX.diagonal().clone()
     try:

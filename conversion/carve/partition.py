@@ -44,10 +44,9 @@ def partition_by_marks(
 ) -> Partition:
     """Divide the neurons by their marks (section 4.2).
 
-    The shared neurons are those of the highest scores, in the paper the activation rates
-    (eq. 16). The others are clustered by balanced k-means over their columns of the mark matrix,
-    seeded with the highest of them (eq. 17-21). Ties go to the lower index, so that the result
-    is reproducible.
+    The shared neurons are those of the highest scores, in the paper the activation rates (eq. 16).
+    The others are clustered by balanced k-means over their columns of the mark matrix, seeded with
+    the highest of them (eq. 17-21). Ties go to the lower index: the result is reproducible.
     """
     order_F, shared_S, routed_R = split_by_score(score_F, shared)
     columns_TR = mark_matrix(marks_TK, len(score_F))[:, routed_R.numpy()]
@@ -67,12 +66,10 @@ def partition_by_marks(
     nearest_RN = distances(columns_TR, centroids_TN, metric)
     member_distance_NM = nearest_RN[members_NM, np.arange(experts)[:, None]]
     chosen_N = members_NM[np.arange(experts), member_distance_NM.argmin(axis=1)]
-    return Partition(
-        shared_S=shared_S,
-        experts_NM=routed_R[torch.from_numpy(members_NM)],
-        representatives_N=routed_R[torch.from_numpy(chosen_N)],
-        iterations=iterations,
+    experts_NM, representatives_N = (
+        routed_R[torch.from_numpy(ids)] for ids in (members_NM, chosen_N)
     )
+    return Partition(shared_S, experts_NM, representatives_N, iterations)
 
 
 def partition_by_contributions(
@@ -85,13 +82,12 @@ def partition_by_contributions(
     always_on: int = 0,
     max_iterations: int = 8,
 ) -> Partition:
-    """Divide the neurons by what they add to the output, |h_j| * ||w_down,j||.
+    """Divide the neurons by their contributions to the output, |h_j| * ||w_down,j||.
 
     The shared neurons are those of the highest scores; the next ones make the first `always_on`
-    experts. The others are clustered by balanced k-means over their centred contributions, not
-    normalised: neurons that are active together share an expert, and so do neurons of large
-    contributions, which lets the router leave out experts of small ones. It starts from the order
-    of the scores.
+    experts. The others are clustered by balanced k-means over their centred contributions, from
+    the order of the scores. These are not normalised: neurons that are active together share an
+    expert, and so do large ones, which lets the router leave out experts of small ones.
     """
     neurons = (len(score_F) - shared) // experts
     clustered = experts - always_on
@@ -114,14 +110,10 @@ def partition_by_contributions(
         label_R = assign_scaled(cost_RN, least)
         stable = torch.equal(label_R, previous_R)
         iterations += 1
-    shared_S, first_R = order_F[:shared], order_F[shared : len(best_S)]
-    experts_NM = torch.cat(
-        [
-            first_R.view(always_on, neurons).sort(dim=1).values,
-            routed_R[label_R.argsort(stable=True).view(clustered, neurons)],
-        ]
-    )
-    return Partition(shared_S.sort().values, experts_NM, None, iterations, always_on)
+    always_PM = order_F[shared : len(best_S)].view(always_on, neurons).sort(dim=1).values
+    members_NM = routed_R[label_R.argsort(stable=True).view(clustered, neurons)]
+    experts_NM, shared_S = torch.cat([always_PM, members_NM]), order_F[:shared].sort().values
+    return Partition(shared_S, experts_NM, None, iterations, always_on)
 
 
 def centred_contributions(

@@ -148,12 +148,12 @@ def carve_next(
     """Carve layer `index` and advance the streams; return the tensors to store, and figures."""
     clock, cosine = Stopwatch(), recipe.cosine_profile
     ffn = load_ffn(source, index, config, attention, clock)
-    profile_layer(ffn, attention, streams.carved_WLH, profile, cosine=cosine, clock=clock)
-    if not profile.is_finite:
+    hidden_WLH = streams.carved_WLH
+    if not profile_layer(ffn, attention, hidden_WLH, profile, cosine=cosine, clock=clock):
         raise overflowed(index)
     samples = refit_samples(ffn, profile, attention, streams, recipe, clock)
     carved = carve_layer(ffn, profile, samples, config, recipe, clock)
-    streams.carved_WLH.flatten(0, 1).add_(carved.y_TH)
+    hidden_WLH.flatten(0, 1).add_(carved.y_TH)
     with clock("dense_down_sample"):
         sample_TH = ffn.output(profile.h_TF[:BATCH_TOKENS])
     figures = layer_figures(carved, profile, sample_TH)
@@ -184,14 +184,17 @@ def carve_model(
     whatever the precision of the checkpoint, which the stored tensors keep. Iterate under
     `torch.no_grad()`: as a decorator here it would keep each layer alive until the next is done.
 
-    Raises:
-        CMoEError: The weights or the activations are not finite.
+    Raises `CMoEError` if activations are not finite.
     """
     tokens = streams.tokens
     attention = AttentionHalf(source.architecture, source.config, streams.length, storage.device)
-    kept = min(tokens, PROFILED_TOKENS) if recipe.makes_activations_again else tokens
-    sizes = (config.hidden_size, config.intermediate_size, k_act)
-    profile = Profile.empty(tokens, kept, *sizes, storage.empty)
+    kept = tokens if recipe.routed_by == "oracle" else min(tokens, PROFILED_TOKENS)
+    # Reused by all layers: the largest thing in memory, and new pages cost time.
+    profile = Profile(
+        x_TH=storage.empty("inputs", tokens, config.hidden_size),
+        h_TF=storage.empty("hidden", kept, config.intermediate_size),
+        marks_TK=torch.empty(tokens, k_act, dtype=torch.int64),
+    )
     for index in range(first, config.num_hidden_layers):
         if index in (config.dense_layers or ()):
             yield index, *keep_dense(source, index, streams, attention, config)

@@ -18,7 +18,6 @@ import torch
 from .decoder import BATCH_TOKENS
 from .layer import FFN
 from .partition import Partition
-from .profile import activations
 from .refit import Running, Samples
 
 
@@ -79,16 +78,17 @@ def polish(
         seed: Of the order of the tokens.
     """
     # Not under `torch.autocast` with its cache of weights: products would not see the steps.
-    trained, schedule = Trained(ffn, down_HG, parts, run_TN), schedule or Schedule()
-    held_out, tokens = samples.num_held_out, len(run_TN) - samples.num_held_out
-    unseen = run_TN[tokens:], samples.take(slice(tokens, None))
+    schedule, running = schedule or Schedule(), Running.of(parts, run_TN)
+    trained, tokens = Trained(ffn, down_HG, running), len(run_TN) - samples.num_held_out
+    held_out = run_TN[tokens:], samples.take(slice(tokens, None))
     weighted_TH = samples.target_TH[:tokens] * samples.weight_T[:tokens, None]
     unit = weighted_TH.square().mean().clamp_min(1e-30)
-    errors, best, waited = [trained.error(*unseen)], trained.copies(), 0
+    del weighted_TH
+    errors, best, waited = [trained.error(*held_out)], trained.result(), 0
     optimiser = trained.optimiser()
     steps, step = schedule.epochs * math.ceil(tokens / schedule.batch), 0
     order = torch.Generator().manual_seed(seed)
-    while len(errors) <= schedule.epochs and (not held_out or waited < schedule.patience):
+    while len(errors) <= schedule.epochs and waited < schedule.patience:
         for chosen_B in torch.randperm(tokens, generator=order).split(schedule.batch):
             for group in optimiser.param_groups:
                 group["lr"] = schedule.rate_at(step, steps) * group["size"]
@@ -99,55 +99,42 @@ def polish(
             optimiser.step()
             optimiser.zero_grad()
             step += 1
-        errors.append(trained.error(*unseen))
-        waited = 0 if errors[-1] <= min(errors) else waited + 1
-        if not held_out or not waited:
-            best = trained.copies()
-    return Polished(*trained.in_place(best), errors)
+        errors.append(trained.error(*held_out))
+        waited = waited + 1 if errors[-1] > min(errors) else 0  # without held-out tokens always 0
+        if not waited:
+            best = trained.result()
+    return Polished(*best, errors)
 
 
 class Trained:
-    """The neurons that run for some token, in the order of their experts, as parameters."""
+    """The neurons that run for some token, as parameters."""
 
-    def __init__(
-        self, ffn: FFN, down_HG: torch.Tensor, parts: Partition, run_TN: torch.Tensor
-    ) -> None:
-        self.ffn, self.down_HG = ffn, down_HG
-        self.running = Running.of(parts, run_TN)
-        self.ids_R = self.running.neurons_R
-        rows = {"up": ffn.up_FH, "down": down_HG.T, "gate": ffn.gate_FH}
-        self.rows = {
-            name: row[self.ids_R].detach().clone().requires_grad_()
-            for name, row in rows.items()
-            if row is not None
-        }
-        self.up_bias_R = None if ffn.up_bias_F is None else ffn.up_bias_F[self.ids_R]
+    def __init__(self, ffn: FFN, down_HG: torch.Tensor, running: Running) -> None:
+        self.ffn, self.down_HG, self.running = ffn, down_HG, running
+        ids_R = running.neurons_R
+        self.part = replace(
+            ffn,
+            gate_FH=None if ffn.gate_FH is None else ffn.gate_FH[ids_R].requires_grad_(),
+            up_FH=ffn.up_FH[ids_R].requires_grad_(),
+            up_bias_F=None if ffn.up_bias_F is None else ffn.up_bias_F[ids_R],
+        )
+        self.down_RH = down_HG.T[ids_R].requires_grad_()
 
     def optimiser(self) -> torch.optim.Adam:
         """Create Adam, with the root mean square of each matrix as the `size` of its group."""
+        weights = (self.part.gate_FH, self.part.up_FH, self.down_RH)
         groups = [
-            {"params": [row], "size": max(row.detach().square().mean().sqrt().item(), 1e-30)}
-            for row in self.rows.values()
+            {"params": [w], "size": max(w.detach().square().mean().sqrt().item(), 1e-30)}
+            for w in weights
+            if w is not None
         ]
         return torch.optim.Adam(groups, betas=(0.9, 0.95))
 
-    def output(self, x_BH: torch.Tensor, run_BN: torch.Tensor) -> torch.Tensor:
-        """Return the output of the sparse FFN, (B, H).
-
-        All trained neurons are computed and the idle ones set to zero: whole products are faster
-        than one small one for each of many experts, and their gradients are the same.
-        """
-        up_BR = x_BH @ self.rows["up"].T
-        if self.up_bias_R is not None:
-            up_BR = up_BR + self.up_bias_R
-        gate_BR = x_BH @ self.rows["gate"].T if "gate" in self.rows else None
-        h_BR = activations(gate_BR, up_BR, self.ffn.act)
-        y_BH = self.running.mask_idle(h_BR, run_BN) @ self.rows["down"]
-        return y_BH + self.down_HG[:, -1] if self.ffn.is_biased else y_BH
-
     def missing(self, run_BN: torch.Tensor, samples: Samples) -> torch.Tensor:
-        """Return the weighted error of the output, (B, H)."""
-        y_BH = self.output(samples.x_TH, run_BN)
+        """Return the weighted error of the sparse output, (B, H)."""
+        # One product for all experts, with zeros for idle neurons: faster than one for each.
+        y_BH = self.running.mask_idle(self.part.hidden(samples.x_TH), run_BN) @ self.down_RH
+        y_BH = y_BH + self.down_HG[:, -1] if self.ffn.is_biased else y_BH
         return (y_BH - samples.target_TH) * samples.weight_T[:, None]
 
     def error(self, run_TN: torch.Tensor, samples: Samples) -> float:
@@ -160,16 +147,13 @@ class Trained:
             target += (batch.target_TH * batch.weight_T[:, None]).square().sum().item()
         return math.sqrt(missing / max(target, 1e-30)) if len(run_TN) else math.nan
 
-    def copies(self) -> dict[str, torch.Tensor]:
-        """Return the parameters as they are now."""
-        return {name: row.detach().clone() for name, row in self.rows.items()}
-
-    def in_place(self, rows: dict[str, torch.Tensor]) -> tuple[FFN, torch.Tensor]:
-        """Return the FFN and its down projection with `rows` for the neurons that run."""
-        gate_FH, up_FH, down_HG = self.ffn.gate_FH, self.ffn.up_FH.clone(), self.down_HG.clone()
-        up_FH[self.ids_R] = self.ffn.rounded(rows["up"])
-        down_HG[:, self.ids_R] = rows["down"].T
-        if gate_FH is not None:
+    def result(self) -> tuple[FFN, torch.Tensor]:
+        """Return a copy of the FFN and of its down projection, with the parameters in place."""
+        ids_R, gate_FH = self.running.neurons_R, self.ffn.gate_FH
+        if gate_FH is not None and self.part.gate_FH is not None:
             gate_FH = gate_FH.clone()
-            gate_FH[self.ids_R] = self.ffn.rounded(rows["gate"])
+            gate_FH[ids_R] = self.ffn.rounded(self.part.gate_FH.detach())
+        up_FH, down_HG = self.ffn.up_FH.clone(), self.down_HG.clone()
+        up_FH[ids_R] = self.ffn.rounded(self.part.up_FH.detach())
+        down_HG[:, ids_R] = self.down_RH.detach().T
         return replace(self.ffn, gate_FH=gate_FH, up_FH=up_FH, is_polished=True), down_HG

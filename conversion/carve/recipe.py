@@ -16,11 +16,11 @@ class Recipe:
     """The choices in which the paper, its released code (method, section 11.1) and ours differ."""
 
     name: str = "paper"
-    """In `RECIPES`: of the recipe that it is, or that it differs from."""
+    """The recipe of `RECIPES` that it is, or that it differs from."""
     cosine_profile: bool = False
     """Mark neurons by products of cosines instead of by their true activations."""
     importance: str = "rate"
-    """What makes a neuron shared: its activation `"rate"`, or the `"energy"` of what it writes. For
+    """What makes a neuron shared: its activation `"rate"`, or the `"energy"` of its output. For
     comparisons also the `"fluctuation"` of that, as in FLAP, and the `"weight"`s alone."""
     clusters: str = "marks"
     """Cluster neurons by their `"marks"`, or by their `"contributions"` to the output."""
@@ -39,29 +39,25 @@ class Recipe:
     refit: bool = False
     """Refit the down projections under the routing."""
     refit_ridge: float = 0.003
-    """Strength of the refit's ridge, relative to a mean squared activation. It is for ten
-    calibration tokens a neuron and more; with fewer it is raised, see `refit.ridge_for`."""
+    """Strength of the refit's ridge, relative to a mean squared activation, for ten calibration
+    tokens a neuron and more; with fewer it is raised, see `refit.ridge_for`."""
     held_out_ridge: bool = False
-    """Choose the refit's ridge for each layer on held-out calibration tokens, see
-    `refit.held_out_errors`; `refit_ridge` is then not used."""
+    """Choose the refit's ridge for each layer on held-out tokens, and ignore `refit_ridge`."""
     token_weights: str = "equal"
-    """What a token's error counts in the refit: `"equal"`, or by its share of the `"residual"`
-    stream, so that a few massive tokens do not decide alone."""
+    """Weigh tokens in the refit `"equal"`, or by their error's share of the `"residual"` stream."""
     router_epochs: int = 0
     """Passes over the calibration tokens that train the linear router to rank the experts."""
     reassignments: int = 0
-    """Rounds in which neurons move from clusters of contributions to the expert for whose tokens
-    they write most, and the router is made again. Not of a MoE that is carved again."""
+    """Rounds in which neurons move to the expert for whose tokens they contribute most, and the
+    router is made again. Not for a MoE as the source."""
     polish_epochs: int = 0
-    """Passes over the calibration tokens that train the neurons of the carved layer, at most."""
+    """Passes over the calibration tokens that train the carved layer, at most."""
     error_correction: bool = False
-    """Let the refit aim at the dense model's hidden states, which also undoes what earlier layers
-    got wrong, instead of at the dense FFN's output."""
-
+    """Refit to the dense model's hidden states, which also corrects the errors of earlier layers,
+    instead of to the dense FFN's output."""
     competition: str = "parent"
-    """In a MoE that is carved again: whether the experts of one `"parent"` compete, or those of all
-    parents of a `"token"`."""
-
+    """With a MoE as the source, which experts compete: those of one `"parent"`, the expert that
+    they were carved from, or of all parents of a `"token"`."""
     always_on: int = 0
     """Active experts that run for every token: those of the most important neurons."""
     adaptive_split: bool = False
@@ -72,11 +68,7 @@ class Recipe:
 
     @classmethod
     def of(cls, recipe: "str | Recipe", **changes: Any) -> "Recipe":
-        """Return the recipe of that name, or another one, with some choices changed.
-
-        Raises:
-            RequestError: There is no such recipe or choice.
-        """
+        """Return a recipe with some choices changed. Raises `RequestError` for unknown ones."""
         if isinstance(recipe, str):
             if recipe not in RECIPES:
                 raise RequestError(
@@ -114,11 +106,6 @@ class Recipe:
         """Whether the dense model runs beside the carved one."""
         return self.refit and self.error_correction
 
-    @property
-    def makes_activations_again(self) -> bool:
-        """Whether no step needs the hidden activations of all tokens at once."""
-        return self.routed_by == "router" and (self.held_out_ridge or not self.refit)
-
     def __post_init__(self) -> None:
         """Raise `RequestError` for a choice that does not exist or contradicts another."""
         for choice in fields(self):
@@ -136,28 +123,24 @@ class Recipe:
                 )
         splits = self.always_on or self.adaptive_split
         lowest = min(self.always_on, self.router_epochs, self.reassignments, self.polish_epochs)
-        contradictions = {
-            "a representative router needs clusters of marks: change both, or neither.": (
-                self.router == "representative" and self.clusters != "marks"
-            ),
-            "a budget (experts that are always on, an adaptive split) needs clusters of "
-            "contributions: use --recipe refined, or say --shared and --active.": (
-                splits and self.clusters != "contributions"
-            ),
-            "a budget compares refitted layers: leave the refit on.": (
-                self.adaptive_split and not self.refit
-            ),
-            "polish_epochs need held-out tokens: change held_out_ridge, too.": (
-                self.polish_epochs and not self.held_out_ridge
-            ),
-            "the recipe's always_on, epochs and rounds cannot be negative.": lowest < 0,
-            "the recipe's max_iterations and ridges must be above 0.": (
-                min(self.max_iterations, self.router_ridge, self.refit_ridge) <= 0
-            ),
-        }
-        for message, is_so in contradictions.items():
-            if is_so:
-                raise RequestError(message)
+        problem = None
+        if self.router == "representative" and self.clusters != "marks":
+            problem = "a representative router needs clusters of marks: change both, or neither."
+        elif splits and self.clusters != "contributions":
+            problem = (
+                "a budget (experts that are always on, an adaptive split) needs clusters of "
+                "contributions: use --recipe refined, or say --shared and --active."
+            )
+        elif self.adaptive_split and not self.refit:
+            problem = "a budget compares refitted layers: leave the refit on."
+        elif self.polish_epochs and not self.held_out_ridge:
+            problem = "polish_epochs need held-out tokens: change held_out_ridge, too."
+        elif lowest < 0:
+            problem = "the recipe's always_on, epochs and rounds cannot be negative."
+        elif min(self.max_iterations, self.router_ridge, self.refit_ridge) <= 0:
+            problem = "the recipe's max_iterations and ridges must be above 0."
+        if problem:
+            raise RequestError(problem)
 
 
 FORMER_NAMES = {"pinned": "always_on"}

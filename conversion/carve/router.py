@@ -47,14 +47,13 @@ def representative_router(
     For an FFN without a gate, their rows and biases (N,). With `normalise`, every row is scaled to
     length 1, with its bias, as the released code does.
     """
+    scale = unit_rows if normalise else torch.Tensor.clone
     up_NH = up_FH[representatives_N]
-    if gate_FH is None:
-        assert up_bias_F is not None  # such an FFN has one
-        row_NJ = torch.cat([up_NH, up_bias_F[representatives_N, None]], dim=1)
-        row_NJ = unit_rows(row_NJ) if normalise else row_NJ
-        return {"up_weight": row_NJ[:, :-1], "up_bias": row_NJ[:, -1]}
-    rows = {"gate_weight": gate_FH[representatives_N], "up_weight": up_NH}
-    return {name: unit_rows(row) for name, row in rows.items()} if normalise else rows
+    if gate_FH is not None:
+        return {"gate_weight": scale(gate_FH[representatives_N]), "up_weight": scale(up_NH)}
+    assert up_bias_F is not None  # such an FFN has one
+    row_NJ = scale(torch.cat([up_NH, up_bias_F[representatives_N, None]], dim=1))
+    return {"up_weight": row_NJ[:, :-1], "up_bias": row_NJ[:, -1]}
 
 
 def unit_rows(row_NH: torch.Tensor) -> torch.Tensor:

@@ -26,8 +26,7 @@ DEEP, VERY_DEEP, AMPLE = 12, 24, 0.6
 class Shape:
     """How many experts there are and how many run, in the paper's notation for example `S3A3E8`.
 
-    Raises:
-        RequestError: No model could have this shape.
+    Raises `RequestError` if no model could have this shape.
     """
 
     shared: int
@@ -39,27 +38,23 @@ class Shape:
 
     def __post_init__(self) -> None:
         """Refuse an impossible shape."""
-        running = self.shared + self.active
-        if self.shared < 0 or self.active < 0 or self.experts < 1:
-            raise RequestError(
-                f"S={self.shared}, A={self.active}, E={self.experts}: shared and active cannot "
-                "be negative, and there must be at least one expert."
+        running, problem = self.shared + self.active, None
+        if min(self.shared, self.active) < 0 or self.experts < 1:
+            problem = "shared and active cannot be negative, and there must be at least one expert."
+        elif running > self.experts:
+            problem = (
+                f"{self.shared} shared + {self.active} active = {running} experts, but there are "
+                f"only {self.experts}. Lower --shared or --active, or raise --experts."
             )
-        if running > self.experts:
-            raise RequestError(
-                f"{self.notation} asks for {self.shared} shared + {self.active} active = "
-                f"{running} experts, but there are only {self.experts}. "
-                "Lower --shared or --active, or raise --experts."
+        elif running == 0:
+            problem = "it runs no neuron at all. Raise --shared or --active."
+        elif self.shared == self.experts:
+            problem = (
+                "it leaves nothing to route: with every expert shared it is the dense model. "
+                "Lower --shared."
             )
-        if running == 0:
-            raise RequestError(
-                f"{self.notation} runs no neuron at all. Raise --shared or --active."
-            )
-        if self.shared == self.experts:
-            raise RequestError(
-                f"{self.notation} leaves nothing to route: with every expert shared it is the "
-                "dense model. Lower --shared."
-            )
+        if problem:
+            raise RequestError(f"{self.notation} is impossible: {problem}")
 
     @classmethod
     def parse(cls, notation: str) -> Self:
@@ -73,8 +68,7 @@ class Shape:
     def within(cls, budget: float, shared: int | None, experts: int) -> Self:
         """Return the shape that runs a share `budget` of the neurons, half of it shared by default.
 
-        Raises:
-            RequestError: The budget is not a whole number of experts.
+        Raises `RequestError` if that is not a whole number of experts.
         """
         running = round(budget * experts) if 0 < budget < 1 else 0
         if not 0 < running < experts or abs(running - budget * experts) > 1e-6:
@@ -98,9 +92,7 @@ class Shape:
         """Choose a shape, and the layers that stay dense if `dense` is None, for a model.
 
         At most a share `budget` of all neurons of `layers` FFNs of `width` runs, half of it shared.
-
-        Raises:
-            RequestError: No shape runs so few.
+        Raises `RequestError` if no shape can do that.
         """
         if dense is None:
             dense = (0,) if layers >= DEEP else ()
@@ -139,11 +131,7 @@ def carved_config(
     dtype: str | None = None,
     dense_layers: Collection[int] = (),
 ) -> CMoEConfig:
-    """Return the configuration of the carved model.
-
-    Raises:
-        RequestError: The shape does not fit the model.
-    """
+    """Return the configuration of the carved model. Raises `RequestError` if that cannot be."""
     layers = dense.num_hidden_layers
     if wrong := [index for index in dense_layers if not 0 <= index < layers]:
         raise RequestError(f"there is no layer {wrong[0]}: the model has 0 to {layers - 1}.")

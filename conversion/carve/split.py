@@ -45,7 +45,7 @@ def best_split(
     if not has_all:
         unseen = torch.arange(tokens - num_held_out, tokens)
         samples = samples.take(torch.cat([torch.arange(seen), unseen]))
-    sampled = replace(profile, x_TH=samples.x_TH)
+    sampled = profile._replace(x_TH=samples.x_TH)
     errors: dict[int, float] = {}
     splits: dict[int, Split] = {}
     for always_on in (0, min(config.num_experts_per_tok, config.num_experts - 1)):
