@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `plan`: everything about a conversion that can be known, and refused, beforehand.
-
-Counts are of one layer: T calibration tokens, H hidden size, F dense FFN width.
-"""
+"""Plan a conversion: find out, and refuse, everything that can be known beforehand."""
 
 import shutil
 from dataclasses import dataclass, replace
@@ -63,13 +60,12 @@ class Plan:
     """Run for a token, embedding and head included."""
     activation_ratio: float
     speedup_bound: float
-    """What a sequence can be decoded faster at most: what the dense model reads for a token, over
-    what the carved one does."""
+    """Most that one sequence can be decoded faster: weights read for a token, dense over carved."""
     speedup_expected: float
-    """The same on a CPU, with what choosing experts costs there."""
+    """On a CPU, including the time to choose and call experts."""
     calibration_tokens: int
     refit_order: int | None
-    """Order of the linear system of a layer's refit: the smaller of T and F. None without one."""
+    """Order of the linear system of a layer's refit at most; None without one."""
     device: str
     activations: str
     """Where the calibration activations will be kept."""
@@ -81,7 +77,7 @@ class Plan:
     peak_memory_bytes: int
     memory_available_bytes: int
     seconds: float
-    """A guess, from a short probe of this machine's arithmetic."""
+    """A guess; the progress bar knows better after the first layer."""
     warnings: list[str]
 
 
@@ -90,7 +86,7 @@ class Prepared:
     """What a conversion needs, found and checked."""
 
     settings: Settings
-    """With what they left open decided: the commit, and where activations are kept."""
+    """With their open choices decided: the commit, and where activations are kept."""
     recipe: Recipe
     source: Source
     config: CMoEConfig
@@ -105,7 +101,7 @@ class Prepared:
 
     @property
     def read(self) -> dict[str, str | Path | None]:
-        """What is read from this machine, by what to call it."""
+        """The paths that are read, by what messages call them."""
         return {
             "the source checkpoint": self.source.folder,
             "the calibration text": text_file(self.settings.calibration),
@@ -131,19 +127,27 @@ def plan(options: ConvertOptions) -> Plan:
 def prepare_work(
     model: str | Path, output: str | Path, settings: Settings
 ) -> tuple[Prepared, WorkFolder]:
-    """What a conversion needs, and the folder that it could be written to; nothing is yet."""
+    """Prepare a conversion and the folder to write to, without writing. Raises `RequestError`."""
     work = WorkFolder(output, overwrite=settings.overwrite)
     prepared = prepare(model, settings)
     work.check(prepared.read)
-    check_disk(prepared, work)
+    folder, free = free_disk(work)
+    needed = disk_bytes(prepared) + work_bytes(prepared)
+    if free < needed:
+        raise RequestError(
+            f"the conversion needs about {needed / 1e9:.1f} GB of disk, but {folder} has "
+            f"{free / 1e9:.1f} GB free. Free some space or choose another disk."
+        )
     return prepared, work
 
 
 def prepare(
     model: str | Path, settings: Settings, kept: tuple[torch.Tensor, dict[str, Any]] | None = None
 ) -> Prepared:
-    """Find and check all that a conversion needs, cheapest first: the text, unless what
-    `calibration_windows` made of it was `kept`. Raises `RequestError`."""
+    """Find and check all that a conversion needs, cheapest first. Raises `RequestError`.
+
+    `kept` is a former result of `calibration_windows`, used instead of reading the text again.
+    """
     device = find_device(settings.device)
     trusted, recipe = settings.trust_remote_code, Recipe.of(settings.recipe)
     source = open_source(model, revision=settings.revision, trust_remote_code=trusted)
@@ -168,27 +172,31 @@ def prepare(
         device=device,
         auxiliary=files,
     )
-    place = place_of_activations(prepared)
+    place = settings.activations
+    if place == "auto":
+        most = 0.9 * psutil.virtual_memory().available
+        fits = device.type != "cpu" or memory_bytes(prepared, on_disk=False) < most
+        place = "memory" if fits else "disk"
     return replace(prepared, settings=replace(prepared.settings, activations=place))
 
 
 def carved_as(source: Source, settings: Settings) -> tuple[CMoEConfig, Shape]:
-    """Configuration and shape of what a conversion makes. Raises `RequestError`."""
-    row, dense = source.architecture, source.config
-    width = getattr(dense, row.expert_width)
+    """Return configuration and shape of the carved model. Raises `RequestError`."""
+    arch, dense = source.architecture, source.config
+    width = getattr(dense, arch.expert_width)
     shape, dense_layers = settings.shape_for(dense.num_hidden_layers, width)
     recipe, dtype = Recipe.of(settings.recipe), settings.dtype
-    config = carved_config(dense, row, shape, recipe, dtype=dtype, dense_layers=dense_layers)
+    config = carved_config(dense, arch, shape, recipe, dtype=dtype, dense_layers=dense_layers)
     return config, shape
 
 
 def calibration_windows(
     settings: Settings, source: Source, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The calibration windows (W, L) and a record of the text that names no path.
+    """Return the calibration windows (W, L) and a record of the text that names no path.
 
-    Of a text of more than `WHOLE_CHARACTERS`, or of what makes enough tokens, they are drawn from a
-    prefix: the record says so.
+    They are drawn from a prefix of a text that has more than `WHOLE_CHARACTERS`, and more than is
+    needed for enough tokens: the record says so.
     """
     length = window_length(source.config, settings.sequence_length)
     samples = settings.samples or max(1, CALIBRATION_TOKENS // length)
@@ -210,25 +218,14 @@ def calibration_windows(
     }
 
 
-def check_disk(prepared: Prepared, work: WorkFolder) -> None:
-    """Raises `RequestError` if the finished and the working files would not fit."""
-    parent, free = free_disk(work)
-    needed = disk_bytes(prepared) + work_bytes(prepared)
-    if free < needed:
-        raise RequestError(
-            f"the conversion needs about {needed / 1e9:.1f} GB of disk, but {parent} has "
-            f"{free / 1e9:.1f} GB free. Free some space or choose another disk."
-        )
-
-
 def free_disk(work: WorkFolder) -> tuple[Path, int]:
-    """The nearest existing folder above the output, and the bytes free there."""
+    """Return the nearest existing folder above the output, and the bytes free there."""
     parent = next(path for path in work.output.parents if path.exists())
     return parent, shutil.disk_usage(parent).free
 
 
 def disk_bytes(prepared: Prepared) -> int:
-    """Size of the finished repository: weights and router, tensor headers, and the small files."""
+    """Estimate the size of the finished repository."""
     source, config = prepared.source, prepared.config
     dtype = DTYPES[prepared.settings.dtype] if prepared.settings.dtype else None
     rows = 1 if config.router_type == "linear" else 2
@@ -240,59 +237,37 @@ def disk_bytes(prepared: Prepared) -> int:
 
 
 def work_bytes(prepared: Prepared) -> int:
-    """Hidden states of two layers, in carved and dense stream, and activations kept on the disk."""
-    tokens, config = prepared.windows_WL.numel(), prepared.config
-    states = 2 * tokens * config.hidden_size * 4
-    kept = tokens * (3 * config.hidden_size + config.intermediate_size) * 4
-    return 2 * states + (kept if prepared.settings.activations == "disk" else 0)
+    """Bound the working files: hidden states before two layers, and activations on the disk."""
+    config, on_disk = prepared.config, prepared.settings.activations == "disk"
+    states = 4 * config.hidden_size  # two layers, in carved and dense stream
+    kept = 3 * config.hidden_size + config.intermediate_size
+    return 4 * prepared.windows_WL.numel() * (states + kept * on_disk)
 
 
 def memory_bytes(prepared: Prepared, on_disk: bool) -> int:
-    """Peak of the working memory: a layer's weights in float32 and its most greedy step, or what is
-    outside the layers."""
+    """Bound the memory: a layer, activations kept and the greediest step, or what is outside."""
     source, config, recipe = prepared.source, prepared.config, prepared.recipe
     hidden, width = config.hidden_size, config.intermediate_size
     tokens = prepared.windows_WL.numel()
-    layer = 4 * source.layer_parameters
-    itemsize = round(source.nbytes(None) / source.parameters)
-    down = 4 * hidden * width
-    profiled = min(tokens, PROFILED_TOKENS) if recipe.makes_activations_again else tokens
-    kept = 4 * (tokens * hidden * (3 if recipe.refit else 2) + profiled * width)
-    kept = 0 if on_disk else kept
-    batch = 4 * min(tokens, BATCH_TOKENS) * (4 * width + 2 * hidden)
-    output = 4 * tokens * hidden
-    steps = {"forward": batch}
-    if recipe.clusters == "contributions":
-        sampled = min(tokens, 2 * CLUSTERING_TOKENS)
-        steps["partition"] = 2 * 4 * sampled * (width - config.shared_expert_intermediate_size)
-    if recipe.router == "linear":
-        steps["router"] = output + 8 * hidden**2
-    if recipe.held_out_ridge:
-        order = running_neurons(config)
-        held = held_out(*prepared.windows_WL.shape)
-        systems = 4 * (2 * order**2 + 2 * order * hidden + held * (order + hidden))
-        weights = 4 * 6 * 3 * order * hidden if recipe.polish_epochs else 0
-        steps["refit"] = 2 * output + batch + max(systems, weights)
-    elif recipe.refit:
-        blocks = 4 * tokens * width * config.activation_ratio
-        order = min(tokens, width)
-        solution = 2 * down if width <= tokens else output
-        rounding = down + down * itemsize // 4
-        steps["refit"] = int(
-            2 * output + blocks + down + max(8 * order**2 + solution, rounding, output)
-        )
-    steps["write"] = 2 * itemsize * source.layer_parameters + output - layer
+    profiled = tokens if recipe.routed_by == "oracle" else min(tokens, PROFILED_TOKENS)
+    kept = 0 if on_disk else tokens * 3 * hidden + profiled * width
+    batch = min(tokens, BATCH_TOKENS) * (4 * width + 2 * hidden)
+    clusters = 2 * min(tokens, 2 * CLUSTERING_TOKENS) * width
+    if recipe.refit:
+        batch += (2 * width + held_out(*prepared.windows_WL.shape)) * (width + hidden)
+        batch += 2 * tokens * hidden + 18 * width * hidden * (recipe.polish_epochs > 0)
     outside = source.parameters - config.num_hidden_layers * source.layer_parameters
-    return max(layer + kept + max(steps.values()), itemsize * outside + 3 * output)
+    outside *= round(source.nbytes(None) / source.parameters)
+    layer = source.layer_parameters + kept + max(batch, clusters)
+    return max(4 * layer, outside + 12 * tokens * hidden)
 
 
 def estimate(prepared: Prepared, work: WorkFolder) -> Plan:
-    """The plan of a conversion that nothing speaks against."""
+    """Return the plan of a conversion that can be done."""
     source, config = prepared.source, prepared.config
     tokens, width = prepared.windows_WL.numel(), config.intermediate_size
-    on_disk = prepared.settings.activations == "disk"
     resident = psutil.Process().memory_info().rss
-    peak = resident + memory_bytes(prepared, on_disk)
+    peak = resident + memory_bytes(prepared, prepared.settings.activations == "disk")
     available = resident + psutil.virtual_memory().available
     warnings = [warning] if (warning := width_warning(config)) else []
     if prepared.device.type == "cpu" and peak > available:
@@ -314,7 +289,7 @@ def estimate(prepared: Prepared, work: WorkFolder) -> Plan:
         speedup_bound=speedup(source, config),
         speedup_expected=speedup(source, config, ROUTING_SECONDS),
         calibration_tokens=tokens,
-        refit_order=min(tokens, width) if prepared.recipe.refit else None,
+        refit_order=width if prepared.recipe.refit else None,
         device=str(prepared.device),
         activations=prepared.settings.activations,
         disk_bytes=disk_bytes(prepared),
@@ -328,10 +303,7 @@ def estimate(prepared: Prepared, work: WorkFolder) -> Plan:
 
 
 def speedup(source: Source, config: CMoEConfig, routing: float = 0) -> float:
-    """How much faster one sequence can be decoded, if a layer's routing takes so many seconds.
-
-    Many small experts take longer to call than to read: then all of them are run in one product.
-    """
+    """Return how much faster one sequence is decoded if a layer's routing takes so many seconds."""
     table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     carved = active_parameters(source, config) - table
     idle = config.num_parents_per_tok * (1 - config.activation_ratio)
@@ -339,64 +311,20 @@ def speedup(source: Source, config: CMoEConfig, routing: float = 0) -> float:
     routed = config.num_hidden_layers - len(config.dense_layers or ())
     itemsize = source.nbytes(None) / source.parameters
     rate = CPU_READS / itemsize * routed
-    chosen = carved + rate * (
-        routing and routing + EXPERT_SECONDS * (config.num_experts_per_tok - 1)
-    )
-    return dense / min(chosen, dense + rate * routing)
-
-
-def place_of_activations(prepared: Prepared) -> str:
-    """`"memory"` or `"disk"`: on the disk if that was asked for or they would not fit."""
-    if prepared.settings.activations != "auto":
-        return prepared.settings.activations
-    if prepared.device.type != "cpu":
-        return "memory"
-    free = 0.9 * psutil.virtual_memory().available
-    return "disk" if memory_bytes(prepared, on_disk=False) > free else "memory"
-
-
-def running_neurons(config: CMoEConfig) -> int:
-    """Neurons of one FFN that run for some token: all, unless it is pruned."""
-    routes = config.num_experts_per_tok > 0
-    return config.intermediate_size if routes else config.shared_expert_intermediate_size
+    calls = EXPERT_SECONDS * (config.num_experts_per_tok - 1) if routing else 0
+    # Many small experts take longer to call than to read: then all are run in one product.
+    return dense / min(carved + rate * (routing + calls), dense + rate * routing)
 
 
 def seconds(prepared: Prepared) -> float:
-    """Operations of the conversion over the speed of one matrix product of its size."""
+    """Guess the time from the passes over the tokens, systems to solve and a product's speed."""
     source, config, recipe = prepared.source, prepared.config, prepared.recipe
-    hidden, width = config.hidden_size, config.intermediate_size
-    tokens = prepared.windows_WL.numel()
-    ratio = config.activation_ratio
-    matrices = source.ffn_parameters / (hidden * width)
-    attention = source.layer_parameters - source.ffn_parameters * config.num_parents
-    forward = tokens * (attention + prepared.windows_WL.shape[1] * hidden)
-    ffn = tokens * config.num_parents_per_tok * hidden * width
-    work = forward + (matrices - 1) * ffn + ratio * ffn
-    if recipe.held_out_ridge:
-        order = running_neurons(config)
-        sums = (matrices - 1 + 2 * order / width) * ffn + tokens * order**2 / 2
-        solved = order**2 * (order / 6 + hidden)
-        held = held_out(*prepared.windows_WL.shape)
-        solved += held * order * hidden
-        trials = 2 * recipe.adaptive_split  # one of them is all, if it sees all tokens
-        last = not trials or tokens - held > PROFILED_TOKENS or recipe.polish_epochs > 0
-        work += (trials * min(1, PROFILED_TOKENS / tokens) + last) * sums
-        work += (trials + last) * len(RIDGES) * solved
-        if recipe.polish_epochs:
-            work += sums + solved + 3 * recipe.polish_epochs * matrices * ffn * order / width
-    elif recipe.refit:
-        order = min(tokens, width)
-        refit = 2 * ratio * ffn + tokens * width * order / 2 + order**2 * (order / 6 + hidden)
-        work += refit
-    if recipe.refit:
-        work += (forward + matrices * ffn) if recipe.error_correction else ffn
-    if recipe.router == "linear":
-        routed = 1 - config.shared_expert_intermediate_size / width
-        chooses = config.num_experts_per_tok > 0 and source.architecture.router is None
-        rounds = 1 + recipe.reassignments * (chooses and recipe.clusters == "contributions")
-        work += rounds * min(1, PROFILED_TOKENS / tokens) * (tokens * hidden**2 + routed * ffn)
-    rows = min(tokens, 512)
-    x_TH = torch.randn(rows, hidden, device=prepared.device)
-    gate_HF = torch.randn(hidden, width, device=prepared.device)
-    best = best_seconds(lambda: x_TH @ gate_HF, prepared.device)
-    return config.num_hidden_layers * work / (rows * hidden * width) * best
+    width, tokens = config.intermediate_size, prepared.windows_WL.numel()
+    refits = recipe.refit * (1 + recipe.adaptive_split)
+    passes = 1 + 2 * refits + 3 * recipe.polish_epochs
+    systems = config.num_parents * refits * (len(RIDGES) if recipe.held_out_ridge else 1)
+    idle = (config.num_parents - config.num_parents_per_tok) * source.ffn_parameters
+    work = passes * tokens * (source.layer_parameters - idle) + systems * width**3 / 2
+    matrix = torch.ones(512, width, device=prepared.device)
+    speed = matrix.numel() * 512 / best_seconds(lambda: matrix @ matrix.T, prepared.device)
+    return config.num_hidden_layers * work / speed

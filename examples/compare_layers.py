@@ -34,7 +34,8 @@ from cmoe_hf.conversion.carve.partition import (
     split_by_score,
 )
 from cmoe_hf.conversion.carve.profile import energies
-from cmoe_hf.conversion.carve.reconstruct import reconstruct
+from cmoe_hf.conversion.carve.reconstruct import Reconstruction, reconstruct
+from cmoe_hf.conversion.carve.refit import Samples
 from cmoe_hf.conversion.carve.router import linear_router, output_energies, ranking_router
 from cmoe_hf.conversion.source.calibration import apart_windows, held_out
 from cmoe_hf.conversion.source.loading import load_model
@@ -60,8 +61,15 @@ class Layer:
 
     def error(self, parts: Partition, run_TN: torch.Tensor) -> float:
         """Of the refit on held-out tokens."""
-        found = reconstruct(self.ffn, parts, run_TN, self.x_TH, self.wanted_TH, held=self.held)
-        return found.held_out_error
+        return self.fit(parts, run_TN, self.wanted_TH).held_out_error
+
+    def fit(
+        self, parts: Partition, run_TN: torch.Tensor, target_TH: torch.Tensor
+    ) -> Reconstruction:
+        """The refit towards an output."""
+        weight_T = torch.ones(len(self.x_TH))
+        samples = Samples(self.x_TH, target_TH, weight_T, self.held)
+        return reconstruct(self.ffn, parts, run_TN, samples)
 
     def static(self, neurons: int) -> tuple[Partition, torch.Tensor]:
         """The best neurons always run; one expert of all others never does."""
@@ -103,12 +111,12 @@ class Layer:
         gram_HH = lower_gram(x_TH[:cut])
         shift = PATH_RIDGE * gram_HH.diagonal().mean().item()
         for _ in range(2):
-            found = reconstruct(self.ffn, parts, run_TN, x_TH, wanted_TH - path_TH, held=self.held)
+            found = self.fit(parts, run_TN, wanted_TH - path_TH)
             missing_TH = wanted_TH - z_TF @ found.down_HG.T
             map_HH = solve_shifted(gram_HH, x_TH[:cut].T @ missing_TH[:cut], shift)
             _, _, right_HH = torch.linalg.svd(x_TH[:cut] @ map_HH, full_matrices=False)
             path_TH = x_TH @ (map_HH @ right_HH[:rank].T @ right_HH[:rank])
-        found = reconstruct(self.ffn, parts, run_TN, x_TH, wanted_TH - path_TH, held=self.held)
+        found = self.fit(parts, run_TN, wanted_TH - path_TH)
         # Its errors are relative to the target without the path.
         held_TH, left_TH = wanted_TH[cut:], (wanted_TH - path_TH)[cut:]
         return found.held_out_error * (left_TH.norm() / held_TH.norm()).item()

@@ -62,19 +62,19 @@ def test_every_neuron_is_in_exactly_one_place(shape, seed, metric, iterations):
 @given(shapes(), st.integers(0, 99), st.data())
 def test_clusters_of_contributions_lose_no_neuron_either(shape, seed, data):
     width, shared, experts, neurons = shape
-    pinned = data.draw(st.integers(0, experts - 1))
+    always_on = data.draw(st.integers(0, experts - 1))
     generator = torch.Generator().manual_seed(seed)
     h_TF, down_HF = torch.randn(40, width, generator=generator), torch.rand(5, width)
     score_F = energies(h_TF, down_HF)
     parts = partition_by_contributions(
-        h_TF, down_HF, score_F, shared=shared, experts=experts, pinned=pinned
+        h_TF, down_HF, score_F, shared=shared, experts=experts, always_on=always_on
     )
     placed = torch.cat([parts.shared_S, parts.experts_NM.flatten()])
     assert sorted(placed.tolist()) == list(range(width))
     assert parts.experts_NM.shape == (experts, neurons)
-    assert parts.pinned == pinned
-    # Shared before pinned before the experts that are left to the router.
-    places = [parts.shared_S, parts.experts_NM[:pinned], parts.experts_NM[pinned:]]
+    assert parts.always_on == always_on
+    # Shared before always on before the experts that are left to the router.
+    places = [parts.shared_S, parts.experts_NM[:always_on], parts.experts_NM[always_on:]]
     scores = [score_F[ids.flatten()] for ids in places if ids.numel()]
     assert all(more.min() >= less.max() for more, less in itertools.pairwise(scores))
 
@@ -181,7 +181,7 @@ def test_reassigned_neurons_are_balanced_and_never_with_less_of_what_they_write(
     torch.manual_seed(0)
     h_TF, down_HF = torch.randn(300, 44), torch.randn(7, 44)
     parts = partition_by_contributions(
-        h_TF, down_HF, torch.rand(44), shared=4, experts=10, pinned=2
+        h_TF, down_HF, torch.rand(44), shared=4, experts=10, always_on=2
     )
     run_TN = torch.rand(300, 10) < torch.linspace(0.1, 0.9, 10)
     moved = reassigned(parts, h_TF, down_HF, run_TN)

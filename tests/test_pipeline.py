@@ -55,30 +55,29 @@ def test_all_active_equals_dense_in_every_family_and_precision(
         )
 
 
-def test_pinned_experts_change_nothing_where_all_are_active(embedded, carve, token_ids):
-    carved = load(carve(embedded, (1, 7, 8), recipe=Recipe.of("refined", pinned=4)))
+def test_experts_always_on_change_nothing_where_all_are_active(embedded, carve, token_ids):
+    carved = load(carve(embedded, (1, 7, 8), recipe=Recipe.of("refined", always_on=4)))
     with torch.no_grad():
         assert (carved(token_ids).logits - load(embedded)(token_ids).logits).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("pinned", [1, 2])
-def test_pinned_experts_run_for_every_token(embedded, carve, token_ids, pinned):
+@pytest.mark.parametrize("always_on", [1, 2])
+def test_experts_always_on_run_for_every_token(embedded, carve, token_ids, always_on):
     """They are shared experts in all but name: the same model as with a larger shared expert."""
     # Without the refit: its roundings to bfloat16 differ, and so do the next layer's clusters.
-    folder = carve(embedded, (1, 2, 8), recipe=Recipe.of("refined", refit=False, pinned=pinned))
-    larger = load(
-        carve(embedded, (1 + pinned, 2 - pinned, 8), recipe=Recipe.of("refined", refit=False))
-    )
+    plain = Recipe.of("refined", refit=False)
+    folder = carve(embedded, (1, 2, 8), recipe=Recipe.of(plain, always_on=always_on))
+    larger = load(carve(embedded, (1 + always_on, 2 - always_on, 8), recipe=plain))
     model = load(folder)
     for layer in json.loads((folder / "conversion.json").read_text())["layers"]:
-        assert layer["pinned_experts"] == pinned
-        assert layer["expert_loads"][:pinned] == [1.0] * pinned
+        assert layer["pinned_experts"] == always_on
+        assert layer["expert_loads"][:always_on] == [1.0] * always_on
     with torch.no_grad():
         difference = model(token_ids).logits - larger(token_ids).logits
     assert difference.abs().max() < 1e-4
-    assert model.config.always_on_experts == [[*range(pinned)]] * 4
+    assert model.config.always_on_experts == [[*range(always_on)]] * 4
     stored = model.model.layers[0].mlp.gate.balance_bias
-    assert (stored != 0).tolist() == [True] * pinned + [False] * (7 - pinned)
+    assert (stored != 0).tolist() == [True] * always_on + [False] * (7 - always_on)
 
 
 @pytest.mark.parametrize("enough", [True, False])
@@ -95,7 +94,7 @@ def test_what_a_split_was_tried_with_is_what_that_split_alone_gives(
     convert(embedded, tmp_path / "a", recipe=adaptive, **settings)
     report = json.loads((tmp_path / "a" / "conversion.json").read_text())
     chosen = report["layers"][0]["pinned_experts"]
-    fixed = {"pinned": chosen} | ({"max_iterations": 1} if chosen else {})
+    fixed = {"always_on": chosen} | ({"max_iterations": 1} if chosen else {})
     convert(embedded, tmp_path / "b", recipe=Recipe.of("refined", **fixed), **settings)
     first, second = tensors(tmp_path / "a"), tensors(tmp_path / "b")
     names = [name for name in first if name.startswith("model.layers.0.")]

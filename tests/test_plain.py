@@ -23,9 +23,7 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXMLP
 
 from cmoe_hf import CMoEGPTNeoXConfig, CMoEGPTNeoXForCausalLM
 from cmoe_hf.conversion import benchmark, evaluate
-from cmoe_hf.conversion.carve.partition import Partition
 from cmoe_hf.conversion.carve.profile import cosines
-from cmoe_hf.conversion.carve.refit import active_blocks, down_projected, refit_down
 from cmoe_hf.conversion.carve.router import representative_router
 from cmoe_hf.conversion.measure.roofline import Work, ffn_work
 from cmoe_hf.modeling_cmoe import CMoERouter
@@ -89,25 +87,6 @@ def test_a_bias_is_one_more_input_that_is_always_one():
         )
         torch.testing.assert_close(router["up_weight"], rows[chosen_N, :5])
         torch.testing.assert_close(router["up_bias"], rows[chosen_N, 5])
-
-
-def test_the_output_bias_is_refitted_with_the_weights():
-    """Least squares with a column of ones, the ridge as further rows."""
-    torch.manual_seed(0)
-    h_TF, down_HG, wanted_TH = torch.randn(60, 12), torch.randn(5, 13), torch.randn(60, 5) + 3
-    parts = Partition(torch.arange(4), torch.arange(4, 12).view(2, 4), None, 0)
-    run_TN = torch.rand(60, 2) < 0.5
-    blocks = active_blocks(h_TF, parts, run_TN, biased=True)
-    z_TG = torch.cat(
-        [h_TF[:, :4], h_TF[:, 4:] * run_TN.repeat_interleave(4, dim=1), torch.ones(60, 1)], dim=1
-    )
-    torch.testing.assert_close(down_projected(blocks, down_HG, 60), z_TG @ down_HG.T)
-    ridge = 0.1 * z_TG.square().sum(dim=0).mean()
-    rows = torch.cat([z_TG, ridge.sqrt() * torch.eye(13)]).double()
-    wanted = torch.cat([wanted_TH, ridge.sqrt() * down_HG.T]).double()
-    expected = torch.linalg.lstsq(rows, wanted, driver="gelsd").solution.T.float()
-    got = refit_down(blocks, wanted_TH, down_HG, ridge=0.1)
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("head", ["embed_out.weight", "lm_head.weight"])

@@ -7,13 +7,14 @@ from torch.nn.functional import silu
 
 from cmoe_hf.conversion.carve.layer import FFN
 from cmoe_hf.conversion.carve.partition import Partition
-from cmoe_hf.conversion.carve.polish import Schedule, Trained, polish, rate_at
+from cmoe_hf.conversion.carve.polish import Schedule, polish
+from cmoe_hf.conversion.carve.refit import Samples, sparse_output
 
 TOKENS, HIDDEN, NEURONS = 600, 6, 4
 
 
 def carved(*, gated=True, biased=False, shared=4, experts=4, keep=0.5, seed=0):
-    """A dense FFN, its down projection with bias, a partition, a routing, inputs and outputs."""
+    """A dense FFN, its down projection with bias, a partition, a routing and samples."""
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape):
@@ -34,7 +35,8 @@ def carved(*, gated=True, biased=False, shared=4, experts=4, keep=0.5, seed=0):
     run_TN = torch.rand(TOKENS, experts, generator=generator) < keep
     run_TN[:, -1] = False
     x_TH = rand(TOKENS, HIDDEN)
-    return ffn, ffn.down_with_bias, parts, run_TN, x_TH, ffn.output(ffn.hidden(x_TH))
+    samples = Samples(x_TH, ffn.output(ffn.hidden(x_TH)), torch.ones(TOKENS), num_held_out=100)
+    return ffn, ffn.down_with_bias, parts, run_TN, samples
 
 
 def slow_output(ffn, down_HG, parts, run_TN, x_TH):
@@ -58,84 +60,69 @@ def slow_output(ffn, down_HG, parts, run_TN, x_TH):
 
 @pytest.mark.parametrize("shared", [0, 4])
 @pytest.mark.parametrize(("gated", "biased"), [(True, False), (False, True), (True, True)])
-def test_its_forward_is_that_of_the_sparse_ffn(gated, biased, shared):
-    ffn, down_HG, parts, run_TN, x_TH, _ = carved(gated=gated, biased=biased, shared=shared)
-    trained = Trained(ffn, down_HG, parts, run_TN)
-    got = trained.output(x_TH[:50], run_TN[:50])
-    expected = slow_output(ffn, down_HG, parts, run_TN[:50], x_TH[:50])
-    torch.testing.assert_close(got.detach(), expected, atol=1e-4, rtol=1e-4)
+def test_the_sparse_output_is_that_of_the_running_neurons(gated, biased, shared):
+    ffn, down_HG, parts, run_TN, samples = carved(gated=gated, biased=biased, shared=shared)
+    x_TH, run_TN = samples.x_TH[:50], run_TN[:50]
+    expected = slow_output(ffn, down_HG, parts, run_TN, x_TH)
+    for h_TF in (None, ffn.hidden(x_TH)):
+        got = sparse_output(ffn, down_HG, parts, run_TN, x_TH, h_TF)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("gated", "biased"), [(True, False), (False, True)])
 @pytest.mark.parametrize("keep", [0.0, 0.5])
 def test_it_lowers_the_error_on_tokens_it_has_not_seen(gated, biased, keep):
-    ffn, down_HG, parts, run_TN, x_TH, wanted_TH = carved(gated=gated, biased=biased, keep=keep)
-    result = polish(
-        ffn, down_HG, parts, run_TN, x_TH, wanted_TH, held=100,
-        schedule=Schedule(epochs=10, batch=50, rate=0.02),
-    )  # fmt: skip
+    ffn, down_HG, parts, run_TN, samples = carved(gated=gated, biased=biased, keep=keep)
+    schedule = Schedule(epochs=10, batch=50, rate=0.02)
+    result = polish(ffn, down_HG, parts, run_TN, samples, schedule=schedule)
     assert min(result.errors) < 0.9 * result.errors[0]
-    better = FFN(
-        result.gate_FH, result.up_FH, ffn.down_HF, silu, torch.float32,
-        ffn.up_bias_F, ffn.down_bias_H,
-    )  # fmt: skip
-    held = slice(TOKENS - 100, None)
-    y_TH = slow_output(better, result.down_HG, parts, run_TN[held], x_TH[held])
-    error = (y_TH - wanted_TH[held]).norm() / wanted_TH[held].norm()
+    x_TH, target_TH = samples.x_TH[-100:], samples.target_TH[-100:]
+    y_TH = slow_output(result.ffn, result.down_HG, parts, run_TN[-100:], x_TH)
+    error = (y_TH - target_TH).norm() / target_TH.norm()
     assert error.item() == pytest.approx(min(result.errors), rel=1e-3)
 
 
-def test_experts_that_never_run_keep_their_weights():
-    ffn, down_HG, parts, run_TN, x_TH, wanted_TH = carved()
-    result = polish(ffn, down_HG, parts, run_TN, x_TH, wanted_TH, held=100)
-    idle_M = parts.experts_NM[-1]
-    assert torch.equal(result.up_FH[idle_M], ffn.up_FH[idle_M])
-    assert torch.equal(result.gate_FH[idle_M], ffn.gate_FH[idle_M])
-    assert torch.equal(result.down_HG[:, idle_M], down_HG[:, idle_M])
-    assert not torch.equal(result.up_FH, ffn.up_FH)
-
-
-def test_it_changes_nothing_that_it_was_given():
-    ffn, down_HG, parts, run_TN, x_TH, wanted_TH = carved()
-    before = [t.clone() for t in (ffn.gate_FH, ffn.up_FH, down_HG, x_TH, wanted_TH)]
-    polish(ffn, down_HG, parts, run_TN, x_TH, wanted_TH, held=100)
-    for old, new in zip(before, (ffn.gate_FH, ffn.up_FH, down_HG, x_TH, wanted_TH), strict=True):
-        assert torch.equal(old, new)
-
-
-def test_the_same_input_gives_the_same_bytes():
-    first, second = (polish(*carved(), held=100, schedule=Schedule(epochs=3)) for _ in range(2))
-    assert torch.equal(first.up_FH, second.up_FH)
-    assert torch.equal(first.down_HG, second.down_HG)
+def test_it_repeats_itself_and_changes_only_copies_of_what_runs():
+    given = carved()
+    ffn, down_HG, parts, _, samples = given
+    first, second = (polish(*given, schedule=Schedule(epochs=3)) for _ in range(2))
     assert first.errors == second.errors
+    for name in ("gate_FH", "up_FH"):
+        assert torch.equal(getattr(first.ffn, name), getattr(second.ffn, name))
+    assert torch.equal(first.down_HG, second.down_HG)
+    ffn_again, down_again, _, _, samples_again = carved()
+    assert torch.equal(ffn.gate_FH, ffn_again.gate_FH) and torch.equal(ffn.up_FH, ffn_again.up_FH)
+    assert torch.equal(down_HG, down_again)
+    assert torch.equal(samples.target_TH, samples_again.target_TH)
+    idle_M = parts.experts_NM[-1]
+    assert torch.equal(first.ffn.up_FH[idle_M], ffn.up_FH[idle_M])
+    assert torch.equal(first.ffn.gate_FH[idle_M], ffn.gate_FH[idle_M])
+    assert torch.equal(first.down_HG[:, idle_M], down_HG[:, idle_M])
+    assert not torch.equal(first.ffn.up_FH, ffn.up_FH)
 
 
 def test_where_nothing_is_missing_it_stops_and_keeps_the_weights():
-    ffn, down_HG, parts, _, x_TH, wanted_TH = carved()
-    run_TN = torch.ones(TOKENS, 4, dtype=torch.bool)
-    result = polish(
-        ffn, down_HG, parts, run_TN, x_TH, wanted_TH, held=100, schedule=Schedule(epochs=9)
-    )
+    ffn, down_HG, parts, run_TN, samples = carved()
+    run_TN = torch.ones_like(run_TN)
+    result = polish(ffn, down_HG, parts, run_TN, samples, schedule=Schedule(epochs=9))
     assert torch.equal(result.down_HG, down_HG)
     assert len(result.errors) == 2  # before, and one epoch of patience
 
 
 def test_a_token_of_no_weight_is_not_learnt():
-    ffn, down_HG, parts, run_TN, x_TH, wanted_TH = carved()
-    weight_T = torch.ones(TOKENS)
-    weight_T[:50] = 0
-    spoilt_TH = wanted_TH.clone()
+    *layer, samples = carved()
+    samples.weight_T[:50] = 0
+    spoilt_TH = samples.target_TH.clone()
     spoilt_TH[:50] = 1e4
     clean, spoilt = (
-        polish(ffn, down_HG, parts, run_TN, x_TH, y_TH, held=100, weight_T=weight_T)
-        for y_TH in (wanted_TH, spoilt_TH)
+        polish(*layer, samples._replace(target_TH=y_TH)) for y_TH in (samples.target_TH, spoilt_TH)
     )
     assert torch.equal(clean.down_HG, spoilt.down_HG)
 
 
 def test_the_rate_rises_and_falls_to_zero():
     schedule = Schedule(rate=1.0, warm_up=0.1)
-    rates = [rate_at(step, 100, schedule) for step in range(100)]
+    rates = [schedule.rate_at(step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == 1.0 and rates.index(1.0) in (9, 10)
     assert rates[-1] < 0.001

@@ -1,208 +1,183 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The refit against the least-squares problem it claims to solve."""
+"""The refit against the least-squares problem it claims to solve, and the choice of its ridge."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_polish import carved, slow_output
 
 from cmoe_hf.conversion import CMoEError
+from cmoe_hf.conversion.carve import refit
+from cmoe_hf.conversion.carve.layer import FFN
 from cmoe_hf.conversion.carve.linalg import solve_shifted
 from cmoe_hf.conversion.carve.partition import Partition
-from cmoe_hf.conversion.carve.refit import (
-    Batch,
-    NormalEquations,
-    Running,
-    active_blocks,
-    down_projected,
-    held_out_errors,
-    refit_down,
-    refitted,
-    token_weights,
-)
+from cmoe_hf.conversion.carve.polish import Schedule
+from cmoe_hf.conversion.carve.reconstruct import reconstruct
+from cmoe_hf.conversion.carve.refit import RIDGES, Samples, token_weights
 
 
-def problem(tokens, shape, hidden, seed, keep=0.6):
-    """Blocks, the same activations with their zeros, a projection, and wanted outputs."""
+def linear(down_HF, bias_H=None):
+    """An FFN whose hidden activations are its inputs."""
+    eye_FF = torch.eye(down_HF.shape[1])
+    return FFN(None, eye_FF, down_HF, lambda x: x, torch.float32, None, bias_H)
+
+
+def problem(tokens, shape, hidden, seed=0, *, keep=0.6, biased=False):
+    """A carved linear FFN, its routing, inputs and random targets and weights."""
     shared, experts, neurons = shape
     generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=generator)
+
     width = (shared + experts) * neurons
-    h_TF = torch.randn(tokens, width, generator=generator)
     order_F = torch.randperm(width, generator=generator)
-    shared_S, routed_R = order_F[: shared * neurons], order_F[shared * neurons :]
+    shared_S, routed_R = order_F.tensor_split([shared * neurons])
     parts = Partition(shared_S, routed_R.view(experts, neurons), None, 0)
     run_TN = torch.rand(tokens, experts, generator=generator) < keep
-    mask_TF = torch.zeros(tokens, width)
-    mask_TF[:, shared_S] = 1
+    samples = Samples(rand(tokens, width), rand(tokens, hidden), rand(tokens).abs() + 0.5)
+    ffn = linear(rand(hidden, width), rand(hidden) if biased else None)
+    return ffn, parts, run_TN, samples
+
+
+def masked(ffn, parts, run_TN, x_TH):
+    """Z: activations with the zeros of idle experts, and a column of ones for a bias."""
+    mask_TF = torch.zeros(len(x_TH), ffn.width)
+    mask_TF[:, parts.shared_S] = 1
     for expert, ids_M in enumerate(parts.experts_NM):
         mask_TF[:, ids_M] = run_TN[:, expert, None].float()
-    down_HF = torch.randn(hidden, width, generator=generator)
-    wanted_TH = torch.randn(tokens, hidden, generator=generator)
-    return active_blocks(h_TF, parts, run_TN), h_TF * mask_TF, down_HF, wanted_TH
+    z_TF = ffn.hidden(x_TH) * mask_TF
+    return torch.cat([z_TF, torch.ones(len(x_TH), 1)], dim=1) if ffn.is_biased else z_TF
+
+
+def regression(ffn, parts, run_TN, samples, ridge):
+    """The weights by ordinary least squares in float64, with the ridge as further rows."""
+    weight_T1 = samples.weight_T[:, None]
+    z_TG = (masked(ffn, parts, run_TN, samples.x_TH) * weight_T1).double()
+    root = (ridge * z_TG.square().sum(dim=0).mean()).sqrt()
+    rows = torch.cat([z_TG, root * torch.eye(z_TG.shape[1])])
+    targets = torch.cat([samples.target_TH * weight_T1, root * ffn.down_with_bias.T])
+    return torch.linalg.lstsq(rows, targets.double(), driver="gelsd").solution.T.float()
 
 
 shapes = st.tuples(st.integers(0, 2), st.integers(1, 4), st.integers(1, 5))
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 60), shapes, st.integers(1, 6), st.integers(0, 99))
-def test_it_is_the_ridge_regression_that_stays_near_the_dense_weights(tokens, shape, hidden, seed):
-    blocks, z_TF, down_HF, wanted_TH = problem(tokens, shape, hidden, seed)
-    width = z_TF.shape[1]
-    ridge = 0.1 * z_TF.square().sum(dim=0).mean().item()
-    # Ordinary least squares with the ridge as further rows.
-    rows = torch.cat([z_TF, ridge**0.5 * torch.eye(width)]).double()
-    wanted = torch.cat([wanted_TH, ridge**0.5 * down_HF.T]).double()
-    expected = torch.linalg.lstsq(rows, wanted, driver="gelsd").solution.T.float()
-    if ridge == 0:
-        expected = down_HF
-    got = refit_down(blocks, wanted_TH, down_HF, ridge=0.1)
-    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
-
-
+@pytest.mark.parametrize("biased", [False, True])
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 40), shapes, st.floats(0, 1), st.integers(0, 99))
-def test_the_sparse_output_is_that_of_the_masked_activations(tokens, shape, keep, seed):
-    blocks, z_TF, down_HF, _ = problem(tokens, shape, 5, seed, keep)
-    got = down_projected(blocks, down_HF, tokens)
-    torch.testing.assert_close(got, z_TF @ down_HF.T, atol=1e-4, rtol=1e-4)
+@given(st.integers(1, 60), shapes, st.integers(1, 6), st.integers(0, 99))
+def test_it_is_the_ridge_regression_that_stays_near_the_dense_weights(
+    biased, tokens, shape, hidden, seed
+):
+    layer = problem(tokens, shape, hidden, seed, biased=biased)
+    if masked(*layer[:3], layer[3].x_TH).any():  # or there is nothing to solve
+        got = reconstruct(*layer, ridge=0.1).down_HG
+        torch.testing.assert_close(got, regression(*layer, 0.1), atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("tokens", [15, 200])
-def test_where_nothing_is_missing_nothing_changes(tokens):
-    blocks, z_TF, down_HF, _ = problem(tokens, (1, 3, 4), 5, 0, keep=1.0)
-    got = refit_down(blocks, z_TF @ down_HF.T, down_HF, ridge=0.003)
-    torch.testing.assert_close(got, down_HF, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("size", [7, 64])
+def test_batches_add_up_to_the_refit_of_all_tokens(monkeypatch, size, biased):
+    layer = problem(300, (1, 4, 6), 5, biased=biased)
+    whole = reconstruct(*layer, ridge=0.1)
+    monkeypatch.setattr(refit, "BATCH_TOKENS", size)
+    torch.testing.assert_close(
+        reconstruct(*layer, ridge=0.1).down_HG, whole.down_HG, atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("held_out", [0, 100])
+@pytest.mark.parametrize("schedule", [None, Schedule(epochs=3)])
+def test_where_nothing_is_missing_nothing_changes(held_out, schedule):
+    ffn, down_HG, parts, run_TN, samples = carved()
+    run_TN, samples = torch.ones_like(run_TN), samples._replace(num_held_out=held_out)
+    result = reconstruct(ffn, parts, run_TN, samples, schedule=schedule)
+    torch.testing.assert_close(result.down_HG, down_HG, atol=1e-5, rtol=1e-5)
+    assert torch.equal(result.ffn.up_FH, ffn.up_FH)
 
 
 @pytest.mark.parametrize("tokens", [10, 100])
-def test_experts_that_never_run_keep_their_weights(tokens):
-    h_TF, down_HF = torch.randn(tokens, 12), torch.randn(4, 12)
-    parts = Partition(torch.arange(4), torch.arange(4, 12).view(2, 4), None, 0)
-    run_TN = torch.tensor([[True, False]]).expand(tokens, 2)
-    got = refit_down(
-        active_blocks(h_TF, parts, run_TN), torch.randn(tokens, 4), down_HF, ridge=0.01
-    )
-    assert torch.equal(got[:, 8:], down_HF[:, 8:])
-    assert not torch.isclose(got[:, :8], down_HF[:, :8]).any()
-
-
-def test_nothing_running_at_all_changes_nothing():
-    parts = Partition(torch.arange(0), torch.arange(8).view(2, 4), None, 0)
-    blocks = active_blocks(torch.randn(10, 8), parts, torch.zeros(10, 2, dtype=torch.bool))
-    down_HF = torch.randn(3, 8)
-    assert torch.equal(refit_down(blocks, torch.randn(10, 3), down_HF, ridge=0.01), down_HF)
+@pytest.mark.parametrize("shared", [0, 1])
+def test_neurons_that_never_run_keep_their_weights(tokens, shared):
+    ffn, parts, run_TN, samples = problem(tokens, (shared, 2, 4), 3)
+    run_TN[:] = False
+    got = reconstruct(ffn, parts, run_TN, samples, ridge=0.01).down_HG
+    changed_F = (got != ffn.down_HF).any(dim=0)
+    assert changed_F.nonzero().flatten().tolist() == parts.shared_S.sort().values.tolist()
 
 
 @pytest.mark.parametrize("ridge", [1e-12, 1e-3])
 def test_equal_neurons_are_no_trouble(ridge):
-    z_TF, down_HF, wanted_TH = torch.randn(300, 6), torch.randn(4, 6), torch.randn(300, 4)
+    z_TF, down_HF, target_TH = torch.randn(300, 6), torch.randn(4, 6), torch.randn(300, 4)
     twice_TF, twice_HF = z_TF.repeat(1, 3) * 1e3, down_HF.repeat(1, 3)
     parts = Partition(torch.arange(6), torch.arange(6, 18).view(3, 4), None, 0)
-    blocks = active_blocks(twice_TF, parts, torch.ones(300, 3, dtype=torch.bool))
-    got = refit_down(blocks, wanted_TH, twice_HF, ridge=ridge)
+    run_TN, samples = torch.ones(300, 3).bool(), Samples(twice_TF, target_TH, torch.ones(300))
+    got = reconstruct(linear(twice_HF), parts, run_TN, samples, ridge=ridge).down_HG
     assert torch.isfinite(got).all()
-    before = (twice_TF @ twice_HF.T - wanted_TH).norm()
-    assert (twice_TF @ got.T - wanted_TH).norm() < before
+    before = (twice_TF @ twice_HF.T - target_TH).norm()
+    assert (twice_TF @ got.T - target_TH).norm() < before
 
 
 @pytest.mark.parametrize("tokens", [400, 1500])
 def test_float32_is_precise_enough_for_outlier_neurons(tokens):
     """Real FFNs have a few neurons a thousand times as active as the others."""
-    torch.manual_seed(0)
-    h_TF = torch.randn(tokens, 512) * torch.logspace(-1, 3, 512)
-    parts = Partition(torch.arange(128), torch.arange(128, 512).view(6, 64), None, 0)
-    run_TN = torch.rand(tokens, 6) < 0.5
-    wanted_TH, down_HF = h_TF @ torch.randn(512, 32) + torch.randn(tokens, 32), torch.randn(32, 512)
-    outputs = []
-    for dtype in (torch.float32, torch.float64):
-        blocks = active_blocks(h_TF.to(dtype), parts, run_TN)
-        got = refit_down(blocks, wanted_TH.to(dtype), down_HF.to(dtype), ridge=0.003)
-        outputs.append(down_projected(blocks, got, tokens).double())
-    assert (outputs[0] - outputs[1]).norm() < 1e-3 * outputs[1].norm()
-
-
-def routed(tokens, width, experts, shared, hidden, seed=0, keep=0.5):
-    """Activations, a partition, a routing in which the last expert never runs, W and Y."""
-    generator = torch.Generator().manual_seed(seed)
-    h_TF = torch.randn(tokens, width, generator=generator)
-    order_F = torch.randperm(width, generator=generator)
-    parts = Partition(order_F[:shared], order_F[shared:].view(experts, -1), None, 0)
-    run_TN = torch.rand(tokens, experts, generator=generator) < keep
-    run_TN[:, -1] = False
-    down_HF = torch.randn(hidden, width, generator=generator)
-    return h_TF, parts, run_TN, down_HF, torch.randn(tokens, hidden, generator=generator)
-
-
-def summed(h_TF, parts, run_TN, down_HG, wanted_TH, *, batch, biased=False, weight_T=None):
-    """Normal equations of some tokens, added batch by batch."""
-    equations = NormalEquations.empty(Running.of(parts, run_TN), len(down_HG), biased=biased)
-    tokens = (h_TF, parts, run_TN, down_HG, wanted_TH)
-    equations.add(batches(*tokens, batch=batch, weight_T=weight_T))
-    return equations
-
-
-def batches(h_TF, parts, run_TN, down_HG, wanted_TH, *, batch, weight_T=None):
-    """What a refit needs of some tokens."""
-    weight_T = torch.ones(len(h_TF)) if weight_T is None else weight_T
-    running = Running.of(parts, run_TN)
-    return [
-        Batch.of(running, h_TF[rows], run_TN[rows], wanted_TH[rows], down_HG, weight_T[rows])
-        for rows in torch.arange(len(h_TF)).split(batch)
-    ]
+    ffn, parts, run_TN, samples = problem(tokens, (2, 6, 64), 32, keep=0.5)
+    x_TH = samples.x_TH * torch.logspace(-1, 3, 512)
+    target_TH = x_TH @ torch.randn(512, 32) + samples.target_TH
+    layer = (ffn, parts, run_TN, Samples(x_TH, target_TH, samples.weight_T))
+    z_TF = masked(ffn, parts, run_TN, x_TH).double()
+    exact_TH = z_TF @ regression(*layer, 0.003).double().T
+    got_TH = z_TF @ reconstruct(*layer, ridge=0.003).down_HG.double().T
+    assert (got_TH - exact_TH).norm() < 1e-3 * exact_TH.norm()
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("shared", [0, 6])
-@pytest.mark.parametrize("batch", [7, 64, 1000])
-def test_sums_over_batches_give_the_refit_of_all_tokens(batch, shared, biased):
-    h_TF, parts, run_TN, down_HG, wanted_TH = routed(300, 24 + shared, 4, shared, 5)
-    if biased:
-        down_HG = torch.cat([down_HG, torch.randn(5, 1)], dim=1)
-    blocks = active_blocks(h_TF, parts, run_TN, biased=biased)
-    equations = summed(h_TF, parts, run_TN, down_HG, wanted_TH, batch=batch, biased=biased)
-    expected = refit_down(blocks, wanted_TH, down_HG, ridge=0.1)
-    # Its ridge is relative to a mean over all columns, the idle ones too.
-    got = refitted(equations, down_HG, 0.1 * len(equations.gram_RR) / down_HG.shape[1])
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_the_error_on_held_out_tokens_is_that_of_the_output(biased):
-    h_TF, parts, run_TN, down_HG, wanted_TH = routed(400, 24, 4, 4, 5)
-    if biased:
-        down_HG = torch.cat([down_HG, torch.randn(5, 1)], dim=1)
-    weight_T = torch.rand(400) + 0.5
-    seen, held = (
-        (h_TF[rows], parts, run_TN[rows], down_HG, wanted_TH[rows], weight_T[rows])
-        for rows in (slice(300), slice(300, 400))
-    )
-    seen = summed(*seen[:5], batch=70, biased=biased, weight_T=seen[5])
-    held = batches(*held[:5], batch=70, weight_T=held[5])
-    errors = held_out_errors(seen, held, (0.01, 1.0))
-    for ridge, error in errors.items():
-        blocks = active_blocks(h_TF[300:], parts, run_TN[300:], biased=biased)
-        y_TH = down_projected(blocks, refitted(seen, down_HG, ridge), 100)
-        missing = ((y_TH - wanted_TH[300:]) * weight_T[300:, None]).norm()
-        assert error == pytest.approx(
-            (missing / (wanted_TH[300:] * weight_T[300:, None]).norm()).item(), rel=1e-3
-        )
+def test_held_out_tokens_choose_the_ridge_by_the_error_of_the_output(monkeypatch, biased):
+    monkeypatch.setattr(refit, "BATCH_TOKENS", 70)
+    ffn, parts, run_TN, samples = problem(400, (1, 4, 4), 5, biased=biased)
+    given, unseen = slice(300), slice(300, None)
+    result = reconstruct(ffn, parts, run_TN, samples._replace(num_held_out=100))
+    x_TH, target_TH, weight_T = samples.take(unseen)[:3]
+    for ridge in RIDGES:
+        seen = reconstruct(ffn, parts, run_TN[given], samples.take(given), ridge=ridge)
+        y_TH = masked(ffn, parts, run_TN[unseen], x_TH) @ seen.down_HG.T
+        error = ((y_TH - target_TH) * weight_T[:, None]).norm()
+        error /= (target_TH * weight_T[:, None]).norm()
+        assert result.refit_errors[ridge] == pytest.approx(error.item(), rel=1e-3)
+    assert result.ridge == min(result.refit_errors, key=result.refit_errors.get)
+    # The last fit is of all tokens.
+    expected = reconstruct(ffn, parts, run_TN, samples, ridge=result.ridge).down_HG
+    torch.testing.assert_close(result.down_HG, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_few_noisy_tokens_want_a_strong_ridge_and_many_clean_ones_a_weak_one():
     def best(tokens, noise):
-        torch.manual_seed(0)
-        h_TF, parts, run_TN, down_HF, _ = routed(tokens + 500, 24, 4, 4, 5, keep=1.0)
-        wanted_TH = h_TF @ (down_HF + 0.3 * torch.randn(5, 24)).T
-        wanted_TH += noise * torch.randn(wanted_TH.shape)
-        first, last = (
-            (h_TF[rows], parts, run_TN[rows], down_HF, wanted_TH[rows])
-            for rows in (slice(tokens), slice(tokens, None))
-        )
-        errors = held_out_errors(summed(*first, batch=999), batches(*last, batch=999))
-        return min(errors, key=errors.__getitem__)
+        ffn, parts, run_TN, samples = problem(tokens + 500, (1, 4, 5), 5, keep=1.0)
+        target_TH = samples.x_TH @ (ffn.down_HF + 0.3 * torch.randn(5, 25)).T
+        target_TH += noise * torch.randn(target_TH.shape)
+        samples = Samples(samples.x_TH, target_TH, torch.ones(tokens + 500), 500)
+        return reconstruct(ffn, parts, run_TN, samples).ridge
 
+    torch.manual_seed(0)
     assert best(30, noise=5.0) > best(2000, noise=0.01)
+
+
+@pytest.mark.parametrize(("gated", "biased"), [(True, False), (False, True)])
+def test_polish_beats_refit_beats_nothing_on_unseen_tokens(gated, biased):
+    ffn, down_HG, parts, run_TN, samples = carved(gated=gated, biased=biased)
+    given, rest = slice(500), slice(500, None)
+    problem = (ffn, parts, run_TN[given], samples.take(given))
+    plain = reconstruct(*problem)
+    polished = reconstruct(*problem, schedule=Schedule(epochs=20, batch=50, rate=0.02))
+
+    def error(ffn, down_HG):
+        y_TH = slow_output(ffn, down_HG, parts, run_TN[rest], samples.x_TH[rest])
+        return (y_TH - samples.target_TH[rest]).norm()
+
+    assert error(polished.ffn, polished.down_HG) < error(plain.ffn, plain.down_HG)
+    assert error(plain.ffn, plain.down_HG) < error(ffn, down_HG)
+    assert polished.held_out_error < plain.held_out_error
 
 
 @pytest.mark.parametrize("sign", [1, -1])  # of a negative definite matrix there is no solution

@@ -81,7 +81,7 @@ def test_numbers_are_written_as_in_python(dense, tmp_path, value):
         ("router_ridge=.inf", "router_ridge is inf; it must be finite"),
         ("refit_ridge=", "refit_ridge is None; it must be of type float"),
         ("max_iterations=8.0", "max_iterations is 8.0; it must be of type int"),
-        ("pinned=true", "pinned is True; it must be of type int"),
+        ("pinned=true", "always_on is True; it must be of type int"),
         ("refit=1", "refit is 1; it must be of type bool"),
         ("router=[linear]", "router is ['linear']; it must be of type str"),
         ("router=[", "--change router=[ has no value that can be read"),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one dense decoder layer on the calibration windows and watches its FFN.
+"""Run one dense decoder layer on the calibration windows and profile its FFN.
 
-Shape suffixes: W windows, L tokens of one window, T = W * L tokens, B of a part of them, H hidden
-size, F dense FFN width, K marked neurons per token.
+Shape suffixes: W windows, L tokens of one window, T = W * L tokens, B tokens of one batch, H hidden
+size, F dense FFN width, V vocabulary.
 """
 
 import errno
@@ -19,17 +19,14 @@ import torch
 from ..device import Stopwatch
 from ..errors import CMoEError
 from ..source.library import AttentionHalf
-from .layer import FFN, Profile, all_finite
-from .partition import Partition
-from .profile import activation_marks, activations
-from .refit import Running
+from .layer import FFN, Profile
 
 BATCH_TOKENS = 2048
-"""Tokens that cross a layer at once."""
+"""Tokens that pass through a layer at once."""
 PROFILED_TOKENS = 16_384
 """Tokens whose hidden activations are kept: enough for clusters and routers."""
 CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
-"""How file systems without `fallocate` say so, and C libraries that try to do without it."""
+"""Errors of file systems without `fallocate`, and of C libraries that try to do without it."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Storage:
     """Map them from files in this folder instead of keeping them on the device."""
 
     def empty(self, name: str, *shape: int) -> torch.Tensor:
-        """An uninitialised float32 tensor. Raises `CMoEError` if the disk has no room for it."""
+        """Create an uninitialised float32 tensor. Raises `CMoEError` if the disk is full."""
         if self.folder is None:
             return torch.empty(shape, device=self.device)
         path = self.folder / f"{name}.activations"
@@ -56,9 +53,9 @@ class Storage:
 
 
 def reserve(descriptor: int, size: int, folder: Path) -> None:
-    """Put room behind a sparse file: without it, a write to a mapped page would kill the process.
+    """Allocate a sparse file's blocks: without them a write to a mapped page kills the process.
 
-    Where the system or the file system cannot reserve any, the room must be free at least. Raises
+    Where the file system cannot allocate ahead, check at least that there is space. Raises
     `OSError`.
     """
     try:
@@ -74,32 +71,32 @@ def reserve(descriptor: int, size: int, folder: Path) -> None:
 
 @dataclass
 class Streams:
-    """Hidden states of the calibration windows entering a layer, (W, L, H), changed in place."""
+    """Hidden states of the calibration windows before a layer, (W, L, H), changed in place."""
 
     carved_WLH: torch.Tensor
-    """Behind the carved layers so far."""
+    """After the carved layers so far."""
     dense_WLH: torch.Tensor | None
-    """Behind the dense ones; None for a recipe that does not correct errors."""
+    """After the dense ones; None for a recipe that does not correct errors."""
 
     @classmethod
     def embedded(
         cls, embedding_VH: torch.Tensor, windows_WL: torch.Tensor, storage: Storage, *, dense: bool
     ) -> Self:
-        """What enters the first layer; with a dense stream if `dense`."""
+        """Return the hidden states before the first layer; with a dense stream if `dense`."""
         hidden_WLH = embedding_VH[windows_WL].float()
         names = ("carved", "dense") if dense else ("carved",)
         return cls.restored(dict.fromkeys(names, hidden_WLH), storage)
 
     @classmethod
     def restored(cls, states: dict[str, torch.Tensor], storage: Storage) -> Self:
-        """The inverse of `saved`."""
+        """Return the streams that `saved` was called on."""
         kept = {name: storage.empty(name, *value.shape) for name, value in states.items()}
         for name, value in states.items():
             kept[name].copy_(value)
         return cls(kept["carved"], kept.get("dense"))
 
     def saved(self) -> dict[str, torch.Tensor]:
-        """The states by name."""
+        """Return the states by name."""
         states = {"carved": self.carved_WLH, "dense": self.dense_WLH}
         return {name: value for name, value in states.items() if value is not None}
 
@@ -108,20 +105,19 @@ class Streams:
 
     @property
     def length(self) -> int:
-        """Tokens of a window."""
+        """The number of tokens of a window."""
         return self.carved_WLH.shape[1]
 
     @property
     def tokens(self) -> int:
-        """Calibration tokens, of all windows."""
+        """The number of tokens of all windows."""
         return len(self.carved_WLH) * self.length
 
 
 def attend(
     attention: AttentionHalf, hidden_WLH: torch.Tensor
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Run attention on all windows, in place; yield some of the tokens at a time, and the FFN
-    input (B, H) of these."""
+    """Run attention on all windows, in place; yield slices of tokens with their FFN inputs."""
     length = hidden_WLH.shape[1]
     step = max(1, BATCH_TOKENS // length)
     for first, batch_WLH in zip(
@@ -141,38 +137,26 @@ def profile_layer(
     *,
     cosine: bool,
     clock: Stopwatch,
-) -> None:
-    """Run attention on all windows, in place, and fill `profile` with what comes out of it."""
-    profile.is_finite = True
+) -> bool:
+    """Run attention on all windows, in place, and fill `profile` with what the FFN does.
+
+    Returns whether all activations are finite.
+    """
+    all_finite, k_act = True, profile.marks_TK.shape[1]
     with clock("forward"):
         for tokens, x_BH in attend(attention, hidden_WLH):
             profile.x_TH[tokens] = x_BH
-            products = ffn.products(profile.x_TH[tokens])
-            h_BF = activations(*products, ffn.act)
+            h_BF, profile.marks_TK[tokens], is_finite = ffn.profile(
+                profile.x_TH[tokens], k_act, cosine=cosine, clock=clock
+            )
             kept_BF = profile.h_TF[tokens]  # of the last batch perhaps a part, of later ones none
             kept_BF.copy_(h_BF[: len(kept_BF)])
-            with clock("marks"):
-                signal_BF = ffn.cosine_hidden(x_BH, *products) if cosine else h_BF
-                marks_BK = activation_marks(signal_BF, profile.k_act)
-                profile.is_finite &= all_finite(h_BF, marks_BK)
-                profile.marks_TK[tokens] = marks_BK
-
-
-def sparse_output(
-    ffn: FFN, down_HG: torch.Tensor, parts: Partition, run_TN: torch.Tensor, x_TH: torch.Tensor
-) -> torch.Tensor:
-    """Output of the sparse FFN, (T, H), its hidden activations made for some tokens at a time."""
-    running = Running.of(parts, run_TN)
-    down_HR, y_TH = down_HG[:, running.neurons_R], torch.empty_like(x_TH)
-    batches = (tensor.split(BATCH_TOKENS) for tensor in (x_TH, run_TN, y_TH))
-    for x_BH, run_BN, y_BH in zip(*batches, strict=True):
-        z_BR = running.idle_zeroed(ffn.hidden(x_BH)[:, running.neurons_R], run_BN)
-        y_BH.copy_(z_BR @ down_HR.T)
-    return y_TH + down_HG[:, -1] if ffn.is_biased else y_TH
+            all_finite &= is_finite
+    return all_finite
 
 
 def dense_output(ffn: FFN, profile: Profile) -> torch.Tensor:
-    """Output of the dense FFN, (T, H)."""
+    """Return the output of the dense FFN, (T, H)."""
     if len(profile.h_TF) == len(profile.x_TH):
         return ffn.output(profile.h_TF)
     return torch.cat([ffn.output(ffn.hidden(x_BH)) for x_BH in profile.x_TH.split(BATCH_TOKENS)])
@@ -186,10 +170,10 @@ def run_dense_layer(ffn: FFN, attention: AttentionHalf, hidden_WLH: torch.Tensor
 
 
 def with_totals(seconds: Mapping[str, float], tokens: int) -> dict[str, float]:
-    """Each step's seconds, and the two that count: bare forward pass and carving pass.
+    """Return each step's seconds, and those of the bare forward pass and of the carving pass.
 
-    The bare forward pass is attention, gate and up as run, plus the dense down projection,
-    timed on a sample and scaled to all tokens.
+    The bare forward pass is attention, gate and up as run, plus the dense down projection, timed
+    on a sample and scaled to all tokens.
     """
     down = seconds.get("dense_down_sample", 0.0)
     bare = seconds["forward"] + down * tokens / min(tokens, BATCH_TOKENS)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One FFN: what it computes, into what it is divided, who is routed to, and what is stored of it.
+"""One FFN: what it computes, its division into experts, its router, and the tensors stored of it.
 
 Shape suffixes: T tokens, H hidden size, F dense FFN width, G = F, or F + 1 with an output bias,
-N routed experts, K active experts or marked neurons per token, M neurons of one expert.
+N routed experts, K active experts or marked neurons per token.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from transformers.activations import ACT2FN
@@ -16,16 +16,12 @@ from transformers.activations import ACT2FN
 from cmoe_hf import CMoEConfig
 from cmoe_hf.modeling_cmoe import CMoERouter
 
+from ..device import Stopwatch
 from ..errors import CMoEError
 from ..source.architectures import Architecture
-from ..source.checkpoint import Source
-from .partition import (
-    Partition,
-    partition_by_contributions,
-    partition_by_marks,
-    reassigned,
-)
+from .partition import Partition, partition_by_contributions, partition_by_marks, reassigned
 from .profile import (
+    activation_marks,
     activation_rates,
     activations,
     cosines,
@@ -43,9 +39,6 @@ from .router import (
     representative_router,
 )
 
-Empty = Callable[..., torch.Tensor]
-"""Makes an uninitialised float32 tensor of a name and a shape."""
-
 
 @dataclass
 class FFN:
@@ -57,7 +50,7 @@ class FFN:
     down_HF: torch.Tensor
     act: Callable[[torch.Tensor], torch.Tensor]
     stored_dtype: torch.dtype
-    """Precision of the checkpoint: what is derived is rounded to it before it is used, so that
+    """Precision of the checkpoint: derived weights are rounded to it before they are used, so that
     calibration sees what inference will see."""
     up_bias_F: torch.Tensor | None = None
     down_bias_H: torch.Tensor | None = None
@@ -66,7 +59,7 @@ class FFN:
 
     @property
     def width(self) -> int:
-        """Neurons, F."""
+        """The number of neurons, F."""
         return len(self.up_FH)
 
     @property
@@ -82,120 +75,113 @@ class FFN:
         return torch.cat([self.down_HF, self.down_bias_H.unsqueeze(1)], dim=1)
 
     def products(self, x_TH: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """x gateᵀ and x upᵀ + up_bias, (T, F) each."""
+        """Return x gateᵀ and x upᵀ + up_bias, (T, F) each."""
         up_TF = x_TH @ self.up_FH.T
         if self.up_bias_F is not None:
             up_TF += self.up_bias_F
         return (None if self.gate_FH is None else x_TH @ self.gate_FH.T), up_TF
 
     def hidden(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """Hidden activations, (T, F)."""
+        """Return the hidden activations, (T, F)."""
         return activations(*self.products(x_TH), self.act)
 
-    def cosine_hidden(
-        self, x_TH: torch.Tensor, gate_TF: torch.Tensor | None, up_TF: torch.Tensor
-    ) -> torch.Tensor:
-        """The same with products of lengths 1, (T, F), see `profile.cosines`."""
-        if self.gate_FH is not None and gate_TF is not None:
-            gate_TF = cosines(gate_TF, x_TH, self.gate_FH)
-        up_TF = cosines(up_TF, x_TH, self.up_FH, self.up_bias_F)
-        return activations(gate_TF, up_TF, self.act)
+    def profile(
+        self, x_TH: torch.Tensor, k: int, *, cosine: bool, clock: Stopwatch
+    ) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """Return hidden activations (T, F), marks (T, K), and whether all activations are finite.
+
+        With `cosine` the marks are of products of cosines, see `profile.cosines`.
+        """
+        gate_TF, up_TF = self.products(x_TH)
+        h_TF = activations(gate_TF, up_TF, self.act)
+        with clock("marks"):
+            signal_TF = h_TF
+            if cosine:
+                if self.gate_FH is not None and gate_TF is not None:
+                    gate_TF = cosines(gate_TF, x_TH, self.gate_FH)
+                up_TF = cosines(up_TF, x_TH, self.up_FH, self.up_bias_F)
+                signal_TF = activations(gate_TF, up_TF, self.act)
+            marks_TK = activation_marks(signal_TF, k)
+            # ATopK takes NaN and infinity for the largest, so the marked activations suffice.
+            is_finite = bool(torch.isfinite(h_TF.gather(1, marks_TK)).all())
+        return h_TF, marks_TK, is_finite
 
     def output(self, h_TF: torch.Tensor) -> torch.Tensor:
-        """y of some hidden activations, (T, H)."""
+        """Return y for some hidden activations, (T, H)."""
         y_TH = h_TF @ self.down_HF.T
         return y_TH if self.down_bias_H is None else y_TH + self.down_bias_H
 
     def rounded(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A derived weight as it will be loaded, in float32."""
+        """Return a derived weight as it will be loaded, in float32."""
         return tensor.to(self.stored_dtype).float()
 
 
-@dataclass
-class Profile:
-    """What the calibration tokens do in one FFN. Overwritten layer by layer: the buffers are the
-    largest thing in memory, and touching new ones costs as much as some of the arithmetic."""
+class Profile(NamedTuple):
+    """What the calibration tokens do in one FFN."""
 
     x_TH: torch.Tensor
     """Inputs."""
     h_TF: torch.Tensor
-    """Hidden activations, of the first tokens only where there are many: the others are made again
-    where they are needed."""
+    """Hidden activations, where there are many tokens of the first ones only: the others are
+    computed again where they are needed."""
     marks_TK: torch.Tensor
     """Indices of the marked neurons, on the CPU."""
-    is_finite: bool = True
-    """Whether no activation is NaN or infinite."""
 
-    @classmethod
-    def empty(cls, tokens: int, kept: int, hidden: int, width: int, k: int, empty: Empty) -> Self:
-        """Buffers for `tokens` tokens, and hidden activations of the first `kept` ones."""
-        return cls(
-            x_TH=empty("inputs", tokens, hidden),
-            h_TF=empty("hidden", kept, width),
-            marks_TK=torch.empty(tokens, k, dtype=torch.int64),
-        )
-
-    @property
-    def k_act(self) -> int:
-        """Marked neurons per token."""
-        return self.marks_TK.shape[1]
+    def first(self) -> Self:
+        """Return the part of the tokens whose hidden activations are kept."""
+        return self._replace(x_TH=self.x_TH[: len(self.h_TF)])
 
 
 def take_ffn(
-    row: Architecture, stored: dict[str, torch.Tensor], config: CMoEConfig, device: torch.device
+    arch: Architecture, stored: dict[str, torch.Tensor], config: CMoEConfig, device: torch.device
 ) -> tuple[FFN, dict[str, torch.Tensor]]:
-    """The FFN of some tensors, which are used up, and the others, in float32 on the device."""
-    stored_dtype = stored[row.up].dtype
+    """Return the FFN in `stored`, which is emptied, and the other tensors, as float32."""
+    stored_dtype = stored[arch.up].dtype
     layer = {}
     for name in list(stored):  # one at a time: no second copy of the whole layer
         layer[name] = stored.pop(name).to(device, torch.float32)
     ffn = FFN(
-        gate_FH=layer.pop(row.gate) if row.gate else None,
-        up_FH=layer.pop(row.up),
-        down_HF=layer.pop(row.down),
+        gate_FH=layer.pop(arch.gate) if arch.gate else None,
+        up_FH=layer.pop(arch.up),
+        down_HF=layer.pop(arch.down),
         act=ACT2FN[config.hidden_act],
         stored_dtype=stored_dtype,
-        up_bias_F=layer.pop(row.up_bias) if row.up_bias else None,
-        down_bias_H=layer.pop(row.down_bias) if row.down_bias else None,
+        up_bias_F=layer.pop(arch.up_bias) if arch.up_bias else None,
+        down_bias_H=layer.pop(arch.down_bias) if arch.down_bias else None,
     )
     return ffn, layer
 
 
-def importance(ffn: FFN, profile: Profile, measure: str) -> torch.Tensor:
-    """What decides which neurons are shared, (F,) float64: one of the recipe's measures."""
-    if measure == "energy":
-        return energies(profile.h_TF, ffn.down_HF)
-    if measure == "fluctuation":
-        return fluctuations(profile.h_TF, ffn.down_HF)
-    if measure == "weight":
-        return weight_ranges(ffn.gate_FH, ffn.up_FH)
-    return activation_rates(profile.marks_TK, ffn.width)
-
-
 def divide(ffn: FFN, profile: Profile, config: CMoEConfig, recipe: Recipe) -> Partition:
-    """Shared neurons and routed experts, by the recipe's importance and clusters."""
-    score_F = importance(ffn, profile, recipe.importance)
+    """Divide the neurons into shared ones and routed experts, by the recipe."""
+    measures = {
+        "rate": lambda: activation_rates(profile.marks_TK, ffn.width),
+        "energy": lambda: energies(profile.h_TF, ffn.down_HF),
+        "fluctuation": lambda: fluctuations(profile.h_TF, ffn.down_HF),
+        "weight": lambda: weight_ranges(ffn.gate_FH, ffn.up_FH),
+    }
+    score_F = measures[recipe.importance]()
     shape = {
         "shared": config.shared_expert_intermediate_size,
         "experts": config.num_experts,
         "max_iterations": recipe.max_iterations,
     }
-    if recipe.clusters == "contributions":
-        return partition_by_contributions(
-            profile.h_TF, ffn.down_HF, score_F, pinned=recipe.pinned, **shape
-        )
-    return partition_by_marks(profile.marks_TK, score_F, metric=recipe.metric, **shape)
+    if recipe.clusters == "marks":
+        return partition_by_marks(profile.marks_TK, score_F, metric=recipe.metric, **shape)
+    return partition_by_contributions(
+        profile.h_TF, ffn.down_HF, score_F, always_on=recipe.always_on, **shape
+    )
 
 
 def build_router(
     ffn: FFN, profile: Profile, parts: Partition, config: CMoEConfig, recipe: Recipe
 ) -> dict[str, torch.Tensor]:
-    """The router's parameters as they will be loaded, by the recipe's form."""
+    """Return the router's parameters as they will be loaded, by the recipe."""
     if recipe.router == "linear":
-        x_TH = profile.x_TH[: len(profile.h_TF)]
-        energy_TN = output_energies(profile.h_TF, ffn.down_HF, parts.experts_NM[parts.pinned :])
+        x_TH = profile.first().x_TH
+        energy_TN = output_energies(profile.h_TF, ffn.down_HF, parts.experts_NM[parts.always_on :])
         router = linear_router(x_TH, energy_TN, ridge=recipe.router_ridge)
-        top_k = config.num_experts_per_tok - parts.pinned
+        top_k = config.num_experts_per_tok - parts.always_on
         if recipe.router_epochs and 0 < top_k < energy_TN.shape[1]:
             start_NH, epochs = router["linear_weight"], recipe.router_epochs
             router = ranking_router(x_TH, energy_TN, start_NH, top_k=top_k, epochs=epochs)
@@ -210,11 +196,11 @@ def build_router(
         )
     # An expert that is always on needs no score: its bias decides.
     router = {
-        name: torch.cat([w.new_zeros(parts.pinned, *w.shape[1:]), ffn.rounded(w)])
+        name: torch.cat([w.new_zeros(parts.always_on, *w.shape[1:]), ffn.rounded(w)])
         for name, w in router.items()
     }
     bias_N = torch.zeros(len(parts.experts_NM), device=ffn.up_FH.device)
-    bias_N[: parts.pinned] = ALWAYS_ON_BIAS
+    bias_N[: parts.always_on] = ALWAYS_ON_BIAS
     return {**router, "balance_bias": bias_N}
 
 
@@ -225,17 +211,16 @@ def running_experts(
     config: CMoEConfig,
     recipe: Recipe,
 ) -> torch.Tensor:
-    """Which routed experts run for which token, (T, N) bool."""
+    """Return which routed experts run for which token, (T, N) bool."""
     if recipe.routed_by == "router":
         index_TK = chosen_experts(router, profile.x_TH, config)
-    else:
-        if recipe.routed_by == "oracle":
-            mass_TN = torch.stack([profile.h_TF[:, m].abs().sum(1) for m in parts.experts_NM], 1)
-        else:
-            chance = torch.Generator().manual_seed(0)  # a resumed run must repeat it
-            mass_TN = torch.rand(len(profile.x_TH), config.num_experts, generator=chance)
-            mass_TN = mass_TN.to(profile.x_TH.device)
+    elif recipe.routed_by == "oracle":
+        mass_TN = torch.stack([profile.h_TF[:, m].abs().sum(1) for m in parts.experts_NM], 1)
         index_TK = oracle_choice(mass_TN, config.num_experts_per_tok)
+    else:
+        chance = torch.Generator().manual_seed(0)  # a resumed run must repeat it
+        chance_TN = torch.rand(len(profile.x_TH), config.num_experts, generator=chance)
+        index_TK = oracle_choice(chance_TN.to(profile.x_TH.device), config.num_experts_per_tok)
     run_TN = torch.zeros(len(index_TK), config.num_experts, dtype=torch.bool)
     return run_TN.to(index_TK.device).scatter_(1, index_TK, True)
 
@@ -243,7 +228,7 @@ def running_experts(
 def chosen_experts(
     router: dict[str, torch.Tensor], x_TH: torch.Tensor, config: CMoEConfig
 ) -> torch.Tensor:
-    """The experts that run for every token, (T, K) int64.
+    """Return the experts that run for every token, (T, K) int64.
 
     The model's own router decides, so that calibration sees what inference will see. Its gates
     are 1: the learned scale is zero after carving.
@@ -254,31 +239,29 @@ def chosen_experts(
     return index_TK
 
 
-def divide_for_router(
+def divide_and_route(
     ffn: FFN, profile: Profile, config: CMoEConfig, recipe: Recipe
 ) -> tuple[Partition, dict[str, torch.Tensor]]:
-    """Partition and parameters of the router, made for one another in turns, by the recipe's
-    rounds."""
-    sample = replace(profile, x_TH=profile.x_TH[: len(profile.h_TF)])
+    """Return partition and router, made for one another in the recipe's rounds."""
     draft = replace(recipe, router_epochs=0)  # in the rounds it leads to better clusters, measured
     parts = divide(ffn, profile, config, recipe)
-    chooses = parts.pinned < config.num_experts_per_tok and recipe.clusters == "contributions"
+    chooses = parts.always_on < config.num_experts_per_tok and recipe.clusters == "contributions"
     for _ in range(recipe.reassignments if chooses else 0):
         router = build_router(ffn, profile, parts, config, draft)
-        run_TN = running_experts(router, sample, parts, config, draft)
+        run_TN = running_experts(router, profile.first(), parts, config, draft)
         parts = reassigned(parts, profile.h_TF, ffn.down_HF, run_TN)
     return parts, build_router(ffn, profile, parts, config, recipe)
 
 
 @dataclass
 class CarvedLayer:
-    """The outcome for one layer."""
+    """A carved FFN."""
 
     partition: Partition
     router: dict[str, torch.Tensor]
     """Parameters of the router as they will be loaded."""
     ffn: FFN
-    """The FFN, its gate and up projections polished or not, in the dense order of neurons."""
+    """The FFN with gate and up projections as stored, in the dense order of neurons."""
     down_HG: torch.Tensor
     """The down projection, refitted or not, float32; with an output bias as its last column."""
     run_TN: torch.Tensor
@@ -286,70 +269,69 @@ class CarvedLayer:
     y_TH: torch.Tensor
     """Output of the carved FFN for the calibration tokens."""
     figures: dict[str, Any]
-    """What the reconstruction found out."""
+    """Entries of `conversion.json` from how it was carved."""
 
 
 def stored_tensors(
-    row: Architecture, index: int, dense: dict[str, torch.Tensor], carved: CarvedLayer
+    arch: Architecture, index: int, dense: dict[str, torch.Tensor], carved: CarvedLayer
 ) -> dict[str, torch.Tensor]:
-    """The tensors of layer `index`, carved, in the checkpoint's precision."""
-    tensors = dict(dense)
-    parts = (row.gate, row.up, row.down, row.up_bias, row.down_bias)
+    """Return the tensors of layer `index`, carved, in the checkpoint's precision."""
+    tensors, parts = dict(dense), carved.partition
+    names = (arch.gate, arch.up, arch.down, arch.up_bias, arch.down_bias)
     gate_FH, up_FH, down_HF, up_bias_F, down_bias_H = (
-        None if part is None else tensors.pop(part) for part in parts
+        tensors.pop(name) if name else None for name in names
     )
-    assert up_FH is not None and down_HF is not None  # every row names them
+    assert up_FH is not None and down_HF is not None  # every architecture names them
     if carved.ffn.is_polished:
         up_FH = carved.ffn.up_FH.to(up_FH)
         gate_FH = None if carved.ffn.gate_FH is None else carved.ffn.gate_FH.to(up_FH)
     down_HG = carved.down_HG.to(down_HF)
-    shared_S, experts_NM = carved.partition.shared_S, carved.partition.experts_NM
     inputs = {"gate_proj.weight": gate_FH, "up_proj.weight": up_FH, "up_proj.bias": up_bias_F}
-    if len(shared_S):
+    if len(parts.shared_S):
         for name, rows_F in inputs.items():
             if rows_F is not None:
-                tensors[f"mlp.shared_expert.{name}"] = rows_F[shared_S]
-        tensors["mlp.shared_expert.down_proj.weight"] = down_HG[:, shared_S]
-    if gate_FH is not None:
-        packed = [gate_FH[experts_NM], up_FH[experts_NM]]
-        tensors["mlp.experts.gate_up_proj"] = torch.cat(packed, dim=1)
-    else:
-        tensors["mlp.experts.up_proj"] = up_FH[experts_NM]
+                tensors[f"mlp.shared_expert.{name}"] = rows_F[parts.shared_S]
+        tensors["mlp.shared_expert.down_proj.weight"] = down_HG[:, parts.shared_S]
+    tensors |= packed(parts.experts_NM, gate_FH, up_FH, down_HG)
     if up_bias_F is not None:
-        tensors["mlp.experts.up_proj_bias"] = up_bias_F[experts_NM]
-    tensors["mlp.experts.down_proj"] = down_HG.T[experts_NM].transpose(1, 2)
+        tensors["mlp.experts.up_proj_bias"] = up_bias_F[parts.experts_NM]
     if down_bias_H is not None:
         tensors["mlp.down_bias"] = down_HG[:, -1]
     for name, weight in carved.router.items():
         dtype = torch.float32 if name == "balance_bias" else up_FH.dtype
         tensors[f"mlp.gate.{name}"] = weight.to(dtype)
-    tensors["mlp.gate.scale"] = torch.zeros(len(experts_NM), dtype=up_FH.dtype)
-    return {row.layer_prefix.format(index) + name: tensor for name, tensor in tensors.items()}
+    tensors["mlp.gate.scale"] = torch.zeros(len(parts.experts_NM), dtype=up_FH.dtype)
+    return {arch.layer_prefix.format(index) + name: tensor for name, tensor in tensors.items()}
 
 
-def dense_layer(
-    source: Source, index: int, seconds: dict[str, float]
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors of layer `index` as they are, and what `conversion.json` says about it."""
-    prefix = source.architecture.layer_prefix.format(index)
-    tensors = {prefix + name: tensor for name, tensor in source.read_layer(index).items()}
-    return tensors, {"dense": True, "relative_output_error": 0.0, "seconds": seconds}
+def packed(
+    experts_NM: torch.Tensor,
+    gate_FH: torch.Tensor | None,
+    up_FH: torch.Tensor,
+    down_HG: torch.Tensor,
+    name: str = "mlp.experts",
+) -> dict[str, torch.Tensor]:
+    """Return the weights of some experts, packed as the model stores them."""
+    name_of_up, up_NMH = f"{name}.up_proj", up_FH[experts_NM]
+    if gate_FH is not None:
+        name_of_up, up_NMH = f"{name}.gate_up_proj", torch.cat([gate_FH[experts_NM], up_NMH], dim=1)
+    return {name_of_up: up_NMH, f"{name}.down_proj": down_HG.T[experts_NM].transpose(1, 2)}
 
 
 def layer_figures(carved: CarvedLayer, profile: Profile, sample_TH: torch.Tensor) -> dict[str, Any]:
-    """What `conversion.json` says about a layer. `sample_TH` is the dense FFN's output for the
-    first tokens."""
+    """Return a layer's entries of `conversion.json`.
+
+    `sample_TH` is the dense FFN's output for the first tokens.
+    """
     parts = carved.partition
-    rate_F = activation_rates(profile.marks_TK, profile.h_TF.shape[1])
+    rate_F = activation_rates(profile.marks_TK, carved.ffn.width)
     quartiles = torch.linspace(0, 1, 5, dtype=rate_F.dtype)
     names = ("min", "q25", "median", "q75", "max")
     return {
         "activation_rate": dict(zip(names, rate_F.quantile(quartiles).tolist(), strict=True)),
         "marks_on_shared": rate_F[parts.shared_S].sum().item() / rate_F.sum().item(),
         "shared_neurons": len(parts.shared_S),
-        "pinned_experts": parts.pinned,
-        # Order of the system that a refit solves, see refit.py.
-        "refit_order": min(len(profile.x_TH), profile.h_TF.shape[1]),
+        "pinned_experts": parts.always_on,
         "expert_sizes": [len(ids_M) for ids_M in parts.experts_NM],
         "expert_loads": carved.run_TN.float().mean(dim=0).tolist(),
         "clustering_iterations": parts.iterations,
@@ -358,18 +340,13 @@ def layer_figures(carved: CarvedLayer, profile: Profile, sample_TH: torch.Tensor
     }
 
 
-def all_finite(h_TF: torch.Tensor, marks_TK: torch.Tensor) -> bool:
-    """No NaN and no infinity: ATopK takes them for the largest, so the marked tell it all."""
-    return bool(torch.isfinite(h_TF.gather(1, marks_TK.to(h_TF.device))).all())
-
-
-def relative_error(got_TH: torch.Tensor, wanted_TH: torch.Tensor) -> float:
-    """Length of the difference over that of what was wanted; 0, not NaN, if both are zero."""
-    return ((got_TH - wanted_TH).norm() / wanted_TH.norm().clamp_min(1e-30)).item()
+def relative_error(got_TH: torch.Tensor, target_TH: torch.Tensor) -> float:
+    """Return the length of the difference over that of the target; 0 if both are zero."""
+    return ((got_TH - target_TH).norm() / target_TH.norm().clamp_min(1e-30)).item()
 
 
 def overflowed(index: int) -> CMoEError:
-    """What to raise where finite weights yield activations that are not."""
+    """Return the error for finite weights with activations that are not."""
     return CMoEError(
         f"layer {index} produces NaN or infinite activations on the calibration text, from finite "
         "weights: the checkpoint overflows. Try another one."

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear algebra of symmetric matrices, of which half is computed.
+"""Linear algebra of symmetric matrices, of which only the lower triangle is computed.
 
 Shape suffixes: X equations, H hidden size, T tokens.
 """
@@ -10,9 +10,10 @@ from ..errors import CMoEError
 
 
 def solve_shifted(gram_XX: torch.Tensor, right_XH: torch.Tensor, shift: float) -> torch.Tensor:
-    """(G + shift I)^-1 R by Cholesky; reads the lower triangle of G.
+    """Return (G + shift I)^-1 R by Cholesky, from the lower triangle of G.
 
-    Needs one more matrix of the size of G: its diagonal is changed meanwhile.
+    Allocates one more matrix of the size of G; the diagonal of G is changed meanwhile. Raises
+    `CMoEError` if the matrix is not positive definite.
     """
     diagonal_X = gram_XX.diagonal().clone()
     try:
@@ -31,15 +32,26 @@ def solve_shifted(gram_XX: torch.Tensor, right_XH: torch.Tensor, shift: float) -
     )
 
 
+def solve_ridge(gram_XX: torch.Tensor, right_XH: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Return (G + lambda I)^-1 R with lambda = `ridge` * the mean of G's diagonal."""
+    shift = max(ridge * gram_XX.diagonal().mean().item(), 1e-30)
+    return solve_shifted(gram_XX, right_XH, shift)
+
+
 def lower_gram(x_TH: torch.Tensor) -> torch.Tensor:
-    """x^T x, (H, H), of which only the lower triangle is filled."""
+    """Return x^T x, (H, H), with only its lower triangle filled."""
     gram_HH = x_TH.new_zeros(x_TH.shape[1], x_TH.shape[1])
-    for rows in strips(x_TH.shape[1]):
-        gram_HH[rows, : rows.stop] = x_TH[:, rows].T @ x_TH[:, : rows.stop]
+    add_lower_gram(gram_HH, x_TH)
     return gram_HH
 
 
-def strips(size: int) -> list[slice]:
-    """A range in up to four parts: half a symmetric product costs five eighths of it this way."""
+def add_lower_gram(gram_HH: torch.Tensor, x_TH: torch.Tensor) -> None:
+    """Add x^T x to the lower triangle of `gram_HH`.
+
+    In four strips, which cost five eighths of the whole product.
+    """
+    size = len(gram_HH)
     step = max(64, -(-size // 4))
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        gram_HH[start:stop, :stop] += x_TH[:, start:stop].T @ x_TH[:, :stop]

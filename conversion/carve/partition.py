@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From marks to shared neurons and balanced routed experts (paper, section 4.2, A.3).
+"""Divide neurons into shared ones and balanced routed experts (paper, section 4.2, A.3).
 
-Shape suffixes: T tokens, F dense FFN width, S shared neurons, R routed neurons, N routed
-experts, M neurons of one expert, K marks per token.
+Shape suffixes: T tokens, F dense FFN width, S shared neurons, R routed neurons, N routed experts,
+M neurons of one expert, K marks per token, P experts that are always on.
 """
 
 from typing import NamedTuple
@@ -19,17 +19,17 @@ CLUSTERING_TOKENS = 4096
 
 
 class Partition(NamedTuple):
-    """Which neuron goes where. Every neuron of the FFN is in exactly one place."""
+    """The place of every neuron of the FFN: each is shared, or in exactly one expert."""
 
     shared_S: torch.Tensor
     """Shared neurons, ascending, int64."""
     experts_NM: torch.Tensor
     """Neurons of each routed expert, ascending in each row, int64."""
     representatives_N: torch.Tensor | None
-    """The neuron that stands for each expert in the paper's router, int64."""
+    """The neuron that represents each expert in the paper's router, int64."""
     iterations: int
-    """Assignments solved until the clusters stood still, or the limit."""
-    pinned: int = 0
+    """Assignments solved until the clusters were stable, or the limit."""
+    always_on: int = 0
     """How many of the first experts run for every token, as if they were shared."""
 
 
@@ -42,12 +42,11 @@ def partition_by_marks(
     metric: str = "l2",
     max_iterations: int = 20,
 ) -> Partition:
-    """Divide the neurons into `shared` always-on ones and `experts` equal clusters (section 4.2).
+    """Divide the neurons by their marks (section 4.2).
 
-    The shared neurons are those of the highest scores, in the paper the activation rates
-    (eq. 16). The others are clustered by balanced k-means over their columns of the mark matrix,
-    seeded with the highest of them (eq. 17-21). Ties go to the lower index, so that the result
-    is reproducible.
+    The shared neurons are those of the highest scores, in the paper the activation rates (eq. 16).
+    The others are clustered by balanced k-means over their columns of the mark matrix, seeded with
+    the highest of them (eq. 17-21). Ties go to the lower index: the result is reproducible.
     """
     order_F, shared_S, routed_R = split_by_score(score_F, shared)
     columns_TR = mark_matrix(marks_TK, len(score_F))[:, routed_R.numpy()]
@@ -67,12 +66,10 @@ def partition_by_marks(
     nearest_RN = distances(columns_TR, centroids_TN, metric)
     member_distance_NM = nearest_RN[members_NM, np.arange(experts)[:, None]]
     chosen_N = members_NM[np.arange(experts), member_distance_NM.argmin(axis=1)]
-    return Partition(
-        shared_S=shared_S,
-        experts_NM=routed_R[torch.from_numpy(members_NM)],
-        representatives_N=routed_R[torch.from_numpy(chosen_N)],
-        iterations=iterations,
+    experts_NM, representatives_N = (
+        routed_R[torch.from_numpy(ids)] for ids in (members_NM, chosen_N)
     )
+    return Partition(shared_S, experts_NM, representatives_N, iterations)
 
 
 def partition_by_contributions(
@@ -82,104 +79,102 @@ def partition_by_contributions(
     *,
     shared: int,
     experts: int,
-    pinned: int = 0,
+    always_on: int = 0,
     max_iterations: int = 8,
 ) -> Partition:
-    """The same division from what the neurons write, |h_j| * ||w_down,j||, instead of rare marks.
+    """Divide the neurons by their contributions to the output, |h_j| * ||w_down,j||.
 
-    Balanced k-means over the centred contributions of each neuron, not normalised: neurons that
-    are active together share an expert, and so do neurons that write much, which lets the router
-    leave out experts that write little. It starts from the order of the scores.
-
-    The first `pinned` experts are not clustered: they take the best neurons that are not shared.
+    The shared neurons are those of the highest scores; the next ones make the first `always_on`
+    experts. The others are clustered by balanced k-means over their centred contributions, from
+    the order of the scores. These are not normalised: neurons that are active together share an
+    expert, and so do large ones, which lets the router leave out experts of small ones.
     """
-    neurons = (len(score_F) - shared) // experts  # of one expert
-    if pinned:
-        inner = partition_by_contributions(
-            h_TF,
-            down_HF,
-            score_F,
-            shared=shared + pinned * neurons,
-            experts=experts - pinned,
-            max_iterations=max_iterations,
-        )
-        order_F, shared_S, _ = split_by_score(score_F, shared)
-        best_PM = order_F[shared : shared + pinned * neurons].view(pinned, neurons)
-        experts_NM = torch.cat([best_PM.sort(dim=1).values, inner.experts_NM])
-        return Partition(shared_S, experts_NM, None, inner.iterations, pinned)
-    order_F, shared_S, routed_R = split_by_score(score_F, shared)
+    neurons = (len(score_F) - shared) // experts
+    clustered = experts - always_on
+    order_F, best_S, routed_R = split_by_score(score_F, shared + always_on * neurons)
+    columns_RT = centred_contributions(h_TF, down_HF, routed_R)
+    square_R1 = columns_RT.square().sum(dim=1, keepdim=True)
+    # Less is rounding: the neurons add the same, or nothing, and any clusters are right.
+    least = (1e-6 * square_R1.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+
+    rank_R = torch.empty(len(routed_R), dtype=torch.int64)
+    rank_R[torch.searchsorted(routed_R, order_F[len(best_S) :])] = torch.arange(len(routed_R))
+    label_R, iterations, stable = rank_R // neurons, 0, False
+    while iterations < max_iterations and not stable:
+        centroids_NT = columns_RT.new_zeros(clustered, columns_RT.shape[1])
+        centroids_NT.index_add_(0, label_R.to(columns_RT.device), columns_RT)
+        centroids_NT *= clustered / len(routed_R)
+        inner_RN = columns_RT @ centroids_NT.T
+        cost_RN = square_R1 + centroids_NT.square().sum(dim=1) - 2 * inner_RN
+        previous_R = label_R
+        label_R = assign_scaled(cost_RN, least)
+        stable = torch.equal(label_R, previous_R)
+        iterations += 1
+    always_PM = order_F[shared : len(best_S)].view(always_on, neurons).sort(dim=1).values
+    members_NM = routed_R[label_R.argsort(stable=True).view(clustered, neurons)]
+    experts_NM, shared_S = torch.cat([always_PM, members_NM]), order_F[:shared].sort().values
+    return Partition(shared_S, experts_NM, None, iterations, always_on)
+
+
+def centred_contributions(
+    h_TF: torch.Tensor, down_HF: torch.Tensor, routed_R: torch.Tensor
+) -> torch.Tensor:
+    """Return |h_j| * ||w_down,j|| of some neurons less its mean, for a sample of tokens, (R, T)."""
     sample_TF = h_TF[:: max(1, len(h_TF) // CLUSTERING_TOKENS)]
     # One row a neuron: sums over rows, and products with a few columns, are fast in this layout.
     columns_RT = sample_TF[:, routed_R].T.contiguous().abs_()
     columns_RT *= down_HF.norm(dim=0)[routed_R].unsqueeze(1)
     columns_RT -= columns_RT.mean(dim=1, keepdim=True)
-    square_R1 = columns_RT.square().sum(dim=1, keepdim=True)
-    # Less is rounding: the neurons write the same, or nothing, and any clusters are right.
-    least = (1e-6 * square_R1.mean()).clamp_min(torch.finfo(torch.float32).tiny)
-    items = len(routed_R)
-
-    rank_R = torch.empty(items, dtype=torch.int64)
-    rank_R[torch.searchsorted(routed_R, order_F[shared:])] = torch.arange(items)
-    label_R, iterations, stable = rank_R * experts // items, 0, False
-    while iterations < max_iterations and not stable:
-        centroids_NT = columns_RT.new_zeros(experts, columns_RT.shape[1])
-        centroids_NT.index_add_(0, label_R.to(columns_RT.device), columns_RT)
-        centroids_NT *= experts / items
-        inner_RN = columns_RT @ centroids_NT.T
-        cost_RN = square_R1 + centroids_NT.square().sum(dim=1) - 2 * inner_RN
-        previous_R = label_R
-        # Scaled: the solver's tolerance is absolute.
-        scaled_RN = (cost_RN / cost_RN.mean().clamp_min(least)).cpu().double().numpy()
-        label_R = torch.from_numpy(assign_balanced(scaled_RN))
-        stable = torch.equal(label_R, previous_R)
-        iterations += 1
-    members_NM = label_R.argsort(stable=True).view(experts, -1)
-    return Partition(shared_S, routed_R[members_NM], None, iterations)
+    return columns_RT
 
 
 def reassigned(
     parts: Partition, h_TF: torch.Tensor, down_HF: torch.Tensor, run_TN: torch.Tensor
 ) -> Partition:
-    """The routed neurons, each with the expert for whose tokens it writes most.
+    """Move each routed neuron to the expert for whose tokens it contributes most.
 
     Clusters are made before there is a router, of what neurons have in common. Given a router,
     what counts is what its choice keeps: the energy (h_j * ||w_down,j||)^2 of every neuron over the
     tokens for which its expert runs. A balanced assignment makes its sum the largest.
 
     Args:
-        parts: Who is routed; shared and pinned neurons stay.
+        parts: The neurons of each expert; shared ones and experts that are always on stay.
         h_TF: Hidden activations of the dense FFN.
         down_HF: The dense down projection.
         run_TN: True where a routed expert runs.
     """
-    pinned_PM, free_NM = parts.experts_NM.tensor_split([parts.pinned])
+    always_PM, free_NM = parts.experts_NM.tensor_split([parts.always_on])
     if len(free_NM) < 2:
         return parts
     routed_R = free_NM.flatten().sort().values
     kept_RN = h_TF.new_zeros(len(routed_R), len(free_NM))
-    batches = (tensor.split(CLUSTERING_TOKENS) for tensor in (h_TF, run_TN[:, parts.pinned :]))
+    batches = (tensor.split(CLUSTERING_TOKENS) for tensor in (h_TF, run_TN[:, parts.always_on :]))
     for h_BF, run_BN in zip(*batches, strict=True):
         kept_RN += h_BF[:, routed_R].square_().T @ run_BN.to(h_BF.dtype)
     kept_RN *= down_HF.square().sum(dim=0)[routed_R].unsqueeze(1)
     lost_RN = kept_RN.max(dim=1, keepdim=True).values - kept_RN
-    least = torch.finfo(torch.float32).tiny  # where nothing is written any experts are right
-    # Scaled: the solver's tolerance is absolute.
-    scaled_RN = (lost_RN / lost_RN.mean().clamp_min(least)).cpu().double().numpy()
-    label_R = torch.from_numpy(assign_balanced(scaled_RN))
+    # Where nothing is contributed any experts are right.
+    label_R = assign_scaled(lost_RN, torch.finfo(torch.float32).tiny)
     members_NM = routed_R[label_R.argsort(stable=True).to(routed_R.device).view_as(free_NM)]
-    return parts._replace(experts_NM=torch.cat([pinned_PM, members_NM]))
+    return parts._replace(experts_NM=torch.cat([always_PM, members_NM]))
+
+
+def assign_scaled(cost_RN: torch.Tensor, least: torch.Tensor | float) -> torch.Tensor:
+    """Assign by costs relative to their mean: the solver's tolerance is absolute."""
+    scaled_RN = cost_RN / cost_RN.mean().clamp_min(least)
+    return torch.from_numpy(assign_balanced(scaled_RN.cpu().double().numpy()))
 
 
 def split_by_score(
     score_F: torch.Tensor, shared: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Neurons by falling score; the first `shared` of them; the others, both ascending."""
+    """Return the neurons by falling score; the first `shared`, and the others, both ascending."""
     order_F = torch.argsort(score_F, descending=True, stable=True)
     return order_F, order_F[:shared].sort().values, order_F[shared:].sort().values
 
 
 def mark_matrix(marks_TK: torch.Tensor, width: int) -> csr_array:
-    """The paper's binary matrix A (T, F) from the indices of its ones, sparse, float64."""
+    """Return the paper's binary matrix A (T, F), sparse, from the indices of its ones."""
     tokens, k = marks_TK.shape
     ones = np.ones(tokens * k)
     starts = np.arange(0, tokens * k + 1, k)
@@ -187,7 +182,7 @@ def mark_matrix(marks_TK: torch.Tensor, width: int) -> csr_array:
 
 
 def distances(columns_TR: csr_array, centroids_TN: np.ndarray, metric: str) -> np.ndarray:
-    """Distance of every binary column to every centroid in [0, 1], (R, N) float64.
+    """Return the distance of every binary column to every centroid in [0, 1], (R, N) float64.
 
     `"l2"` is eq. 18, `"l1"` the released code. For a column with n ones and inner product p
     with the centroid, |a - c|_1 = n + sum(c) - 2 p and |a - c|_2^2 = n + sum(c^2) - 2 p: one
@@ -227,7 +222,7 @@ def assign_balanced(cost_RN: np.ndarray) -> np.ndarray:
 
 
 def cluster_means(columns_TR: csr_array, label_R: np.ndarray, clusters: int) -> np.ndarray:
-    """Mean column of every cluster, (T, N) float64 (eq. 21). Balance leaves none empty."""
+    """Return the mean column of every cluster, (T, N) float64 (eq. 21). None is empty."""
     items = len(label_R)
     weight = np.full(items, clusters / items)
     membership_RN = csr_array((weight, (np.arange(items), label_R)), shape=(items, clusters))

@@ -2,6 +2,7 @@
 """The table of choices: what the paper, its released code and ours do differently."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,11 +16,11 @@ class Recipe:
     """The choices in which the paper, its released code (method, section 11.1) and ours differ."""
 
     name: str = "paper"
-    """In `RECIPES`: of the recipe that it is, or that it differs from."""
+    """The recipe of `RECIPES` that it is, or that it differs from."""
     cosine_profile: bool = False
     """Mark neurons by products of cosines instead of by their true activations."""
     importance: str = "rate"
-    """What makes a neuron shared: its activation `"rate"`, or the `"energy"` of what it writes. For
+    """What makes a neuron shared: its activation `"rate"`, or the `"energy"` of its output. For
     comparisons also the `"fluctuation"` of that, as in FLAP, and the `"weight"`s alone."""
     clusters: str = "marks"
     """Cluster neurons by their `"marks"`, or by their `"contributions"` to the output."""
@@ -38,49 +39,43 @@ class Recipe:
     refit: bool = False
     """Refit the down projections under the routing."""
     refit_ridge: float = 0.003
-    """Strength of the refit's ridge, relative to a mean squared activation. It is for ten
-    calibration tokens a neuron and more; with fewer it is raised, see `refit.ridge_for`."""
+    """Strength of the refit's ridge, relative to a mean squared activation, for ten calibration
+    tokens a neuron and more; with fewer it is raised, see `refit.ridge_for`."""
     held_out_ridge: bool = False
-    """Choose the refit's ridge for each layer on held-out calibration tokens, see
-    `refit.held_out_errors`; `refit_ridge` is then not used."""
+    """Choose the refit's ridge for each layer on held-out tokens, and ignore `refit_ridge`."""
     token_weights: str = "equal"
-    """What a token's error counts in the refit: `"equal"`, or by its share of the `"residual"`
-    stream, so that a few massive tokens do not decide alone."""
+    """Weigh tokens in the refit `"equal"`, or by their error's share of the `"residual"` stream."""
     router_epochs: int = 0
     """Passes over the calibration tokens that train the linear router to rank the experts."""
     reassignments: int = 0
-    """Rounds in which neurons move from clusters of contributions to the expert for whose tokens
-    they write most, and the router is made again. Not of a MoE that is carved again."""
+    """Rounds in which neurons move to the expert for whose tokens they contribute most, and the
+    router is made again. Not for a MoE as the source."""
     polish_epochs: int = 0
-    """Passes over the calibration tokens that train the neurons of the carved layer, at most."""
+    """Passes over the calibration tokens that train the carved layer, at most."""
     error_correction: bool = False
-    """Let the refit aim at the dense model's hidden states, which also undoes what earlier layers
-    got wrong, instead of at the dense FFN's output."""
-
+    """Refit to the dense model's hidden states, which also corrects the errors of earlier layers,
+    instead of to the dense FFN's output."""
     competition: str = "parent"
-    """In a MoE that is carved again: whether the experts of one `"parent"` compete, or those of all
-    parents of a `"token"`."""
-
-    pinned: int = 0
+    """With a MoE as the source, which experts compete: those of one `"parent"`, the expert that
+    they were carved from, or of all parents of a `"token"`."""
+    always_on: int = 0
     """Active experts that run for every token: those of the most important neurons."""
     adaptive_split: bool = False
-    """Choose `pinned` for each layer on held-out calibration tokens."""
+    """Choose `always_on` for each layer on held-out calibration tokens."""
     routed_by: str = "router"
     """Who routes while calibrating: the `"router"`, an `"oracle"` (the experts of largest sum |h|)
     or a `"random"` choice. For comparisons: the model keeps its router."""
 
     @classmethod
     def of(cls, recipe: "str | Recipe", **changes: Any) -> "Recipe":
-        """The recipe of that name, or another one, with some choices changed, for ablations.
-
-        Raises `RequestError` for what does not exist.
-        """
+        """Return a recipe with some choices changed. Raises `RequestError` for unknown ones."""
         if isinstance(recipe, str):
             if recipe not in RECIPES:
                 raise RequestError(
                     f"there is no recipe {recipe!r}; choose one of {', '.join(RECIPES)}."
                 )
             recipe = RECIPES[recipe]
+        changes = {FORMER_NAMES.get(name, name): value for name, value in changes.items()}
         known = {choice.name for choice in fields(cls)} - {"name"}
         if unknown := sorted(changes.keys() - known):
             raise RequestError(
@@ -88,12 +83,17 @@ class Recipe:
             )
         return replace(recipe, **changes)
 
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Recipe":
+        """Return the recipe that `dataclasses.asdict` recorded, by this release or an older one."""
+        return cls(**{FORMER_NAMES.get(name, name): value for name, value in record.items()})
+
     def __repr__(self) -> str:
         return repr(self.title)
 
     @property
     def title(self) -> str:
-        """Its name, and what was changed."""
+        """Its name, and what was changed in it."""
         changed = [
             f"{choice.name} = {getattr(self, choice.name)}"
             for choice in fields(self)
@@ -106,49 +106,46 @@ class Recipe:
         """Whether the dense model runs beside the carved one."""
         return self.refit and self.error_correction
 
-    @property
-    def makes_activations_again(self) -> bool:
-        """Whether no step needs the hidden activations of all tokens at once."""
-        return self.routed_by == "router" and (self.held_out_ridge or not self.refit)
-
     def __post_init__(self) -> None:
-        """Raises `RequestError` for a choice that does not exist or goes with no other."""
+        """Raise `RequestError` for a choice that does not exist or contradicts another."""
         for choice in fields(self):
-            kind = type(choice.default)
-            value = getattr(self, choice.name)
+            kind, value = type(choice.default), getattr(self, choice.name)
+            known = CHOICES.get(choice.name)
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise RequestError(
                     f"the recipe's {choice.name} is {value!r}; it must be of type {kind.__name__}."
                 )
             if isinstance(value, float) and not math.isfinite(value):
                 raise RequestError(f"the recipe's {choice.name} is {value}; it must be finite.")
-        for name, known in _KNOWN_CHOICES.items():
-            if getattr(self, name) not in known:
+            if known and value not in known:
                 raise RequestError(
-                    f"the recipe's {name} is {getattr(self, name)!r}; it can be {', '.join(known)}."
+                    f"the recipe's {choice.name} is {value!r}; it can be {', '.join(known)}."
                 )
+        splits = self.always_on or self.adaptive_split
+        lowest = min(self.always_on, self.router_epochs, self.reassignments, self.polish_epochs)
+        problem = None
         if self.router == "representative" and self.clusters != "marks":
-            raise RequestError(
-                "a representative router needs clusters of marks: change both, or neither."
+            problem = "a representative router needs clusters of marks: change both, or neither."
+        elif splits and self.clusters != "contributions":
+            problem = (
+                "a budget (experts that are always on, an adaptive split) needs clusters of "
+                "contributions: use --recipe refined, or say --shared and --active."
             )
-        if self.pinned < 0:
-            raise RequestError("the recipe's pinned cannot be negative.")
-        if (self.pinned or self.adaptive_split) and self.clusters != "contributions":
-            raise RequestError(
-                "a budget (pinned experts, an adaptive split) needs clusters of contributions: "
-                "use --recipe refined, or say --shared and --active."
-            )
-        if self.adaptive_split and not self.refit:
-            raise RequestError("a budget compares refitted layers: leave the refit on.")
-        if self.polish_epochs and not self.held_out_ridge:
-            raise RequestError("polish_epochs need held-out tokens: change held_out_ridge, too.")
-        if min(self.router_epochs, self.reassignments, self.polish_epochs) < 0:
-            raise RequestError("the recipe's epochs and rounds cannot be negative.")
-        if min(self.max_iterations, self.router_ridge, self.refit_ridge) <= 0:
-            raise RequestError("the recipe's max_iterations and ridges must be above 0.")
+        elif self.adaptive_split and not self.refit:
+            problem = "a budget compares refitted layers: leave the refit on."
+        elif self.polish_epochs and not self.held_out_ridge:
+            problem = "polish_epochs need held-out tokens: change held_out_ridge, too."
+        elif lowest < 0:
+            problem = "the recipe's always_on, epochs and rounds cannot be negative."
+        elif min(self.max_iterations, self.router_ridge, self.refit_ridge) <= 0:
+            problem = "the recipe's max_iterations and ridges must be above 0."
+        if problem:
+            raise RequestError(problem)
 
 
-_KNOWN_CHOICES = {
+FORMER_NAMES = {"pinned": "always_on"}
+"""Names of choices in records and commands of cmoe-hf 0.2 and before."""
+CHOICES = {
     "importance": ("rate", "energy", "fluctuation", "weight"),
     "clusters": ("marks", "contributions"),
     "metric": ("l1", "l2"),

@@ -1,26 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of a carved FFN that bring its output near the one wanted: refit, polish, refit.
+"""Fit a carved FFN to the target output: refit, polish, refit.
 
-The first refit sees all tokens but those held out. They choose its ridge, and the epoch at which
+The first refit sees all tokens but those held out, which choose its ridge and the epoch at which
 the polish stops. The last refit starts from the polished weights and sees all tokens. Hidden
-activations exist for one batch of tokens at a time: only what enters the FFN and what should leave
-it is kept for all.
+activations exist for one batch of tokens at a time.
 
-Shape suffixes: T tokens, B tokens of one batch, H hidden size, F dense FFN width, G = F, or F + 1
-with an output bias, N routed experts.
+Shape suffixes: T tokens, H hidden size, N routed experts, G dense FFN width, plus 1 with an output
+bias.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from .decoder import BATCH_TOKENS
 from .layer import FFN
 from .partition import Partition
 from .polish import Schedule, polish
-from .refit import Batch, NormalEquations, Running, held_out_errors, refitted
+from .recipe import Recipe
+from .refit import NormalEquations, Running, Samples, batches, held_out_errors, ridge_for
 
 
 class Reconstruction(NamedTuple):
@@ -44,86 +41,69 @@ class Reconstruction(NamedTuple):
 
     @property
     def figures(self) -> dict[str, Any]:
-        """What `conversion.json` says."""
-        return {
-            "ridge": self.ridge,
-            "held_out_error": self.held_out_error,
-            "polish_errors": self.polish_errors,
-        }
+        """The entries of `conversion.json`."""
+        figures = ("ridge", "held_out_error", "polish_errors")
+        return {name: getattr(self, name) for name in figures} if self.refit_errors else {}
 
 
 def reconstruct(
     ffn: FFN,
     parts: Partition,
     run_TN: torch.Tensor,
-    x_TH: torch.Tensor,
-    wanted_TH: torch.Tensor,
+    samples: Samples,
     *,
-    held: int,
-    weight_T: torch.Tensor | None = None,
+    ridge: float | None = None,
     schedule: Schedule | None = None,
     seed: int = 0,
 ) -> Reconstruction:
     """Refit and polish one carved FFN.
 
+    Needs two square matrices of the number of running neurons, in float32.
+
     Args:
         ffn: The dense FFN.
-        parts: Whose neurons are whose.
+        parts: The neurons of each expert.
         run_TN: True where a routed expert runs.
-        x_TH: Inputs of the FFN.
-        wanted_TH: The output wanted.
-        held: So many of the last tokens choose ridge and epoch, not all; without any the ridge is
-            the strongest and there is no polish.
-        weight_T: What a token's error is multiplied by, 1 if None; see `refit.token_weights`.
-        schedule: Of the polish; None for a refit alone.
+        samples: What to fit.
+        ridge: Lambda relative to a mean squared activation, idle neurons included; the held-out
+            tokens choose it if None, and without any it is the strongest.
+        schedule: Of the polish, which needs held-out tokens; None for a refit alone.
         seed: Of the polish.
-
-    Needs two square matrices of the number of running neurons, in float32.
     """
-    running, cut = Running.of(parts, run_TN), len(x_TH) - held
-    weight_T = x_TH.new_ones(len(x_TH)) if weight_T is None else weight_T
-    tokens = (run_TN, x_TH, wanted_TH, weight_T)
-    dense_HG = ffn.down_with_bias
-    seen = NormalEquations.empty(running, len(dense_HG), biased=ffn.is_biased)
-    seen.add(batches(ffn, dense_HG, running, *(tensor[:cut] for tensor in tokens)))
-    unseen = list(batches(ffn, dense_HG, running, *(tensor[cut:] for tensor in tokens)))
-    refit_errors = held_out_errors(seen, unseen)
+    running, down_HG = Running.of(parts, run_TN), ffn.down_with_bias
+    equations = NormalEquations.empty(ffn, running)
+    if ridge is not None:
+        equations.add(batches(ffn, down_HG, running, run_TN, samples))
+        ridge *= len(equations.gram_RR) / down_HG.shape[1]
+        return Reconstruction(ffn, equations.refit(down_HG, ridge), ridge, {}, [])
+    cut = len(run_TN) - samples.num_held_out
+    seen, unseen = slice(cut), slice(cut, None)
+    equations.add(batches(ffn, down_HG, running, run_TN[seen], samples.take(seen)))
+    held_out = list(batches(ffn, down_HG, running, run_TN[unseen], samples.take(unseen)))
+    refit_errors = held_out_errors(equations, held_out)
     ridge = min(sorted(refit_errors, reverse=True), key=refit_errors.__getitem__)
-    polish_errors: list[float] = []
-    is_polishing = schedule is not None and held > 0
-    start_HG = refitted(seen, dense_HG, ridge) if is_polishing else dense_HG
-    seen.add(unseen)
-    del unseen
-    if is_polishing:
-        how: dict[str, Any] = {"held": held, "weight_T": weight_T, "schedule": schedule}
-        polished = polish(ffn, start_HG, parts, *tokens[:3], seed=seed, **how)
-        polish_errors = polished.errors
-    if not polish_errors or min(polish_errors) == polish_errors[0]:
-        down_HG = refitted(seen, dense_HG, ridge)
-        return Reconstruction(ffn, down_HG, ridge, refit_errors, polish_errors)
-    del seen
-    ffn = replace(
-        ffn,
-        gate_FH=None if polished.gate_FH is None else ffn.rounded(polished.gate_FH),
-        up_FH=ffn.rounded(polished.up_FH),
-        is_polished=True,
-    )
-    last = NormalEquations.empty(running, len(dense_HG), biased=ffn.is_biased)
-    last.add(batches(ffn, polished.down_HG, running, *tokens))
-    down_HG = refitted(last, polished.down_HG, ridge)
-    return Reconstruction(ffn, down_HG, ridge, refit_errors, polish_errors)
+    polishes = schedule is not None and samples.num_held_out > 0
+    start_HG = equations.refit(down_HG, ridge) if polishes else down_HG
+    equations.add(held_out)
+    del held_out
+    errors: list[float] = []
+    if polishes:
+        polished = polish(ffn, start_HG, parts, run_TN, samples, schedule=schedule, seed=seed)
+        errors = polished.errors
+        if min(errors) < errors[0]:
+            ffn, down_HG = polished.ffn, polished.down_HG
+            del equations  # before there are others
+            equations = NormalEquations.empty(ffn, running)
+            equations.add(batches(ffn, down_HG, running, run_TN, samples))
+    return Reconstruction(ffn, equations.refit(down_HG, ridge), ridge, refit_errors, errors)
 
 
-def batches(
-    ffn: FFN,
-    down_HG: torch.Tensor,
-    running: Running,
-    run_TN: torch.Tensor,
-    x_TH: torch.Tensor,
-    wanted_TH: torch.Tensor,
-    weight_T: torch.Tensor,
-) -> Iterator[Batch]:
-    """What a refit needs of some tokens, `BATCH_TOKENS` at a time."""
-    split = (tensor.split(BATCH_TOKENS) for tensor in (x_TH, run_TN, wanted_TH, weight_T))
-    for x_BH, run_BN, wanted_BH, weight_B in zip(*split, strict=True):
-        yield Batch.of(running, ffn.hidden(x_BH), run_BN, wanted_BH, down_HG, weight_B)
+def fit_layer(
+    ffn: FFN, parts: Partition, run_TN: torch.Tensor, samples: Samples, recipe: Recipe
+) -> Reconstruction:
+    """Refit and polish one carved FFN as the recipe says."""
+    schedule = Schedule(epochs=recipe.polish_epochs) if recipe.polish_epochs else None
+    ridge = None
+    if not recipe.held_out_ridge:
+        ridge = ridge_for(len(run_TN), ffn.width, recipe.refit_ridge)
+    return reconstruct(ffn, parts, run_TN, samples, ridge=ridge, schedule=schedule)

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The analytical router (paper, section 4.3): made of neurons of the dense FFN, not trained.
 
-Shape suffixes: T tokens, B of a part of them, H hidden size, F dense FFN width, N routed experts,
+Shape suffixes: T tokens, B tokens of one batch, H hidden size, F dense FFN width, N routed experts,
 K active experts, M neurons of one expert, R of all of them, X of what is summed over.
 """
 
 import math
 
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 
-from .linalg import lower_gram, solve_shifted
+from .linalg import lower_gram, solve_ridge
 
 ENERGY_TOKENS = 2048
 """Tokens whose experts' outputs are measured at once."""
 ALWAYS_ON_BIAS, HIGHEST_BIAS = 2.0, 1.0
-"""Balance bias of an expert that runs for every token, and the highest of any other: below 1 + 1
-with its probability, it never wins against the first."""
+"""Balance bias of an expert that runs for every token, and the highest of any other, which with its
+probability stays below the first."""
 
 
 def always_on_mask(bias_N: torch.Tensor, experts: list[int] | None) -> torch.Tensor:
@@ -42,44 +42,48 @@ def representative_router(
     up_bias_F: torch.Tensor | None = None,
     normalise: bool,
 ) -> dict[str, torch.Tensor]:
-    """Router weights: the gate and up rows of the representative neurons, (N, H) each (eq. 8), or
-    for an FFN without a gate their rows and biases (N,).
+    """Return the gate and up rows of the representative neurons, (N, H) each (eq. 8).
 
-    With `normalise`, every row is scaled to length 1, with its bias, as the released code does.
+    For an FFN without a gate, their rows and biases (N,). With `normalise`, every row is scaled to
+    length 1, with its bias, as the released code does.
     """
+    scale = unit_rows if normalise else torch.Tensor.clone
     up_NH = up_FH[representatives_N]
-    if gate_FH is None:
-        assert up_bias_F is not None  # such an FFN has one
-        row_NJ = torch.cat([up_NH, up_bias_F[representatives_N, None]], dim=1)
-        row_NJ = unit_rows(row_NJ) if normalise else row_NJ
-        return {"up_weight": row_NJ[:, :-1], "up_bias": row_NJ[:, -1]}
-    rows = {"gate_weight": gate_FH[representatives_N], "up_weight": up_NH}
-    return {name: unit_rows(row) for name, row in rows.items()} if normalise else rows
+    if gate_FH is not None:
+        return {"gate_weight": scale(gate_FH[representatives_N]), "up_weight": scale(up_NH)}
+    assert up_bias_F is not None  # such an FFN has one
+    row_NJ = scale(torch.cat([up_NH, up_bias_F[representatives_N, None]], dim=1))
+    return {"up_weight": row_NJ[:, :-1], "up_bias": row_NJ[:, -1]}
 
 
 def unit_rows(row_NH: torch.Tensor) -> torch.Tensor:
-    """Every row scaled to length 1."""
-    return torch.nn.functional.normalize(row_NH.float(), dim=1).to(row_NH.dtype)
+    """Scale every row to length 1."""
+    return normalize(row_NH.float(), dim=1).to(row_NH.dtype)
 
 
 def linear_router(
     x_TH: torch.Tensor, energy_TN: torch.Tensor, *, ridge: float
 ) -> dict[str, torch.Tensor]:
-    """Router weights (N, H) whose scores x W predict which experts write most.
+    """Return router weights (N, H) whose scores x W predict which experts contribute most.
 
     Ridge regression, without intercept, of each expert's output energy, centred over the experts,
     on the FFN input. `ridge` is relative to the mean square of an input feature. A strong one
-    pays: the router must hold on text it has not seen. Scores are scaled to unit variance, which
-    leaves their order alone and keeps the softmax away from saturation.
+    pays: the router must generalise to unseen text.
     """
     target_TN = energy_TN - energy_TN.mean(dim=1, keepdim=True)
-    gram_HH = lower_gram(x_TH)
-    shift = max(ridge * gram_HH.diagonal().mean().item(), 1e-30)
-    weight_HN = solve_shifted(gram_HH, x_TH.T @ target_TN, shift)
-    score_TN = x_TH @ weight_HN
+    weight_NH = solve_ridge(lower_gram(x_TH), x_TH.T @ target_TN, ridge).T
+    return {"linear_weight": unit_scores(weight_NH, x_TH)}
+
+
+def unit_scores(weight_NH: torch.Tensor, x_TH: torch.Tensor) -> torch.Tensor:
+    """Scale a router's weights so that its scores have unit variance.
+
+    This leaves their order alone and keeps the softmax away from saturation.
+    """
+    score_TN = x_TH @ weight_NH.T
     if score_TN.numel() > 1:  # or there is no deviation
-        weight_HN = weight_HN / score_TN.std().clamp_min(1e-30)
-    return {"linear_weight": weight_HN.T.contiguous()}
+        weight_NH = weight_NH / score_TN.std().clamp_min(1e-30)
+    return weight_NH.contiguous()
 
 
 def ranking_router(
@@ -93,12 +97,12 @@ def ranking_router(
     batch: int = 1024,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Router weights (N, H) trained to tell the `top_k` experts that write most from the others.
+    """Return router weights (N, H) trained to select the `top_k` experts that contribute most.
 
     Logistic regression from the weights `start_NH` of a `linear_router`. Each decision counts by
-    how far the expert's energy lies from the border between running and idling, so that near
-    draws, which cost nothing, are not learnt. Adam with a cosine schedule; the order of the tokens
-    comes from `seed`. `rate` is relative to the root mean square of the weights.
+    how far the expert's energy lies from the border between running and idling, so that close
+    decisions, which cost nothing, are not learnt. Adam with a cosine schedule; the order of the
+    tokens comes from `seed`. `rate` is relative to the root mean square of the weights.
     """
     energy_TN = energy_TN / energy_TN.mean().clamp_min(1e-30)
     border_T1 = energy_TN.topk(top_k + 1, dim=1).values[:, -2:].mean(dim=1, keepdim=True)
@@ -122,33 +126,28 @@ def ranking_router(
             step += 1
     weight_NH = weight_NH.detach()
     weight_NH = weight_NH - weight_NH.mean(dim=0)  # what all experts share decides nothing
-    score_TN = x_TH @ weight_NH.T
-    if score_TN.numel() > 1:  # or there is no deviation
-        weight_NH = weight_NH / score_TN.std().clamp_min(1e-30)
-    return {"linear_weight": weight_NH.contiguous()}
+    return {"linear_weight": unit_scores(weight_NH, x_TH)}
 
 
 def log_energy_router(
     x_TH: torch.Tensor, energy_TN: torch.Tensor, *, ridge: float
 ) -> dict[str, torch.Tensor]:
-    """Router weights (N, H) and biases (N,) whose scores x W + b predict log energies.
+    """Return router weights (N, H) and biases (N,) whose scores x W + b predict log energies.
 
-    Logarithms of several such routers can be compared, and so can those of their products with a
-    known weight. Ridge regression of what differs from the mean, as in `linear_router`.
+    Scores of several such routers can be compared, also after a logarithm is added to them. Ridge
+    regression of the differences from the mean, as in `linear_router`.
     """
     floor = (1e-6 * energy_TN.mean()).clamp_min(1e-30)
     log_TN = (energy_TN + floor).log()
     bias_N = log_TN.mean(dim=0)
-    gram_HH = lower_gram(x_TH)
-    shift = max(ridge * gram_HH.diagonal().mean().item(), 1e-30)
-    weight_HN = solve_shifted(gram_HH, x_TH.T @ (log_TN - bias_N), shift)
+    weight_HN = solve_ridge(lower_gram(x_TH), x_TH.T @ (log_TN - bias_N), ridge)
     return {"linear_weight": weight_HN.T.contiguous(), "linear_bias": bias_N}
 
 
 def output_energies(
     h_TF: torch.Tensor, down_HF: torch.Tensor, experts_NM: torch.Tensor
 ) -> torch.Tensor:
-    """Squared length of each expert's output for every token, (T, N): |h W^T|^2 = h (W^T W) h^T."""
+    """Return the squared length of each expert's output, (T, N): |h W^T|^2 = h (W^T W) h^T."""
     experts, neurons = experts_NM.shape
     ids_R = experts_NM.flatten().to(h_TF.device)
     down_NHM = down_HF[:, ids_R].view(-1, experts, neurons).transpose(0, 1)
@@ -163,14 +162,14 @@ def output_energies(
 
 
 def oracle_choice(mass_TN: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The experts that a perfect router would run, (T, K) int64 (eq. 24).
+    """Return the experts that a perfect router would run, (T, K) int64 (eq. 24).
 
-    `mass_TN` is what each expert holds of a token's activation, sum of |h|.
+    `mass_TN` is the sum of |h| over each expert's neurons.
     """
     return mass_TN.topk(top_k, dim=1).indices
 
 
 def agreement(index_TK: torch.Tensor, other_TK: torch.Tensor) -> float:
-    """Share of the tokens for which both choices are the same set of experts."""
+    """Return the share of the tokens for which both choices are the same set of experts."""
     same_T = (index_TK.sort(dim=1).values == other_TK.sort(dim=1).values).all(dim=1)
     return same_T.double().mean().item()

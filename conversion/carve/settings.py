@@ -100,10 +100,10 @@ class Settings(CarvingOptions):
         if self.polish and not recipe.polish_epochs:
             recipe = replace(recipe, polish_epochs=Schedule().epochs)
         object.__setattr__(self, "recipe", recipe)
-        limit = min(shape.active, shape.experts - shape.shared - 1) if shape else recipe.pinned
-        if shape and recipe.pinned > limit:
+        limit = min(shape.active, shape.experts - shape.shared - 1) if shape else recipe.always_on
+        if shape and recipe.always_on > limit:
             raise RequestError(
-                f"the recipe's pinned is {recipe.pinned}; at {shape.notation} it can be at "
+                f"the recipe's always_on is {recipe.always_on}; at {shape.notation} it can be at "
                 f"most {limit}: no more than are active, and one must be left to route."
             )
         if self.activations not in ACTIVATIONS:
@@ -151,7 +151,7 @@ class Settings(CarvingOptions):
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         """The inverse of `record`."""
-        return cls(**{**record, "recipe": Recipe(**record["recipe"])})
+        return cls(**{**record, "recipe": Recipe.from_record(record["recipe"])})
 
     def record(self) -> dict[str, Any]:
         """As plain data."""

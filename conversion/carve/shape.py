@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of a carved model: S, A and E, and the configuration that they make of a dense one's.
-
-From here on sizes are read from the configuration, and behind the partition from the tensors.
-"""
+"""The shape of a carved model: S, A and E, and the configuration that results from a dense one."""
 
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from transformers import LlamaConfig, PreTrainedConfig
 
@@ -19,18 +16,17 @@ from ..source.checkpoint import Source
 from .recipe import Recipe
 
 FINEST = 48
-"""Experts at most where nobody says how many: twice as many are little better and much slower."""
-DEEP, VERY_DEEP = 12, 24
-"""Layers from which on the first one is worth its share of the budget as a dense one; and, of a
-budget above `AMPLE`, the first three and the last two."""
-AMPLE = 0.6
+"""The most experts to choose by default: twice as many are little better and much slower."""
+DEEP, VERY_DEEP, AMPLE = 12, 24, 0.6
+"""From `DEEP` layers on the first one is worth its share of the budget as a dense one; from
+`VERY_DEEP` on, with a budget above `AMPLE`, the first three and the last two."""
 
 
 @dataclass(frozen=True)
 class Shape:
     """How many experts there are and how many run, in the paper's notation for example `S3A3E8`.
 
-    Raises `RequestError` for what no model could have.
+    Raises `RequestError` if no model could have this shape.
     """
 
     shared: int
@@ -42,31 +38,27 @@ class Shape:
 
     def __post_init__(self) -> None:
         """Refuse an impossible shape."""
-        running = self.shared + self.active
-        if self.shared < 0 or self.active < 0 or self.experts < 1:
-            raise RequestError(
-                f"S={self.shared}, A={self.active}, E={self.experts}: shared and active cannot "
-                "be negative, and there must be at least one expert."
+        running, problem = self.shared + self.active, None
+        if min(self.shared, self.active) < 0 or self.experts < 1:
+            problem = "shared and active cannot be negative, and there must be at least one expert."
+        elif running > self.experts:
+            problem = (
+                f"{self.shared} shared + {self.active} active = {running} experts, but there are "
+                f"only {self.experts}. Lower --shared or --active, or raise --experts."
             )
-        if running > self.experts:
-            raise RequestError(
-                f"{self.notation} asks for {self.shared} shared + {self.active} active = "
-                f"{running} experts, but there are only {self.experts}. "
-                "Lower --shared or --active, or raise --experts."
+        elif running == 0:
+            problem = "it runs no neuron at all. Raise --shared or --active."
+        elif self.shared == self.experts:
+            problem = (
+                "it leaves nothing to route: with every expert shared it is the dense model. "
+                "Lower --shared."
             )
-        if running == 0:
-            raise RequestError(
-                f"{self.notation} runs no neuron at all. Raise --shared or --active."
-            )
-        if self.shared == self.experts:
-            raise RequestError(
-                f"{self.notation} leaves nothing to route: with every expert shared it is the "
-                "dense model. Lower --shared."
-            )
+        if problem:
+            raise RequestError(f"{self.notation} is impossible: {problem}")
 
     @classmethod
     def parse(cls, notation: str) -> Self:
-        """From the paper's notation. Raises `RequestError`."""
+        """Read the paper's notation. Raises `RequestError`."""
         found = re.fullmatch(r"S(\d+)A(\d+)E(\d+)", notation.strip())
         if found is None:
             raise RequestError(f"{notation!r} is not a shape such as S3A3E8.")
@@ -74,9 +66,9 @@ class Shape:
 
     @classmethod
     def within(cls, budget: float, shared: int | None, experts: int) -> Self:
-        """That runs a share `budget` of the neurons, half of it shared unless that is said.
+        """Return the shape that runs a share `budget` of the neurons, half of it shared by default.
 
-        Raises `RequestError`.
+        Raises `RequestError` if that is not a whole number of experts.
         """
         running = round(budget * experts) if 0 < budget < 1 else 0
         if not 0 < running < experts or abs(running - budget * experts) > 1e-6:
@@ -97,10 +89,10 @@ class Shape:
     def spread(
         cls, budget: float, layers: int, width: int, dense: Collection[int] | None
     ) -> tuple[Self, tuple[int, ...]]:
-        """That runs at most a share `budget` of all neurons of `layers` FFNs of `width`, and the
-        layers that stay dense unless that is said. Half of what runs is shared.
+        """Choose a shape, and the layers that stay dense if `dense` is None, for a model.
 
-        Raises `RequestError`.
+        At most a share `budget` of all neurons of `layers` FFNs of `width` runs, half of it shared.
+        Raises `RequestError` if no shape can do that.
         """
         if dense is None:
             dense = (0,) if layers >= DEEP else ()
@@ -121,7 +113,7 @@ class Shape:
 
     @property
     def notation(self) -> str:
-        """The paper's name of the shape."""
+        """The shape in the paper's notation."""
         return f"S{self.shared}A{self.active}E{self.experts}"
 
     @property
@@ -132,20 +124,20 @@ class Shape:
 
 def carved_config(
     dense: PreTrainedConfig,
-    row: Architecture,
+    arch: Architecture,
     shape: Shape,
     recipe: Recipe,
     *,
     dtype: str | None = None,
     dense_layers: Collection[int] = (),
 ) -> CMoEConfig:
-    """Configuration of the carved model. Raises `RequestError` for a shape that does not fit."""
+    """Return the configuration of the carved model. Raises `RequestError` if that cannot be."""
     layers = dense.num_hidden_layers
     if wrong := [index for index in dense_layers if not 0 <= index < layers]:
         raise RequestError(f"there is no layer {wrong[0]}: the model has 0 to {layers - 1}.")
     if len(dense_layers) == layers:
         raise RequestError("with every layer dense it is the dense model: name fewer of them.")
-    width = getattr(dense, row.expert_width)
+    width = getattr(dense, arch.expert_width)
     neurons, remainder = divmod(width, shape.experts)
     if remainder:
         fitting = [str(count) for count in range(2, min(width, 256) + 1) if width % count == 0]
@@ -153,47 +145,43 @@ def carved_config(
             f"the FFN width {width} is not divisible by {shape.experts} experts: neurons "
             f"would be lost. --experts can be {', '.join(fitting)}."
         )
-    kept = {
+    dropped = ("model_type", "architectures", "auto_map", "transformers_version")
+    kept: dict[str, Any] = {
         key: value
         for key, value in dense.to_dict().items()
-        if key not in ("model_type", "architectures", "auto_map", "transformers_version")
-        and not key.startswith("_")
+        if key not in dropped and not key.startswith("_")
     }
-    if dtype is not None:
-        kept["dtype"] = dtype
-    if dense_layers:
-        kept["dense_layers"] = list(dense_layers)
-    parents = picked = 1
-    if row.router is not None:
-        parents, picked = dense.num_experts, dense.num_experts_per_tok
-        check_hierarchical(recipe)
-        if dense_layers:
-            raise RequestError("the source is a MoE: its layers cannot stay dense.")
+    kept |= {"dtype": dtype} if dtype else {}
+    kept |= {"dense_layers": list(dense_layers)} if dense_layers else {}
+    source_experts = picked = 1
+    if arch.router is not None:
+        check_hierarchical(recipe, dense_layers)
+        source_experts, picked = dense.num_experts, dense.num_experts_per_tok
         kept |= {
-            "num_parents": parents,
+            "num_parents": source_experts,
             "num_parents_per_tok": picked,
             "norm_parent_prob": kept.pop("norm_topk_prob", False),
             "flat_routing": recipe.competition == "token",
             "intermediate_size": width,
         }
         kept.pop("num_local_experts", None)  # the library's other name of the same
-    return row.cmoe_config(
-        **kept
-        | {
-            "architectures": [row.cmoe_model.__name__],
-            "num_experts": (shape.experts - shape.shared) * parents,
-            "num_experts_per_tok": shape.active * picked,
-            "moe_intermediate_size": neurons,
-            "shared_expert_intermediate_size": shape.shared * neurons,
-            "router_type": recipe.router,
-            "router_absolute_score": recipe.absolute_score,
-        }
-    )
+    kept |= {
+        "architectures": [arch.cmoe_model.__name__],
+        "num_experts": (shape.experts - shape.shared) * source_experts,
+        "num_experts_per_tok": shape.active * picked,
+        "moe_intermediate_size": neurons,
+        "shared_expert_intermediate_size": shape.shared * neurons,
+        "router_type": recipe.router,
+        "router_absolute_score": recipe.absolute_score,
+    }
+    return arch.cmoe_config(**kept)
 
 
-def check_hierarchical(recipe: Recipe) -> None:
-    """Raises `RequestError` for choices that a MoE as the source does not have."""
-    if recipe.pinned or recipe.adaptive_split:
+def check_hierarchical(recipe: Recipe, dense_layers: Collection[int]) -> None:
+    """Raise `RequestError` for choices that do not exist where the source is a MoE."""
+    if dense_layers:
+        raise RequestError("the source is a MoE: its layers cannot stay dense.")
+    if recipe.always_on or recipe.adaptive_split:
         raise RequestError(
             "a budget chooses among the experts of a dense FFN; the source is a MoE. Say --shared "
             "and --active."
@@ -207,8 +195,8 @@ def check_hierarchical(recipe: Recipe) -> None:
         raise RequestError(f"a MoE cannot be calibrated with routed_by {recipe.routed_by!r}.")
 
 
-def parent_config(config: CMoEConfig, recipe: Recipe) -> CMoEConfig:
-    """Configuration of one carved parent of a hierarchical model, as if it were a dense FFN."""
+def source_expert_config(config: CMoEConfig, recipe: Recipe) -> CMoEConfig:
+    """Return the configuration of one carved expert of a MoE, as if it were a dense FFN."""
     dense = LlamaConfig(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -221,16 +209,16 @@ def parent_config(config: CMoEConfig, recipe: Recipe) -> CMoEConfig:
 
 
 def active_parameters(source: Source, config: CMoEConfig) -> int:
-    """Parameters that run for a token: all but the neurons that do not."""
+    """Return the number of parameters that run for a token."""
     ffn = source.ffn_parameters * config.num_hidden_layers
     run = config.num_parents_per_tok * config.activation_ratio
     return source.parameters - round(ffn * (config.num_parents - run))
 
 
 def width_warning(config: CMoEConfig) -> str | None:
-    """What speaks against the width of the experts, and how many experts would avoid it.
+    """Return a warning if GPUs cannot run experts of this width fast, with numbers that avoid it.
 
-    A grouped product on a GPU wants rows that start at multiples of 16 bytes: 8 neurons in 16 bits.
+    Their grouped products need rows that start at multiples of 16 bytes: 8 neurons in 16 bits.
     """
     width, neurons = config.intermediate_size, config.moe_intermediate_size
     if neurons % 8 == 0:
