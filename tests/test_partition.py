@@ -13,7 +13,6 @@ from scipy.optimize import linear_sum_assignment
 
 from cmoe_hf.conversion.carve.partition import (
     assign_balanced,
-    cluster_means,
     distances,
     mark_matrix,
     partition_by_contributions,
@@ -38,49 +37,36 @@ def shapes(draw):
     return experts * neurons, shared * neurons, experts - shared, neurons
 
 
-@settings(max_examples=40, deadline=None)
-@given(shapes(), st.integers(0, 99), st.sampled_from(["l1", "l2"]), st.sampled_from([1, 20]))
-def test_every_neuron_is_in_exactly_one_place(shape, seed, metric, iterations):
+@settings(max_examples=60, deadline=None)
+@given(shapes(), st.integers(0, 99), st.sampled_from(["l1", "l2", "contributions"]), st.data())
+def test_every_neuron_is_in_exactly_one_place(shape, seed, metric, data):
     width, shared, experts, neurons = shape
-    marks_TK = random_marks(50, width, min(3, width), seed)
-    rate_F = activation_rates(marks_TK, width)
-    parts = partition_by_marks(
-        marks_TK, rate_F, shared=shared, experts=experts, metric=metric, max_iterations=iterations
-    )
+    always_on, iterations = 0, data.draw(st.sampled_from([1, 20]))
+    sizes = {"shared": shared, "experts": experts, "max_iterations": iterations}
+    if metric == "contributions":
+        always_on = data.draw(st.integers(0, experts - 1))
+        generator = torch.Generator().manual_seed(seed)
+        h_TF, down_HF = torch.randn(40, width, generator=generator), torch.rand(5, width)
+        score_F = energies(h_TF, down_HF)
+        parts = partition_by_contributions(h_TF, down_HF, score_F, always_on=always_on, **sizes)
+    else:
+        marks_TK = random_marks(50, width, min(3, width), seed)
+        score_F = activation_rates(marks_TK, width)
+        parts = partition_by_marks(marks_TK, score_F, metric=metric, **sizes)
+        pairs = zip(parts.representatives_N, parts.experts_NM, strict=True)
+        assert all(representative in members_M for representative, members_M in pairs)
     placed = torch.cat([parts.shared_S, parts.experts_NM.flatten()])
     assert sorted(placed.tolist()) == list(range(width))
     assert parts.experts_NM.shape == (experts, neurons)
-    assert parts.iterations <= iterations
-    if shared:
-        routed_F = rate_F[parts.experts_NM.flatten()]
-        assert rate_F[parts.shared_S].min() >= routed_F.max()
-    for representative, members_M in zip(parts.representatives_N, parts.experts_NM, strict=True):
-        assert representative in members_M
-
-
-@settings(max_examples=30, deadline=None)
-@given(shapes(), st.integers(0, 99), st.data())
-def test_clusters_of_contributions_lose_no_neuron_either(shape, seed, data):
-    width, shared, experts, neurons = shape
-    always_on = data.draw(st.integers(0, experts - 1))
-    generator = torch.Generator().manual_seed(seed)
-    h_TF, down_HF = torch.randn(40, width, generator=generator), torch.rand(5, width)
-    score_F = energies(h_TF, down_HF)
-    parts = partition_by_contributions(
-        h_TF, down_HF, score_F, shared=shared, experts=experts, always_on=always_on
-    )
-    placed = torch.cat([parts.shared_S, parts.experts_NM.flatten()])
-    assert sorted(placed.tolist()) == list(range(width))
-    assert parts.experts_NM.shape == (experts, neurons)
-    assert parts.always_on == always_on
+    assert parts.always_on == always_on and parts.iterations <= iterations
     # Shared before always on before the experts that are left to the router.
     places = [parts.shared_S, parts.experts_NM[:always_on], parts.experts_NM[always_on:]]
     scores = [score_F[ids.flatten()] for ids in places if ids.numel()]
     assert all(more.min() >= less.max() for more, less in itertools.pairwise(scores))
 
 
-def test_neurons_that_write_together_end_up_together():
-    """Three groups of four neurons, each with an envelope of its own over the tokens."""
+def test_neurons_that_are_active_together_end_up_together():
+    """Three groups of four neurons, each active as a whole on tokens of its own."""
     groups = torch.tensor([[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]])
     h_TF = torch.randn(300, 12, generator=torch.Generator().manual_seed(0)) * 0.1
     for part, ids in enumerate(groups):
@@ -89,13 +75,11 @@ def test_neurons_that_write_together_end_up_together():
     score_F = energies(h_TF, down_HF)
     parts = partition_by_contributions(h_TF, down_HF, score_F, shared=0, experts=3)
     assert sorted(parts.experts_NM.tolist()) == groups.tolist()
-
-
-def test_energies_are_mean_squared_lengths():
-    h_TF, down_HF = torch.randn(30, 4), torch.randn(5, 4)
-    written_TFH = h_TF[:, :, None] * down_HF.T
-    expected_F = written_TFH.square().sum(dim=2).mean(dim=0).double()
-    torch.testing.assert_close(energies(h_TF, down_HF), expected_F, rtol=1e-5, atol=1e-6)
+    marks_TK = groups.repeat(10, 1)
+    rate_F = activation_rates(marks_TK, 12)
+    rate_F[torch.tensor([0, 1, 2])] += 1e-6  # one seed per group
+    parts = partition_by_marks(marks_TK, rate_F, shared=0, experts=3)
+    assert sorted(parts.experts_NM.tolist()) == groups.tolist()
 
 
 @settings(max_examples=30, deadline=None)
@@ -109,10 +93,9 @@ def test_assignment_costs_what_the_square_assignment_costs(clusters, capacity, s
     assert cost_RN[np.arange(len(label_R)), label_R].sum() == pytest.approx(best)
 
 
-@pytest.mark.parametrize("metric", ["l1", "l2"])
-def test_on_marks_of_a_real_width_the_cost_is_the_square_assignments(metric):
+def test_on_marks_of_a_real_width_the_cost_is_the_square_assignments():
     columns_TR = mark_matrix(random_marks(2000, 1032, 10, 0), 1032)
-    cost_RN = distances(columns_TR, columns_TR[:, -6:].toarray(), metric)
+    cost_RN = distances(columns_TR, columns_TR[:, -6:].toarray(), "l2")
     label_R = assign_balanced(cost_RN)
     square = np.repeat(cost_RN, 172, axis=1)
     rows, columns = linear_sum_assignment(square)
@@ -129,40 +112,6 @@ def test_distances_are_those_of_the_dense_matrix(tokens, width, clusters, seed):
     l2_RN = np.sqrt(np.square(difference_TRN).sum(axis=0))
     np.testing.assert_allclose(distances(columns_TR, centroids_TN, "l1"), l1_RN, atol=1e-9)
     np.testing.assert_allclose(distances(columns_TR, centroids_TN, "l2"), l2_RN, atol=1e-6)
-
-
-def test_cluster_means_are_means():
-    columns_TR = mark_matrix(random_marks(20, 12, 3, 0), 12)
-    label_R = np.array([0, 1, 2] * 4)
-    means_TN = cluster_means(columns_TR, label_R, 3)
-    for cluster in range(3):
-        expected_T = columns_TR.toarray()[:, label_R == cluster].mean(axis=1)
-        np.testing.assert_allclose(means_TN[:, cluster], expected_T)
-
-
-def test_under_balance_l1_and_squared_l2_have_the_same_optimum():
-    """Method section 4: only the cost differs, by a constant, on binary columns."""
-    columns_TR = mark_matrix(random_marks(60, 24, 4, 3), 24)
-    centroids_TN = columns_TR[:, [20, 21, 22, 23]].toarray()
-    l1_RN = distances(columns_TR, centroids_TN, "l1")
-    squared_RN = distances(columns_TR, centroids_TN, "l2") ** 2
-    inner_RN = -(columns_TR.T @ centroids_TN)
-    items = np.arange(24)
-    for cost_RN in (l1_RN, squared_RN):
-        for other_RN in (l1_RN, squared_RN, inner_RN):
-            label_R = assign_balanced(other_RN)
-            best_R = assign_balanced(cost_RN)
-            assert cost_RN[items, label_R].sum() == pytest.approx(cost_RN[items, best_R].sum())
-
-
-def test_neurons_that_fire_together_end_up_together():
-    """Three groups of four neurons, each marked as a whole by its own tokens."""
-    groups = torch.tensor([[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]])
-    marks_TK = groups.repeat(10, 1)
-    rate_F = activation_rates(marks_TK, 12)
-    rate_F[torch.tensor([0, 1, 2])] += 1e-6  # one seed per group
-    parts = partition_by_marks(marks_TK, rate_F, shared=0, experts=3)
-    assert sorted(parts.experts_NM.tolist()) == groups.tolist()
 
 
 @pytest.mark.thorough
