@@ -111,7 +111,7 @@ def test_changed_weights_are_not_as_carved(carved_copy):
 def test_large_models_are_read_from_the_disk(make_dense, carve, monkeypatch, family):
     carved = carve(make_dense(family))
     monkeypatch.setattr(outputs, "IN_MEMORY", 0)
-    assert outputs.placement(carved)["model.layers"] == "disk"
+    assert "disk" in outputs.placement(carved).values()
     assert verify(carved).as_carved
 
 
