@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,15 @@ from ..source.architectures import architecture_of
 
 POSITIVE = ("samples", "batch_size", "rank", "alpha", "epochs", "learning_rate")
 NOT_NEGATIVE = ("router_learning_rate", "bias_speed", "warmup_steps")
-BELOW_1 = ("adam_beta1", "adam_beta2")
 SCHEDULES = ("constant", "linear", "cosine")
+RULES: dict[str, tuple[Callable[[Any], bool], Sequence[str]]] = {
+    "above 0": (lambda value: value > 0, POSITIVE),
+    "at least 0": (lambda value: value >= 0, NOT_NEGATIVE),
+    "at least 0 and below 1": (lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2")),
+    "at least 2": (lambda value: value is None or value >= 2, ("sequence_length",)),
+    ", ".join(SCHEDULES): (SCHEDULES.__contains__, ("schedule",)),
+}
+"""What the options of a tuning must be."""
 CHECKPOINTS = 10
 """Checkpoints of one training run; the last two are kept."""
 
@@ -88,18 +96,10 @@ class Tuning:
 
     def __post_init__(self) -> None:
         """Raise `RequestError` for what cannot be trained."""
-        for name in (*POSITIVE, *NOT_NEGATIVE, *BELOW_1):
-            value = getattr(self, name)
-            if value < 0 or (name in POSITIVE and value == 0) or (name in BELOW_1 and value >= 1):
-                limit = "above 0" if name in POSITIVE else "at least 0"
-                below = " and below 1" if name in BELOW_1 else ""
-                raise RequestError(f"{name} is {value}; it must be {limit}{below}.")
-        if self.sequence_length is not None and self.sequence_length < 2:
-            raise RequestError("sequence_length must be at least 2: one token predicts the next.")
-        if self.schedule not in SCHEDULES:
-            raise RequestError(
-                f"there is no schedule {self.schedule!r}; choose one of {', '.join(SCHEDULES)}."
-            )
+        for rule, (holds, names) in RULES.items():
+            for name in names:
+                if not holds(value := getattr(self, name)):
+                    raise RequestError(f"{name} is {value}; it must be {rule}.")
         self.split(1)
 
     def split(self, processes: int) -> tuple[int, int]:
@@ -300,7 +300,7 @@ class LoRATrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], *arguments: Any, **options: Any
     ) -> Any:
-        """Return the mean negative log-likelihood, or divergence from the teacher, of a micro-batch.
+        """Return a micro-batch's mean negative log-likelihood, or divergence from the teacher.
 
         The loads are counted here: the backward pass may run the routers again.
         """
