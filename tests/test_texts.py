@@ -8,12 +8,11 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import shutil
-import subprocess
 import sys
 from unittest.mock import patch
 
+import datasets
 import pandas
 import pytest
 from hypothesis import given
@@ -28,7 +27,7 @@ from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
 from cmoe_hf.conversion.measure.evaluate import perplexity
 from cmoe_hf.conversion.source.calibration import PIECE_CHARACTERS, cut, tokenize
-from cmoe_hf.conversion.source.texts import documents, hub_rows
+from cmoe_hf.conversion.source.texts import documents, hub_rows, open_text
 
 PARAGRAPHS = CALIBRATION.read_text(encoding="utf-8").split("\n\n")
 ROWS = [{"id": index, "text": text} for index, text in enumerate(PARAGRAPHS)]
@@ -195,21 +194,11 @@ def test_a_column_of_dates_is_refused(dense, no_leftovers, tmp_path):
     refused(result, 2, "no row of dates.parquet has text", 'row 1 has "2026-01-02"')
 
 
-def test_local_rows_need_neither_a_home_nor_a_cache(tmp_path):
+def test_local_rows_need_neither_a_home_nor_a_cache(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text(LINES)
-    nowhere = dict.fromkeys(("HOME", "HF_HOME", "HF_DATASETS_CACHE"), "/dev/null/x")
-    script = (
-        "import sys; from cmoe_hf.conversion.source.texts import open_text;"
-        "sys.stdout.write(''.join(open_text(sys.argv[1]).chunks))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "rows.jsonl"],
-        env={**os.environ, **nowhere},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.stdout == "\n\n".join(PARAGRAPHS), done.stderr
+    monkeypatch.setenv("HOME", "/dev/null/x")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/dev/null/x")
+    assert "".join(open_text(tmp_path / "rows.jsonl").chunks) == "\n\n".join(PARAGRAPHS)
 
 
 def sized(path, characters):

@@ -190,7 +190,7 @@ def resume_recovery(output: str | Path) -> Recovery:
         CMoEError: The work failed again.
     """
     with owned_folder(output) as work:
-        asked, kept = work.settings["options"], None
+        asked, kept = work.recorded("options"), None
         if (windows := work.kept_windows()) is not None:
             kept = (work.settings["text_tokens"], windows["training"], windows["test"])
         prepared = prepare(RecoverOptions(**asked | {"tuning": Tuning(**asked["tuning"])}), kept)
