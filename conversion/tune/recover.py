@@ -70,8 +70,7 @@ class Recovery:
     perplexity_after_without_bias: float | None
     """With the balance biases set to zero; None if they did not move."""
     imbalance_before: float | None
-    """Coefficient of variation of the experts' loads, mean over layers; None for a model that does
-    not route."""
+    """Coefficient of variation of the experts' loads, mean over layers; None without a router."""
     imbalance_after: float | None
     imbalance_after_without_bias: float | None
     training_imbalance_before: float | None
@@ -245,7 +244,7 @@ def prepare(options: RecoverOptions, kept: Texts | None = None) -> Prepared:
 
 
 def on_cpus() -> bool:
-    """Whether processes compute on CPUs; untold, accelerate would take each for the only one."""
+    """Return whether processes compute on CPUs: accelerate would take each for the only one."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
@@ -273,10 +272,8 @@ def determinants(prepared: Prepared) -> dict[str, str]:
 
 
 class RecoveryFolder(PartialFolder):
-    """A recovery's folder: `work/carved` and `work/control` hold checkpoints of the two models.
-
-    `work/stages.json` holds what is measured, and how long it took.
-    """
+    """A recovery's folder: `work/carved` and `work/control` hold the checkpoints of two models, and
+    `work/stages.json` what is measured."""
 
     command = "recover"
     noun = "recovery"
@@ -314,11 +311,12 @@ def owned_folder(
     state = accelerate.PartialState(cpu=on_cpus())
     with ExitStack() as stack:
         work = RecoveryFolder(output)
-        if state.is_main_process and settings is None:
-            work = stack.enter_context(RecoveryFolder.reopen(output))
-        elif state.is_main_process and settings is not None:
-            new = RecoveryFolder.create(output, settings, overwrite=overwrite)
-            work = stack.enter_context(new)
+        if state.is_main_process:
+            if settings is None:
+                work = RecoveryFolder.reopen(output)
+            else:
+                work = RecoveryFolder.create(output, settings, overwrite=overwrite)
+            stack.enter_context(work)
         state.wait_for_everyone()
         if not state.is_main_process:
             work.settings = json.loads((work.private / SETTINGS).read_text(encoding="utf-8"))

@@ -103,7 +103,7 @@ class Tuning:
         self.split(1)
 
     def split(self, processes: int) -> tuple[int, int]:
-        """Windows of one forward pass on each process, and passes of one optimiser step."""
+        """Return windows of a forward pass on each process, and passes of an optimiser step."""
         micro = self.micro_batch_size or max(1, self.batch_size // processes)
         if micro < 1 or self.batch_size % (micro * processes):
             raise RequestError(
@@ -113,7 +113,7 @@ class Tuning:
         return micro, self.batch_size // (micro * processes)
 
     def steps(self, windows: int) -> int:
-        """Optimiser steps over that many windows."""
+        """Return the optimiser steps over that many windows."""
         return math.ceil(math.ceil(windows / self.batch_size) * self.epochs)
 
 
@@ -283,7 +283,7 @@ class LoRATrainer(Trainer):
             self.add_callback(BalanceBias(self))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Adam without weight decay: LoRA factors at one learning rate, routers at another."""
+        """Return Adam: LoRA factors at one learning rate, routers at another."""
         if self.optimizer is None:
             rates = {True: self.tuning.learning_rate, False: self.tuning.router_learning_rate}
             groups: dict[bool, list[nn.Parameter]] = {is_lora: [] for is_lora in rates}
@@ -322,7 +322,7 @@ class LoRATrainer(Trainer):
 
 
 def divergence(logits_TV: torch.Tensor, target_TV: torch.Tensor) -> torch.Tensor:
-    """Mean Kullback-Leibler divergence KL(target || model) in nats per token."""
+    """Return the mean Kullback-Leibler divergence KL(target || model) in nats per token."""
     log_TV = logits_TV.float().log_softmax(dim=1)
     target_log_TV = target_TV.float().log_softmax(dim=1)
     return F.kl_div(log_TV, target_log_TV, reduction="batchmean", log_target=True)
