@@ -47,10 +47,8 @@ def calibration_of(folder):
     return json.loads((folder / "conversion.json").read_text())["calibration"]
 
 
-@pytest.fixture(scope="module")
-def prose(carved):
-    """The SHA-256 of the text as prose."""
-    return calibration_of(carved)["sha256"]
+def read(source):
+    return "".join(open_text(source).chunks)
 
 
 @pytest.mark.parametrize(
@@ -74,25 +72,27 @@ def prose(carved):
         ("body.csv", table(head=("id", "body"))),
     ],
 )
-def test_rows_are_read_whatever_the_file_is_called(dense, tmp_path, prose, name, content):
-    path = tmp_path / name.partition(":")[0]
-    raw = content.encode()
+def test_rows_are_read_whatever_the_file_is_called(tmp_path, name, content):
+    path, raw = tmp_path / name.partition(":")[0], content.encode()
     path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
-    result = run(dense, tmp_path / "out", "--calibration", str(tmp_path / name))
+    assert read(tmp_path / name) == CALIBRATION.read_text()
+
+
+def test_rows_are_calibrated_on_like_prose(dense, carved, tmp_path):
+    (tmp_path / "two.jsonl").write_text(LINES.replace('"text"', '"title": "x", "body"'))
+    result = run(dense, tmp_path / "out", "--calibration", str(tmp_path / "two.jsonl:body"))
     assert result.exit_code == 0, result.stderr
-    told = calibration_of(tmp_path / "out")
-    assert told["sha256"] == prose
-    assert told["source"] == name
-    assert told["text_is_whole"] and told["text_characters"] == len(CALIBRATION.read_text())
+    expected = {**calibration_of(carved), "source": "two.jsonl:body"}
+    assert calibration_of(tmp_path / "out") == expected
+    assert expected["text_is_whole"]
+    assert expected["text_characters"] == len(CALIBRATION.read_text())
 
 
-def test_parquet_is_read_whatever_the_case_and_the_column(dense, tmp_path, prose, caplog):
+def test_parquet_is_read_whatever_the_case_and_the_column(tmp_path, caplog):
     texts = [PARAGRAPHS[0], None, *PARAGRAPHS[1:]]
     table = pandas.DataFrame({"n": range(len(texts)), "body": texts})
     table.to_parquet(tmp_path / "rows.PARQUET")
-    result = run(dense, tmp_path / "out", "--calibration", str(tmp_path / "rows.PARQUET"))
-    assert result.exit_code == 0, result.stderr
-    assert calibration_of(tmp_path / "out")["sha256"] == prose
+    assert read(tmp_path / "rows.PARQUET") == CALIBRATION.read_text()
     assert f"1 of {len(texts)} rows of rows.PARQUET" in caplog.text
 
 
@@ -146,11 +146,9 @@ def test_what_is_no_text_is_refused(dense, no_leftovers, tmp_path, name, content
     refused(run(dense, no_leftovers, "--calibration", str(tmp_path / name)), 2, *phrases)
 
 
-def test_prose_that_only_begins_like_json_stays_prose(dense, tmp_path):
-    path = tmp_path / "about.txt"
-    path.write_text('{"a": 1} is an object.\n' + CALIBRATION.read_text())
-    result = run(dense, tmp_path / "out", "--calibration", str(path))
-    assert result.exit_code == 0, result.stderr
+def test_prose_that_only_begins_like_json_stays_prose(tmp_path):
+    (tmp_path / "about.txt").write_text('{"a": 1} is an object.\n')
+    assert read(tmp_path / "about.txt") == '{"a": 1} is an object.\n'
 
 
 def holes(at):
@@ -160,12 +158,10 @@ def holes(at):
 
 
 @pytest.mark.parametrize("at", [0, len(ROWS)])
-def test_rows_without_text_are_skipped_and_counted(dense, tmp_path, prose, caplog, at):
+def test_rows_without_text_are_skipped_and_counted(tmp_path, caplog, at):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, holes(at))))
-    result = run(dense, tmp_path / "out", "--calibration", str(path))
-    assert result.exit_code == 0, result.stderr
-    assert calibration_of(tmp_path / "out")["sha256"] == prose
+    assert read(path) == CALIBRATION.read_text()
     [warning] = [it.getMessage() for it in caplog.records if it.name.endswith("texts")]
     assert warning.startswith(f"4 of {len(ROWS) + 4} rows of rows.jsonl have no text")
     assert f"row {at + 1} has null" in warning
@@ -198,7 +194,7 @@ def test_local_rows_need_neither_a_home_nor_a_cache(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text(LINES)
     monkeypatch.setenv("HOME", "/dev/null/x")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/dev/null/x")
-    assert "".join(open_text(tmp_path / "rows.jsonl").chunks) == "\n\n".join(PARAGRAPHS)
+    assert read(tmp_path / "rows.jsonl") == CALIBRATION.read_text()
 
 
 def sized(path, characters):
