@@ -177,6 +177,15 @@ class PartialFolder:
         work.log(f"resumed; {work.finished or 'nothing finished yet'}")
         return work
 
+    def recorded(self, name: str) -> Any:
+        """Return one of the settings. Raises `RequestError` if an older release wrote them."""
+        if name not in self.settings:
+            raise RequestError(
+                f"this {self.noun} was begun by an older release, whose notes cannot be read. "
+                "Start again with --overwrite."
+            )
+        return self.settings[name]
+
     def check_unchanged(self, found: Mapping[str, Any]) -> None:
         """Raise `RequestError` if one of these is not what the settings say."""
         for name, value in found.items():
