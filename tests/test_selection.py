@@ -44,7 +44,7 @@ print(path)
 
 
 def test_what_is_needed_stays_word_for_word():
-    found = select(MODULE, ["helper"])
+    found = select(MODULE, ("helper",))
     assert "from math import cos\n" in found and "sine" not in found
     assert '# About the limit.\nLIMIT = 3\n"""It has a meaning."""\n' in found
     assert "UNUSED" not in found and "So had this" not in found and "Named" not in found
@@ -53,13 +53,13 @@ def test_what_is_needed_stays_word_for_word():
 
 
 def test_a_name_in_quotes_is_a_name():
-    found = select(MODULE, ["other"])
+    found = select(MODULE, ("other",))
     assert "class Named" in found and "import sin as sine, tau\n" in found
     assert "@staticmethod\n# Why it is so.\ndef other" in found
 
 
 def test_everything_wanted_is_everything():
-    wanted = ["helper", "other", "Named", "UNUSED"]
+    wanted = ("helper", "other", "Named", "UNUSED")
     assert select(MODULE, wanted) == MODULE
 
 

@@ -9,8 +9,8 @@ import ast
 import hashlib
 import json
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import cmoe_hf
@@ -34,7 +34,7 @@ class Piece:
 
 def code_of(family: type[CMoEConfig]) -> dict[str, str]:
     """The Python files, by name, that models of a family need beside their weights."""
-    classes = [entry.rpartition(".")[2] for entry in family.local_auto_map().values()]
+    classes = tuple(entry.rpartition(".")[2] for entry in family.local_auto_map().values())
     here = Path(cmoe_hf.__file__).parent
     return {name: select((here / name).read_text("utf-8"), classes) for name in REMOTE_CODE}
 
@@ -44,7 +44,8 @@ def code_of_type(model_type: str | None) -> dict[str, str]:
     return next((code_of(it) for it, *_ in cmoe_hf.FAMILIES if it.model_type == model_type), {})
 
 
-def select(module: str, wanted: Iterable[str]) -> str:
+@cache
+def select(module: str, wanted: tuple[str, ...]) -> str:
     """Return the source of a module without the definitions that `wanted` do not need.
 
     What stays does so word for word, with the comments above it; imports name only what is left. A
