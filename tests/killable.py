@@ -111,12 +111,6 @@ def run_out_of_space(queue, arguments):
         queue.put((type(error).__name__, str(error), getattr(error, "__notes__", [])))
 
 
-def resume_it(begun, output):
-    """Say that it begins, then go on."""
-    begun.set()
-    resume(output)
-
-
 def recover_it(arguments, tuning):
     """Recover until killed."""
     recover(**arguments, tuning=Tuning(**tuning))
