@@ -18,7 +18,7 @@ from cmoe_hf.conversion.carve.router import linear_router
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION
 from cmoe_hf.conversion.measure.routing import collected, sparse_blocks
-from cmoe_hf.conversion.share.export import ROUTER_CLASSES, chosen_by
+from cmoe_hf.conversion.share.export import chosen_by, routers_of
 from cmoe_hf.conversion.share.linearise import expert_energies, linear_routers
 from cmoe_hf.conversion.share.targets import TARGETS
 from cmoe_hf.conversion.source.calibration import tokenize
@@ -130,10 +130,7 @@ def test_pinned_experts_stay_pinned(dense, carve, token_ids, tmp_path, to):
     carved = carve(dense, (2, 3, 8), recipe=Recipe.of(FIRST_EDITION, pinned=2))
     export(carved, tmp_path / "native", to=to)
     native = check_logits(carved, tmp_path / "native", token_ids, 2e-3)
-    with collected(
-        [it for it in native.modules() if isinstance(it, ROUTER_CLASSES)],
-        lambda *it: chosen_by(it[2]),
-    ) as chosen:
+    with collected(routers_of(native), lambda *it: chosen_by(it[2])) as chosen:
         native(token_ids)
     for [index_TK] in chosen:
         assert (index_TK[:, :2] == torch.tensor([0, 1])).all()

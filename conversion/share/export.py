@@ -43,10 +43,6 @@ from .targets import TARGETS, Target, by_faithfulness
 logger = logging.getLogger(__name__)
 
 COMPARED_TOKENS = 64
-ROUTER_CLASSES: tuple[type[torch.nn.Module], ...] = (
-    CMoERouter,
-    *(target.router_class for target in TARGETS.values()),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +116,7 @@ def export(options: ExportOptions) -> Export:
     if commit is not None:
         folder = fetch_model(name, commit)
     needs = needs_of(config, arch, folder)
-    targets = by_faithfulness(config, needs)
-    chosen, reasons = choose({it.name: it.refusals(config, needs) for it in targets}, name, to)
-    target = TARGETS[chosen]
+    target, reasons = choose(by_faithfulness(config, needs), config, needs, name, to)
     if to is None:
         precise = target.float32_router or config.dtype == torch.float32
         precision = "in float32" if precise else "in 16 bits, less precisely than we do"
@@ -267,13 +261,17 @@ def compare(carved: Path, native: Path, config: CMoEConfig) -> tuple[float, floa
             dtype=config.dtype,
             experts_implementation="eager",  # of any width: grouped kernels want 16 bytes
         ).eval()
-        gates = [module for module in loaded.modules() if isinstance(module, ROUTER_CLASSES)]
-        with collected(gates, lambda *call: chosen_by(call[2])) as chosen:
+        with collected(routers_of(loaded), lambda *call: chosen_by(call[2])) as chosen:
             logits.append(loaded(ids, use_cache=False).logits.float())
         choices.append(torch.cat([index_TK for calls in chosen for index_TK in calls]))
-        del loaded, gates
+        del loaded
     same_T = (choices[0] == choices[1]).all(dim=1)
     return (logits[0] - logits[1]).abs().max().item(), same_T.double().mean().item()
+
+
+def routers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the routers of a carved or a stock model."""
+    return [it for it in model.modules() if type(it).__name__.lower().endswith("router")]
 
 
 def chosen_by(output: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -25,7 +25,7 @@ from ..source.checkpoint import fetch_model, find_model, load_tokenizer
 from ..source.stored import read_headers
 from ..source.texts import text_file
 from .export import RefitOptions, check_config, fitted_routers, with_router
-from .gguf_layouts import BLOCK, LAYOUTS, Layout, common_fields, empty_layer, rope_factors
+from .gguf_layouts import BLOCK, LAYOUTS, Layout, empty_layer, file_fields, rope_factors
 from .gguf_reading import check_reading
 from .gguf_vocabulary import vocabulary
 from .needs import choose, needs_of
@@ -113,8 +113,7 @@ def export_gguf(options: GGUFOptions) -> GGUFFile:
     check_apart(path, {"the model": folder, "the calibration text": text_file(refit_router)})
     needs, routes = needs_of(config, arch, folder), carved(config)
     layouts = [it for it in LAYOUTS.values() if it.routes == routes or it.name == to]
-    chosen, reasons = choose({it.name: it.refusals(config, needs) for it in layouts}, name, to)
-    layout = LAYOUTS[chosen]
+    layout, reasons = choose(layouts, config, needs, name, to)
     tokenizer = load_tokenizer(folder)
     ends = end_tokens(folder, config)
     words = vocabulary(tokenizer, config.vocab_size, ends)
@@ -228,9 +227,7 @@ def write_file(
     writer.add_name(re.sub("(?i)(phi)-?3", r"\1 3", name))
     writer.add_file_type(FILE_TYPES[type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    fields = common_fields(config) | layout.fields(config)
-    add_fields(writer, {f"{layout.name}.{key}": value for key, value in fields.items()})
-    add_fields(writer, words)
+    add_fields(writer, file_fields(layout, config) | words)
     for tensor, it in made.items():
         kind = gguf.GGMLQuantizationType[kind_of(it, type).upper()]
         shape, size = stored_size(it.shape, kind)

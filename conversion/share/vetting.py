@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import get_token
 
@@ -83,7 +84,7 @@ def check_complete(folder: Path) -> None:
         raise RequestError(f"{folder.name} is unfinished work: complete it with --resume first.")
     if not (folder / "config.json").is_file():
         raise RequestError(f"{folder} has no config.json: it is not a model.")
-    auto_map = read_json(folder / "config.json").get("auto_map")
+    auto_map: Any = read_json(folder / "config.json").get("auto_map")
     save = "Load the model and save it again with save_pretrained."
     for name in AUTO_CLASSES if auto_map is not None else ():
         entry = auto_map.get(name, "--")
