@@ -239,8 +239,8 @@ def rendered_chats(
                 given = {"add_generation_prompt": True, **variables}
                 given["tools"] = [TOOL] if name == "tool_use" else None
                 try:
-                    prompts, _ = render_jinja_template([chat], chat_template=template, **given)
-                    rendered.append(str(prompts[0]))
+                    made = render_jinja_template([chat], chat_template=template, **given)
+                    rendered.append(str(made[0][0]))
                 except (TemplateError, TypeError, ValueError) as error:
                     rendered.append(f"refused: {error}")
             yield name, rendered[0], rendered[1]
