@@ -10,10 +10,10 @@ from rich.table import Table
 
 from ..errors import RequestError
 from ..measure.benchmark import BenchmarkOptions, benchmark
-from ..measure.engine import EnginePoint, GGUFBenchmarkOptions, benchmark_gguf
+from ..measure.engine import GGUFBenchmarkOptions, benchmark_gguf
 from ..measure.evaluate import EvaluateOptions, evaluate
 from ..measure.tasks import TaskEvaluation, TaskOptions, evaluate_tasks
-from ..measure.timing import LABELS, Point
+from ..measure.timing import LABELS, Comparison
 from ..share.gguf_file import export_gguf
 from ..show.figures import check_plot
 from ..show.figures import plot as draw
@@ -147,7 +147,7 @@ def _speed_table(title: str, caption: str) -> Table:
     return table(title, "", "dense ms", "carved ms", "speed", "runs", "roofline", caption=caption)
 
 
-def _add_speed(made: Table, label: str, point: Point | EnginePoint) -> None:
+def _add_speed(made: Table, label: str, point: Comparison) -> None:
     made.add_row(
         label,
         f"{point.dense_ms:.3g}",
