@@ -18,7 +18,7 @@ from ..source.calibration import WHOLE_CHARACTERS, read_tokens
 from ..source.checkpoint import find_model
 from ..source.loading import load_config, load_model, window_length
 from ..source.texts import open_text
-from .routing import check_flat, sparse_blocks
+from .routing import check_dense, check_flat, sparse_blocks
 from .shapes import dense_twin, random_carved, random_model, shape_config
 from .timing import DECODE_STEPS, LABELS, Bench, Point
 
@@ -202,8 +202,7 @@ def dense_beside(
     if baseline is None:
         return random_model(dense_twin(carved.config), carved.device, carved.dtype)
     dense, _ = load_model(baseline, name_of(carved.dtype), carved.device, trust_remote_code)
-    if sparse_blocks(dense):
-        raise RequestError(f"the baseline {baseline} is carved itself: give the dense model.")
+    check_dense(dense, baseline)
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
         theirs, ours = getattr(dense.config, name, None), getattr(carved.config, name)
         if theirs != ours:
