@@ -93,13 +93,14 @@ class Bench:
         *,
         rounds: int,
     ) -> None:
-        self.dense, self.carved, self.ids, self.rounds = dense.eval(), carved.eval(), ids, rounds
+        self.carved, self.ids, self.rounds = carved, ids, rounds
+        self.models = (dense.eval(), carved.eval())
         decoder: Any = dense.base_model
         kept = carved.config.dense_layers or ()
-        self.dense_blocks: list[nn.Module] = [
+        dense_blocks: list[nn.Module] = [
             layer.mlp for index, layer in enumerate(decoder.layers) if index not in kept
         ]
-        self.carved_blocks: list[nn.Module] = list(sparse_blocks(carved))
+        self.blocks = (dense_blocks, list[nn.Module](sparse_blocks(carved)))
         self.device = carved.device
         self.rates = measure_rates(self.device, carved.dtype)
 
@@ -138,12 +139,9 @@ class Bench:
             blocks[turn % layers](x_TH[None, start : start + tokens])
 
         for tokens in sizes:
-            calls = [partial(run, it, tokens) for it in (self.dense_blocks, self.carved_blocks)]
+            calls = [partial(run, it, tokens) for it in self.blocks]
             hit = self.experts_hit(calls[1], 4 * layers)
-            works = [
-                ffn_work(blocks[0], tokens, fmean(hit))
-                for blocks in (self.dense_blocks, self.carved_blocks)
-            ]
+            works = [ffn_work(it[0], tokens, fmean(hit)) for it in self.blocks]
             yield self.point(calls, works, hit, tokens=tokens, batch=1)
 
     def prefill(self, length: int) -> Point:
@@ -153,7 +151,7 @@ class Bench:
         def run(model: PreTrainedModel, turn: int) -> None:
             model(prompts[turn % len(prompts)], use_cache=True, logits_to_keep=1)
 
-        calls = [partial(run, model) for model in (self.dense, self.carved)]
+        calls = [partial(run, model) for model in self.models]
         hit = self.experts_hit(calls[1], 1)
         works = self.works(hit, batch=1, tokens=length, context=0)
         return self.point(calls, works, hit, tokens=length, batch=1)
@@ -162,7 +160,7 @@ class Bench:
         """Time the whole model, one new token a sequence behind `context` of them."""
         prompt_BL = self.sequences(batch, context)
         most = context + DECODE_STEPS * (self.rounds + 1) if compiled else None
-        calls = [Decoder(model, prompt_BL, most) for model in (self.dense, self.carved)]
+        calls = [Decoder(model, prompt_BL, most) for model in self.models]
         hit = self.experts_hit(Decoder(self.carved, prompt_BL, None), DECODE_STEPS)
         works = self.works(hit, batch=batch, tokens=1, context=context)
         return self.point(calls, works, hit, repeats=DECODE_STEPS, tokens=1, batch=batch)
@@ -181,7 +179,7 @@ class Bench:
     def ffn_inputs(self, tokens: int) -> list[torch.Tensor]:
         """Return what the FFN of each layer sees, at least `tokens` rows (T, H)."""
         length = min(tokens, 512, self.carved.config.max_position_embeddings)
-        with collected(self.carved_blocks, lambda *call: call[1][0]) as seen:
+        with collected(self.blocks[1], lambda *call: call[1][0]) as seen:
             for seed in range(-(-tokens // length)):
                 self.carved.model(self.sequences(1, length, seed=seed), use_cache=False)
         return [torch.cat(inputs, dim=1).flatten(0, 1) for inputs in seen]
@@ -197,10 +195,8 @@ class Bench:
 
     def works(self, hit: list[float], **sizes: int) -> list[Work]:
         """Return what the two models cannot do without."""
-        return [
-            model_work(self.dense, self.dense_blocks, hit, **sizes),
-            model_work(self.carved, self.carved_blocks, hit, **sizes),
-        ]
+        pairs = zip(self.models, self.blocks, strict=True)
+        return [model_work(model, blocks, hit, **sizes) for model, blocks in pairs]
 
     def point(
         self,
@@ -246,12 +242,10 @@ class Decoder:
         """Read the prompt. With `most` tokens in all: a static cache and a compiled step."""
         self.forward = model.forward
         self.cache_keyword = cache_keyword(model.forward)
-        config = model.config
-        self.cache = (
-            DynamicCache(config=config)
-            if most is None
-            else StaticCache(config=config, max_cache_len=most)
-        )
+        if most is None:
+            self.cache: Any = DynamicCache(config=model.config)
+        else:
+            self.cache = StaticCache(config=model.config, max_cache_len=most)
         self.position = torch.arange(prompt_BL.shape[1], device=prompt_BL.device)[None]
         self.ids_BL = prompt_BL
         self(0)

@@ -27,7 +27,7 @@ from ..source.calibration import tokenize
 from ..source.checkpoint import find_model
 from ..source.loading import load_model
 from ..source.texts import open_text
-from .figures import check_drawing, draw_figures
+from .figures import CARD_FIGURES, check_drawing, draw_figures
 from .gains import CarvedModel, figures_of, gains, layer_errors, look_up
 from .observe import Observation, observe, observe_sample, token_texts
 
@@ -43,10 +43,6 @@ SAMPLE = (
     "fallen silent, as crowds do when something begins."
 )
 """Read by every model unless another sample is given, so that their pages compare."""
-CARD_FIGURES = {
-    "expert-load.png": "share of the tokens that run each expert",
-    "reconstruction-error.png": "error of the FFN output of each layer",
-}
 EARLIER_FIGURES = (
     *("routing-overview.png", "router-agreement.png", "imbalance.png", "mass.png"),
     *("activation-rate.png", "hidden-values.png"),
