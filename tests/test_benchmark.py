@@ -81,23 +81,24 @@ def test_compiled_decoding_with_a_static_cache(carved, dense):
 
 
 def test_bad_requests(carved, dense):
-    refused(invoke(), 2, "either a carved MODEL or --shape")
-    refused(invoke(carved, "--shape", "tiny"), 2, "either a carved MODEL or --shape")
-    refused(invoke("--shape", "llama-9"), 2, "no shape 'llama-9'", "llama-2-7b")
-    refused(invoke("--shape", "tiny", "--experts", 7), 2, "1024 is not divisible by 7")
-    refused(invoke("--shape", "tiny", "--baseline", dense), 2, "leave out --baseline")
-    refused(invoke(carved, "--layers", 1), 2, "--layers goes with --shape")
-    refused(invoke("--shape", "tiny", "--layers", 0), 2, "--layers is 0")
-    nothing = [*("--tokens", ""), *("--prefill", ""), *("--batch", "")]
-    refused(invoke(carved, *nothing), 2, "nothing to time")
-    refused(invoke(carved, "--tokens", "one"), 2, "--tokens one is not a list of numbers")
-    refused(invoke(carved, "--batch", "0"), 2, "--batch is 0")
-    refused(invoke("--shape", "tiny", "--device", "cuda:99"), 2, "cannot be used")
-    refused(
-        invoke("--shape", "llama-2-70b", "--layers", 40, "--dtype", "float32"), 2, "lower --layers"
-    )
-    refused(invoke("--shape", "tiny", "--plot", "no/such/folder.png"), 2, "cannot draw into")
-    refused(invoke("--shape", "tiny", "--plot", "plot.docx"), 2, "cannot draw into")
+    tiny = ["--shape", "tiny"]
+    for arguments, phrase in [
+        ([], "either a carved MODEL or --shape"),
+        ([carved, *tiny], "either a carved MODEL or --shape"),
+        (["--shape", "llama-9"], "no shape 'llama-9'; choose one of tiny"),
+        ([*tiny, "--experts", 7], "1024 is not divisible by 7"),
+        ([*tiny, "--baseline", dense], "leave out --baseline"),
+        ([carved, "--layers", 1], "--layers goes with --shape"),
+        ([*tiny, "--layers", 0], "--layers is 0"),
+        ([carved, "--tokens", "", "--prefill", "", "--batch", ""], "nothing to time"),
+        ([carved, "--tokens", "one"], "--tokens one is not a list of numbers"),
+        ([carved, "--batch", "0"], "--batch is 0"),
+        ([*tiny, "--device", "cuda:99"], "cannot be used"),
+        (["--shape", "llama-2-70b", "--layers", 40, "--dtype", "float32"], "lower --layers"),
+        ([*tiny, "--plot", "no/such/folder.png"], "cannot draw into"),
+        ([*tiny, "--plot", "plot.docx"], "cannot draw into"),
+    ]:
+        refused(invoke(*arguments), 2, phrase)
 
 
 def test_models_that_cannot_be_compared(carved, dense, embedded, tmp_path):
