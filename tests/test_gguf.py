@@ -140,7 +140,7 @@ def with_tokenizer(dense_copy):
 
 def tokens_of(running, text):
     """The tokens of a text in which special ones are read as such."""
-    return running.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
+    return running.ask("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
 
 
 def mixed_texts():
@@ -169,7 +169,7 @@ def test_the_tokenizer_is_the_same(server, with_tokenizer, tmp_path, name):
     with server(result.output, options=["--jinja"]) as running:
         for text in mixed_texts():
             assert tokens_of(running, text) == tokenizer(text)["input_ids"], text
-        assert running.get("/props")["chat_template"] == TEMPLATE
+        assert running.ask("/props")["chat_template"] == TEMPLATE
 
 
 def normalised(normalizer, make="gpt-2"):
@@ -300,7 +300,7 @@ def test_named_chat_templates(server, with_tokenizer, tmp_path):
         for tools in (None, TOOLS):
             given = {"messages": chat, **({"tools": tools} if tools else {})}
             expected = tokenizer.apply_chat_template(chat, tools, tokenize=False)
-            assert running.post("/apply-template", **given)["prompt"] == expected
+            assert running.ask("/apply-template", **given)["prompt"] == expected
     folder, _ = with_tokenizer(TOKENIZERS["gpt-2"](), chat_template={"rag": TEMPLATE})
     with pytest.raises(RequestError, match="chat templates rag none is called default"):
         export_gguf(folder, tmp_path / "other.gguf")
@@ -328,7 +328,7 @@ def test_all_ends_of_a_generation(server, dense_copy, tmp_path, caplog):
     with server(result.output) as running:
         for token in (1, 3, 4, 5):
             biased = {"prompt": [7, 8], "n_predict": 5, "logit_bias": [[token, 1e6]]}
-            said = running.post("/completion", **biased, temperature=0)
+            said = running.ask("/completion", **biased, temperature=0)
             assert said["stop_type"] == ("limit" if token == 5 else "eos"), token
     path.write_text(json.dumps({"eos_token_id": [3, 4]}))
     export_gguf(dense_copy, tmp_path / "few.gguf")

@@ -11,10 +11,10 @@ from rich.table import Table
 
 from ..errors import RequestError
 from ..measure.benchmark import BenchmarkOptions, benchmark
-from ..measure.engine import EnginePoint, GGUFBenchmarkOptions, benchmark_gguf
+from ..measure.engine import GGUFBenchmarkOptions, benchmark_gguf
 from ..measure.evaluate import EvaluateOptions, evaluate
 from ..measure.tasks import TaskEvaluation, TaskOptions, evaluate_tasks
-from ..measure.timing import LABELS, Point
+from ..measure.timing import LABELS, Comparison
 from ..share.gguf_file import export_gguf
 from ..show.figures import check_plot
 from ..show.figures import plot as draw
@@ -142,7 +142,7 @@ def _in_llama_cpp(
     return Printed(result, [_speeds("", caption, points)])
 
 
-def _speeds(of: str, caption: str, points: Iterable[tuple[str, Point | EnginePoint]]) -> Table:
+def _speeds(of: str, caption: str, points: Iterable[tuple[str, Comparison]]) -> Table:
     columns = ("", "dense ms", "carved ms", "speed", "runs", "roofline")
     made = table(f"{of}speed of carved relative to dense", *columns, caption=caption)
     for label, point in points:
