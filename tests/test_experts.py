@@ -38,7 +38,7 @@ def sparse_block(size, experts, top_k, kind=CMoELlamaConfig, shared=1):
         vocab_size=64,
     )
     model = AutoModelForCausalLM.from_config(config)
-    block = model.model.layers[0].mlp
+    block = model.base_model.layers[0].mlp
     for tensor in block.state_dict().values():
         tensor.normal_(std=tensor.shape[-1] ** -0.5)
     return model, block
