@@ -1,21 +1,21 @@
-# `make demo` and `make test` do all the set-up on a fresh machine, the same files on every one:
-# requirements/*.txt name versions and hashes, and `make lock` renews them.
+# `make demo` and `make test` set up a fresh machine, with the same files on every one:
+# requirements/*.txt pin versions and hashes, and `make lock` renews them.
 PYTHON ?= python3
 VENV ?= .venv
-# Not in the locks: a machine decides which build of this version it gets, with or without a GPU.
+# Not locked: the package index decides which build of this version a machine gets, for a GPU or not.
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 # Further arguments of pytest, for example TESTS="tests/test_cli.py".
 TESTS ?=
-# What `make newest` adds, for example PINS="transformers==5.25.0", beyond what is declared.
+# Packages that `make newest` installs beyond the bounds, for example PINS="transformers==5.25.0".
 PINS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED := $(PIP) --no-deps --require-hashes --requirement
-# Each worker takes whole files: what a file's tests share is made once.
+# A worker runs whole files, so that the fixtures of a file are made once.
 PYTEST := -m pytest -n $(JOBS) --dist loadfile
-# Laid over the environment: another transformers and what it needs.
+# Environments that override some packages of the first one.
 LOWEST := $(VENV)-lowest
 NEWEST := $(VENV)-newest
 DOCS := $(VENV)-docs
@@ -26,23 +26,23 @@ DIST := $(VENV)-dist
 demo: $(VENV)/installed
 	$(BIN)/cmoe demo demo --overwrite
 
-# What a change is likely to break.
+# All tests but the long ones.
 test: $(VENV)/installed-dev
 	$(BIN)/python $(PYTEST) -m "not thorough" $(TESTS)
-	@echo "Left to \`make check\`: what is marked thorough (long trainings, kills, several processes)."
+	@echo "Tests marked thorough (trainings, killed and parallel processes) run with \`make thorough\`."
 
-# What that leaves out.
+# The long tests.
 thorough: $(VENV)/installed-dev
 	$(BIN)/python $(PYTEST) -m thorough $(TESTS)
 
 check: lint types test thorough lowest
 
-# What a lower version of transformers may break, with the lowest that is supported.
+# The tests that depend on transformers, with the lowest supported version.
 lowest: $(LOWEST)/installed
 	PYTHONPATH=$(abspath $(LOWEST)) $(BIN)/python $(PYTEST) -m "library and not thorough" $(TESTS)
 
-# The same with the newest of everything that the package needs and pyproject.toml allows, if there
-# is something that the locks do not have.
+# The same tests with the newest versions that pyproject.toml allows, if any is newer than the locks;
+# the closing line names what is newer than the bounds.
 newest: $(VENV)/installed-dev
 	rm -rf $(NEWEST)
 	$(PYTHON) -m venv $(NEWEST)
@@ -50,22 +50,24 @@ newest: $(VENV)/installed-dev
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
 	    --upgrade-strategy eager --editable '.[eval,gguf,quantise,report,serve,train]' "$(TORCH)"
 	$(if $(PINS),$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check $(PINS))
-	@if ls $(NEWEST)/lib/python*/site-packages | grep 'dist-info$$' | grep -vE '^(cmoe_hf|pip|setuptools)-'; then \
-	    $(NEWEST)/bin/python $(PYTEST) -m "library and not thorough" $(TESTS); \
+	@status=0; \
+	if ls $(NEWEST)/lib/python*/site-packages | grep 'dist-info$$' | grep -vE '^(cmoe_hf|pip|setuptools)-'; then \
+	    $(NEWEST)/bin/python $(PYTEST) -m "library and not thorough" $(TESTS) || status=$$?; \
 	else \
 	    echo "Nothing that the package needs is newer than the locks."; \
-	fi
+	fi; \
+	$(BIN)/python requirements/beyond.py; exit $$status
 
-# The tables of the pages, from results/*.json; tests/test_docs.py compares.
+# Write the tables of the pages from results/*.json.
 results:
 	$(PYTHON) results/tables.py
 
-# A site of the pages, in build/site; a broken link fails.
+# Build the documentation in build/site; a broken link is an error.
 docs: $(DOCS)/installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
 	@echo "build/site/index.html"
 
-# A source archive, a wheel from it, and whether that works where only its dependencies are.
+# Build a source archive and a wheel, and run the demo from the wheel alone.
 dist: $(VENV)/installed-dev
 	rm -rf build/lib dist
 	$(BIN)/python -c "from setuptools.build_meta import build_sdist; build_sdist('dist')"
@@ -83,7 +85,7 @@ lint: $(VENV)/installed-dev
 types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
-# torch last: what it needs besides GPU libraries is locked and there by then.
+# torch last: all that it needs, apart from GPU libraries, is locked and installed by then.
 $(VENV)/installed: requirements/demo.txt pyproject.toml setup.cfg
 	$(PYTHON) -m venv $(VENV)
 	$(LOCKED) requirements/demo.txt
@@ -106,7 +108,7 @@ $(LOWEST)/installed: requirements/lowest.txt $(VENV)/installed-dev
 	$(LOCKED) requirements/lowest.txt --target $(LOWEST)
 	touch $@
 
-# The newest versions within the bounds of pyproject.toml, with the hashes of all their files.
+# Lock the newest versions within the bounds of pyproject.toml, with the hashes of all their files.
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv

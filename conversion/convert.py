@@ -17,8 +17,8 @@ import cmoe_hf
 from cmoe_hf import CMoEHierarchicalConfig
 
 from .carve.decoder import Storage, Streams
-from .carve.hierarchy import carve_moe
-from .carve.pipeline import carve_model
+from .carve.hierarchy import MoEWalk
+from .carve.pipeline import ModelWalk
 from .carve.settings import NORMAL, ConvertOptions, Settings, absolute, shard_bytes
 from .carve.shape import Shape, width_warning
 from .device import DTYPES, peak_memory_bytes, versions
@@ -29,7 +29,7 @@ from .folder.layerwise import WorkFolder, planned_tensors
 from .options import narrowed, with_options
 from .plan import Prepared, prepare, prepare_work
 
-DRIVERS = {"pipeline": carve_model, "hierarchy": carve_moe}
+DRIVERS = {"pipeline": ModelWalk, "hierarchy": MoEWalk}
 """What walks the layers, by the name in the family's row."""
 logger = logging.getLogger(__name__)
 
@@ -154,15 +154,8 @@ def carve(prepared: Prepared, work: WorkFolder) -> Conversion:
         dense = recipe.needs_dense_stream and row.router is None
         streams = Streams.embedded(rest[row.embedding], prepared.windows_WL, storage, dense=dense)
     del rest, states
-    carved = DRIVERS[row.driver](
-        source,
-        streams,
-        prepared.config,
-        recipe,
-        first=work.layers_done,
-        k_act=settings.k_act,
-        storage=storage,
-    )
+    options = (recipe, storage, settings.k_act, work.layers_done)
+    carved = DRIVERS[row.driver](source, streams, prepared.config, *options)
     done = work.layers_done
     with tqdm(total=total, initial=done, desc="carving", unit="layer", disable=None) as bar:
         for index, tensors, figures in carved:
@@ -187,7 +180,7 @@ def complete(prepared: Prepared, work: WorkFolder) -> Conversion:
         config.kept_parents = kept if any(kept) else None
     always_on = [list(range(layer.get("pinned_experts", 0))) for layer in work.figures]
     config.always_on_experts = always_on if any(always_on) else None
-    work.write_files(prepared.carried.files)
+    work.write_files(prepared.auxiliary.files)
     config.save_pretrained(work.folder)
     code = work.write_code(type(config))
     fingerprint = fingerprint_of(work.folder, prepared.tokenizer)
@@ -202,7 +195,7 @@ def complete(prepared: Prepared, work: WorkFolder) -> Conversion:
     )
     report = conversion_report(prepared, result, work.figures)
     work.write_json(CONVERSION, report | {"fingerprint": fingerprint})
-    card = model_card(prepared.source, config, report, code, prepared.carried.licence)
+    card = model_card(prepared.source, config, report, code, prepared.auxiliary.licence)
     work.write_text("README.md", card)
     return result
 

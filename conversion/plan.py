@@ -20,7 +20,7 @@ from .carve.settings import CALIBRATION_TOKENS, ConvertOptions, Settings
 from .carve.shape import Shape, active_parameters, carved_config, width_warning
 from .device import DTYPES, best_seconds, find_device
 from .errors import RequestError
-from .folder.carried import Carried, carried
+from .folder.auxiliary_files import AuxiliaryFiles, read_auxiliary_files
 from .folder.layerwise import WorkFolder
 from .folder.selection import code_of
 from .options import narrowed, with_options
@@ -96,7 +96,7 @@ class Prepared:
     calibration: dict[str, Any]
     """A record of the calibration text that names no path."""
     device: torch.device
-    carried: Carried
+    auxiliary: AuxiliaryFiles
     """Files that the carved model takes over from the source."""
 
     @property
@@ -159,7 +159,7 @@ def prepare(
         )
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trusted)
     # Before anything is tokenised: a tokenizer forgets its truncation and padding over that.
-    files = carried(source.folder).beside(config, tokenizer)
+    files = read_auxiliary_files(source.folder).beside(config, tokenizer)
     windows_WL, calibration = kept or calibration_windows(settings, source, tokenizer)
     prepared = Prepared(
         settings=replace(settings, revision=source.revision),
@@ -170,7 +170,7 @@ def prepare(
         windows_WL=windows_WL,
         calibration=calibration,
         device=device,
-        carried=files,
+        auxiliary=files,
     )
     place = settings.activations
     if place == "auto":
@@ -232,7 +232,7 @@ def disk_bytes(prepared: Prepared) -> int:
     router = config.num_experts * (rows * config.hidden_size + 1) * 4
     code = sum(map(len, code_of(type(config)).values()))
     per_layer = router + 14 * 120 + 4_000  # headers, index, and figures in conversion.json
-    small = code + prepared.carried.nbytes + 8_000
+    small = code + prepared.auxiliary.nbytes + 8_000
     return source.nbytes(dtype) + config.num_hidden_layers * per_layer + small
 
 

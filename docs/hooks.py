@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the site has beside the pages of docs/: hooks of mkdocs.
+"""Hooks of mkdocs that add pages to the site.
 
-The README is its first page. Files elsewhere in the repository that a page links to are carried
-along, so that links work both here and where the repository is shown. Two pages are made from
-the source: every error message, and the API.
+The README is its first page. Files elsewhere in the repository that a page links to are copied, so
+that links work both on the site and in the repository. Two pages are generated from the source:
+all error messages, and the API.
 """
 
 import ast
@@ -20,24 +20,24 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 ERRORS = ("RequestError", "CMoEError", "missing")
-ROOMS = {
+PARTS = {
     "convert.py": "Convert",
     "plan.py": "Plan",
     "device.py": "Devices",
-    "source": "What comes in",
-    "carve": "The shape and the recipe",
+    "source": "Checkpoints and texts",
+    "carve": "Shape and recipe",
     "folder": "Folders",
-    "measure": "Measuring",
+    "measure": "Evaluate and benchmark",
     "show": "Report and sweep",
-    "tune": "Recovery",
+    "tune": "Recover",
     "share": "Export, publish, serve, verify, upgrade",
     "cli": "The command line",
 }
-"""Files and folders of conversion/, in the order of the page."""
+"""Files and folders of conversion/ and their headings, in the order of the page."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are made, and what they and the others link to."""
+    """Add the generated pages, and the files that pages link to."""
     pages = {
         "index.md": (ROOT / "README.md").read_text(encoding="utf-8"),
         "messages.md": messages(),
@@ -59,7 +59,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links as they are on the site, where docs/ is the top; folders have no page there."""
+    """Rewrite links for the site, where docs/ is the top; links to folders become plain text."""
 
     def link(found: re.Match[str]) -> str:
         place = moved(found[1], page.file.src_uri)
@@ -77,7 +77,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def moved(link: str, page: str) -> str:
-    """Where a relative link of a page leads, from the top of the site."""
+    """Return where a relative link of a page leads, from the top of the site."""
     is_root = page in ("index.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
     folder = PurePosixPath("." if is_root else "docs") / PurePosixPath(page).parent
     place = normpath(str(folder / link))
@@ -87,38 +87,34 @@ def moved(link: str, page: str) -> str:
 
 
 def messages() -> str:
-    """A page of every error that the toolchain can raise, as it stands in the source."""
-    house, blocks = ROOT / "conversion", ["# All messages"]
-    blocks.append(
-        "Each says what was found and what to do; … stands for what it found. Those of one line "
-        "here are one line there, behind `error:`."
-    )
-    for room, title in ROOMS.items():
-        at = house / room
-        paths = [at] if at.is_file() else sorted(at.rglob("*.py"))
+    """Return a page of all errors that the toolchain can raise."""
+    blocks = ["# All messages", "Errors of the command line and of Python; … stands for a value."]
+    for part, title in PARTS.items():
+        place = ROOT / "conversion" / part
+        paths = [place] if place.is_file() else sorted(place.rglob("*.py"))
         lines = [f"* {said}" for path in paths for said in raised(path)]
         blocks += [f"## {title}", "\n".join(dict.fromkeys(lines))] if lines else []
     return "\n\n".join(blocks) + "\n"
 
 
 def raised(path: Path) -> Iterator[str]:
-    """The messages of our errors in one file, with … for what is filled in."""
+    """Yield the error messages in one file, with … for values."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ERRORS and node.args:
-            said = spoken(node.args[0])
+            said = message(node.args[0])
             if any(letter.isalpha() for letter in said):
                 yield re.sub(r"([<>*_\[\]])", r"\\\1", said)
 
 
-def spoken(node: ast.expr) -> str:
-    """A string of the source, with … for its variables."""
+def message(node: ast.expr) -> str:
+    """Return a string of the source, with … for values."""
     match node:
         case ast.Constant():
             return str(node.value)
         case ast.JoinedStr():
-            return "".join(map(spoken, node.values))
+            return "".join(map(message, node.values))
         case ast.BinOp():
-            return spoken(node.left) + spoken(node.right)
+            return message(node.left) + message(node.right)
     return "…"
 
 
@@ -129,30 +125,30 @@ def source_of(module: str) -> str:
 
 
 def api() -> str:
-    """The public names, each with a directive for mkdocstrings."""
+    """Return a page of the public names, with directives for mkdocstrings."""
     tree = ast.parse((ROOT / "conversion" / "__init__.py").read_text(encoding="utf-8"))
-    homes = {
+    modules = {
         alias.name: node.module
         for node in tree.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    verbs = sorted(name for name in homes if name.islower())
-    classes = sorted(name for name in homes if name[0].isupper() and not name.isupper())
+    functions = sorted(name for name in modules if name.islower())
+    classes = sorted(name for name in modules if name[0].isupper() and not name.isupper())
     blocks = [
         "# Python API",
-        "`from cmoe_hf.conversion import convert, evaluate`: each command is a verb with the same "
-        "options, keyword only; it returns a frozen dataclass, and neither prints nor exits.",
+        "`from cmoe_hf.conversion import convert, evaluate`: each command is a function with the "
+        "same options, keyword only; it returns a frozen dataclass, and neither prints nor exits.",
     ]
     options = sorted(
         f"{module}.{name}"
-        for module in set(homes.values())
+        for module in set(modules.values())
         for name in re.findall(r"^class (\w+Options)\b", source_of(module), re.MULTILINE)
     )
     for title, names in {
-        "Verbs": [f"{homes[name]}.{name}" for name in verbs],
-        "Options of the verbs, as keywords": options,
-        "Settings, results and errors": [f"{homes[name]}.{name}" for name in classes],
+        "Functions": [f"{modules[name]}.{name}" for name in functions],
+        "Options, as keywords": options,
+        "Settings, results and errors": [f"{modules[name]}.{name}" for name in classes],
     }.items():
         blocks.append(f"## {title}")
         blocks += [f"::: cmoe_hf.conversion.{name}" for name in names]
@@ -160,8 +156,10 @@ def api() -> str:
 
 
 def on_startup(command: str, dirty: bool) -> None:
-    """Both halves of the package as one tree, for mkdocstrings, which does not import. It forgets
-    paths that are not there when it is configured."""
+    """Copy both parts of the package into one tree for mkdocstrings, which does not import them.
+
+    It must exist at startup: paths that are missing then are ignored.
+    """
     package = ROOT / "build" / "api" / "cmoe_hf"
     shutil.rmtree(package, ignore_errors=True)
     only_code = shutil.ignore_patterns("__pycache__", "assets")

@@ -45,10 +45,11 @@ def compared(model: str, text: str, tokens: int, type: str, threads: int) -> dic
             theirs, worst = [], 0.0
             for place, expected in enumerate(own):
                 token = int(ids_T[place + 1])
-                theirs.append(server.log_probability(ids_T[: place + 1].tolist(), token))
+                said = server.log_probabilities(ids_T[: place + 1].tolist(), 1, token)
+                theirs.append(said[token])
                 worst = max(worst, abs(theirs[-1] - expected))
-            said = server.greedy(prompt_T.tolist(), 200)
-    agree = [one == other for one, other in zip(greedy.tolist(), said, strict=True)]
+            answer = server.greedy(prompt_T.tolist(), 200)
+    agree = [one == other for one, other in zip(greedy.tolist(), answer, strict=True)]
     return {
         "model": Path(model).name,
         "architecture": made.architecture,

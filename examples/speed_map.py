@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where carved models are faster on this CPU: shapes, notations, tokens and types; rows and a map.
 
-    python examples/speed_map.py results/speed_map.json --quick
-    python examples/speed_map.py results/speed_map.json --before 8f3385a   # beside an older code
-    python examples/speed_map.py results/speed_map.json --draw docs/speed_map.png
+    python examples/speed_map.py map.json --quick
+    python examples/speed_map.py map.json --before 601a904                 # beside older code
+    python examples/speed_map.py map.json --fill results/speed-map-2.json  # the table's rows
+    python examples/speed_map.py map.json --draw docs/speed-map.png
 
 Weights are random: the speed does not depend on them. Everything of one point, dense, carved and,
 with --before, carved by the modelling code of another commit, runs in turn in the same process.
@@ -48,6 +49,8 @@ PARTS = {
     "llama-3.2-3b": 7,
 }
 """The shapes, and the part of the layers and of the vocabulary that decodes: one in so many."""
+NAMES = ("SmolLM2-135M", "SmolLM2-360M", "TinyLlama", "Llama-3.2-1B", "Llama-3.2-3B")
+"""Their names in a table."""
 NOTATIONS = {"S1A1E8": (1, 1, 8), "S3A3E8": (3, 3, 8), "S4A4E32": (4, 4, 32)}
 TOKENS = (1, 4, 16, 64, 512)
 DTYPES = ("float32", "bfloat16", "int8")
@@ -249,6 +252,35 @@ class Map:
         self.add(prefill, prompts, works(routed, tokens=ids.numel(), context=0))
 
 
+COLUMNS = [("ffn", tokens) for tokens in TOKENS] + [("decode", 1), ("prefill", 2 * CONTEXT)]
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    """Format one ratio: before, after, and the roofline's."""
+    if row is None:
+        return ""
+    before = f"{row['speedup_before']:.2f} → " if "speedup_before" in row else ""
+    return f"{before}{row['speedup']:.2f} of {row['roofline_speedup']:.2f}"
+
+
+def fill(rows: list[dict[str, Any]], table: Path) -> None:
+    """Write the rows of a file of results/ from those that were measured."""
+    found = {
+        (row["dtype"], row["notation"], row["shape"], row["kind"], row["tokens"]): row
+        for row in rows
+    }
+    lines = [
+        [f"{name}, {dtype}, {notation}"]
+        + [cell(found.get((dtype, notation, shape, *column))) for column in COLUMNS]
+        for dtype in DTYPES
+        for notation in NOTATIONS
+        for shape, name in zip(PARTS, NAMES, strict=True)
+    ]
+    content = json.loads(table.read_text(encoding="utf-8"))
+    content["rows"] = [line for line in lines if any(line[1:])]
+    table.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 COLOURS = {"cmap": "RdBu", "vmin": -2, "vmax": 2, "aspect": "auto"}
 """Of a ratio's logarithm: a quarter of the dense speed to four times."""
 
@@ -258,7 +290,6 @@ def draw(rows: list[dict[str, Any]], output: Path) -> None:
     import matplotlib.pyplot as plt
 
     kinds = sorted({(row["dtype"], row["notation"]) for row in rows})
-    columns = [("ffn", tokens) for tokens in TOKENS] + [("decode", 1), ("prefill", 2 * CONTEXT)]
     labels = [f"FFN {tokens}" for tokens in TOKENS] + ["decode", "prefill"]
     figure, fields = plt.subplots(
         len(kinds), 1, figsize=(8, 2.2 * len(kinds)), squeeze=False, layout="constrained"
@@ -270,12 +301,12 @@ def draw(rows: list[dict[str, Any]], output: Path) -> None:
             if (row["dtype"], row["notation"]) == (dtype, notation)
         }
         grid = [
-            [found.get((shape, *column), {}).get("speedup", float("nan")) for column in columns]
+            [found.get((shape, *column), {}).get("speedup", float("nan")) for column in COLUMNS]
             for shape in PARTS
         ]
         field.imshow([[math.log2(it) for it in line] for line in grid], **COLOURS)
         for line, shape in enumerate(PARTS):
-            for place, column in enumerate(columns):
+            for place, column in enumerate(COLUMNS):
                 if row := found.get((shape, *column)):
                     text = f"{row['speedup']:.2f} ({row['roofline_speedup']:.1f})"
                     ink = "white" if abs(math.log2(row["speedup"])) > 1.2 else "black"
@@ -297,10 +328,15 @@ def main() -> None:
     parser.add_argument("--ffn-only", action="store_true")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--before", metavar="COMMIT", help="time its modelling code as well")
+    parser.add_argument("--fill", type=Path, metavar="TABLE", help="fill in its rows, only")
     parser.add_argument("--draw", type=Path, metavar="PNG", help="draw what the file has, only")
     options = parser.parse_args()
-    if options.draw:
-        draw(json.loads(options.output.read_text())["rows"], options.draw)
+    if options.fill or options.draw:
+        rows = json.loads(options.output.read_text())["rows"]
+        if options.fill:
+            fill(rows, options.fill)
+        if options.draw:
+            draw(rows, options.draw)
         return
     options.output.parent.mkdir(parents=True, exist_ok=True)
     quick = options.quick

@@ -12,12 +12,12 @@ TICKS = (10, 20, 50, 100, 200, 500, 1000, 2000)
 
 
 def number(cell: Any) -> float:
-    """A cell's figure, also if it is in bold."""
+    """Return the number in a cell, in bold or not."""
     return float(str(cell).strip("* ").replace(",", ""))
 
 
 def svg(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Lines over the columns that name a share; `dense` is all of it. The scale is logarithmic."""
+    """Draw rows, on a logarithmic scale, against the shares that the columns name."""
     shares = [float(re.findall(r"\d+", f"{name} 100")[0]) for name in columns[1:]]
     values = [[number(cell) for cell in row[1:]] for row in rows]
     low, high = min(map(min, values)) * 0.92, max(map(max, values)) * 1.15

@@ -18,7 +18,7 @@ from picture import svg
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PICTURE = ROOT / "docs" / "trade-off.svg"
-"""Of the table that says which of its rows are drawn."""
+"""Drawn from the table that names rows under `picture`."""
 PLACE = re.compile(r"<!-- (results|rows): ([a-z0-9-]+) -->\n.*?<!-- end -->", re.DOTALL)
 NEEDED = {"title", "machine", "versions", "date", "columns", "rows"}
 OPTIONAL = {"command", "commit", "about", "readings", "level"}
@@ -27,12 +27,12 @@ WIDTH = 110
 
 
 def names() -> list[str]:
-    """Every table there is."""
+    """Return the names of all tables."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.json"))
 
 
 def read(name: str) -> dict[str, Any]:
-    """One table. Raises `ValueError` for keys or rows that are not as CONTRIBUTING.md says."""
+    """Read a table. Raise `ValueError` if its keys or rows are not as CONTRIBUTING.md describes."""
     table: dict[str, Any] = json.loads((Path(__file__).parent / f"{name}.json").read_text("utf-8"))
     part = "part_of" in table
     unknown = table.keys() - (OF_A_PART if part else NEEDED | OPTIONAL)
@@ -40,7 +40,7 @@ def read(name: str) -> dict[str, Any]:
     if unknown or missing:
         raise ValueError(f"{name}.json: unknown keys {sorted(unknown)}, missing {sorted(missing)}")
     if part and table["part_of"] not in names():
-        raise ValueError(f"{name}.json is part of {table['part_of']}, which there is not")
+        raise ValueError(f"{name}.json: there is no table {table['part_of']} to be part of")
     for row in table["rows"]:
         if len(row) != len(table["columns"]):
             raise ValueError(f"{name}.json: not {len(table['columns'])} cells in the row {row}")
@@ -48,19 +48,19 @@ def read(name: str) -> dict[str, Any]:
 
 
 def grid(table: dict[str, Any]) -> str:
-    """The table itself, in Markdown."""
+    """Format the rows of a table in Markdown."""
     lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
 def paragraphs(content: str | list[str]) -> list[str]:
-    """Prose, filled; what has line breaks of its own stays as it is."""
+    """Fill paragraphs; those with line breaks stay as they are."""
     several = [content] if isinstance(content, str) else content
     return [text if "\n" in text else filled(text) for text in several]
 
 
 def filled(text: str, indent: str = "") -> str:
-    """Lines of at most 110 characters, the later ones indented."""
+    """Fill lines of at most 110 characters, the later ones indented."""
     return textwrap.fill(
         text,
         WIDTH,
@@ -71,14 +71,14 @@ def filled(text: str, indent: str = "") -> str:
 
 
 def provenance(table: dict[str, Any]) -> str:
-    """Where and when: one line."""
+    """Format where and when a table was measured."""
     versions = ", ".join(f"{name} {version}" for name, version in table["versions"].items())
     when = " at ".join(filter(None, [table["date"], table.get("commit")]))
     return filled(f"*{table['machine']}; {versions}; {when}.*")
 
 
 def section(name: str) -> str:
-    """All that the page shows of one table."""
+    """Format a section: title, command, provenance, text, table and readings."""
     table, blocks = read(name), []
     if "part_of" not in table:
         blocks.append(f"{'#' * table.get('level', 2)} {table['title']}")
@@ -93,7 +93,7 @@ def section(name: str) -> str:
 
 
 def written(page: str) -> str:
-    """The page with its tables as they are in the JSON files."""
+    """Return a page with its tables replaced by those of the JSON files."""
 
     def place(found: re.Match[str]) -> str:
         kind, name = found.groups()
@@ -104,7 +104,7 @@ def written(page: str) -> str:
 
 
 def main() -> None:
-    """Write every page, or with `--check` say which are not up to date."""
+    """Write every page, or with `--check` name those that are not up to date."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true", help="change nothing")
     check, shown, stale = parser.parse_args().check, set[str](), []

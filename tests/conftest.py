@@ -140,6 +140,18 @@ def dense_copy(dense: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(dense, tmp_path / "copy"))
 
 
+@pytest.fixture
+def sharded(dense: Path, tmp_path: Path) -> Path:
+    """Other weights than those of `dense`, in shards."""
+    folder = Path(shutil.copytree(dense, tmp_path / "sharded"))
+    (folder / "model.safetensors").unlink()
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    for parameter in model.parameters():
+        parameter.data *= 1.5
+    model.save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def carve(
     once: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory

@@ -61,9 +61,9 @@ def interrupted_at(name: str, count: int = 1) -> Iterator[None]:
 
 
 def convert_it(begun, arguments):
-    """Say that it begins, then convert."""
+    """Say that it begins, then convert, or go on."""
     begun.set()
-    convert(**arguments)
+    go_on(arguments)
 
 
 def die_at_something_new(seen, arguments):
@@ -109,12 +109,6 @@ def run_out_of_space(queue, arguments):
     except Exception as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         queue.put((type(error).__name__, str(error), getattr(error, "__notes__", [])))
-
-
-def resume_it(begun, output):
-    """Say that it begins, then go on."""
-    begun.set()
-    resume(output)
 
 
 def recover_it(arguments, tuning):

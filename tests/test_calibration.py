@@ -3,7 +3,6 @@
 
 import json
 
-import pandas
 import pytest
 import torch
 from hypothesis import given
@@ -20,20 +19,6 @@ from cmoe_hf.conversion.source.calibration import (
     held_out,
     random_windows,
 )
-from cmoe_hf.conversion.source.texts import open_text
-
-DOCUMENTS = ["First document.", "Second, with é.", "Third."]
-
-
-def test_every_local_format_gives_the_same_text(tmp_path):
-    (tmp_path / "t.txt").write_text("\n\n".join(DOCUMENTS), encoding="utf-8")
-    rows = [{"id": index, "text": text} for index, text in enumerate(DOCUMENTS)]
-    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    pandas.DataFrame(rows).to_parquet(tmp_path / "t.parquet")
-    texts = {
-        "".join(open_text(tmp_path / f"t.{kind}").chunks) for kind in ("txt", "jsonl", "parquet")
-    }
-    assert texts == {"\n\n".join(DOCUMENTS)}
 
 
 @pytest.mark.library

@@ -109,13 +109,14 @@ def test_tokenizer_and_generation_config_survive(dense_copy, carve):
 
 
 def test_the_card_states_base_model_licence_and_measurements(dense_copy, carve):
-    (dense_copy / "README.md").write_text("---\nlicense: llama2\nlicense_link: LICENSE\n---\nHi\n")
+    licence = "license: llama2\nlicense_link: LICENSE.txt"
+    (dense_copy / "README.md").write_text(f"---\n{licence}\n---\nHi\n")
     (dense_copy / "LICENSE.txt").write_text("terms")
     folder = carve(dense_copy)
     card = ModelCard.load(folder / "README.md")
     data, config = card.data.to_dict(), AutoConfig.from_pretrained(folder)
     assert data["base_model"] == "copy"
-    assert data["license"] == "llama2" and data["license_link"] == "LICENSE"
+    assert data["license"] == "llama2" and data["license_link"] == "LICENSE.txt"
     assert data["library_name"] == "transformers"
     assert data["pipeline_tag"] == "text-generation"
     assert {"moe", "cmoe"} <= set(data["tags"])

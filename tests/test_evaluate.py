@@ -72,11 +72,6 @@ def test_the_oracle_router_is_better_than_the_own_one_and_chance(sparse, held_ou
     assert 0.5 / 7 < own.router_oracle_agreement < 2.5 / 7
 
 
-def test_one_routed_expert_leaves_nothing_to_disagree_about(embedded, carve, short_text):
-    result = evaluate(carve(embedded, (7, 1, 8)), text=short_text)
-    assert result.router_oracle_agreement == result.router_chance_agreement == 1
-
-
 def test_the_random_router_is_reproducible(sparse, short_text):
     first, second, other = (
         evaluate(sparse, text=short_text, router="random", seed=seed).perplexity

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -53,14 +54,9 @@ def test_continue_with_peft(run_example, embedded, carve, calibration_text, tmp_
     assert (after.experts.down_proj.float() != before.experts.down_proj.float()).any()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
-    "rows",
-    [
-        ("refined, no refit", "static"),
-        pytest.param(
-            ("refined for an oracle", "refined, split by layer"), marks=pytest.mark.thorough
-        ),
-    ],
+    "rows", [("refined, no refit", "static"), ("refined for an oracle", "refined, split by layer")]
 )
 def test_the_reference_tables_can_be_reproduced(
     run_example, embedded, calibration_text, held_out, capsys, tmp_path, rows
@@ -116,6 +112,18 @@ def test_the_gpu_benchmark_runs_where_there_is_none(run_example, capsys):
     assert [run["run"] for run in runs[:2]] == ["eager", "compiled"] and len(runs) == 12
     assert runs[0]["dtype"] == "bfloat16" and runs[0]["decode"][1]["batch"] == 2
     assert "skipped" in runs[-1] and not [run for run in runs if "failed" in run]
+
+
+@pytest.mark.thorough
+def test_the_speed_map_fills_a_table(run_example, tmp_path):
+    point = ("--shape", "smollm2-135m", "--notation", "S1A1E8", "--dtype", "float32")
+    run_example("speed_map.py", "map.json", *point, "--tokens", 1, "--rounds", 1, "--ffn-only")
+    table = tmp_path / "table.json"
+    table.write_text('{"title": "The map", "rows": []}')
+    run_example("speed_map.py", "map.json", "--fill", table)
+    [row] = json.loads(table.read_text())["rows"]
+    assert row[0] == "SmolLM2-135M, float32, S1A1E8" and len(row) == 8
+    assert re.fullmatch(r"\d+\.\d\d of 3\.97", row[1]) and not any(row[2:])
 
 
 def test_the_comparison_with_vllm_would_notice_ignored_gates(embedded, carve, tmp_path):

@@ -228,7 +228,7 @@ REFUSED = {
         "(Punctuation + ByteLevel) in a way that has no name in llama.cpp",
     ),
     "words": (
-        lambda: Tokenizer(models.WordLevel({"<s>": 0}, unk_token="<s>")),
+        lambda: Tokenizer(models.WordLevel({"<s>": 0, "a": 1}, unk_token="<s>")),
         "a WordLevel model",
     ),
 }

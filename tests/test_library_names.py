@@ -91,7 +91,7 @@ def random_model(module=modeling_cmoe, **changes):
 
 
 @torch.no_grad()
-def test_cached(model):
+def generate_both_ways(model):
     """Greedy tokens with the cache, and without it."""
     ids = torch.arange(2, 22)[None]
     cached = model.generate(
@@ -102,7 +102,6 @@ def test_cached(model):
     return cached, ids
 
 
-test_cached.__test__ = False
 INSTALLED = next(
     name
     for name in CACHE_NAMES
@@ -122,7 +121,7 @@ OTHER = {"cache": "past_key_values", "past_key_values": "cache"}[INSTALLED]
     ],
 )
 def test_known_names_work_in_every_mixture(under_another_library, changes):
-    cached, uncached = test_cached(random_model(under_another_library(changes)))
+    cached, uncached = generate_both_ways(random_model(under_another_library(changes)))
     assert torch.equal(cached, uncached)
 
 
@@ -177,7 +176,7 @@ def test_nothing_deprecated_is_used(make_dense, carve):
         with warnings.catch_warnings(), CaptureLogger(logging.get_logger("transformers")) as log:
             warnings.simplefilter("error", FutureWarning)
             warnings.simplefilter("error", DeprecationWarning)
-            test_cached(model)
+            generate_both_ways(model)
         assert "deprecated" not in log.out
 
 

@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page of figures: what it shows is what was observed, in a real browser and without one."""
 
-import importlib
 import importlib.util
 import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from browsing import Browser, contrasts, luminance, overlapping, start_chromium
 from PIL import Image
 from refusal import refused
+from safetensors.torch import load_file, save_file
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.keys import Keys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
-from cmoe_hf.conversion import CMoEError, RequestError, report
+from cmoe_hf.conversion import RequestError, report
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import HELD_OUT
 from cmoe_hf.conversion.measure.evaluate import evaluate
@@ -27,10 +28,10 @@ from cmoe_hf.conversion.measure.routing import sparse_blocks
 from cmoe_hf.conversion.show.observe import observe
 from cmoe_hf.conversion.source.calibration import consecutive_windows, tokenize
 
-REPORT = importlib.import_module("cmoe_hf.conversion.show.report")
 LENGTH, WINDOWS = 64, 4
 QUICK = ["--text", HELD_OUT, "--sequence-length", LENGTH, "--windows", WINDOWS]
-QUICK_ARGUMENTS = {"text": HELD_OUT, "sequence_length": LENGTH, "windows": WINDOWS}
+WITHIN = {"text": HELD_OUT, "sequence_length": LENGTH, "windows": WINDOWS}
+PAGE_ONLY = {**WITHIN, "figures": False}
 SAMPLE = "An expert said: </script><b>3 & 4</b> are\nnot “équal” $\\alpha$ <!-- 🎉."
 OVER_LAYERS = ("reconstruction-error", "router-agreement", "imbalance", "mass")
 IN_LAYER = ("routing", "activation-rate", "hidden-values", "layer-load")
@@ -45,12 +46,6 @@ def data_of(page):
     text = page.read_text(encoding="utf-8")
     [content] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text)
     return json.loads(content, parse_constant=pytest.fail)
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Without the PNG files, which take most of the time."""
-    monkeypatch.setattr(REPORT, "draw_figures", lambda data, folder: [])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,7 +64,7 @@ def own_copy(folder, tmp_path_factory, name="Tom & $Jerry$ <!--<script>"):
 def plain(embedded, carve, tmp_path_factory):
     """A carved model and its report, as the command makes it. Read only."""
     folder = own_copy(carve(embedded, (2, 2, 8)), tmp_path_factory)
-    result = invoke(folder, *QUICK, "--sample", SAMPLE, "--json")
+    result = invoke(folder, *QUICK, "--dtype", "float32", "--sample", SAMPLE, "--json")
     assert result.exit_code == 0, result.stderr
     return folder, json.loads(result.stdout)
 
@@ -86,9 +81,7 @@ def balanced(carved, tmp_path_factory):
         block.gate.scale.data = torch.rand(6, generator=chance)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(carved).save_pretrained(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(REPORT, "draw_figures", lambda data, folder: [])
-        report(folder, **QUICK_ARGUMENTS)
+    report(folder, **PAGE_ONLY)
     return folder
 
 
@@ -105,57 +98,43 @@ def test_json_has_the_promised_keys_and_the_files_are_there(plain):
     folder, printed = plain
     assert printed["output"] == str(folder / "report" / "index.html")
     assert printed["tokens"] == LENGTH * WINDOWS
-    shown = data_of(folder / "report" / "index.html")["perplexity"]
-    assert printed["perplexity"] == pytest.approx(shown, rel=1e-4)
-    assert {path.name for path in (folder / "report").iterdir()} == {
-        "index.html",
-        *printed["figures"],
-    }
-    assert "expert-load.png" in printed["figures"] and len(printed["figures"]) == 8
+    assert printed["figures"] == ["expert-load.png", "reconstruction-error.png"]
+    names = {path.name for path in (folder / "report").iterdir()}
+    assert names == {"index.html", *printed["figures"]}
     for name in printed["figures"]:
         with Image.open(folder / "report" / name) as image:
             assert image.width > 500 and image.info["Software"] == "cmoe-hf"
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+            assert len(image.getcolors(2**20)) > 20  # something is drawn
+            assert f"](report/{name})" in (folder / "README.md").read_text()
 
 
-def test_the_page_holds_what_was_observed(plain, tmp_path):
-    folder, _ = plain
+def test_the_page_holds_what_was_observed(plain):
+    folder, printed = plain
     data, expected = data_of(folder / "report" / "index.html"), observed(folder)
-    assert data["perplexity"] == pytest.approx(expected.perplexity, rel=1e-2)  # bfloat16
+    assert data["perplexity"] == pytest.approx(expected.perplexity, rel=1e-4)
+    assert printed["perplexity"] == expected.perplexity
     assert data["model"]["name"] == folder.name and data["model"]["notation"] == "S2A2E8"
     assert data["model"]["chance"] == pytest.approx(1 / 15, rel=1e-4)
     assert data["measured"]["text"] == "heldout.txt"
     assert data["source"]["name"] == "llama-pydoc"
     conversion = json.loads((folder / "conversion.json").read_text())
-    for layer, made in zip(data["layers"], conversion["layers"], strict=True):
-        assert layer["relative_output_error"] == pytest.approx(
-            made["relative_output_error"], rel=1e-4
-        )
-    # The same windows, the same figures.
-    tokenizer, text = AutoTokenizer.from_pretrained(folder), tmp_path / "same.txt"
-    ids = tokenize(tokenizer, HELD_OUT.read_text())[: LENGTH * WINDOWS + 8]
-    text.write_text(tokenizer.decode(ids))
-    measured = evaluate(folder, text=text, sequence_length=LENGTH, dtype="float32")
-    assert measured.tokens == (LENGTH - 1) * WINDOWS
-    assert expected.perplexity == pytest.approx(measured.perplexity, rel=1e-5)
-    agreements = [layer.oracle_agreement for layer in expected.layers]
-    mean = sum(agreements) / len(agreements)
-    assert mean == pytest.approx(measured.router_oracle_agreement)
-
-
-def test_float32_figures_are_those_of_observe(plain, tmp_path, undrawn):
-    folder, _ = plain
-    result = report(folder, output=tmp_path / "page", dtype="float32", **QUICK_ARGUMENTS)
-    data, expected = data_of(tmp_path / "page" / "index.html"), observed(folder)
-    assert data["perplexity"] == pytest.approx(expected.perplexity, rel=1e-4)
-    assert result.perplexity == expected.perplexity
-    for layer, theirs in zip(data["layers"], expected.layers, strict=True):
+    for layer, theirs, made in zip(
+        data["layers"], expected.layers, conversion["layers"], strict=True
+    ):
+        error = made["relative_output_error"]
+        assert layer["relative_output_error"] == pytest.approx(error, rel=1e-4)
         assert layer["loads"] == pytest.approx(theirs.loads, rel=1e-4)
         assert layer["mass"]["ran"] == pytest.approx(theirs.mass.ran, rel=1e-4)
         assert layer["activation_rates"]["routed"] == theirs.activation_rates.routed
         assert layer["hidden_values"]["shared"] == theirs.hidden_values.shared
         assert layer["oracle_agreement"] == pytest.approx(theirs.oracle_agreement, rel=1e-4)
         assert layer["imbalance"] == pytest.approx(theirs.imbalance, rel=1e-4)
+    measured = evaluate(folder, dtype="float32", **WITHIN)
+    assert measured.tokens == (LENGTH - 1) * WINDOWS
+    assert expected.perplexity == pytest.approx(measured.perplexity, rel=1e-5)
+    agreements = [layer.oracle_agreement for layer in expected.layers]
+    mean = sum(agreements) / len(agreements)
+    assert mean == pytest.approx(measured.router_oracle_agreement)
 
 
 def test_no_markup_of_the_data_reaches_the_page(plain):
@@ -164,13 +143,6 @@ def test_no_markup_of_the_data_reaches_the_page(plain):
     assert text.count("</script>") == 2 and "<!--<script>" not in text
     data = data_of(folder / "report" / "index.html")
     assert data["model"]["name"] == folder.name and SAMPLE in "".join(data["sample"]["tokens"])
-    hostile = {"text": "</script><b>&\u2028<!--<script>", "whole": 3.0, "long": 1 / 3}
-    page = REPORT.page(hostile)
-    [content] = re.findall(r'id="data">(.*?)</script>', page)
-    assert json.loads(content) == {**hostile, "long": 0.33333}
-    assert "<" not in content and "\u2028" not in content
-    with pytest.raises(CMoEError, match="loss is nan"):
-        REPORT.page({"loss": float("nan")})
 
 
 def test_no_path_reaches_what_is_written(plain):
@@ -182,53 +154,47 @@ def test_no_path_reaches_what_is_written(plain):
             assert str(secret).encode() not in content, path.name
 
 
-def test_a_second_report_replaces_the_first(plain, tmp_path, undrawn):
+def test_a_second_report_replaces_the_first(plain, tmp_path):
     folder = shutil.copytree(plain[0], tmp_path / "again")
     first = (folder / "README.md").read_text()
     assert first.count("## Figures") == 1 and "](report/expert-load.png)" in first
-    assert "](report/reconstruction-error.png)" in first
-    report(folder, **QUICK_ARGUMENTS)
+    (folder / "report" / "mass.png").write_bytes(b"drawn by an earlier release")
+    report(folder, **PAGE_ONLY)
+    assert [path.name for path in (folder / "report").iterdir()] == ["index.html"]
     second = (folder / "README.md").read_text()
     assert second.count("## Figures") == 1 and "](report/index.html)" in second
     assert ".png" not in second  # none were drawn this time
-    assert (folder / "report" / "index.html").is_file()
     assert second.split("<!--")[0] == first.split("<!--")[0]
     before = second.replace("\n", "\r\n") + "more\r\n"
     (folder / "README.md").write_bytes(before.encode())
-    report(folder, **QUICK_ARGUMENTS)
+    report(folder, **PAGE_ONLY)
     after = (folder / "README.md").read_bytes().decode()
     assert after.endswith("more\r\n") and after.count("## Figures") == 1
 
 
-def test_the_card_is_left_alone_where_the_page_is_elsewhere(plain, tmp_path, undrawn):
+def test_the_card_is_left_alone_where_the_page_is_elsewhere(plain, tmp_path):
     folder = shutil.copytree(plain[0], tmp_path / "again")
     before = (folder / "README.md").read_bytes()
     shutil.rmtree(folder / "report")
-    result = report(folder, output=tmp_path / "new" / "page", **QUICK_ARGUMENTS)
+    result = report(folder, output=tmp_path / "new" / "page", **PAGE_ONLY)
     assert result.output == str(tmp_path / "new" / "page" / "index.html")
     assert not (folder / "report").exists()
-    report(folder, card=False, **QUICK_ARGUMENTS)
+    report(folder, card=False, **PAGE_ONLY)
     assert (folder / "README.md").read_bytes() == before
     (folder / "README.md").unlink()
-    report(folder, **QUICK_ARGUMENTS)
+    report(folder, **PAGE_ONLY)
     assert not (folder / "README.md").exists()
 
 
 @pytest.fixture(scope="module")
 def compared(plain, embedded, carve, tmp_path_factory):
     """The page of two models beside the dense one. Read only."""
-    folder, other = plain[0], carve(embedded, (1, 1, 8))
-    target = tmp_path_factory.mktemp("compared") / "page"
-    beside = {"baseline": embedded, "compare": other, "rounds": 1, "output": target}
-    with pytest.MonkeyPatch.context() as patch:
-        record = {"task": "piqa", "metric": "acc_norm", "value": 0.61, "baseline_value": 0.68}
-        patch.setattr(
-            importlib.import_module("cmoe_hf.conversion.show.gains"),
-            "recorded",
-            lambda place: [record] if place.name == folder.name else [],
-        )
-        made = report(folder, figures=False, dtype="float32", **beside, **QUICK_ARGUMENTS)
-    return made, other
+    folder, other = own_copy(plain[0], tmp_path_factory), carve(embedded, (1, 1, 8))
+    record = {"task": "piqa", "metric": "acc_norm", "value": 0.61, "baseline_value": 0.68}
+    (folder / "evaluation.json").write_text(json.dumps({"results": [record]}))
+    beside = {"baseline": embedded, "compare": other, "rounds": 1}
+    output = tmp_path_factory.mktemp("compared") / "page"
+    return report(folder, output=output, dtype="float32", **beside, **PAGE_ONLY), other
 
 
 def test_the_page_opens_with_what_was_gained_and_lost(compared, plain, embedded):
@@ -255,41 +221,21 @@ def test_the_page_opens_with_what_was_gained_and_lost(compared, plain, embedded)
         assert whole - (1 - share) * ffn < run < whole - (1 - share) * ffn + router
 
 
-def test_without_a_baseline_the_page_says_how_to_get_one(plain):
-    gains = data_of(plain[0] / "report" / "index.html")["gains"]
-    rows = {row["name"]: row["values"] for row in gains["rows"]}
-    assert len(gains["columns"]) == 2 and rows["perplexity on 256 tokens of heldout.txt"][0] is None
-    assert "tokens a second, decoding one sequence" not in rows
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_what_fails_leaves_the_earlier_report(plain, tmp_path, monkeypatch, error):
+def test_what_fails_leaves_the_earlier_report(plain, tmp_path):
     folder = shutil.copytree(plain[0], tmp_path / "again")
-    card, before = (folder / "README.md").read_bytes(), sorted(folder.rglob("*"))
-    page = (folder / "report" / "index.html").read_bytes()
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-    def fail(data, folder):
-        assert (folder / "index.html").is_file()
-        raise error
+    def contents():
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-    monkeypatch.setattr(REPORT, "draw_figures", fail)
-    result = invoke(folder, *QUICK, "--sample", "Another.")
-    message = "interrupted" if error is KeyboardInterrupt else "No space left on device"
-    refused(result, 1, message)
-    assert sorted(folder.rglob("*")) == before
-    assert (folder / "report" / "index.html").read_bytes() == page
-    assert (folder / "README.md").read_bytes() == card
+    before = contents()
+    refused(invoke(folder, *QUICK, "--sample", "Another."), 1, "NaN")
+    assert contents() == before
 
 
-def test_what_a_killed_run_left_is_cleared(plain, tmp_path, undrawn):
-    folder = shutil.copytree(plain[0], tmp_path / "again")
-    (folder / ".report.cmoe").mkdir()
-    (folder / "report").rename(folder / ".report.cmoe" / "old")
-    report(folder, **QUICK_ARGUMENTS)
-    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
-
-
-def test_nothing_but_a_report_is_replaced(plain, tmp_path, undrawn):
+def test_nothing_but_a_report_is_replaced(plain, tmp_path):
     folder, _ = plain
     for name in ("index.html", "notes.txt", "mine.png"):
         target = tmp_path / name.partition(".")[0]
@@ -301,11 +247,11 @@ def test_nothing_but_a_report_is_replaced(plain, tmp_path, undrawn):
         assert (target / name).read_text() == "mine"
     refused(invoke(folder, *QUICK, "--output", folder), 2, "is not a report")
     (tmp_path / "file").write_text("mine")
-    refused(invoke(folder, *QUICK, "--output", tmp_path / "file"), 2, "cannot create", "file")
+    refused(invoke(folder, *QUICK, "--output", tmp_path / "file"), 2, "is not a report")
     refused(invoke(folder, *QUICK, "--output", tmp_path / "file/page"), 2, "cannot create")
 
 
-def test_bad_requests(plain, dense, tmp_path, monkeypatch, undrawn):
+def test_bad_requests(plain, dense, tmp_path, monkeypatch):
     folder, _ = plain
     long = "word " * 300
     for arguments, phrases in [
@@ -318,7 +264,7 @@ def test_bad_requests(plain, dense, tmp_path, monkeypatch, undrawn):
         ([folder, *QUICK, "--baseline", folder], ["is carved itself"]),
         ([folder, *QUICK, "--baseline", tmp_path / "absent"], ["neither a folder nor"]),
         ([folder, *QUICK, "--sequence-length", 1], ["at least 2 tokens"]),
-        ([folder, *QUICK, "--sequence-length", 10**6], ["fewer than one window"]),
+        ([folder, *QUICK, "--sequence-length", 10**6], ["longer than the model's context"]),
         ([folder, *QUICK, "--sample", long], ["--sample has", "at most 200"]),
         ([folder, *QUICK, "--sample", " "], ["--sample is empty"]),
         ([folder, *QUICK, "--dtype", "int3"], ["choose one of float32"]),
@@ -337,21 +283,21 @@ def test_bad_requests(plain, dense, tmp_path, monkeypatch, undrawn):
     assert not list(dense.glob("*report*"))
 
 
-def test_a_hub_model_needs_an_output(hub, plain, tmp_path, undrawn):
+def test_a_hub_model_needs_an_output(hub, plain, tmp_path):
     hub.publish("someone/drawn", plain[0])
     with pytest.raises(RequestError, match="is on the Hub: give --output"):
-        report("someone/drawn", **QUICK_ARGUMENTS)
-    result = report("someone/drawn", output=tmp_path / "page", **QUICK_ARGUMENTS)
+        report("someone/drawn", **PAGE_ONLY)
+    result = report("someone/drawn", output=tmp_path / "page", **PAGE_ONLY)
     assert result.output == str(tmp_path / "page" / "index.html")
     data = data_of(tmp_path / "page" / "index.html")
     assert data["model"]["name"] == "someone/drawn" and data["source"]["recipe"] == "refined"
 
 
-@pytest.mark.parametrize("content", [{}, [], {"layers": [{"relative_output_error": None}] * 2}])
-def test_figures_of_another_version_are_not_known(carved, tmp_path, undrawn, content):
+@pytest.mark.parametrize("content", [{}, {"layers": [{"relative_output_error": None}] * 2}])
+def test_figures_of_another_version_are_not_known(carved, tmp_path, content):
     folder = shutil.copytree(carved, tmp_path / "again")
     (folder / "conversion.json").write_text(json.dumps(content))
-    report(folder, **QUICK_ARGUMENTS)
+    report(folder, **PAGE_ONLY)
     data = data_of(folder / "report" / "index.html")
     assert data["source"] is None
     assert all(layer["relative_output_error"] is None for layer in data["layers"])
@@ -455,18 +401,18 @@ def data(page):
     return data_of(page)
 
 
-def test_the_table_of_gains_tells_gains_from_losses(browser, compared):
-    browser.open(REPORT.Path(compared[0].output), width=390)
+def test_the_table_of_gains_marks_gains_and_losses(browser, compared):
+    browser.open(Path(compared[0].output), width=390)
     rows = compared[0].gains["rows"]
     names = browser.map("#gains tbody th", "e.textContent")
     assert names == [row["name"] for row in rows]
     ways = browser.map(
         "#gains tbody tr", "[...e.querySelectorAll('small')].map((s) => s.className)"
     )
-    told = dict(zip(names, ways, strict=True))
-    assert told["perplexity on 256 tokens of heldout.txt"] == ["lost", "lost"]
-    assert told["FFN neurons run"] == ["gained", "gained"]
-    assert told["piqa (acc_norm)"] == ["lost"] and told["size of the weights"] == []
+    marks = dict(zip(names, ways, strict=True))
+    assert marks["perplexity on 256 tokens of heldout.txt"] == ["lost", "lost"]
+    assert marks["FFN neurons run"] == ["gained", "gained"]
+    assert marks["piqa (acc_norm)"] == ["lost"] and marks["size of the weights"] == []
     assert "\u22127\u202fpoints, lost" in browser.one("#gains table").text
     assert browser.run("document.documentElement.scrollWidth") <= 390
 
@@ -489,21 +435,11 @@ def test_every_figure_shows_all_of_its_data(browser, page, data):
         assert value == data["sample"]["layers"][row]["experts"][column][0]
     chance = browser.map("#router-agreement path.rule", "Number(e.dataset.value)")
     assert chance == [data["model"]["chance"]]
-
-
-def test_every_figure_is_explained(browser, page):
-    browser.open(page)
-    for figure in FIGURES:
-        assert browser.one(f"#{figure} h3").text
-        assert len(browser.one(f"#{figure} .caption").text) > 60
-        if figure != "routing":
-            axes = browser.map(f"#{figure} .axis", "e.textContent")
-            assert len(axes) == 2 and all("(" in label for label in axes), figure  # with a unit
-    assert "softmax(s) + b" in browser.one("#routing .caption").text
+    assert browser.all(".tokens b, .tokens script") == []  # the sample is text
+    shown = "".join(browser.map(".token", "e.firstChild.textContent"))
+    assert "</script><b>3 & 4</b> are↵" in shown and "🎉" in shown
     assert browser.one("h1").text.startswith("Tom & $Jerry$ <!--<script>")
-    text = browser.one("header").text
-    for told in ("S2A2E8", "50", "llama-pydoc", "heldout.txt", "256 tokens", "torch", "chance"):
-        assert told in text
+    assert all(browser.one(f"#{figure} .caption").text for figure in FIGURES)
 
 
 def test_the_tables_hold_the_data(browser, page, data):
@@ -550,7 +486,7 @@ def test_choosing_a_layer_changes_the_figures_of_the_layer(browser, page, data):
     check_layer(browser, data, 3)
 
 
-def test_a_token_tells_all_of_its_experts(browser, page, data):
+def test_a_token_shows_all_of_its_experts(browser, page, data):
     browser.open(page)
     for token in (3, 0):
         browser.hover(browser.all(".token")[token])
@@ -567,13 +503,6 @@ def test_a_token_tells_all_of_its_experts(browser, page, data):
     assert "token 1" in browser.one("#tip").text
     first.send_keys(Keys.ESCAPE)
     assert not browser.one("#tip").is_displayed()
-
-
-def test_the_sample_is_text(browser, page, data):
-    browser.open(page)
-    assert browser.all(".tokens b, .tokens script") == []
-    shown = "".join(browser.map(".token", "e.firstChild.textContent"))
-    assert "</script><b>3 & 4</b> are↵" in shown and "🎉" in shown
 
 
 def test_an_expert_lights_up_its_tokens(browser, page, data):
@@ -652,10 +581,10 @@ def test_a_model_with_biases_and_a_pinned_expert(browser, balanced):
 
 
 @pytest.mark.parametrize("shape", [(4, 0, 8), (0, 3, 8), (3, 5, 8)])
-def test_unusual_shapes(browser, dense, carve, tmp_path, undrawn, shape):
+def test_unusual_shapes(browser, dense, carve, tmp_path, shape):
     folder = shutil.copytree(carve(dense, shape), tmp_path / "carved")
     page = tmp_path / "index.html"
-    page.write_bytes((REPORT.Path(report(folder, **QUICK_ARGUMENTS).output)).read_bytes())
+    page.write_bytes((Path(report(folder, **PAGE_ONLY).output)).read_bytes())
     browser.open(page)
     silent = [f for f in FIGURES if "does not route" in browser.one(f"#{f}").text]
     if shape[1] == 0:
@@ -675,14 +604,3 @@ def test_unusual_shapes(browser, dense, carve, tmp_path, undrawn, shape):
     assert ("shared neurons" in series) == (shape[0] > 0)
     browser.one("#next").click()
     assert browser.chosen_layer() == 1
-
-
-def test_one_layer_leaves_nothing_to_choose(browser, make_dense, carve, tmp_path, undrawn):
-    folder = shutil.copytree(carve(make_dense(num_hidden_layers=1)), tmp_path / "carved")
-    page = REPORT.Path(report(folder, **QUICK_ARGUMENTS).output)
-    browser.open(page)
-    assert not browser.one(".chooser").is_displayed()
-    assert browser.all("figure .badge") == [] and browser.all(".hit.chosen") == []
-    check_columns(browser, data_of(page), "layer-load", 0)
-    browser.one("body").send_keys(Keys.ARROW_RIGHT)
-    assert browser.chosen_layer() == 0

@@ -85,18 +85,6 @@ def test_a_head_that_is_neither_there_nor_tied(own_dense, no_leftovers, family, 
 
 
 @pytest.fixture
-def sharded(dense, tmp_path):
-    """Other weights than those of `dense`, in shards."""
-    folder = Path(shutil.copytree(dense, tmp_path / "sharded"))
-    (folder / "model.safetensors").unlink()
-    model = AutoModelForCausalLM.from_pretrained(dense)
-    for parameter in model.parameters():
-        parameter.data *= 1.5
-    model.save_pretrained(folder, max_shard_size="100KB")
-    return folder
-
-
-@pytest.fixture
 def same_tensors(tensors):
     def compare(folder, other):
         one, two = tensors(folder), tensors(other)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trade-off curve: every figure is that of the verbs, and nothing is measured twice."""
+"""The trade-off curve: its figures are those of the single commands, each measured once."""
 
 import json
 import time
@@ -25,7 +25,7 @@ def swept(dense, tmp_path_factory):
     return output, result
 
 
-def test_the_rows_are_what_the_verbs_measure(swept, dense):
+def test_the_rows_are_what_the_single_commands_measure(swept, dense):
     output, result = swept
     assert [row.notation for row in result.rows] == ["S1A2E4", "S2A1E4", "S3A0E4"]
     assert [row.static for row in result.rows] == [False, False, True]
@@ -119,7 +119,7 @@ def test_the_command(dense, tmp_path):
     refused(invoke("--grid", "S1A1E7"), 2, "not divisible by 7")
     refused(invoke("--grid", "1.5"), 2, "budget")
     refused(invoke("--grid", "S9A1E8"), 2, "only 8")
-    refused(invoke("--rounds", -1), 2, "rounds is -1")
+    refused(invoke("--rounds", -1), 2, "--rounds is -1")
     assert not (tmp_path / "out").exists()
     result = invoke("--grid", "S2A1E4", "--json")
     assert result.exit_code == 0, result.stderr

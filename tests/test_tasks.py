@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from lm_eval.tasks import TaskManager
 from refusal import refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 from cmoe_hf.conversion import CMoEError, evaluate, evaluate_tasks
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.measure.tasks import PAPER_TASKS, chosen_metric, stock_tasks
+from cmoe_hf.conversion.measure.tasks import PAPER_TASKS
 
 FOLDER = Path(__file__).parent / "task"
 OWN = ["--include-path", "."]
@@ -109,7 +110,7 @@ def test_without_acc_norm_it_is_acc_and_the_task_has_its_own_few_shot_count(dens
 
 
 @pytest.mark.parametrize(("few_shot", "truncated"), [(0, False), (8, True)])
-def test_few_shot_overrides_and_truncation_is_told(dense, caplog, few_shot, truncated):
+def test_few_shot_overrides_and_truncation_is_reported(dense, caplog, few_shot, truncated):
     [row] = evaluate_tasks(dense, tasks=["pydoc_plain"], include_path=".", few_shot=few_shot).tasks
     assert row.few_shot == few_shot
     assert row.value == slow_accuracy(dense, few_shot=few_shot, by_length=False)
@@ -118,23 +119,17 @@ def test_few_shot_overrides_and_truncation_is_told(dense, caplog, few_shot, trun
     assert all("longer than the model's context of 128 tokens" in line for line in said)
 
 
-def test_a_limit_takes_the_first_documents_and_is_told(dense):
-    result = invoke(dense, *TOPICS, "--limit", 5, "--json")
-    printed = json.loads(result.stdout)
-    assert printed["limit"] == 5
-    [row] = printed["tasks"]
-    assert row["documents"] == 5
-    assert row["value"] == slow_accuracy(dense, limit=5)
+def test_a_limit_takes_the_first_documents_and_is_stated(dense):
     table = " ".join(invoke(dense, *TOPICS, "--limit", 5).stdout.split())
+    assert f"{slow_accuracy(dense, limit=5):.4f}" in table
     assert "pydoc_topics" in table and "only the first 5 documents of each task" in table
 
 
 @pytest.mark.thorough
 def test_groups_and_tags_of_ones_own_beside_the_harness_tasks(dense):
-    names = ["pydoc_group", "pydoc_list", "pydoc_tag"]
-    rows = evaluate_tasks(dense, tasks=names, include_path=".", limit=4).tasks
+    rows = evaluate_tasks(dense, tasks=["pydoc_list"], include_path=".", limit=4).tasks
+    rows += evaluate_tasks(dense, tasks=["pydoc_tag"], include_path=".", limit=4).tasks
     assert [row.task for row in rows] == [
-        "pydoc_group",
         "pydoc_group",  # has an aggregate, the list around it has none
         "pydoc_fixed",
         "pydoc_fixed",
@@ -145,22 +140,14 @@ def test_groups_and_tags_of_ones_own_beside_the_harness_tasks(dense):
     )
     assert (rows[0].metric, rows[0].few_shot, rows[0].documents) == ("acc", None, 8)
     assert rows[0].value == (topics + plain) / 2
-    assert rows[4].value == plain
+    assert rows[3].value == plain
+    refused(invoke(dense, "--tasks", "pydoc_topics,pydoc_group", *OWN), 2, "pydoc_topics")
 
 
 @pytest.mark.thorough
 def test_the_paper_tasks_exist_and_an_unknown_one_is_refused(dense):
-    assert stock_tasks().keys() >= PAPER_TASKS.keys()
+    assert set(TaskManager().all_tasks) >= PAPER_TASKS.keys()
     refused(invoke(dense, "--tasks", "bolq,piqa"), 2, "no task 'bolq'", "boolq", "lm-eval ls tasks")
-
-
-def test_the_metric_is_acc_norm_else_acc_else_the_first():
-    figures = {"alias": "x", "acc,none": 0.1, "acc_stderr,none": 0.2, "acc_norm,none": 0.3}
-    assert chosen_metric(figures) == "acc_norm,none"
-    assert chosen_metric({"f1,none": 0.1, "acc,none": 0.3}) == "acc,none"
-    exact = {"exact_match,strict": 0.1, "exact_match_stderr,strict": 0, "exact_match,loose": 0.2}
-    assert chosen_metric(exact) == "exact_match,strict"
-    assert chosen_metric({"alias": "a group"}) is None
 
 
 WITHOUT_PACKAGE = """
@@ -211,7 +198,7 @@ def test_the_harness_by_itself_says_the_same_without_the_package(
         assert (theirs["acc_norm,none"], theirs["acc_norm_stderr,none"]) == figures
 
 
-def told(folder):
+def in_card(folder):
     """Dataset, its name, metric and value of each result in the card."""
     return [
         (it.dataset_type, it.dataset_name, it.metric_type, it.metric_value)
@@ -219,12 +206,12 @@ def told(folder):
     ]
 
 
-def test_the_card_tells_each_result_once_and_keeps_its_body(copy, dense, held_out):
+def test_the_card_states_each_result_once_and_keeps_its_body(copy, dense, held_out):
     card = ModelCard.load(copy / "README.md")
     options = {"baseline": dense, "card": True}
     tasks = {"tasks": ["pydoc_topics", "pydoc_plain"], "include_path": ".", **options}
     evaluate_tasks(copy, limit=3, **tasks)
-    assert [name for _, name, _, _ in told(copy)] == [
+    assert [name for _, name, _, _ in in_card(copy)] == [
         "pydoc_topics (0-shot, first 3 documents only)",
         "pydoc_plain (1-shot, first 3 documents only)",
     ]
@@ -232,7 +219,7 @@ def test_the_card_tells_each_result_once_and_keeps_its_body(copy, dense, held_ou
     perplexity, dense_perplexity = measured.perplexity, measured.baseline_perplexity
     topics, plain = evaluate_tasks(copy, **tasks).tasks
     text = "heldout.txt (windows of 64 tokens)"
-    assert told(copy) == [
+    assert in_card(copy) == [
         ("heldout.txt", text, "perplexity", perplexity),
         ("pydoc_topics", "pydoc_topics (0-shot)", "acc_norm", topics.value),
         ("pydoc_plain", "pydoc_plain (1-shot)", "acc", plain.value),
@@ -269,7 +256,7 @@ def test_results_of_others_stay_in_the_card(copy):
 """
     card.write_text(card.read_text().replace("---\n", "---\n" + index, 1))
     evaluate_tasks(copy, tasks=["pydoc_topics"], include_path=".", limit=1, card=True)
-    assert told(copy)[0] == ("another", "Another", "acc", 0.5)
+    assert in_card(copy)[0] == ("another", "Another", "acc", 0.5)
     assert ModelCard.load(card).data.model_name == "theirs"
 
 
@@ -281,6 +268,7 @@ def test_results_of_others_stay_in_the_card(copy):
         ([*TOPICS, "--few-shot", "-1"], ["--few-shot is -1"]),
         ([*TOPICS, "--few-shot", "9"], ["pydoc_topics", "9 examples", "lower --few-shot"]),
         (["--tasks", "pydoc_fixed", *OWN, "--few-shot", "1"], ["pydoc_fixed", "takes no others"]),
+        (["--tasks", "pydoc_unsafe", *OWN], ["pydoc_unsafe runs code that the model writes"]),
         ([*TOPICS, "--limit", "0"], ["--limit is 0"]),
         ([*TOPICS, "--batch-size", "0"], ["--batch-size is 0"]),
         ([*TOPICS, "--text", "wikitext2"], ["--text is for perplexity"]),

@@ -20,22 +20,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from refusal import refused
 from test_bad_input import run
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from cmoe_hf.conversion import evaluate
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
-from cmoe_hf.conversion.folder.fingerprint import PROMPTS
 from cmoe_hf.conversion.measure.evaluate import perplexity
-from cmoe_hf.conversion.source.calibration import (
-    PIECE_CHARACTERS,
-    cut,
-    tokenize,
-)
+from cmoe_hf.conversion.source.calibration import PIECE_CHARACTERS, cut, tokenize
 from cmoe_hf.conversion.source.texts import documents, hub_rows
 
-SHAPE = {"shared": 2, "active": 2, "experts": 8, "samples": 4, "sequence_length": 64}
 PARAGRAPHS = CALIBRATION.read_text(encoding="utf-8").split("\n\n")
 ROWS = [{"id": index, "text": text} for index, text in enumerate(PARAGRAPHS)]
 LINES = "\n".join(map(json.dumps, ROWS))
@@ -93,13 +87,14 @@ def test_rows_are_read_whatever_the_file_is_called(dense, tmp_path, prose, name,
     assert told["text_is_whole"] and told["text_characters"] == len(CALIBRATION.read_text())
 
 
-def test_parquet_is_read_whatever_the_case_and_the_column(dense, tmp_path, prose):
-    pandas.DataFrame({"n": range(len(PARAGRAPHS)), "body": PARAGRAPHS}).to_parquet(
-        tmp_path / "rows.PARQUET"
-    )
+def test_parquet_is_read_whatever_the_case_and_the_column(dense, tmp_path, prose, caplog):
+    texts = [PARAGRAPHS[0], None, *PARAGRAPHS[1:]]
+    table = pandas.DataFrame({"n": range(len(texts)), "body": texts})
+    table.to_parquet(tmp_path / "rows.PARQUET")
     result = run(dense, tmp_path / "out", "--calibration", str(tmp_path / "rows.PARQUET"))
     assert result.exit_code == 0, result.stderr
     assert calibration_of(tmp_path / "out")["sha256"] == prose
+    assert f"1 of {len(texts)} rows of rows.PARQUET" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -186,15 +181,6 @@ def test_rows_without_text_through_the_library_of_the_hub(tmp_path, caplog):
     assert "1 of 3 rows of org/rows" in caplog.text and "'body' is read" in caplog.text
 
 
-def test_rows_without_text_in_parquet(dense, tmp_path, prose, caplog):
-    texts = [PARAGRAPHS[0], None, *PARAGRAPHS[1:]]
-    pandas.DataFrame({"text": texts}).to_parquet(tmp_path / "rows.parquet")
-    result = run(dense, tmp_path / "out", "--calibration", str(tmp_path / "rows.parquet"))
-    assert result.exit_code == 0, result.stderr
-    assert calibration_of(tmp_path / "out")["sha256"] == prose
-    assert f"1 of {len(texts)} rows of rows.parquet" in caplog.text
-
-
 @pytest.mark.parametrize("value", [None, 7, True, ["a"]])
 def test_no_row_with_text_is_refused(dense, no_leftovers, tmp_path, value):
     path = tmp_path / "rows.jsonl"
@@ -209,22 +195,21 @@ def test_a_column_of_dates_is_refused(dense, no_leftovers, tmp_path):
     refused(result, 2, "no row of dates.parquet has text", 'row 1 has "2026-01-02"')
 
 
-def test_local_rows_need_neither_a_home_nor_a_cache(dense, tmp_path, prose):
+def test_local_rows_need_neither_a_home_nor_a_cache(tmp_path):
     (tmp_path / "rows.jsonl").write_text(LINES)
     nowhere = dict.fromkeys(("HOME", "HF_HOME", "HF_DATASETS_CACHE"), "/dev/null/x")
-    command = [sys.executable, "-m", "cmoe_hf.conversion.cli", "convert", dense, tmp_path / "out"]
-    options = {name.replace("_", "-"): value for name, value in SHAPE.items()}
-    options["calibration"] = tmp_path / "rows.jsonl"
-    command += [part for name, value in options.items() for part in (f"--{name}", value)]
+    script = (
+        "import sys; from cmoe_hf.conversion.source.texts import open_text;"
+        "sys.stdout.write(''.join(open_text(sys.argv[1]).chunks))"
+    )
     done = subprocess.run(
-        list(map(str, command)),
+        [sys.executable, "-c", script, tmp_path / "rows.jsonl"],
         env={**os.environ, **nowhere},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr
-    assert calibration_of(tmp_path / "out")["sha256"] == prose
+    assert done.stdout == "\n\n".join(PARAGRAPHS), done.stderr
 
 
 def sized(path, characters):
@@ -237,51 +222,25 @@ def sized(path, characters):
     return path
 
 
-COUNTING = """
-import json, resource, sys
-from transformers import PreTrainedTokenizerFast as Tokenizer
-from cmoe_hf.conversion import cli, plan
-from cmoe_hf.conversion.source import calibration
-call, given = Tokenizer.__call__, []
-def count(self, text, *arguments, **options):
-    given.append(len(text))
-    return call(self, text, *arguments, **options)
-Tokenizer.__call__ = count
-for module in (calibration, sys.modules["cmoe_hf.conversion.plan"]):
-    module.WHOLE_CHARACTERS = 3_000_000  # as the real number, but in seconds
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-try:
-    cli.main()
-finally:
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps([given, (after - before) * 1024]), file=sys.stderr)
-"""
+def test_of_a_large_text_only_a_prefix_is_calibrated_on(dense, tmp_path, monkeypatch, caplog):
+    text = sized(tmp_path / "large.txt", 1_500_000)
+    for module in ("plan", "source.calibration"):
+        place = sys.modules[f"cmoe_hf.conversion.{module}"]
+        monkeypatch.setattr(place, "WHOLE_CHARACTERS", 1_200_000)
+    given, call = [], PreTrainedTokenizerFast.__call__
 
+    def count(tokenizer, text, *arguments, **options):
+        given.append(len(text))
+        return call(tokenizer, text, *arguments, **options)
 
-@pytest.mark.thorough
-def test_of_a_large_text_only_a_prefix_is_calibrated_on(dense, tmp_path):
-    text = sized(tmp_path / "large.txt", 60_000_000)
-    options = {name.replace("_", "-"): value for name, value in SHAPE.items()}
-    parts = [part for name, value in options.items() for part in (f"--{name}", value)]
-    command = [sys.executable, "-c", COUNTING, "convert", dense, tmp_path / "out", *parts]
-    done = subprocess.run(
-        [*map(str, command), "--calibration", str(text)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    given, grown = json.loads(done.stderr.strip().splitlines()[-1])
-    assert given[-2:] == [*map(len, PROMPTS)]  # of the fingerprint
-    del given[-2:]
-    assert sum(given) == 3_000_000 and max(given) <= PIECE_CHARACTERS
-    assert grown < 1e9  # as one string, this text would take ten
-    assert "only the first 3,000,000 characters of large.txt are read" in done.stderr
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", count)
+    assert run(dense, tmp_path / "out", "--calibration", str(text)).exit_code == 0
+    assert sum(given[:2]) == 1_200_000 and given[0] <= PIECE_CHARACTERS
+    assert "only the first 1,200,000 characters of large.txt are read" in caplog.text
     calibration = calibration_of(tmp_path / "out")
-    prefix = text.read_text(encoding="utf-8")[:3_000_000]
+    prefix = text.read_text(encoding="utf-8")[:1_200_000]
     assert calibration["sha256"] == hashlib.sha256(prefix.encode()).hexdigest()
-    assert calibration["text_characters"] == 3_000_000
-    assert not calibration["text_is_whole"]
+    assert calibration["text_characters"] == 1_200_000 and not calibration["text_is_whole"]
 
 
 def test_of_a_quick_look_no_more_is_read_than_it_takes(dense, tmp_path):

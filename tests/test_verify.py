@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from cmoe_hf.conversion import export, publish, upgrade, verify
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.errors import CMoEError, RequestError
-from cmoe_hf.conversion.folder import probe
+from cmoe_hf.conversion.folder import outputs
 from cmoe_hf.conversion.folder.card import stated_hashes
 from cmoe_hf.conversion.folder.layerwise import WorkFolder
 from cmoe_hf.conversion.folder.selection import code_of_type
@@ -110,8 +110,8 @@ def test_changed_weights_are_not_as_carved(carved_copy):
 @pytest.mark.parametrize("family", ["llama-2", "pythia", "qwen3-moe"])
 def test_large_models_are_read_from_the_disk(make_dense, carve, monkeypatch, family):
     carved = carve(make_dense(family))
-    monkeypatch.setattr(probe, "IN_MEMORY", 0)
-    assert probe.placement(carved)["model.layers"] == "disk"
+    monkeypatch.setattr(outputs, "IN_MEMORY", 0)
+    assert outputs.placement(carved)["model.layers"] == "disk"
     assert verify(carved).as_carved
 
 

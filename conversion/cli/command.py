@@ -16,7 +16,7 @@ from rich.markup import escape
 from cmoe_cli import SUMMARIES, application
 
 from ..errors import CMoEError, RequestError
-from ..folder.strict import to_json
+from ..folder.json_utils import to_json
 from ..options import option_texts
 from .printing import Printed, show
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a repository says of itself in `conversion.json`, so that others can see that it holds.
 
-Likeliest tokens, log-probabilities and greedy tokens, computed by `probe` when it is made.
+Likeliest tokens, log-probabilities and greedy tokens, computed by `model_outputs` when it is made.
 """
 
 import math
@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from ..device import versions
 from ..errors import CMoEError, RequestError
 from ..source.stored import read_json
-from . import probe
+from . import outputs
 from .unfinished import PartialFolder
 
 CONVERSION = "conversion.json"
@@ -24,7 +24,7 @@ PROMPTS = (
 LENGTHS = (8, 48)
 """Tokens of a prompt at least, in a model with a tiny context, and at most."""
 COMPUTED = ("likeliest", "log_probabilities", "generated")
-"""What of `probe` a fingerprint holds."""
+"""What of `model_outputs` a fingerprint holds."""
 TOLERANCE = 1e-3
 """Of log-probabilities in float32. A cache that is forgotten changes them by more than 1."""
 
@@ -73,7 +73,7 @@ def stated_fingerprint(folder: Path) -> dict[str, Any] | None:
 def prompts_for(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of two sentences of different lengths, within the model's context."""
     context = AutoConfig.from_pretrained(folder).max_position_embeddings
-    longest = max(LENGTHS[0], min(LENGTHS[1], context - probe.GENERATED))
+    longest = max(LENGTHS[0], min(LENGTHS[1], context - outputs.GENERATED))
     ids = [tokenizer(prompt)["input_ids"][:longest] for prompt in PROMPTS]
     ids[1] = ids[1][: len(ids[0]) - 1]
     return ids
@@ -82,9 +82,9 @@ def prompts_for(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[i
 def computed(
     folder: Path, name: str, prompts: list[list[int]], recorded: list[int] | None
 ) -> dict[str, Any]:
-    """What `probe` finds in this process. Raises `CMoEError` if the model cannot be loaded."""
+    """Return `model_outputs` of this process. Raises `CMoEError` for what cannot be loaded."""
     try:
-        return probe.probe(folder, prompts, recorded=recorded)
+        return outputs.model_outputs(folder, prompts, recorded=recorded)
     except Exception as error:  # the library raises whatever its readers raise
         raise unloadable(name, str(error)) from error
 

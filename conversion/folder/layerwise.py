@@ -11,6 +11,7 @@
 The manifest is written last: whenever the process dies, it names only what is on the disk.
 """
 
+import copy
 import json
 import time
 from collections.abc import Sequence
@@ -26,9 +27,9 @@ from cmoe_hf import CMoEConfig
 from ..errors import CMoEError
 from ..source.checkpoint import Source
 from ..source.stored import CARVABLE, digest_of, read_headers, read_tensors
+from .json_utils import as_json
 from .paths import remove
 from .shards import Shards
-from .strict import as_json
 from .unfinished import PartialFolder, sha256_of
 
 MANIFEST = "manifest.json"
@@ -44,7 +45,8 @@ def planned_tensors(
     """
     arch = source.architecture
     with torch.device("meta"):
-        state = arch.cmoe_model(config).state_dict()
+        # A copy: the library writes the choice of attention into it.
+        state = arch.cmoe_model(copy.deepcopy(config)).state_dict()
     stored = {arch.carved_name(name): CARVABLE[it.dtype] for name, it in source.tensors.items()}
     if arch.router:
         kept = {name: it for name, it in stored.items() if name.endswith(arch.router)}

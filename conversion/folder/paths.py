@@ -129,7 +129,7 @@ def replace_file(path: Path, content: str | bytes | Callable[[Path], Any]) -> No
         content = content.encode()
     try:
         new.write_bytes(content) if isinstance(content, bytes) else content(new)
-        with open(new, "rb") as file:
+        with open(new, "r+b") as file:  # Windows syncs only what can be written
             os.fsync(file.fileno())
         new.replace(path)
     except (OSError, SafetensorError) as error:

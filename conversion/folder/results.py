@@ -18,8 +18,8 @@ from ..device import versions
 from ..errors import RequestError
 from ..source.checkpoint import find_model
 from .card import CARD_FILE, with_perplexity
+from .json_utils import to_json
 from .paths import replace_file
-from .strict import to_json
 
 RESULTS_FILE = "evaluation.json"
 CONDITIONS = {
@@ -28,11 +28,11 @@ CONDITIONS = {
     "sequence_length": "windows of {} tokens",
     "windows": "first {} windows only",
 }
-"""Fields of a record that the card tells beside the task, and how."""
+"""Fields of a record that the card states beside the task, and how."""
 
 
 def results_folder(model: str | Path) -> Path:
-    """The folder of a model whose card can take figures. Raises `RequestError`."""
+    """Return the folder of a model whose card can take figures. Raise `RequestError`."""
     folder = Path(model).expanduser()
     if not folder.is_dir():
         raise RequestError(
@@ -82,33 +82,28 @@ def write_results(
     replace_file(folder / RESULTS_FILE, to_json(content, indent=2) + "\n")
 
     card = ModelCard.load(folder / CARD_FILE)
-    told = card.data.eval_results or []
-    told = [it for it in told if (it.dataset_type, it.metric_type) not in new]
-    card.data.eval_results = [*told, *map(eval_result, new.values())]
+    older = card.data.eval_results or []
+    older = [it for it in older if (it.dataset_type, it.metric_type) not in new]
+    card.data.eval_results = [*older, *map(eval_result, new.values())]
     card.data.model_name = card.data.model_name or folder.resolve().name
     text = str(card)
     for record in new.values():
         if record["metric"] == "perplexity":
-            text = with_perplexity(text, perplexity_in_words(record))
+            dense = record.get("baseline_value")
+            beside = "" if dense is None else f" (dense {dense:.2f})"
+            text = with_perplexity(text, f"**{record['value']:.2f}**{beside} on `{record['task']}`")
     replace_file(folder / CARD_FILE, text)
 
 
-def perplexity_in_words(record: dict[str, Any]) -> str:
-    """A measured perplexity for the card's first table, beside the dense model's."""
-    dense = record.get("baseline_value")
-    beside = "" if dense is None else f" (dense {dense:.2f})"
-    return f"**{record['value']:.2f}**{beside} on `{record['task']}`"
-
-
 def eval_result(record: dict[str, Any]) -> EvalResult:
-    """A record in the Hub's terms; its conditions are in the name that people see."""
+    """Return a record in the Hub's terms; its conditions are in the name that people see."""
     task = record["task"]
     conditions = {name: record[name] for name in CONDITIONS if record.get(name) is not None}
-    told = ", ".join(CONDITIONS[name].format(value) for name, value in conditions.items())
+    words = ", ".join(CONDITIONS[name].format(value) for name, value in conditions.items())
     return EvalResult(
         task_type="text-generation",
         dataset_type=task,
-        dataset_name=f"{task} ({told})" if told else task,
+        dataset_name=f"{task} ({words})" if words else task,
         dataset_args=conditions or None,
         metric_type=record["metric"],
         metric_value=record["value"],
@@ -116,7 +111,7 @@ def eval_result(record: dict[str, Any]) -> EvalResult:
 
 
 def recorded(folder: Path) -> list[dict[str, Any]]:
-    """The records that the folder has already."""
+    """Return the records that the folder has already."""
     path = folder / RESULTS_FILE
     if not path.is_file():
         return []

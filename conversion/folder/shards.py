@@ -16,8 +16,8 @@ import torch
 
 from ..errors import CMoEError
 from ..source.stored import CARVABLE, WEIGHTS_FILE, WEIGHTS_INDEX
+from .json_utils import as_json
 from .paths import replace_file
-from .strict import as_json
 
 NAMES = {dtype: name for name, dtype in CARVABLE.items()}
 """Names of types in safetensors."""

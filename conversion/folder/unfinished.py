@@ -29,9 +29,9 @@ from safetensors.torch import load, save_file
 from cmoe_hf import CMoEConfig
 
 from ..errors import CMoEError, RequestError
+from .json_utils import as_json
 from .paths import SUFFIX, check_apart, check_place, remove, replace_file, replace_folder, resolved
 from .selection import code_of
-from .strict import as_json
 
 SETTINGS = "settings.json"
 WINDOWS = "windows.safetensors"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `benchmark`: is the carved model faster, where, and how far from what is possible."""
+"""Whether a carved model is faster than the dense one, where, and how far from what is possible."""
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -7,19 +7,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..carve.settings import ShapeOptions, absolute, public_name
 from ..carve.shape import Shape
 from ..device import DTYPES, check_dtype, device_name, find_device, name_of, versions
-from ..errors import RequestError
+from ..errors import RequestError, check_at_least
 from ..options import LoadOptions, with_options
 from ..source.calibration import WHOLE_CHARACTERS, read_tokens
 from ..source.checkpoint import find_model
 from ..source.loading import load_config, load_model, window_length
 from ..source.texts import open_text
 from .routing import check_flat, sparse_blocks
-from .shapes import check_memory, dense_twin, random_model, shape_config
+from .shapes import dense_twin, random_carved, random_model, shape_config
 from .timing import DECODE_STEPS, LABELS, Bench, Point
 
 
@@ -96,13 +96,12 @@ def benchmark(options: BenchmarkOptions) -> Benchmark:
         CMoEError: A model or text cannot be reached.
     """
     model, baseline, shape, layers = options.model, options.baseline, options.shape, options.layers
-    shared, active, experts = options.shared, options.active, options.experts
     tokens, prefill, batch = options.tokens, options.prefill, options.batch
     context, rounds, text, backend = options.context, options.rounds, options.text, options.backend
     compiled, dtype, device = options.compiled, options.dtype, options.device
     trust_remote_code = options.trust_remote_code
-    given = {"prefill": prefill or [], "layers": [layers], "context": [context]}
-    check_positive(tokens=tokens, batch=batch, rounds=[rounds], **given)
+    check_at_least(1, tokens=tokens, prefill=prefill, batch=batch, context=context)
+    check_at_least(1, rounds=rounds, layers=layers)
     if not (tokens or prefill is None or prefill or batch):
         raise RequestError("nothing to time: give tokens, prefill or batch.")
     check_dtype(dtype)
@@ -111,17 +110,18 @@ def benchmark(options: BenchmarkOptions) -> Benchmark:
     if shape is None:
         config = load_config(str(model), trust_remote_code)
     else:
-        config = shape_config(shape, layers, Shape(shared, active, experts))
+        asked = Shape(options.shared, options.active, options.experts)
+        config = shape_config(shape, layers, asked)
     fitting = partial(window_length, config)
     prompts = [None] if prefill is None else prefill
     prefill = [fitting(length, option="--prefill", usual=512) for length in prompts]
     new_tokens = DECODE_STEPS * (rounds + 1) if batch else 0
     context = fitting(context, option="--context", usual=128, new_tokens=new_tokens)
     if shape is None:
-        pair = (str(model), baseline, text)
-        carved, dense, ids = loaded_pair(*pair, dtype, where, trust_remote_code)
+        carved, ids = load_with_text(str(model), text, dtype, where, trust_remote_code)
     else:
-        carved, dense, ids = random_pair(config, where, dtype)
+        carved, ids = random_carved(config, where, DTYPES[dtype or "float32"]), None
+    dense = dense_beside(carved, baseline, trust_remote_code)
     choose_backend(carved, backend)
     bench = Bench(dense, carved, ids, rounds=rounds)
     points = bench.run(tokens, prefill, batch, context, compiled)
@@ -145,76 +145,72 @@ def benchmark(options: BenchmarkOptions) -> Benchmark:
 
 
 def remarks(points: dict[str, list[Point]]) -> list[str]:
-    """In words: where the carved model is slower, and where its lead is not its own merit."""
-    said = []
+    """Say where the carved model is slower, and where its lead is not its own merit."""
+    found = []
     for name, measured in points.items():
         for point in measured:
-            size = f"{point.batch} sequences" if name == "decode" else f"{point.tokens} tokens"
-            where = f"{LABELS[name]} of {size.replace('1 sequences', '1 sequence')}"
-            where = where.replace(" 1 tokens", " 1 token")
+            count, unit = (point.batch, "sequence") if name == "decode" else (point.tokens, "token")
+            where = f"{LABELS[name]} of {count} {unit}{'' if count == 1 else 's'}"
             if point.speedup < 1:
                 certain = "" if point.speedup_high < 1 else ", within the spread of the runs"
-                said.append(
+                found.append(
                     f"SLOWER: {where}: the carved model takes {1 / point.speedup:.2f} times as "
                     f"long as the dense one{certain}; the roofline allows "
                     f"{point.roofline_speedup:.2f} times its speed."
                 )
             elif point.speedup > 1.2 * point.roofline_speedup:
-                said.append(
+                found.append(
                     f"{where}: more than the roofline's ratio, because the dense model is "
                     f"{point.dense_ms / point.dense_roofline_ms:.1f} times slower than its own "
                     "bound here."
                 )
-    return said or ["The carved model is faster at every measured point."]
+    return found or ["The carved model is faster at every measured point."]
 
 
-Pair = tuple[PreTrainedModel, PreTrainedModel, torch.Tensor | None]
-"""The carved model, the dense one, and the tokens of a text to run on."""
-
-
-def loaded_pair(
+def load_with_text(
     model: str,
-    baseline: str | Path | None,
     text: str | Path | None,
     dtype: str | None,
     device: torch.device,
     trust_remote_code: bool,
-) -> Pair:
-    """The models as they are stored. Raises `RequestError`."""
+) -> tuple[PreTrainedModel, torch.Tensor | None]:
+    """Load a carved model and the token ids of a text, if there is one. Raise `RequestError`."""
     check_flat(find_model(model)[0])
     opened = None if text is None else open_text(text, part="test")
     carved, tokenizer = load_model(model, dtype, device, trust_remote_code)
     if not sparse_blocks(carved):
         raise RequestError(f"{model} is not a carved model: there is nothing to compare.")
-    dense = dense_beside(carved, baseline, trust_remote_code)
     if opened is None:
-        return carved, dense, None
-    vocabulary = min(carved.config.vocab_size, dense.config.vocab_size)
+        return carved, None
+    vocabulary = carved.config.vocab_size
     read = read_tokens(opened, tokenizer, vocabulary, most_characters=WHOLE_CHARACTERS)
-    return carved, dense, read.ids
-
-
-def random_pair(config: PreTrainedConfig, device: torch.device, dtype: str | None) -> Pair:
-    """A shape, carved and dense, with random weights. Raises `RequestError` without the memory."""
-    weights = DTYPES[dtype or "float32"]
-    check_memory(config, device, weights)
-    carved = random_model(config, device, weights)
-    return carved, dense_beside(carved, None, False), None
+    return carved, read.ids
 
 
 def dense_beside(
     carved: PreTrainedModel, baseline: str | Path | None, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """The dense model to compare with, in the same precision and place. Raises `RequestError`."""
+    """Return the dense model to compare with, in the same precision and on the same device.
+
+    Raises `RequestError` if it is carved itself, or of another shape.
+    """
     if baseline is None:
         return random_model(dense_twin(carved.config), carved.device, carved.dtype)
     dense, _ = load_model(baseline, name_of(carved.dtype), carved.device, trust_remote_code)
-    check_same_shape(dense, carved, baseline)
+    if sparse_blocks(dense):
+        raise RequestError(f"the baseline {baseline} is carved itself: give the dense model.")
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
+        theirs, ours = getattr(dense.config, name, None), getattr(carved.config, name)
+        if theirs != ours:
+            raise RequestError(
+                f"{baseline} has {name} {theirs}, but the carved model has {ours}: it is not the "
+                "model that was carved."
+            )
     return dense
 
 
 def choose_backend(model: PreTrainedModel, backend: str | None) -> None:
-    """Switch the experts backend, if asked to. Raises `RequestError` if there is none such."""
+    """Switch the experts backend, if asked to. Raise `RequestError` if there is none such."""
     try:
         if backend is not None:
             model.set_experts_implementation(backend)
@@ -225,31 +221,10 @@ def choose_backend(model: PreTrainedModel, backend: str | None) -> None:
 def check_choice(
     model: object, shape: str | None, layers: int | None, baseline: object, text: object
 ) -> None:
-    """Raises `RequestError` unless there is a model or a shape, with what goes with it."""
+    """Raise `RequestError` unless there is a model or a shape, with what goes with it."""
     if (model is None) == (shape is None):
         raise RequestError("give either a carved MODEL or --shape.")
     if shape is None and layers is not None:
         raise RequestError("--layers goes with --shape only.")
     if shape is not None and (baseline is not None or text is not None):
         raise RequestError("--shape has random weights: leave out --baseline and --text.")
-
-
-def check_positive(**sizes: Sequence[int | None]) -> None:
-    """Raises `RequestError` for a size that is not positive."""
-    for name, values in sizes.items():
-        wrong = [value for value in values if value is not None and value < 1]
-        if wrong:
-            raise RequestError(f"{name} has {wrong[0]}; it must be at least 1.")
-
-
-def check_same_shape(dense: PreTrainedModel, carved: PreTrainedModel, baseline: str | Path) -> None:
-    """Raises `RequestError` if the models are not dense and carved form of one shape."""
-    if sparse_blocks(dense):
-        raise RequestError(f"the baseline {baseline} is carved itself: give the dense model.")
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
-        theirs, ours = getattr(dense.config, name, None), getattr(carved.config, name)
-        if theirs != ours:
-            raise RequestError(
-                f"{baseline} has {name} {theirs}, but the carved model has {ours}: it is not the "
-                "model that was carved."
-            )

@@ -2,7 +2,6 @@
 """Dense beside carved in llama.cpp: two servers, asked in turn, which time themselves."""
 
 import random
-import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass
@@ -13,29 +12,22 @@ import torch
 from tqdm import tqdm
 
 from ..device import device_name, versions
-from ..errors import RequestError, missing
+from ..errors import RequestError, check_at_least, missing
 from ..options import with_options
 from .llama_cpp import LlamaServer, server_version
+from .timing import Comparison, compare
 
 STEPS = 32
 """Tokens that are decoded in a round."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EnginePoint:
-    """Dense against carved at one size."""
+class EnginePoint(Comparison):
+    """Dense against carved at one size. The roofline is the ratio of what must be read (decoding),
+    or multiplied (a prompt)."""
 
     tokens: int
     """Of the prompt, or in front of those that are decoded."""
-    dense_ms: float
-    """Median over the rounds: of the prompt, or of one decoded token."""
-    carved_ms: float
-    speedup: float
-    """Median of the rounds' ratios, dense over carved: above 1 the carved model is faster."""
-    speedup_low: float
-    speedup_high: float
-    roofline_speedup: float
-    """Ratio of what must be read (decoding), or multiplied (a prompt)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +64,7 @@ class GGUFWork:
 
 
 def gguf_work(file: str | Path) -> GGUFWork:
-    """Read a file's header. Raises `RequestError` if it is no GGUF file."""
+    """Read a file's header. Raise `RequestError` if it is no GGUF file."""
     try:
         from gguf import GGUFReader
 
@@ -82,26 +74,27 @@ def gguf_work(file: str | Path) -> GGUFWork:
     except (OSError, ValueError) as error:
         raise RequestError(f"{file} cannot be read as a GGUF file: {error}.") from error
 
-    def field(name: str, default: Any = None) -> Any:
-        found = reader.get_field(name)
-        value = default if found is None else found.contents()
+    def number(key: str, default: int = 0) -> int:
+        field: Any = reader.get_field(f"{name}.{key}")
+        value = default if field is None else field.contents()
         return value[0] if isinstance(value, list) else value
 
-    name = str(field("general.architecture"))
-    share = field(f"{name}.expert_used_count", 0) / max(1, field(f"{name}.expert_count", 1))
-    names = {tensor.name for tensor in reader.tensors}
+    architecture: Any = reader.get_field("general.architecture")
+    if architecture is None:
+        raise RequestError(f"{file} names no architecture: it holds no model.")
+    name = str(architecture.contents())
+    share = number("expert_used_count") / max(1, number("expert_count"))
+    untied = any(tensor.name == "output.weight" for tensor in reader.tensors)
     read = products = 0.0
     for tensor in reader.tensors:
         part = share if "_exps." in tensor.name else 1.0
-        if tensor.name == "token_embd.weight":
-            part = 0.0 if "output.weight" in names else 1.0  # tied, it is the head too
-        read += part * int(tensor.n_bytes)
+        if tensor.name != "token_embd.weight" or not untied:  # tied, it is the head too
+            read += part * int(tensor.n_bytes)
         if tensor.name not in ("token_embd.weight", "output.weight"):
             products += part * int(tensor.n_elements)
-    width = field(f"{name}.attention.key_length", 0)
-    keys = field(f"{name}.attention.head_count_kv", 0) * width
-    cached = 2 * 2 * keys * field(f"{name}.block_count", 0)
-    return GGUFWork(name, field(f"{name}.vocab_size"), read, products, cached)
+    keys = number("attention.head_count_kv") * number("attention.key_length")
+    cached = 2 * 2 * keys * number("block_count")
+    return GGUFWork(name, number("vocab_size"), read, products, cached)
 
 
 @dataclass(frozen=True)
@@ -133,33 +126,26 @@ def benchmark_gguf(asked: GGUFBenchmarkOptions) -> EngineBenchmark:
     """
     model, baseline, threads = asked.model, asked.baseline, asked.threads
     prefill, context, rounds = asked.prefill, asked.context, asked.rounds
-    if min([threads, rounds, *prefill, *context], default=0) < 1:
-        raise RequestError("threads, rounds and numbers of tokens must be at least 1.")
+    check_at_least(1, threads=threads, rounds=rounds, prefill=prefill, context=context)
     dense, carved = gguf_work(baseline), gguf_work(model)
     longest = max([*prefill, *(tokens + STEPS for tokens in context)], default=1)
-    options = ("-c", str(longest + 8))
     points: dict[str, list[EnginePoint]] = {"prefill": [], "decode": []}
     with ExitStack() as stack:
         servers = [
-            stack.enter_context(LlamaServer(file, threads=threads, options=options))
+            stack.enter_context(
+                LlamaServer(file, threads=threads, options=("-c", str(longest + 8)))
+            )
             for file in (baseline, model)
         ]
         kinds = [("prefill", it) for it in prefill] + [("decode", it) for it in context]
         for kind, tokens in tqdm(kinds, desc="timing", unit="point", disable=None):
-            draw = random.Random(0)
-            times: list[list[float]] = []
-            for turn in range(rounds + 1):
-                ids = [draw.randrange(10, dense.vocabulary) for _ in range(tokens)]
-                pair = servers if turn % 2 else servers[::-1]
-                measured = {id(server): timed(server, ids, kind) for server in pair}
-                times.append([measured[id(server)] for server in servers])
-            if kind == "decode":
-                roofline = (dense.bytes + tokens * dense.cached) / (
-                    carved.bytes + tokens * carved.cached
-                )
-            else:
+            if kind == "prefill":
                 roofline = dense.products / carved.products
-            points[kind].append(point(tokens, times[1:], roofline))  # the first warms up
+            else:
+                reads = [work.bytes + tokens * work.cached for work in (dense, carved)]
+                roofline = reads[0] / reads[1]
+            times = in_turn(servers, kind, tokens, rounds, dense.vocabulary)
+            points[kind].append(EnginePoint(tokens=tokens, **compare(times, roofline)))
     return EngineBenchmark(
         model=Path(model).name,
         baseline=Path(baseline).name,
@@ -174,27 +160,20 @@ def benchmark_gguf(asked: GGUFBenchmarkOptions) -> EngineBenchmark:
     )
 
 
-def timed(server: LlamaServer, ids: list[int], kind: str) -> float:
-    """Milliseconds of a prompt, or of one token behind it, as the server says."""
-    count = 1 if kind == "prefill" else STEPS
-    answer = server.post(
-        "/completion",
-        **{"prompt": ids, "n_predict": count, "ignore_eos": True, "cache_prompt": False},
-        **{"temperature": 0, "samplers": ["top_k"], "top_k": 1},
-    )
-    key = "prompt_ms" if kind == "prefill" else "predicted_per_token_ms"
-    return float(answer["timings"][key])
+def in_turn(
+    servers: Sequence[LlamaServer], kind: str, tokens: int, rounds: int, vocabulary: int
+) -> list[tuple[float, float]]:
+    """Return the seconds of both servers for a prompt, or for a token behind it, in every round.
 
-
-def point(tokens: int, times: list[list[float]], roofline: float) -> EnginePoint:
-    """The statistics of a point, from the times of both in every round."""
-    ratios = [dense / carved for dense, carved in times]
-    return EnginePoint(
-        tokens=tokens,
-        dense_ms=statistics.median(dense for dense, _ in times),
-        carved_ms=statistics.median(carved for _, carved in times),
-        speedup=statistics.median(ratios),
-        speedup_low=min(ratios),
-        speedup_high=max(ratios),
-        roofline_speedup=roofline,
-    )
+    They are the servers' own. Which is asked first changes from round to round.
+    """
+    draw, times = random.Random(0), []
+    for turn in range(rounds + 1):
+        ids = [draw.randrange(10, vocabulary) for _ in range(tokens)]
+        seconds = [0.0, 0.0]
+        for index in (0, 1) if turn % 2 else (1, 0):
+            timings = servers[index].complete(ids, 1 if kind == "prefill" else STEPS)["timings"]
+            key = "prompt_ms" if kind == "prefill" else "predicted_per_token_ms"
+            seconds[index] = float(timings[key]) / 1000
+        times.append((seconds[0], seconds[1]))
+    return times[1:]  # the first warms up

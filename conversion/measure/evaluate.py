@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `evaluate`: perplexity, dense beside carved, and how good the router is.
+"""Perplexity, dense beside carved, and how good the router is.
 
 Shape suffixes: B windows of a batch, W windows, L tokens of one window.
 """
@@ -9,6 +9,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..device import check_dtype, find_device
-from ..errors import CMoEError, RequestError
+from ..errors import CMoEError, RequestError, check_at_least
 from ..folder.results import results_folder, write_results
 from ..options import LoadOptions, with_options
 from ..source.calibration import check_vocabulary, consecutive_windows, read_tokens
@@ -48,7 +49,7 @@ class Evaluation:
     """Share of tokens, averaged over layers, whose experts are exactly the oracle's choice, the
     ones of largest sum |h|. None for a model that does not route, and for a replaced router."""
     router_chance_agreement: float | None
-    """The same for a router that picks at random: 1 / C(Nr, A)."""
+    """That of a router which picks at random: 1 / C(Nr, A)."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,12 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     trust_remote_code = options.trust_remote_code
     if router not in ROUTERS:
         raise RequestError(f"there is no router {router!r}; choose one of {', '.join(ROUTERS)}.")
-    if windows is not None and windows < 1:
-        raise RequestError(f"--windows is {windows}; it must be at least 1.")
+    check_at_least(1, windows=windows)
     check_dtype(dtype)
     where = find_device(device)
     folder = results_folder(model) if card else None
     if card and router != "own":
-        raise RequestError(f"--card tells what the model itself does, not with router {router!r}.")
+        raise RequestError(f"--card states what the model itself does, not with router {router!r}.")
     opened = open_text(text, part="test")
     length = common_length(sequence_length, trust_remote_code, model, baseline)
     carved, tokenizer = load_model(model, dtype, where, trust_remote_code)
@@ -132,7 +132,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
 def check_same_vocabulary(
     other: str | Path, theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase
 ) -> None:
-    """Raises `RequestError` if the perplexities of two models cannot be compared."""
+    """Raise `RequestError` if the perplexities of two models cannot be compared."""
     if theirs.get_vocab() != ours.get_vocab():
         raise RequestError(
             f"{other} has another vocabulary: the perplexities cannot be compared. Give a model "
@@ -159,25 +159,31 @@ def text_windows(
     length: int,
     most: int | None,
 ) -> torch.Tensor:
-    """The first windows of a text, (W, L). Raises `RequestError` if it is too short."""
+    """Return the first windows of a text, (W, L). Raise `RequestError` if it is too short."""
+    if length < 2:
+        raise RequestError(f"--sequence-length is {length}: a window needs at least 2 tokens.")
     least = None if most is None else most * length
     read = read_tokens(text, tokenizer, model.config.vocab_size, least_tokens=least)
     return consecutive_windows(read.ids, length=length)[:most]
 
 
 def perplexity_record(result: Evaluation, text: str | Path) -> dict[str, Any]:
-    """A measured perplexity for `results.write_results`: a text file by its bare name."""
+    """Return a record for `results.write_results`: a text file by its bare name."""
     figures = asdict(result)
-    value, baseline_value = figures.pop("perplexity"), figures.pop("baseline_perplexity")
     del figures["router"]  # the model's own
-    named = {"task": text_name(text), "metric": "perplexity"}
-    return {**named, "value": value, "baseline_value": baseline_value, **figures}
+    return {
+        "task": text_name(text),
+        "metric": "perplexity",
+        "value": figures.pop("perplexity"),
+        "baseline_value": figures.pop("baseline_perplexity"),
+        **figures,
+    }
 
 
 def measure_routing(
     model: PreTrainedModel, windows_WL: torch.Tensor, router: str, seed: int
 ) -> tuple[float, float | None, float | None]:
-    """Perplexity under a router, agreement of the model's own one with the oracle, and chance.
+    """Return perplexity under a router, agreement of the own one with the oracle, and chance.
 
     The agreement is None for a replaced router; both are None for a model that does not route.
     """
@@ -194,7 +200,7 @@ def measure_routing(
             else:
                 stack.enter_context(replace_router(block, router, seed + index))
         measured = perplexity(model, windows_WL, description="model")
-    own = _mean([_mean(layer) for layer in agreements]) if agreements else None
+    own = fmean(fmean(layer) for layer in agreements) if agreements else None
     return measured, own, 1 / math.comb(*routed[0].gate.choice)
 
 
@@ -202,7 +208,7 @@ def measure_routing(
 def perplexity(
     model: PreTrainedModel, windows_WL: torch.Tensor, *, description: str = "perplexity"
 ) -> float:
-    """exp of the mean negative log-likelihood of the L - 1 predicted tokens of every window.
+    """Return exp of the mean negative log-likelihood of the L - 1 predicted tokens of a window.
 
     Raises `CMoEError` if the model yields NaN.
     """
@@ -226,7 +232,3 @@ def perplexity(
             "perplexity. Its weights are damaged, or it is another model's tokenizer."
         )
     return math.exp(mean)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""llama.cpp's server as a process beside us: found, started, asked over HTTP, stopped."""
+"""llama.cpp's server as a process: found, started, asked over HTTP, stopped."""
 
 import importlib.util
 import json
@@ -13,7 +13,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from ..errors import CMoEError, RequestError
@@ -26,7 +25,7 @@ START = 600.0
 
 
 def find_server() -> str:
-    """The program, from PATH or from the package. Raises `RequestError` if there is none."""
+    """Return the program, from PATH or the package. Raise `RequestError` if there is none."""
     found = shutil.which(PROGRAM)
     spec = importlib.util.find_spec(PACKAGE)
     if found is None and spec is not None and spec.origin is not None:
@@ -41,7 +40,7 @@ def find_server() -> str:
 
 
 def server_version() -> str:
-    """What the program says of itself."""
+    """Return what the program says of itself."""
     done = subprocess.run([find_server(), "--version"], capture_output=True, text=True)
     lines = (done.stdout + done.stderr).splitlines()
     return next((it.removeprefix("version: ") for it in lines if it.startswith("version")), "")
@@ -89,79 +88,66 @@ class LlamaServer:
                 return self
             except CMoEError:
                 time.sleep(0.05)
-        self.__exit__(None, None, None)
+        stop(self.process)
         raise CMoEError(f"{PROGRAM} did not start: {self.last_words()}")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         stop(self.process)
 
     def last_words(self) -> str:
-        """The last errors that it has printed."""
+        """Return the last errors that it has printed."""
         self._log.seek(0)
         lines = [line.strip() for line in self._log if line.strip()]
         errors = [line for line in lines if re.search(r"\bE\b|error|ASSERT", line)]
         return " / ".join(errors[:2] or lines[-2:])
 
     def get(self, path: str) -> Any:
-        """The answer to a GET request. Raises `CMoEError`."""
-        return self._ask(urllib.request.Request(f"http://127.0.0.1:{self.port}{path}"))
+        """Return the answer to a GET request. Raise `CMoEError`."""
+        return self._ask(path, None)
 
     def post(self, path: str, **content: Any) -> Any:
-        """The answer to a POST request of a JSON object. Raises `CMoEError`."""
-        return self._ask(
-            urllib.request.Request(
-                f"http://127.0.0.1:{self.port}{path}",
-                data=json.dumps(content).encode(),
-                headers={"Content-Type": "application/json"},
-            )
-        )
+        """Return the answer to a POST request of a JSON object. Raise `CMoEError`."""
+        return self._ask(path, json.dumps(content).encode())
 
-    def _ask(self, request: urllib.request.Request) -> Any:
+    def _ask(self, path: str, data: bytes | None) -> Any:
+        url, headers = f"http://127.0.0.1:{self.port}{path}", {"Content-Type": "application/json"}
         try:
+            request = urllib.request.Request(url, data, headers)
             with urllib.request.urlopen(request, timeout=START) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
-            raise CMoEError(
-                f"{PROGRAM} refuses: {error.read().decode(errors='replace')}"
-            ) from error
+            reason = error.read().decode(errors="replace")
+            raise CMoEError(f"{PROGRAM} refuses: {reason}") from error
         except OSError as error:
             raise CMoEError(f"{PROGRAM} does not answer: {error}") from error
 
     def tokens(self, text: str) -> list[int]:
-        """Numbers of the tokens of a text, by the tokenizer in the file."""
-        answer = self.post("/tokenize", content=text, add_special=True, parse_special=False)
-        return list(answer["tokens"])
+        """Return the token ids of a text, by the tokenizer in the file."""
+        return self.post("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
+
+    def complete(self, ids: Sequence[int], count: int) -> Any:
+        """Return the server's answer: `count` tokens that follow, each the likeliest one."""
+        return self.post(
+            "/completion",
+            **{"prompt": list(ids), "n_predict": count, "ignore_eos": True, "return_tokens": True},
+            **{"temperature": 0, "samplers": ["top_k"], "top_k": 1, "cache_prompt": False},
+        )
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
-        """Numbers of the tokens that follow, each the likeliest one."""
-        answer = self.post(
-            "/completion",
-            **{"prompt": list(ids), "n_predict": count, "temperature": 0, "samplers": ["top_k"]},
-            **{"top_k": 1, "ignore_eos": True, "return_tokens": True, "cache_prompt": False},
-        )
-        return list(answer["tokens"])
+        """Return the ids of those tokens."""
+        return self.complete(ids, count)["tokens"]
 
-    def log_probabilities(self, ids: Sequence[int], most: int) -> dict[int, float]:
-        """Of the `most` likeliest tokens behind these."""
-        # What is said then does not matter, but it has to be a whole letter.
-        letter = [[self.tokens("a")[-1], 1e6]]
-        once = {"n_predict": 1, "n_probs": most, "temperature": 0, "logit_bias": letter}
-        answer = self.post("/completion", prompt=list(ids), **once)
-        [place] = answer["completion_probabilities"]
-        return {it["id"]: it["logprob"] for it in place["top_logprobs"]}
+    def log_probabilities(
+        self, ids: Sequence[int], most: int, chosen: int | None = None
+    ) -> dict[int, float]:
+        """Return them of the `most` likeliest tokens behind these, or of one that is chosen.
 
-    def log_probability(self, ids: Sequence[int], token: int) -> float:
-        """Of one token behind these, which has to be whole letters.
-
-        It is made the choice by a bias, which the probabilities that are told do not have. What the
-        last call has read of the same text is not read again.
+        A bias makes the choice, which the probabilities do not have. It has to be a whole letter:
+        half of one makes no answer.
         """
-        once = {"n_predict": 1, "n_probs": 1, "temperature": 0, "logit_bias": [[token, 1e6]]}
-        answer = self.post("/completion", prompt=list(ids), **once)
-        [place] = answer["completion_probabilities"]
-        return float(place["logprob"])
+        token = self.tokens("a")[-1] if chosen is None else chosen
+        asked = {"n_predict": 1, "n_probs": most, "temperature": 0, "logit_bias": [[token, 1e6]]}
+        [place] = self.post("/completion", prompt=list(ids), **asked)["completion_probabilities"]
+        if chosen is not None:
+            return {chosen: float(place["logprob"])}
+        return {it["id"]: it["logprob"] for it in place["top_logprobs"]}

@@ -17,7 +17,7 @@ from ..device import best_seconds
 
 @dataclass(frozen=True)
 class Work:
-    """What a computation cannot do without."""
+    """What a computation needs at least."""
 
     bytes: float
     """Read or written at least once: weights, inputs and outputs, and the cache."""
@@ -36,12 +36,12 @@ class Rates:
     operations: float
 
     def seconds(self, work: Work) -> float:
-        """Lower bound for some work (Williams et al., 2009)."""
+        """Return a lower bound for some work (Williams et al., 2009)."""
         return max(work.bytes / self.bytes, work.operations / self.operations)
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """The best bandwidth and arithmetic that plain matrix products reach on this device."""
+    """Return the best bandwidth and arithmetic of plain matrix products on this device."""
     on_cpu = device.type == "cpu"
     side = 1024 if on_cpu else 8192
     # Several times larger than the caches.
@@ -57,7 +57,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def ffn_work(block: torch.nn.Module, tokens: int, experts_hit: float) -> Work:
-    """One FFN, dense or carved, over `tokens` tokens that run `experts_hit` different experts."""
+    """Return that of one FFN over `tokens` tokens that run `experts_hit` different experts."""
     parameters = list(block.parameters())
     size = parameters[0].element_size()
     total = sum(parameter.numel() for parameter in parameters)
@@ -80,21 +80,16 @@ def model_work(
     tokens: int,
     context: int,
 ) -> Work:
-    """A whole model over `tokens` new tokens behind `context` of them, in `batch` sequences.
+    """Return that of a model over `tokens` new tokens behind `context`, in `batch` sequences.
 
     The head runs for the last token of each sequence only.
     """
     config, size = model.config, model.dtype.itemsize
     head = model.get_output_embeddings().weight
     embedding = model.get_input_embeddings().weight
-    counted = {id(p): p.numel() for p in model.parameters()}
-    for block in blocks:
-        for parameter in block.parameters():
-            counted.pop(id(parameter))
-    counted.pop(id(embedding), None)
-    counted.pop(id(head), None)
+    apart = {id(p) for block in blocks for p in block.parameters()} | {id(embedding), id(head)}
+    attention = sum(p.numel() for p in model.parameters() if id(p) not in apart)
     rows = batch * tokens
-    attention = sum(counted.values())
     work = Work(size * attention, 2 * rows * attention)
     work += Work(size * head.numel(), 2 * batch * head.numel())
     for block, hit in zip(blocks, experts_hit, strict=True):

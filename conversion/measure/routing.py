@@ -28,7 +28,7 @@ RoutedBlock = CMoESparseMoeBlock | CMoEHierarchicalBlock
 
 
 def sparse_blocks(model: PreTrainedModel) -> list[CMoESparseMoeBlock]:
-    """The carved FFNs of a model in the order of its layers; none for a dense model.
+    """Return the carved FFNs of a model in the order of its layers; none for a dense model.
 
     Raises `RequestError` for a hierarchical model.
     """
@@ -38,19 +38,19 @@ def sparse_blocks(model: PreTrainedModel) -> list[CMoESparseMoeBlock]:
 
 
 def check_flat(folder: Path) -> None:
-    """Raises `RequestError` for a hierarchical model, before its weights are loaded."""
+    """Raise `RequestError` for a hierarchical model, before its weights are loaded."""
     if "num_parents" in read_json(folder / "config.json"):
         raise RequestError(HIERARCHICAL)
 
 
 def routing_blocks(model: PreTrainedModel) -> list[RoutedBlock]:
-    """The carved FFNs and MoEs that choose something, in the order of the layers."""
+    """Return the carved FFNs and MoEs that choose something, in the order of the layers."""
     blocks = [block for block in model.modules() if isinstance(block, RoutedBlock)]
     return [block for block in blocks if block.gate.top_k > 0]
 
 
 def active_routers(model: nn.Module) -> list[CMoERouter]:
-    """The routers that choose something, in the order of the layers."""
+    """Return the routers that choose something, in the order of the layers."""
     routers = [module for module in model.modules() if isinstance(module, CMoERouter)]
     return [router for router in routers if router.top_k > 0]
 
@@ -101,7 +101,7 @@ def without_bias(model: nn.Module) -> Iterator[None]:
 def collected(
     modules: Sequence[nn.Module], take: Callable[[Any, Any, Any], Any]
 ) -> Iterator[list[list[Any]]]:
-    """What `take(module, inputs, output)` says at every call of each of the modules, in order."""
+    """Collect what `take(module, inputs, output)` returns at every call of each module."""
     found: list[list[Any]] = [[] for _ in modules]
 
     def hook(kept: list[Any]) -> Callable[..., None]:
@@ -153,17 +153,15 @@ def watch_router(block: RoutedBlock) -> AbstractContextManager[list[list[float]]
 def replace_router(block: RoutedBlock, router: str, seed: int) -> Iterator[None]:
     """Let the oracle, or chance, choose the experts of a block; gate weights follow the choice."""
     generator = torch.Generator().manual_seed(seed)
-    value_of: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "oracle": lambda x_TH: routed_mass(block, x_TH),
-        "random": lambda x_TH: torch.rand(
-            len(x_TH), block.experts.num_experts, generator=generator
-        ).to(x_TH.device),
-    }
 
     def selection_score(
         probability: torch.Tensor, index: torch.Tensor | None, x_TH: torch.Tensor
     ) -> torch.Tensor:
-        value_TN = value_of[router](x_TH)
+        if router == "oracle":
+            value_TN = routed_mass(block, x_TH)
+        else:
+            drawn_TN = torch.rand(len(x_TH), block.experts.num_experts, generator=generator)
+            value_TN = drawn_TN.to(x_TH.device)
         return value_TN if index is None else value_TN.gather(1, index.flatten(1)).view_as(index)
 
     gate: Any = block.gate
@@ -175,14 +173,13 @@ def replace_router(block: RoutedBlock, router: str, seed: int) -> Iterator[None]
 
 
 def routed_mass(block: RoutedBlock, x_TH: torch.Tensor) -> torch.Tensor:
-    """Sum of |h| of every routed expert for every token, (T, N): all of them are computed.
+    """Compute every routed expert; return its sum of |h| for every token, (T, N).
 
-    In a carved MoE multiplied by the weight of its parent.
+    In a carved MoE it is multiplied by the weight of the expert's parent.
     """
-    masses = []
-    for expert in range(block.experts.num_experts):  # quantised weights cannot be iterated
-        masses.append(block.experts.hidden(expert, x_TH).abs().float().sum(dim=1))
-    mass_TN = torch.stack(masses, dim=1)
+    experts = range(block.experts.num_experts)  # quantised weights cannot be iterated
+    hidden = (block.experts.hidden(expert, x_TH) for expert in experts)
+    mass_TN = torch.stack([h_TM.abs().float().sum(dim=1) for h_TM in hidden], dim=1)
     if isinstance(block, CMoEHierarchicalBlock):
         weight_TP, parent_TP = block.gate.parents(x_TH)
         weight_TQ = mass_TN.new_zeros(len(x_TH), len(block.gate.parent_weight))

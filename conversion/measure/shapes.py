@@ -12,88 +12,38 @@ from ..carve.shape import Shape, carved_config
 from ..errors import RequestError
 from ..source.architectures import ARCHITECTURES, architecture_of
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-    "smollm2-360m": {
-        "hidden_size": 960,
-        "intermediate_size": 2560,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 15,
-        "num_key_value_heads": 5,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-    "tinyllama-1.1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "vocab_size": 32000,
-    },
-    "llama-3.2-1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-    "llama-3.2-3b": {
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-    "llama-2-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-    },
-    "llama-3-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "llama-2-70b": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "vocab_size": 32000,
-    },
+
+def _shape(
+    hidden: int, width: int, layers: int, heads: int, key_heads: int, **more: Any
+) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        **more,
+    }
+
+
+_SMOLLM2: dict[str, Any] = {"vocab_size": 49152, "tie_word_embeddings": True}
+_LLAMA_3_2: dict[str, Any] = {"vocab_size": 128256, "tie_word_embeddings": True}
+SHAPES = {
+    "tiny": _shape(256, 1024, 3, 4, 2),
+    "smollm2-135m": _shape(576, 1536, 30, 9, 3, **_SMOLLM2),
+    "smollm2-360m": _shape(960, 2560, 32, 15, 5, **_SMOLLM2),
+    "tinyllama-1.1b": _shape(2048, 5632, 22, 32, 4),
+    "llama-3.2-1b": _shape(2048, 8192, 16, 32, 8, **_LLAMA_3_2),
+    "llama-3.2-3b": _shape(3072, 8192, 28, 24, 8, **_LLAMA_3_2),
+    "llama-2-7b": _shape(4096, 11008, 32, 32, 32),
+    "llama-3-8b": _shape(4096, 14336, 32, 32, 8, vocab_size=128256),
+    "llama-2-70b": _shape(8192, 28672, 80, 64, 8),
 }
-"""What is to be known of a model to time it with random weights."""
+"""Fields of a `LlamaConfig` by the name of a known model; 32,000 is the default vocabulary."""
 
 
 def shape_config(name: str, layers: int | None, shape: Shape) -> PreTrainedConfig:
-    """Configuration of a carved model of a known dense one's sizes. Raises `RequestError`."""
+    """Return the configuration of a carved model of a known one's sizes. Raise `RequestError`."""
     if name not in SHAPES:
         raise RequestError(f"there is no shape {name!r}; choose one of {', '.join(SHAPES)}.")
     dense = LlamaConfig(**SHAPES[name])
@@ -103,33 +53,37 @@ def shape_config(name: str, layers: int | None, shape: Shape) -> PreTrainedConfi
 
 
 def dense_twin(carved: PreTrainedConfig) -> PreTrainedConfig:
-    """Configuration of the dense model of a carved one's shape."""
-    row = architecture_of(carved)
-    assert row is not None  # it is carved
-    known = row.dense_config().to_dict().keys() - {"model_type", "architectures"}
-    return row.dense_config(
-        **{name: value for name, value in carved.to_dict().items() if name in known}
-    )
+    """Return the configuration of the dense model of a carved one's shape."""
+    architecture = architecture_of(carved)
+    assert architecture is not None  # it is carved
+    known = architecture.dense_config().to_dict().keys() - {"model_type", "architectures"}
+    fields = carved.to_dict()
+    return architecture.dense_config(**{name: fields[name] for name in known & fields.keys()})
 
 
-def check_memory(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises `RequestError` if a dense and a carved model of this shape would not fit."""
+def random_carved(
+    config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Return a carved model with random weights.
+
+    Raises `RequestError` if it and a dense one beside it would not fit into memory.
+    """
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     needed = 2 * parameters * dtype.itemsize
-    free = psutil.virtual_memory().available
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     if needed > free:
         raise RequestError(
             f"two models of this shape need {needed / 1e9:.1f} GB of memory, but {free / 1e9:.1f} "
             "GB are free: lower --layers."
         )
+    return random_model(config, device, dtype)
 
 
 def random_model(
     config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """A model with random weights, made where it will run."""
+    """Return a model with random weights, made where it will run."""
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `evaluate_tasks`: tasks of the lm-evaluation-harness, dense beside carved.
-
-Needs the extra `[eval]`. The harness makes the prompts and the scores, with its own seeds, so that
-the figures are those of its command `lm_eval`.
-"""
+"""Tasks of the lm-evaluation-harness, dense beside carved. Needs the extra `[eval]`."""
 
 import importlib.metadata
 import importlib.util
@@ -16,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import KW_ONLY, asdict, dataclass
 from difflib import get_close_matches
-from functools import cache, partial
+from functools import partial
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ import numpy as np
 import torch
 
 from ..device import check_dtype, find_device
-from ..errors import CMoEError, RequestError, missing
+from ..errors import CMoEError, RequestError, check_at_least, missing
 from ..folder.results import results_folder, write_results
 from ..options import LoadOptions, with_options
 from ..source.checkpoint import find_model
@@ -47,10 +44,6 @@ PAPER_TASKS = {
 """The paper's tasks and their few-shot counts."""
 
 PREFERRED_METRICS = ("acc_norm", "acc")
-
-Suite = dict[str, Any]
-"""What the harness loads for a name: `tasks` and `groups` by name, and `group_map`, the names of
-each group's members."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,99 +111,63 @@ def evaluate_tasks(options: TaskOptions) -> TaskEvaluation:
     few_shot, limit, include_path = options.few_shot, options.limit, options.include_path
     batch_size, dtype, device = options.batch_size, options.dtype, options.device
     trust_remote_code = options.trust_remote_code
-    check_harness()
-    check_numbers(few_shot=few_shot, limit=limit, batch_size=batch_size)
+    if importlib.util.find_spec("lm_eval") is None:
+        raise missing("tasks need lm_eval", "eval")
+    check_at_least(0, few_shot=few_shot)
+    check_at_least(1, limit=limit, batch_size=batch_size)
     check_dtype(dtype)
     where = find_device(device)
     folder = results_folder(model) if card else None
-    find_model(model)
-    if baseline is not None:
-        find_model(baseline)
-    suites = load_suites(tasks, few_shot, include_path)
-
-    measure = partial(
+    models = [model] if baseline is None else [model, baseline]
+    for each in models:
+        find_model(each)
+    with harness():
+        names = task_names(tasks)
+        manager = task_manager(names, include_path)
+        requested = load_tasks(names, manager, few_shot)
+    run = partial(
         run_harness,
-        suites=suites,
+        requested=requested,
+        manager=manager,
         limit=limit,
         batch_size=batch_size,
-        dtype=dtype,
-        device=where,
-        trust_remote_code=trust_remote_code,
+        loading={"dtype": dtype, "device": where, "trust_remote_code": trust_remote_code},
     )
-    carved = measure(model)  # returns figures only: one model in memory at a time
-    dense = measure(baseline) if baseline is not None else [None] * len(suites)
-    rows = [
-        task_result(name, suites[requested], of_carved, of_dense)
-        for requested, of_carved, of_dense in zip(suites, carved, dense, strict=True)
-        for name in reported(requested, suites[requested], of_carved["results"])
-    ]
+    answers = [run(each) for each in models]  # one model in memory at a time
+    rows = [row for name in requested for row in task_results(name, answers)]
     if folder is not None:
         records = [{**asdict(row), "limit": limit} for row in rows]
-        lm_eval = importlib.metadata.version("lm_eval")
+        version = importlib.metadata.version("lm_eval")
         write_results(
-            folder, records, baseline=baseline, dtype=dtype, device=where, lm_eval=lm_eval
+            folder, records, baseline=baseline, dtype=dtype, device=where, lm_eval=version
         )
     return TaskEvaluation(tasks=rows, limit=limit)
 
 
-def check_harness() -> None:
-    """Raises `RequestError` if the harness is not installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise missing("tasks need lm_eval", "eval")
-
-
-def check_numbers(*, few_shot: int | None, limit: int | None, batch_size: int) -> None:
-    """Raises `RequestError` for a number that is too small."""
-    if few_shot is not None and few_shot < 0:
-        raise RequestError(f"--few-shot is {few_shot}; it must be 0 or more.")
-    if limit is not None and limit < 1:
-        raise RequestError(f"--limit is {limit}; it must be at least 1.")
-    if batch_size < 1:
-        raise RequestError(f"--batch-size is {batch_size}; it must be at least 1.")
-
-
-def load_suites(
-    tasks: Sequence[str], few_shot: int | None, include_path: str | Path | None
-) -> dict[str, Suite]:
-    """The tasks behind each name, with their data and few-shot counts.
-
-    Raises `RequestError` for a name that the harness does not know and for a task that cannot
-    be run as asked, `CMoEError` for data that cannot be loaded.
-    """
-    names = [name.strip() for name in tasks]
-    names = [one for name in names for one in (PAPER_TASKS if name == "paper" else [name]) if one]
+def task_names(tasks: Sequence[str]) -> list[str]:
+    """Return each name once, those of `PAPER_TASKS` for "paper". Raise `RequestError` for none."""
+    names = [name.strip() for name in tasks if name.strip()]
+    names = [each for name in names for each in (PAPER_TASKS if name == "paper" else [name])]
     if not names:
         raise RequestError("--tasks names no task. Give some, such as boolq,piqa, or paper.")
-    suites = {}
-    with harness():
-        manager = task_manager(names, include_path)
-        seed_as_the_harness_does()  # some tasks shuffle their choices when they are loaded
-        for name in dict.fromkeys(names):
-            try:
-                suites[name] = manager.load([name])
-            except Exception as error:  # of data sets, templates, or the task's own Python
-                raise CMoEError(f"task {name} cannot be loaded: {_reason(error)}") from error
-        for name, suite in suites.items():
-            asked = few_shot if few_shot is not None else PAPER_TASKS.get(name)
-            for task in suite["tasks"].values():
-                set_few_shot(task, asked)
-    return suites
+    return list(dict.fromkeys(names))
 
 
 def task_manager(names: Sequence[str], include_path: str | Path | None) -> Any:
-    """The harness's table of tasks. Raises `RequestError` for a name that is not in it."""
+    """Return the harness's table of tasks. Raise `RequestError` for a name that is not in it."""
     from lm_eval.tasks import TaskManager
 
-    if include_path is not None and not Path(include_path).expanduser().is_dir():
-        raise RequestError(f"--include-path {include_path} is not a folder.")
-    own = Path(include_path).expanduser() if include_path is not None else None
+    own = None
+    if include_path is not None:
+        own = Path(include_path).expanduser()
+        if not own.is_dir():
+            raise RequestError(f"--include-path {include_path} is not a folder.")
     manager = TaskManager(include_path=own, include_defaults=False)
     if not set(names) <= set(manager.all_subtasks):  # a group may have members of the harness
-        for name, entry in stock_tasks().items():
-            manager.task_index.setdefault(name, entry)
+        manager = TaskManager(include_path=own)  # reads some 14,000 files: about 10 seconds
     for name in names:
-        if name not in manager.task_index:
-            near = ", ".join(get_close_matches(name, manager.task_index))
+        if name not in manager.all_tasks:
+            near = ", ".join(get_close_matches(name, manager.all_tasks))
             raise RequestError(
                 f"there is no task {name!r}{near and f'; near it are {near}'}. `lm-eval ls tasks` "
                 "lists the names; tasks of your own need --include-path."
@@ -218,18 +175,36 @@ def task_manager(names: Sequence[str], include_path: str | Path | None) -> Any:
     return manager
 
 
-@cache
-def stock_tasks() -> dict[str, Any]:
-    """The tasks of the harness by name. Reads some 14,000 files: about 10 seconds."""
-    from lm_eval.tasks import TaskManager
+def load_tasks(names: Sequence[str], manager: Any, few_shot: int | None) -> dict[str, Any]:
+    """Return the harness's tasks and groups by name, loaded with their data; a tag's tasks for it.
 
-    return TaskManager().task_index
+    Raises:
+        RequestError: A task cannot be run as asked, or two names share one.
+        CMoEError: The data of a task cannot be loaded.
+    """
+    # Some tasks shuffle their choices while they are loaded: the seeds are simple_evaluate's.
+    random.seed(0)
+    np.random.seed(1234)
+    torch.manual_seed(1234)
+    requested: dict[str, Any] = {}
+    for name in names:
+        try:
+            found = manager.load([name])
+        except Exception as error:  # of data sets, templates, or the task's own Python
+            raise CMoEError(f"task {name} cannot be loaded: {_reason(error)}") from error
+        for task in found["tasks"].values():
+            set_few_shot(task, PAPER_TASKS.get(name) if few_shot is None else few_shot)
+        groups = found["groups"]
+        requested |= {name: groups[name]} if name in groups else found["tasks"]
+    try:
+        manager.load(list(requested.values()))
+    except ValueError as error:
+        raise RequestError(f"{error}. Measure them in runs of their own.") from error
+    return requested
 
 
 def set_few_shot(task: Any, few_shot: int | None) -> None:
     """Set a task's few-shot count and make one prompt, so that what fails fails early."""
-    from lm_eval.defaults import DEFAULT_OTHER_SEED
-
     name, own = task.task_name, task.get_config("num_fewshot")
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
         raise RequestError(
@@ -243,7 +218,7 @@ def set_few_shot(task: Any, few_shot: int | None) -> None:
             "out, or measure it in a run of its own."
         )
     task.set_config(key="num_fewshot", value=count)
-    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    task.set_fewshot_seed(seed=1234)
     try:
         task.build_all_requests(limit=1)
     except Exception as error:  # of samplers, templates, or the task's own Python
@@ -256,148 +231,122 @@ def set_few_shot(task: Any, few_shot: int | None) -> None:
 def run_harness(
     model: str | Path,
     *,
-    suites: dict[str, Suite],
+    requested: dict[str, Any],
+    manager: Any,
     limit: int | None,
     batch_size: int,
-    dtype: str | None,
-    device: torch.device,
-    trust_remote_code: bool,
-) -> list[dict[str, Any]]:
-    """Load a model and let the harness measure it: its answer for each suite.
-
-    Raises `CMoEError` if the model yields NaN.
-    """
-    from lm_eval.defaults import DEFAULT_OTHER_SEED
-    from lm_eval.evaluator import evaluate
+    loading: dict[str, Any],
+) -> dict[str, Any]:
+    """Return what the harness measures of a model. Raise `CMoEError` if the model yields NaN."""
+    from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    loaded, tokenizer = load_model(model, dtype, device, trust_remote_code)
-    answers = []
-    with harness() as counter:
+    loaded, tokenizer = load_model(model, **loading)
+    with harness() as messages:
         wrapped = HFLM(
             pretrained=loaded, tokenizer=tokenizer, backend="causal", batch_size=batch_size
         )
-        for suite in suites.values():
-            seed_as_the_harness_does()
-            for task in suite["tasks"].values():
-                task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # the same examples every time
-            answers.append(evaluate(wrapped, task_dict=suite, limit=limit, log_samples=False))
-            check_finite(suite)
-    if counter.truncated:
+        answer: dict[str, Any] = simple_evaluate(
+            model=wrapped,
+            tasks=list(requested.values()),
+            task_manager=manager,
+            limit=limit,
+            log_samples=False,
+        )
+    for item in requested.values():
+        for task in item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]:
+            check_finite(task)
+    if truncated := sum("Truncating" in message.getMessage() for message in messages):
         logger.warning(
             "%d requests were longer than the model's context of %d tokens and lost their "
             "beginning: --few-shot with fewer examples would keep it.",
-            counter.truncated,
+            truncated,
             wrapped.max_length,
         )
-    return answers
+    return answer
 
 
-def check_finite(suite: Suite) -> None:
-    """Raises `CMoEError` if a log-likelihood is NaN: the harness would count it as an answer."""
-    for task in suite["tasks"].values():
-        for request in task.instances:
-            for response in request.resps:
-                value = response[0] if isinstance(response, tuple) else response
-                if isinstance(value, float) and math.isnan(value):
-                    raise CMoEError(
-                        f"the model yields NaN on the task {task.task_name}: its weights are "
-                        "damaged or its precision overflows. Try --dtype float32."
-                    )
+def check_finite(task: Any) -> None:
+    """Raise `CMoEError` if a log-likelihood is NaN: the harness would count it as an answer."""
+    responses = [response for request in task.instances for response in request.resps]
+    values = [each[0] if isinstance(each, tuple) else each for each in responses]
+    if any(isinstance(value, float) and math.isnan(value) for value in values):
+        raise CMoEError(
+            f"the model yields NaN on the task {task.task_name}: its weights are damaged or its "
+            "precision overflows. Try --dtype float32."
+        )
 
 
-def reported(name: str, suite: Suite, results: dict[str, Any]) -> list[str]:
-    """The rows for a name: itself, or the members of a tag or of a group without aggregate."""
-    if name not in suite["groups"]:
-        return [name] if name in suite["tasks"] else list(suite["tasks"])
-    if chosen_metric(results.get(name, {})) is not None:
-        return [name]
-    return [row for member in suite["group_map"][name] for row in reported(member, suite, results)]
+def task_results(name: str, answers: Sequence[dict[str, Any]]) -> list[TaskResult]:
+    """Return the row of a task or group, or those of the members of a group without aggregate.
 
-
-def task_result(
-    name: str, suite: Suite, carved: dict[str, Any], dense: dict[str, Any] | None
-) -> TaskResult:
-    """The row of a task or a group, from the harness's answers."""
-    group = suite["groups"].get(name)
-    members = group.get_all_tasks() if group is not None else [suite["tasks"][name]]
-    counts = {member.get_config("num_fewshot") for member in members}
-    key = chosen_metric(carved["results"][name])
+    `answers` are the harness's for the carved model and, if it was measured, the dense one.
+    """
+    answer = answers[0]
+    members = answer["group_subtasks"].get(name)
+    key = chosen_metric(answer["results"][name])
+    if key is None and members:
+        return [row for member in members for row in task_results(member, answers)]
     if key is None:
         raise CMoEError(f"the harness has no figure for the task {name}.")
-    metric, _, filtered = key.partition(",")
-    value, stderr = _figure(carved, name, key)
-    baseline_value, baseline_stderr = _figure(dense, name, key) if dense else (None, None)
-    assert value is not None
-    return TaskResult(
+    leaves = leaf_tasks(name, answer["group_subtasks"])
+    counts = {answer["n-shot"][leaf] for leaf in leaves}
+    figures = [each["results"][name] for each in answers]
+    values = [float(each[key]) for each in figures]
+    # The harness says "N/A" for an error that it does not know.
+    errors = [each.get(key.replace(",", "_stderr,", 1)) for each in figures]
+    stderrs = [each if isinstance(each, float) else None for each in errors]
+    row = TaskResult(
         task=name,
-        metric=metric if filtered == "none" else key,
+        metric=key.removesuffix(",none"),
         few_shot=counts.pop() if len(counts) == 1 else None,
-        documents=sum(carved["n-samples"][member.task_name]["effective"] for member in members),
-        value=value,
-        stderr=stderr,
-        baseline_value=baseline_value,
-        baseline_stderr=baseline_stderr,
+        documents=sum(answer["n-samples"][leaf]["effective"] for leaf in leaves),
+        value=values[0],
+        stderr=stderrs[0],
+        baseline_value=values[1] if len(values) > 1 else None,
+        baseline_stderr=stderrs[1] if len(values) > 1 else None,
     )
+    return [row]
+
+
+def leaf_tasks(name: str, members: dict[str, list[str]]) -> list[str]:
+    """Return the tasks of a group and of the groups in it; of a task, itself."""
+    if not members.get(name):
+        return [name]
+    return [leaf for member in members[name] for leaf in leaf_tasks(member, members)]
 
 
 def chosen_metric(figures: dict[str, Any]) -> str | None:
-    """The key `metric,filter` to report: `acc_norm`, else `acc`, else the first; None if none."""
+    """Return the key `metric,filter` to report: `acc_norm`, else `acc`, else the first, or None."""
     keys = [key for key in figures if "," in key and "_stderr," not in key]
-    for metric in PREFERRED_METRICS:
-        for key in keys:
-            if key.partition(",")[0] == metric:
-                return key
-    return keys[0] if keys else None
-
-
-def _figure(answer: dict[str, Any], name: str, key: str) -> tuple[float | None, float | None]:
-    """Value and standard error; the harness says `N/A` for an error that it does not know."""
-    figures = answer["results"][name]
-    stderr = figures.get(key.replace(",", "_stderr,", 1))
-    return float(figures[key]), stderr if isinstance(stderr, float) else None
-
-
-def seed_as_the_harness_does() -> None:
-    """The seeds that `lm_eval` sets: without them some prompts would differ from its own."""
-    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-
-    random.seed(DEFAULT_RANDOM_SEED)
-    np.random.seed(DEFAULT_OTHER_SEED)
-    torch.manual_seed(DEFAULT_OTHER_SEED)
-
-
-class TruncationCounter(logging.Handler):
-    """Counts, in what the harness logs, the requests that it truncated."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.truncated = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """The harness warns of each request: too many to print."""
-        self.truncated += "Truncating" in record.getMessage()
+    preferred = [
+        key for metric in PREFERRED_METRICS for key in keys if key.startswith(f"{metric},")
+    ]
+    return next(iter(preferred + keys), None)
 
 
 @contextmanager
-def harness() -> Iterator[TruncationCounter]:
-    """While the harness works: nothing on standard output, progress bars only on a terminal."""
-    log, counter = logging.getLogger("lm_eval"), TruncationCounter()
+def harness() -> Iterator[list[logging.LogRecord]]:
+    """Keep standard output clean, and progress bars to a terminal; yield what the harness logs.
+
+    It warns of every request that it truncates: too many to print.
+    """
+    log, messages = logging.getLogger("lm_eval"), BufferingHandler(sys.maxsize)
     propagate, log.propagate = log.propagate, False
-    log.addHandler(counter)
+    log.addHandler(messages)
     try:
         with ExitStack() as stack:
             if not sys.stderr.isatty():
                 nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
                 stack.enter_context(redirect_stderr(nowhere))
             stack.enter_context(redirect_stdout(sys.stderr))
-            yield counter
+            yield messages.buffer
     finally:
-        log.removeHandler(counter)
+        log.removeHandler(messages)
         log.propagate = propagate
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """Return what went wrong, in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

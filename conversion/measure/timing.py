@@ -27,16 +27,14 @@ from .routing import collected, sparse_blocks
 LABELS = {"ffn": "FFN block", "prefill": "prefill", "decode": "decoding"}
 DECODE_STEPS = 4
 """Decoding steps of a round."""
+Call = Callable[[int], None]
+"""What is timed; it gets its number, so that dense and carved see the same inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
-    """Dense against carved at one size."""
+class Comparison:
+    """Dense against carved, timed in turn."""
 
-    tokens: int
-    """New tokens of each sequence; of the FFN, all of them."""
-    batch: int
-    """Sequences."""
     dense_ms: float
     """Median over the rounds."""
     carved_ms: float
@@ -46,10 +44,33 @@ class Point:
     speedup_high: float
     roofline_speedup: float
     """Ratio of the least times that the machine could take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point(Comparison):
+    """Dense against carved at one size."""
+
+    tokens: int
+    """New tokens of each sequence; of the FFN, all of them."""
+    batch: int
+    """Sequences."""
     dense_roofline_ms: float
     carved_roofline_ms: float
     experts_hit: float
     """Different experts that the tokens need in one layer, on average."""
+
+
+def compare(seconds: Sequence[tuple[float, float]], roofline: float) -> dict[str, float]:
+    """Return the fields of `Comparison`, from the times of dense and carved in every round."""
+    ratios = [dense / carved for dense, carved in seconds]
+    return {
+        "dense_ms": 1e3 * statistics.median(dense for dense, _ in seconds),
+        "carved_ms": 1e3 * statistics.median(carved for _, carved in seconds),
+        "speedup": statistics.median(ratios),
+        "speedup_low": min(ratios),
+        "speedup_high": max(ratios),
+        "roofline_speedup": roofline,
+    }
 
 
 class Bench:
@@ -82,14 +103,14 @@ class Bench:
         context: int,
         compiled: bool,
     ) -> dict[str, list[Point]]:
-        """All points by the names of `LABELS`, with a progress bar."""
+        """Return all points by the names of `LABELS`, with a progress bar."""
         kinds = {
             "ffn": self.ffn(tokens),
             "prefill": self.prefill(prefill),
             "decode": self.decode(batch, context, compiled),
         }
-        points: dict[str, list[Point]] = {name: [] for name in kinds}
         total = len(tokens) + len(prefill) + len(batch)
+        points: dict[str, list[Point]] = {name: [] for name in kinds}
         with tqdm(total=total, desc="timing", unit="point", disable=None) as bar:
             for name, measured in kinds.items():
                 for point in measured:
@@ -98,7 +119,7 @@ class Bench:
         return points
 
     def ffn(self, sizes: Sequence[int]) -> Iterator[Point]:
-        """The FFN block alone, from layer to layer, on what it sees in the carved model."""
+        """Time the FFN block alone, layer by layer, on what it sees in the carved model."""
         inputs = self.ffn_inputs(2 * max(sizes, default=1))
         layers = len(inputs)
 
@@ -108,45 +129,40 @@ class Bench:
             blocks[turn % layers](x_TH[None, start : start + tokens])
 
         for tokens in sizes:
-            run_dense = partial(run, self.dense_blocks, tokens)
-            run_carved = partial(run, self.carved_blocks, tokens)
-            hit = self.experts_hit(run_carved, range(4 * layers))
+            both = (self.dense_blocks, self.carved_blocks)
+            calls = [partial(run, blocks, tokens) for blocks in both]
+            hit = self.experts_hit(calls[1], range(4 * layers))
             works = (
                 ffn_work(self.dense_blocks[0], tokens, 0),
                 ffn_work(self.carved_blocks[0], tokens, statistics.mean(hit)),
             )
-            seconds = interleaved(run_dense, run_carved, self.rounds, self.device)
-            yield self.point(seconds, works, hit, tokens=tokens, batch=1)
+            yield self.point(calls, works, hit, tokens=tokens, batch=1)
 
     def prefill(self, lengths: Sequence[int]) -> Iterator[Point]:
-        """The whole model over one new sequence."""
+        """Time the whole model over one new sequence."""
 
         def run(model: PreTrainedModel, prompts: list[torch.Tensor], turn: int) -> None:
             model(prompts[turn % len(prompts)], use_cache=True, logits_to_keep=1)
 
         for length in lengths:
             prompts = [self.sequences(1, length, seed=seed) for seed in range(4)]
-            run_dense, run_carved = (
-                partial(run, model, prompts) for model in (self.dense, self.carved)
-            )
-            hit = self.experts_hit(run_carved, range(1))
-            seconds = interleaved(run_dense, run_carved, self.rounds, self.device)
+            calls = [partial(run, model, prompts) for model in (self.dense, self.carved)]
+            hit = self.experts_hit(calls[1], range(1))
             works = self.works(hit, batch=1, tokens=length, context=0)
-            yield self.point(seconds, works, hit, tokens=length, batch=1)
+            yield self.point(calls, works, hit, tokens=length, batch=1)
 
     def decode(self, batches: Sequence[int], context: int, compiled: bool) -> Iterator[Point]:
-        """The whole model, one new token a sequence behind `context` of them."""
+        """Time the whole model, one new token a sequence behind `context` of them."""
         for batch in batches:
             prompt_BL = self.sequences(batch, context)
-            room = context + DECODE_STEPS * (self.rounds + 1) if compiled else None
-            dense, carved = (Decoder(model, prompt_BL, room) for model in (self.dense, self.carved))
+            most = context + DECODE_STEPS * (self.rounds + 1) if compiled else None
+            calls = [Decoder(model, prompt_BL, most) for model in (self.dense, self.carved)]
             hit = self.experts_hit(Decoder(self.carved, prompt_BL, None), range(DECODE_STEPS))
-            seconds = interleaved(dense, carved, self.rounds, self.device, repeats=DECODE_STEPS)
             works = self.works(hit, batch=batch, tokens=1, context=context)
-            yield self.point(seconds, works, hit, tokens=1, batch=batch)
+            yield self.point(calls, works, hit, repeats=DECODE_STEPS, tokens=1, batch=batch)
 
     def sequences(self, batch: int, length: int, *, seed: int = 0) -> torch.Tensor:
-        """Token ids (B, L): pieces of the text, or random ones."""
+        """Return token ids (B, L): pieces of the text, or random ones."""
         chance = torch.Generator().manual_seed(seed)
         if self.ids is None:
             vocabulary = self.carved.config.vocab_size
@@ -157,15 +173,15 @@ class Bench:
         return torch.stack([self.ids[i : i + length] for i in starts]).to(self.device)
 
     def ffn_inputs(self, tokens: int) -> list[torch.Tensor]:
-        """What the FFN of each layer sees, at least `tokens` rows (T, H)."""
+        """Return what the FFN of each layer sees, at least `tokens` rows (T, H)."""
         length = min(tokens, 512, self.carved.config.max_position_embeddings)
         with collected(self.carved_blocks, lambda *call: call[1][0]) as seen:
             for seed in range(-(-tokens // length)):
                 self.carved.model(self.sequences(1, length, seed=seed), use_cache=False)
         return [torch.cat(inputs, dim=1).flatten(0, 1) for inputs in seen]
 
-    def experts_hit(self, call: Callable[[int], None], turns: Sequence[int]) -> list[float]:
-        """How many different experts each layer runs in one of these calls."""
+    def experts_hit(self, call: Call, turns: Sequence[int]) -> list[float]:
+        """Return how many different experts each layer runs in one of these calls."""
         gates = [block.gate for block in sparse_blocks(self.carved)]
         with collected(gates, lambda *call: call[2][2].unique().numel()) as counts:
             for turn in turns:
@@ -174,7 +190,7 @@ class Bench:
         return [statistics.mean(seen) if seen else 0.0 for seen in counts]
 
     def works(self, hit: list[float], **sizes: int) -> tuple[Work, Work]:
-        """What the two models cannot do without."""
+        """Return what the two models cannot do without."""
         return (
             model_work(self.dense, self.dense_blocks, hit, **sizes),
             model_work(self.carved, self.carved_blocks, hit, **sizes),
@@ -182,53 +198,47 @@ class Bench:
 
     def point(
         self,
-        seconds: list[tuple[float, float]],
+        calls: Sequence[Call],
         works: tuple[Work, Work],
         hit: list[float],
         *,
-        tokens: int,
-        batch: int,
+        repeats: int | None = None,
+        **sizes: int,
     ) -> Point:
-        """The medians of the rounds beside the lower bounds."""
-        ratios = [dense / carved for dense, carved in seconds]
+        """Time two calls; return the medians of the rounds beside the lower bounds."""
+        seconds = interleaved(calls, self.rounds, self.device, repeats=repeats)
         dense_bound, carved_bound = (self.rates.seconds(work) for work in works)
+        measured: dict[str, Any] = {**compare(seconds, dense_bound / carved_bound), **sizes}
         return Point(
-            tokens=tokens,
-            batch=batch,
-            dense_ms=1e3 * statistics.median(dense for dense, _ in seconds),
-            carved_ms=1e3 * statistics.median(carved for _, carved in seconds),
-            speedup=statistics.median(ratios),
-            speedup_low=min(ratios),
-            speedup_high=max(ratios),
-            roofline_speedup=dense_bound / carved_bound,
             dense_roofline_ms=1e3 * dense_bound,
             carved_roofline_ms=1e3 * carved_bound,
             experts_hit=statistics.mean(hit),
+            **measured,
         )
 
 
 class Decoder:
     """Greedy decoding behind a prompt (B, L); each call is one step."""
 
-    def __init__(self, model: PreTrainedModel, prompt_BL: torch.Tensor, room: int | None) -> None:
-        """With `room` for that many tokens: a static cache and a compiled step."""
+    def __init__(self, model: PreTrainedModel, prompt_BL: torch.Tensor, most: int | None) -> None:
+        """Read the prompt. With `most` tokens in all: a static cache and a compiled step."""
         self.forward = model.forward
         self.cache_keyword = cache_keyword(model.forward)
         config = model.config
         self.cache = (
             DynamicCache(config=config)
-            if room is None
-            else StaticCache(config=config, max_cache_len=room)
+            if most is None
+            else StaticCache(config=config, max_cache_len=most)
         )
         self.position = torch.arange(prompt_BL.shape[1], device=prompt_BL.device)[None]
         self.ids_BL = prompt_BL
         self(0)
         self.position = self.position[:, -1:].clone(memory_format=torch.contiguous_format)
-        if room is not None:
+        if most is not None:
             self.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
 
     def __call__(self, turn: int) -> None:
-        """One step; it does not matter which."""
+        """Decode one token; it does not matter which `turn` it is."""
         torch.compiler.cudagraph_mark_step_begin()
         output = self.forward(
             input_ids=self.ids_BL,
@@ -242,20 +252,19 @@ class Decoder:
 
 
 def interleaved(
-    dense: Callable[[int], None],
-    carved: Callable[[int], None],
+    calls: Sequence[Call],
     rounds: int,
     device: torch.device,
     *,
     repeats: int | None = None,
 ) -> list[tuple[float, float]]:
-    """Seconds of a call of each, in turn, in every round; the calls are told their number.
+    """Return the seconds of a call, dense and carved in turn, in every round.
 
     A round repeats the calls until they take about 50 ms, or `repeats` times. Which goes first
     changes from round to round. As in `timeit`, nothing is collected meanwhile.
     """
 
-    def timed(call: Callable[[int], None], first: int, count: int) -> float:
+    def timed(call: Call, first: int, count: int) -> float:
         collects = gc.isenabled()
         gc.disable()
         try:
@@ -269,15 +278,12 @@ def interleaved(
             if collects:
                 gc.enable()
 
-    timed(dense, 0, repeats or 1)  # a graph is compiled and captured in the first calls
-    timed(carved, 0, repeats or 1)
-    count = repeats or max(1, min(200, round(0.05 / timed(carved, 1, 1))))
+    for call in calls:
+        timed(call, 0, repeats or 1)  # a graph is compiled and captured in the first calls
+    count = repeats or max(1, min(200, round(0.05 / timed(calls[1], 1, 1))))
     seconds = []
     for index in range(rounds):
-        first = index * count
-        if index % 2:
-            seconds.append((timed(dense, first, count), timed(carved, first, count)))
-        else:
-            carved_seconds = timed(carved, first, count)
-            seconds.append((timed(dense, first, count), carved_seconds))
+        order = (0, 1) if index % 2 else (1, 0)
+        taken = {which: timed(calls[which], index * count, count) for which in order}
+        seconds.append((taken[0], taken[1]))
     return seconds

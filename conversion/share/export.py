@@ -22,8 +22,8 @@ from cmoe_hf.modeling_cmoe import CMoERouter
 from ..carve.recipe import Recipe
 from ..carve.settings import MAX_SHARD_SIZE, shard_bytes
 from ..errors import RequestError
+from ..folder.auxiliary_files import read_auxiliary_files
 from ..folder.card import CARD_FILE, native_card
-from ..folder.carried import carried
 from ..folder.fingerprint import write_fingerprint
 from ..folder.shards import Shards
 from ..folder.unfinished import BriefFolder
@@ -33,7 +33,7 @@ from ..source.architectures import Architecture, architecture_of
 from ..source.calibration import random_windows, read_tokens
 from ..source.checkpoint import fetch_model, find_model, load_tokenizer
 from ..source.loading import window_length
-from ..source.stored import Stored, read_headers, read_json
+from ..source.stored import TensorRef, read_headers, read_json
 from ..source.texts import open_text, text_file
 from .linearise import linear_routers
 from .needs import choose, lacking, needs_of
@@ -132,7 +132,7 @@ def export(options: ExportOptions) -> Export:
         logger.warning("vLLM 0.32 does not read the %s of a %s: %s.", unread, target.causal, where)
     tokenizer = load_tokenizer(folder)
     native = target.config(config, needs)
-    kept = carried(folder).beside(native, tokenizer)
+    kept = read_auxiliary_files(folder).beside(native, tokenizer)
     work.check({"the carved model": folder, "the calibration text": text_file(refit_router)})
     routers = None
     if refit_router is not None:
@@ -234,7 +234,7 @@ def made_tensors(
 
 
 def with_router(
-    parts: dict[str, Stored], layer: str, routers: Mapping[str, torch.Tensor] | None
+    parts: dict[str, TensorRef], layer: str, routers: Mapping[str, torch.Tensor] | None
 ) -> dict[str, Any]:
     """Return the tensors of a layer, with another router if there is one for it."""
     name = "mlp.gate.linear_weight"

@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from cmoe_hf.modeling_cmoe import attention_types
 
-from ..source.stored import Stored
+from ..source.stored import TensorRef
 from .needs import lacking
 from .pieces import Made
 from .targets import head_width
@@ -150,7 +150,7 @@ class Layout:
             reasons.append(f"has no rotary embeddings of type {rope} within a window")
         return reasons
 
-    def layer(self, parts: Mapping[str, Stored], config: Any) -> dict[str, Made]:
+    def layer(self, parts: Mapping[str, TensorRef], config: Any) -> dict[str, Made]:
         """Return the tensors of a layer, by their names within it."""
         names = NAMES | dict(self.renamed)
         made = {}
@@ -167,7 +167,7 @@ class Layout:
             made |= self.routed(parts, config)
         return made
 
-    def routed(self, parts: Mapping[str, Stored], config: Any) -> dict[str, Made]:
+    def routed(self, parts: Mapping[str, TensorRef], config: Any) -> dict[str, Made]:
         """Return the router and the experts of a layer."""
         router, gate_up = parts["mlp.gate.linear_weight"], parts["mlp.experts.gate_up_proj"]
         factor = TINY if config.num_experts_per_tok > 1 else 1.0

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from ..folder.shards import NAMES
-from ..source.stored import CARVABLE, Stored
+from ..source.stored import CARVABLE, TensorRef
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Made:
     shape: tuple[int, ...]
     dtype: str
     """Return the name that safetensors has for the type."""
-    parts: tuple[Stored | torch.Tensor, ...] = ()
+    parts: tuple[TensorRef | torch.Tensor, ...] = ()
     factor: float = 1.0
     interleaved: int = 0
     """Heads of which the two halves are interleaved: rotary embeddings that turn neighbours."""
@@ -31,19 +31,19 @@ class Made:
     """Whether it stays float32 whatever the others become."""
 
     @classmethod
-    def of(cls, *parts: Stored | torch.Tensor, **changes: Any) -> Self:
+    def of(cls, *parts: TensorRef | torch.Tensor, **changes: Any) -> Self:
         """Join rows below each other."""
         shapes = [tuple(part.shape) for part in parts]
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
         return replace(cls(shape, type_name(parts[0]), parts), **changes)
 
     @classmethod
-    def zeros(cls, like: Stored, *shape: int) -> Self:
+    def zeros(cls, like: TensorRef, *shape: int) -> Self:
         """Return zeros of the same type."""
         return cls(shape, like.dtype)
 
     @classmethod
-    def of_experts(cls, packed: Stored, part: int = 0, parts: int = 1) -> Self:
+    def of_experts(cls, packed: TensorRef, part: int = 0, parts: int = 1) -> Self:
         """Take the same part of every packed expert, (N, rows, columns)."""
         pieces = [packed.of_expert(number, part, parts) for number in range(packed.shape[0])]
         return cls((len(pieces), *pieces[0].shape), packed.dtype, tuple(pieces))
@@ -59,16 +59,16 @@ class Made:
         if not self.parts:
             yield torch.zeros(self.shape, dtype=dtype)
         for part in self.parts:
-            tensor = (files.read(part) if isinstance(part, Stored) else part).to(dtype)
+            tensor = (files.read(part) if isinstance(part, TensorRef) else part).to(dtype)
             if self.interleaved:
                 halves = tensor.unflatten(0, (self.interleaved, 2, -1))
                 tensor = halves.transpose(1, 2).flatten(0, 2)
             yield tensor if self.factor == 1 else tensor * self.factor
 
 
-def type_name(part: Stored | torch.Tensor) -> str:
+def type_name(part: TensorRef | torch.Tensor) -> str:
     """Return the name that safetensors has for the type."""
-    return part.dtype if isinstance(part, Stored) else NAMES[part.dtype]
+    return part.dtype if isinstance(part, TensorRef) else NAMES[part.dtype]
 
 
 class Files(ExitStack):
@@ -78,7 +78,7 @@ class Files(ExitStack):
         super().__init__()
         self._opened: dict[Path, Any] = {}
 
-    def read(self, stored: Stored) -> torch.Tensor:
+    def read(self, stored: TensorRef) -> torch.Tensor:
         """Read the values of a tensor."""
         if stored.path not in self._opened:
             opened = safe_open(stored.path, framework="pt", backend="pread")
@@ -86,9 +86,9 @@ class Files(ExitStack):
         return stored.read(self._opened[stored.path])
 
 
-def by_layer(stored: Mapping[str, Stored]) -> dict[str, dict[str, Stored]]:
+def by_layer(stored: Mapping[str, TensorRef]) -> dict[str, dict[str, TensorRef]]:
     """Group tensors by the prefix of their layer, "" for those of no layer, and the rest."""
-    layers: dict[str, dict[str, Stored]] = defaultdict(dict)
+    layers: dict[str, dict[str, TensorRef]] = defaultdict(dict)
     for name, tensor in stored.items():
         found = re.match(r"model\.layers\.\d+\.", name)
         layer = found[0] if found else ""

@@ -19,8 +19,8 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import CMoEError, RequestError
+from ..folder.auxiliary_files import read_card
 from ..folder.card import CARD_FILE, stated
-from ..folder.carried import read_card
 from ..folder.paths import replace_file
 from ..options import with_options
 from .verify import verify

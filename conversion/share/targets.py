@@ -30,7 +30,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from cmoe_hf import CMoEConfig
 from cmoe_hf.modeling_cmoe import attention_types
 
-from ..source.stored import Stored
+from ..source.stored import TensorRef
 from .needs import carved_layers, lacking
 from .pieces import Made
 
@@ -43,7 +43,7 @@ SAME_FIELDS = (
 )
 """Of the configuration; they mean the same in all."""
 QUERIES_KEYS_VALUES = ("q_proj", "k_proj", "v_proj")
-Parts = Mapping[str, Stored]
+Parts = Mapping[str, TensorRef]
 """Tensors of a layer, by the rest of their names."""
 
 
@@ -174,7 +174,7 @@ class Target:
         return config.num_experts_per_tok
 
 
-def zero_expert(name: str, like: Stored, width: int, hidden: int) -> dict[str, Made]:
+def zero_expert(name: str, like: TensorRef, width: int, hidden: int) -> dict[str, Made]:
     """Return a shared expert of zeros, for architectures that insist on one."""
     shapes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
     return {f"{name}{part}_proj.weight": Made.zeros(like, *it) for part, it in shapes.items()}

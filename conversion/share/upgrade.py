@@ -19,8 +19,8 @@ import cmoe_hf
 from cmoe_hf import CMoEConfig
 
 from ..errors import CMoEError, RequestError
+from ..folder.auxiliary_files import read_card
 from ..folder.card import CARD_FILE, renewed_card
-from ..folder.carried import read_card
 from ..folder.fingerprint import (
     CONVERSION,
     conversion_record,
@@ -165,7 +165,7 @@ def share_files(folder: Path, target: Path) -> None:
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(path, target / relative, follow_symlinks=False)
-            except OSError:
+            except (OSError, NotImplementedError):  # of Windows
                 shutil.copy2(path, target / relative, follow_symlinks=False)
 
 

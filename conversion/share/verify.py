@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 from ..device import versions
 from ..errors import RequestError
-from ..folder import probe
+from ..folder import outputs
 from ..folder.fingerprint import (
     changes,
     computed,
@@ -132,7 +132,7 @@ def computed_elsewhere(
         result = Path(temporary) / "result.json"
         # Without -P this folder's modules would shadow those of the standard library.
         done = subprocess.run(
-            [sys.executable, "-P", probe.__file__, str(folder.resolve()), request, str(result)],
+            [sys.executable, "-P", outputs.__file__, str(folder.resolve()), request, str(result)],
             env={**os.environ, "HF_MODULES_CACHE": temporary, "HF_HOME": constants.HF_HOME},
             capture_output=True,
             text=True,

@@ -16,7 +16,7 @@ from ..errors import RequestError
 from ..folder.card import CARD_FILE, parsed_card, stated_hashes
 from ..folder.paths import SUFFIX
 from ..folder.shards import read_header
-from ..folder.unfinished import sha256_of
+from ..folder.unfinished import SETTINGS, sha256_of
 from ..source.checkpoint import LEGAL_FILES, load_tokenizer
 from ..source.stored import WEIGHTS_FILE, WEIGHTS_INDEX, read_headers, read_json
 
@@ -65,7 +65,8 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def check_complete(folder: Path) -> None:
     """Check that the folder can be loaded by somebody who has nothing else."""
-    if SUFFIX in (folder.suffix, folder.resolve().parent.suffix):
+    older = (folder / "work" / SETTINGS).is_file()  # as earlier releases left it
+    if older or SUFFIX in (folder.suffix, folder.resolve().parent.suffix):
         raise RequestError(f"{folder.name} is unfinished work: complete it with --resume first.")
     if not (folder / "config.json").is_file():
         raise RequestError(f"{folder} has no config.json: it is not a model.")

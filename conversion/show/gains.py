@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was gained and lost: the table that a report opens with, dense beside one or two models."""
+"""The table that a report opens with: gains and losses, dense beside one or two carved models."""
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,22 +15,21 @@ from ..errors import RequestError
 from ..folder.results import recorded
 from ..measure.benchmark import benchmark
 from ..measure.evaluate import check_same_vocabulary, perplexity
-from ..measure.routing import sparse_blocks
+from ..measure.routing import check_flat, sparse_blocks
+from ..source.checkpoint import fetch_model, find_model
 from .observe import Observation
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Loader = Callable[[str | Path], Loaded]
-Kind = Literal["number", "percent", "count", "bytes"]
-Better = Literal["lower", "higher"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Row:
     """One figure of the dense model and of each carved one; None where nobody measured it."""
 
     name: str
-    kind: Kind
-    better: Better | None
+    kind: Literal["number", "percent", "count", "bytes"]
+    better: Literal["lower", "higher"] | None
     """Which way is a gain."""
     values: list[float | None]
 
@@ -39,7 +39,7 @@ class Figures:
     """What is known of one carved model."""
 
     name: str
-    notation: str
+    """With its notation."""
     perplexity: float
     activation_ratio: float
     dense_parameters: int
@@ -50,68 +50,86 @@ class Figures:
     imbalance: float | None
     error: float | None
     """Relative error of the FFN's output, mean of the layers that are known."""
-    speed: tuple[float, float] | None = None
+    speed: tuple[float, float] | tuple[None, None] = (None, None)
     """Tokens a second, dense and carved, decoding one sequence; measured in turn."""
-    recorded: list[dict[str, Any]] = field(default_factory=list)
-    """What `cmoe evaluate --card` has written into the repository."""
-
-    def value(self, task: str, metric: str) -> float | None:
-        """Of a record; None if there is none such."""
-        found = [it for it in self.recorded if (it["task"], it["metric"]) == (task, metric)]
-        return found[0]["value"] if found else None
+    recorded: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    """What `cmoe evaluate --card` has written into the repository, by task and metric."""
 
 
-def figures_of(
-    name: str,
-    folder: Path,
-    model: PreTrainedModel,
-    observation: Observation,
-    errors: Sequence[float | None],
-) -> Figures:
-    """The figures of a model that is loaded and was observed. Raises `RequestError`."""
-    layers, known = observation.layers, [error for error in errors if error is not None]
-    blocks = list(sparse_blocks(model))
-    total = count(model)
-    return Figures(
-        name=name,
-        notation=model.config.notation,
-        perplexity=observation.perplexity,
-        activation_ratio=model.config.activation_ratio,
-        dense_parameters=total - sum(count(block.gate) for block in blocks),
-        active_parameters=total - sum(map(idle_parameters, blocks)),
-        bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
-        oracle_agreement=mean([layer.oracle_agreement for layer in layers]),
-        imbalance=mean([layer.imbalance for layer in layers]),
-        error=mean(known),
-        recorded=recorded_results(folder),
-    )
+@dataclass(frozen=True)
+class CarvedModel:
+    """A carved model before it is loaded, with what lies beside its weights."""
+
+    model: str | Path
+    """As it was asked for."""
+    folder: Path
+    name: str
+    conversion: dict[str, Any]
+    """Content of conversion.json, empty if there is none."""
+    recorded: list[dict[str, Any]]
+    """The records of evaluation.json."""
 
 
-def idle_parameters(block: Any) -> int:
-    """Of a sparse block, for one token."""
-    experts, active = block.gate.choice
-    return round(count(block.experts) * (1 - active / experts)) if experts else 0
-
-
-def count(module: nn.Module) -> int:
-    """Its parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def recorded_results(folder: Path) -> list[dict[str, Any]]:
-    """The records of evaluation.json. Raises `RequestError` if it cannot be read."""
+def look_up(model: str | Path) -> CarvedModel:
+    """Find a carved model. Raise `RequestError` if there is none, or a file of it is damaged."""
+    folder, name, commit = find_model(model)
+    check_flat(folder)
+    if commit is not None:
+        folder = fetch_model(name, commit)
+    file = folder / "conversion.json"
     try:
-        return recorded(folder)
+        conversion = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise RequestError(
+            f"conversion.json is damaged ({error}). Without it the page can be made: remove it."
+        ) from error
+    try:
+        return CarvedModel(model, folder, name, conversion, recorded(folder))
     except (ValueError, KeyError, TypeError) as error:
         raise RequestError(
             f"evaluation.json of {folder.name} is damaged ({error}): repair it, or remove it."
         ) from error
 
 
+def layer_errors(conversion: dict[str, Any], count: int) -> list[float | None]:
+    """Return the relative output error of each carved layer; None where it is not known."""
+    layers = [layer for layer in conversion.get("layers", []) if "dense" not in layer]
+    errors = [layer.get("relative_output_error") for layer in layers]
+    return errors if len(errors) == count else [None] * count
+
+
+def figures_of(carved: CarvedModel, model: PreTrainedModel, observation: Observation) -> Figures:
+    """Return what is known of a model that is loaded and was observed."""
+    layers, blocks, total = observation.layers, sparse_blocks(model), count(model)
+    return Figures(
+        name=f"{carved.name} {model.config.notation}",
+        perplexity=observation.perplexity,
+        activation_ratio=model.config.activation_ratio,
+        dense_parameters=total - sum(count(block.gate) for block in blocks),
+        active_parameters=total - sum(map(idle_parameters, blocks)),
+        bytes=sum(path.stat().st_size for path in carved.folder.glob("*.safetensors")),
+        oracle_agreement=mean([layer.oracle_agreement for layer in layers]),
+        imbalance=mean([layer.imbalance for layer in layers]),
+        error=mean(layer_errors(carved.conversion, len(layers))),
+        recorded={(it["task"], it["metric"]): it for it in carved.recorded},
+    )
+
+
+def idle_parameters(block: Any) -> int:
+    """Return how many parameters of a sparse block one token does not run."""
+    experts, active = block.gate.choice
+    return round(count(block.experts) * (1 - active / experts)) if experts else 0
+
+
+def count(module: nn.Module) -> int:
+    """Return the number of its parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def mean(values: Sequence[float | None]) -> float | None:
-    """None if one of them is None, or there are none."""
+    """Return the mean of what is known, None if nothing is."""
     known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+    return sum(known) / len(known) if known else None
 
 
 def dense_perplexity(
@@ -120,7 +138,7 @@ def dense_perplexity(
     tokenizer: PreTrainedTokenizerBase,
     windows_WL: torch.Tensor,
 ) -> float:
-    """Of the dense model, on the same windows. Raises `RequestError` for another vocabulary."""
+    """Return that of the dense model, on the same windows. Raise `RequestError`."""
     dense, theirs = load(baseline)
     if sparse_blocks(dense):
         raise RequestError(f"the baseline {baseline} is carved itself: give the dense model.")
@@ -128,80 +146,70 @@ def dense_perplexity(
     return perplexity(dense, windows_WL, description="baseline")
 
 
-def decoding_speed(
-    model: str | Path, baseline: str | Path, rounds: int, **loading: Any
-) -> tuple[float, float]:
-    """Tokens a second of the dense and of the carved model, decoding one sequence."""
-    timed = benchmark(
-        model, baseline=baseline, tokens=(), prefill=(), batch=(1,), rounds=rounds, **loading
-    )
-    [point] = timed.decode
-    return 1000 / point.dense_ms, 1000 / point.carved_ms
+def timed(
+    models: Sequence[Figures],
+    carved: Sequence[CarvedModel],
+    baseline: str | Path,
+    rounds: int,
+    *,
+    device: torch.device,
+    **loading: Any,
+) -> list[Figures]:
+    """Return the figures with speeds: dense and carved decode one sequence, in turn."""
+    sizes: dict[str, Any] = {"tokens": (), "prefill": (), "batch": (1,), "rounds": rounds}
+    sizes |= {"device": str(device), **loading}
+    points = [benchmark(it.model, baseline=baseline, **sizes).decode[0] for it in carved]
+    speeds = [(1000 / point.dense_ms, 1000 / point.carved_ms) for point in points]
+    return [replace(it, speed=speed) for it, speed in zip(models, speeds, strict=True)]
 
 
 def gains(models: Sequence[Figures], dense: float | None, text: str) -> dict[str, Any]:
-    """The table: names of the columns, and rows that have at least one figure."""
+    """Return the table: names of the columns, and rows that have at least one figure."""
 
-    def row(
-        name: str, kind: Kind, better: Better | None, dense: float | None, *own: float | None
-    ) -> Row:
-        return Row(name=name, kind=kind, better=better, values=[dense, *own])
+    def row(name: str, kind: Any, better: Any, dense: float | None, figure: str) -> Row:
+        return Row(name, kind, better, [dense, *(getattr(model, figure) for model in models)])
 
-    speeds = [model.speed for model in models]
+    first, speeds = models[0], [model.speed for model in models]
     rows = [
-        row(f"perplexity on {text}", "number", "lower", dense, *(it.perplexity for it in models)),
+        row(f"perplexity on {text}", "number", "lower", dense, "perplexity"),
         *recorded_rows(models),
-        row(
+        Row(
             "tokens a second, decoding one sequence",
             "number",
             "higher",
-            speeds[0][0] if speeds[0] else None,
-            *(speed[1] if speed else None for speed in speeds),
+            [speeds[0][0], *(carved for _, carved in speeds)],
         ),
-        row("FFN neurons run", "percent", "lower", 1.0, *(it.activation_ratio for it in models)),
+        row("FFN neurons run", "percent", "lower", 1.0, "activation_ratio"),
         row(
-            "parameters run for a token",
-            "count",
-            "lower",
-            models[0].dense_parameters,
-            *(it.active_parameters for it in models),
+            *("parameters run for a token", "count", "lower"),
+            *(first.dense_parameters, "active_parameters"),
         ),
-        row("size of the weights", "bytes", None, None, *(it.bytes for it in models)),
+        row("size of the weights", "bytes", None, None, "bytes"),
     ]
     if len(models) > 1:
         rows += [
             row(
-                "the router picks the oracle's experts",
-                "percent",
-                "higher",
-                None,
-                *(it.oracle_agreement for it in models),
+                *("the router picks the oracle's experts", "percent", "higher"),
+                *(None, "oracle_agreement"),
             ),
-            row("load imbalance", "number", "lower", None, *(it.imbalance for it in models)),
-            row("error of the FFN output", "percent", "lower", None, *(it.error for it in models)),
+            row("load imbalance", "number", "lower", None, "imbalance"),
+            row("error of the FFN output", "percent", "lower", None, "error"),
         ]
     known = [asdict(it) for it in rows if any(value is not None for value in it.values[1:])]
-    names = [f"{model.name} {model.notation}" for model in models]
-    return {"columns": ["dense", *names], "rows": known}
+    return {"columns": ["dense", *(model.name for model in models)], "rows": known}
 
 
 def recorded_rows(models: Sequence[Figures]) -> list[Row]:
-    """Tasks and perplexities of evaluation.json, of every model that has them."""
-    keys = {
-        (it["task"], it["metric"]): it.get("baseline_value")
-        for model in reversed(models)
-        for it in model.recorded
-    }
+    """Return the tasks and perplexities of evaluation.json, of every model that has them."""
+    records: dict[tuple[str, str], dict[str, Any]] = {}
+    for model in reversed(models):
+        records |= model.recorded
     rows = []
-    for (task, metric), dense in keys.items():
-        own = [model.value(task, metric) for model in models]
-        is_loss = metric == "perplexity"
-        rows.append(
-            Row(
-                name=f"{metric} on {task}, recorded" if is_loss else f"{task} ({metric})",
-                kind="number" if is_loss else "percent",
-                better="lower" if is_loss else "higher",
-                values=[dense, *own],
-            )
-        )
+    for (task, metric), record in records.items():
+        own = [model.recorded.get((task, metric), {}).get("value") for model in models]
+        values = [record.get("baseline_value"), *own]
+        if metric == "perplexity":
+            rows.append(Row(f"perplexity on {task}, recorded", "number", "lower", values))
+        else:
+            rows.append(Row(f"{task} ({metric})", "percent", "higher", values))
     return rows

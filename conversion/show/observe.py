@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens inside a carved model while it reads: pure measurement, nothing of a batch is kept.
-
-Which neurons fire, who carries the activation, how the router loads its experts, and where the
-tokens of a sample go.
+"""What happens inside a carved model while it reads a text: which neurons fire, where activation
+is, how the router loads its experts, and where the tokens of a sample go. No batch is kept.
 
 Shape suffixes: W windows, L tokens of one window, T tokens, H hidden size, F dense FFN width
 (shared neurons first, then expert by expert), N routed experts, K active experts.
@@ -51,14 +49,14 @@ class Histogram:
 
 @dataclass(frozen=True, kw_only=True)
 class Mass:
-    """Who holds which share of sum |h| over all tokens and neurons; the three add up to 1."""
+    """Shares of sum |h| over all tokens and neurons; the three add up to 1."""
 
     shared: float
     """The shared expert."""
     ran: float
     """The routed experts that the router chose."""
     idle: float
-    """The other routed experts: what routing leaves out."""
+    """The other routed experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +75,7 @@ class LayerObservation:
     loads: list[float]
     """Share of the tokens that run each routed expert."""
     loads_unbiased: list[float]
-    """The same without the balance bias. Pinned experts stay pinned: that balances nothing."""
+    """Those without the balance bias; experts that always run keep theirs."""
     imbalance: float | None
     """Coefficient of variation of the loads, see `routing.imbalance`."""
     imbalance_unbiased: float | None
@@ -102,7 +100,7 @@ class TokenRoutes:
     """Which experts one layer's router chose for each token, with what weight: (T, K) lists."""
 
     experts: list[list[int]]
-    """Best first. Pinned ones come last: they say nothing about the token."""
+    """Best first. Those that always run come last: they say nothing about the token."""
     probabilities: list[list[float]]
     """softmax(s) over all routed experts."""
     weights: list[list[float]]
@@ -165,7 +163,7 @@ class LayerWatch:
     def add_hidden(self, h_TF: torch.Tensor) -> None:
         """Count hidden values. Raises `CMoEError` if one is not finite."""
         low, high = (end.item() for end in h_TF.aminmax())
-        if not math.isfinite(low) or not math.isfinite(high):
+        if not math.isfinite(low + high):
             raise CMoEError(
                 "the model yields NaN or infinite activations on this text: its weights are "
                 "damaged or its precision overflows. Try --dtype float32."
@@ -195,7 +193,7 @@ class LayerWatch:
         return mass_TN.gather(1, index_TK).sum().item()
 
     def result(self) -> LayerObservation:
-        """The sums as shares of tokens, neurons or mass."""
+        """Return the sums as shares of tokens, neurons or mass."""
         gate, whole = self.block.gate, max(sum(self.mass), 1e-30)
         always_on_N = always_on(gate).cpu()
         load_N, unbiased_N = self.load_N.cpu(), self.unbiased_N.cpu()
@@ -219,23 +217,21 @@ class LayerWatch:
 
 
 def hidden_values(block: CMoESparseMoeBlock, x_TH: torch.Tensor) -> torch.Tensor:
-    """Hidden activations of all neurons, (T, F) float32, whether they run or not."""
-    shared, experts = block.shared_expert, block.experts
-    parts = []
-    if shared is not None:
-        parts.append(shared.hidden(x_TH))
+    """Return hidden activations of all neurons, (T, F) float32, whether they run or not."""
+    experts, shared = block.experts, block.shared_expert
+    parts = [] if shared is None else [shared.hidden(x_TH)]
     # Quantised weights cannot be iterated.
     parts += [experts.hidden(expert, x_TH) for expert in range(experts.num_experts)]
     return torch.cat(parts, dim=1).float()
 
 
 def counted(index: torch.Tensor, size: int) -> torch.Tensor:
-    """How often each number below `size` occurs, (size,) int64."""
+    """Return how often each number below `size` occurs, (size,) int64."""
     return torch.bincount(index.flatten(), minlength=size)
 
 
 def rate_histogram(marks_F: torch.Tensor, shared: int, tokens: int) -> Histogram:
-    """Neurons by their activation rate, in logarithmic bins from one mark to one per token."""
+    """Count neurons by activation rate, in logarithmic bins from one mark to one per token."""
     bins = max(1, math.ceil(BINS_PER_DECADE * math.log10(tokens) - 1e-9))
     starts = [10 ** (index / BINS_PER_DECADE) for index in range(bins)]
     limits = torch.tensor(starts, dtype=torch.float64) * (1 - 1e-9)
@@ -246,9 +242,8 @@ def rate_histogram(marks_F: torch.Tensor, shared: int, tokens: int) -> Histogram
 
 
 def histogram(edges: list[float], shared_B: torch.Tensor, routed_B: torch.Tensor) -> Histogram:
-    """Counts of the bins, the last of which holds what is outside."""
-    *shared, outside_shared = shared_B.tolist()
-    *routed, outside_routed = routed_B.tolist()
+    """Return a histogram from the counts of its bins, the last of which holds what is outside."""
+    (*shared, outside_shared), (*routed, outside_routed) = shared_B.tolist(), routed_B.tolist()
     return Histogram(
         edges=edges,
         shared=shared,
@@ -260,7 +255,7 @@ def histogram(edges: list[float], shared_B: torch.Tensor, routed_B: torch.Tensor
 
 @torch.no_grad()
 def observe_sample(model: PreTrainedModel, ids_T: torch.Tensor) -> list[TokenRoutes]:
-    """Where each layer that routes sends the tokens of a short text."""
+    """Return where each layer that routes sends the tokens of a short text."""
 
     def routes(gate: CMoERouter, inputs: Any, output: Any) -> TokenRoutes:
         score_TN, weight_TK, index_TK = output
@@ -281,7 +276,7 @@ def observe_sample(model: PreTrainedModel, ids_T: torch.Tensor) -> list[TokenRou
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids_T: torch.Tensor) -> list[str]:
-    """What each token adds to the text; nothing for one that is only a part of a character."""
+    """Return what each token adds to the text: nothing for a part of a character."""
     texts, before = [], ""
     for end in range(1, len(ids_T) + 1):
         # Decoded together: alone, tokens lose the spaces before them and shared characters.

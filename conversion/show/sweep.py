@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `sweep`: quality and speed over shapes and budgets, dense and static pruning beside."""
+"""Quality and speed over shapes and budgets, with the dense model and static pruning beside."""
 
 import json
 import shutil
@@ -14,21 +14,22 @@ from ..carve.settings import CarvingOptions, Settings, absolute
 from ..carve.shape import Shape
 from ..convert import convert, resume
 from ..device import device_name, find_device, versions
-from ..errors import CMoEError, RequestError
+from ..errors import CMoEError, RequestError, check_at_least
+from ..folder.json_utils import as_json
 from ..folder.layerwise import WorkFolder
 from ..folder.paths import check_apart, remove, replace_file, resolved
-from ..folder.strict import as_json
 from ..measure.benchmark import benchmark
 from ..measure.evaluate import evaluate
+from ..measure.timing import Point
 from ..options import narrowed, with_options
 from ..plan import carved_as
 from ..source.checkpoint import Source, open_source
 from ..source.loading import load_config, window_length
 from ..source.texts import absolute_text
-from .figures import STYLE, check_drawing
+from .figures import SPEEDS as SPEEDS
+from .figures import check_drawing, plot_sweep
 
 GRID = ("S1A1E8", "S1A3E8", "S2A2E8", "S1A5E8", "S3A3E8")
-SPEEDS = {"ffn": "FFN, 1 token", "prefill": "prefill", "decode": "decoding 1 sequence"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class Case:
 
     @classmethod
     def of(cls, source: Source, protocol: Protocol, asked: dict[str, Any]) -> Self:
-        """What `source` becomes. Raises `RequestError` where it cannot."""
+        """Return what `source` becomes. Raise `RequestError` where it cannot."""
         config, shape = carved_as(source, Settings(**asked, **protocol.options))
         return cls(
             asked=asked,
@@ -66,7 +67,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Of its folder, and of its figures in `sweep.json`."""
+        """Return the name of its folder, and of its figures in `sweep.json`."""
         if "budget" in self.asked:
             return f"budget-{self.asked['budget']:g}"
         dense = "-".join(map(str, self.dense_layers))
@@ -74,7 +75,7 @@ class Case:
 
     @property
     def static(self) -> dict[str, Any]:
-        """Static pruning that runs as much, of the same layers."""
+        """Return what to ask for static pruning that runs as much, in the same layers."""
         running = self.shape.shared + self.shape.active
         shape = Shape(running, 0, self.shape.experts)
         return {**asdict(shape), "dense_layers": self.dense_layers}
@@ -101,7 +102,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """Return its name in tables and plots."""
         if self.static:
             return f"{self.notation}, static"
         return self.notation if self.budget is None else f"budget {self.budget:g}: {self.notation}"
@@ -153,8 +154,7 @@ def sweep(options: SweepOptions) -> Sweep:
         CMoEError: The work failed; the finished rows are kept.
     """
     model, rounds = options.model, options.rounds
-    if rounds < 0:
-        raise RequestError(f"rounds is {rounds}: it cannot be negative.")
+    check_at_least(0, rounds=rounds)
     calibration = absolute_text(options.calibration)
     protocol = Protocol(
         model=absolute(model),
@@ -193,7 +193,7 @@ def sweep(options: SweepOptions) -> Sweep:
 
 
 def with_static(source: Source, protocol: Protocol, grid: Sequence[str]) -> list[Case]:
-    """The grid, each model once, with static pruning at every activation ratio among them."""
+    """Return the grid, each model once, with static pruning at every activation ratio."""
     found: dict[str, Case] = {}
     for text in grid:
         case = Case.of(source, protocol, asked_by(text))
@@ -206,7 +206,7 @@ def with_static(source: Source, protocol: Protocol, grid: Sequence[str]) -> list
 
 
 def asked_by(text: str) -> dict[str, Any]:
-    """Fields of `Settings`: of a budget, `0.5`, or a shape, `S3A3E8`. Raises `RequestError`."""
+    """Return the fields of `Settings` for a budget, `0.5`, or a shape, `S3A3E8`."""
     try:
         return {"budget": float(text)}
     except ValueError:
@@ -214,16 +214,14 @@ def asked_by(text: str) -> dict[str, Any]:
 
 
 def figures_of(protocol: Protocol, case: Case | None, folder: Path) -> dict[str, Any]:
-    """Perplexity of the dense model; or, carved into `folder`, the `Row` of a case."""
-    windows: dict[str, Any] = {
-        name: protocol.options.get(name) for name in ("sequence_length", "device")
-    }
+    """Return the perplexity of the dense model; or, carved into `folder`, the `Row` of a case."""
+    on: dict[str, Any] = {"text": protocol.text}
+    on |= {name: protocol.options[name] for name in ("sequence_length", "device")}
     if case is None:
-        dtype = protocol.options.get("dtype")
-        dense = evaluate(protocol.model, text=protocol.text, dtype=dtype, **windows)
+        dense = evaluate(protocol.model, dtype=protocol.options["dtype"], **on)
         return {"perplexity": dense.perplexity}
     seconds = carve_into(folder, protocol, case)
-    quality = evaluate(folder, text=protocol.text, **windows)
+    quality = evaluate(folder, **on)
     speed = time_it(protocol, folder) if protocol.rounds else {}
     return asdict(
         Row(
@@ -234,15 +232,15 @@ def figures_of(protocol: Protocol, case: Case | None, folder: Path) -> dict[str,
             perplexity=quality.perplexity,
             router_oracle_agreement=quality.router_oracle_agreement,
             router_chance_agreement=quality.router_chance_agreement,
-            speedup={name: pair[0] for name, pair in speed.items()},
-            roofline_speedup={name: pair[1] for name, pair in speed.items()},
+            speedup={name: point.speedup for name, point in speed.items()},
+            roofline_speedup={name: point.roofline_speedup for name, point in speed.items()},
             seconds=seconds,
         )
     )
 
 
 def carve_into(folder: Path, protocol: Protocol, case: Case) -> float:
-    """Convert, or go on with it; return the seconds that it took."""
+    """Convert, or resume that; return the seconds that it took."""
     if (folder / "conversion.json").is_file():  # interrupted while it was measured
         return json.loads((folder / "conversion.json").read_text())["result"]["seconds"]
     if (WorkFolder(folder).private / "settings.json").is_file():
@@ -250,8 +248,8 @@ def carve_into(folder: Path, protocol: Protocol, case: Case) -> float:
     return convert(protocol.model, folder, **case.asked, **protocol.options).seconds
 
 
-def time_it(protocol: Protocol, folder: Path) -> dict[str, tuple[float, float]]:
-    """Speed relative to dense, and the roofline's, by the names of `SPEEDS`."""
+def time_it(protocol: Protocol, folder: Path) -> dict[str, Point]:
+    """Return what `SPEEDS` names, dense against carved."""
     prompt = window_length(load_config(folder, False), None, usual=256)
     timed = benchmark(
         folder,
@@ -261,10 +259,9 @@ def time_it(protocol: Protocol, folder: Path) -> dict[str, tuple[float, float]]:
         batch=[1],
         context=64,
         rounds=protocol.rounds,
-        device=protocol.options.get("device"),
+        device=protocol.options["device"],
     )
-    points = {name: getattr(timed, name)[0] for name in SPEEDS}
-    return {name: (point.speedup, point.roofline_speedup) for name, point in points.items()}
+    return {name: getattr(timed, name)[0] for name in SPEEDS}
 
 
 class Store:
@@ -276,20 +273,21 @@ class Store:
         self.folder = resolved(folder)
         self.file = self.folder / "sweep.json"
         read = {"the model": protocol.model, "the text to measure on": protocol.text}
-        calibration = protocol.options["calibration"]
-        check_apart(self.folder, {**read, "the calibration text": calibration})
-        # Figures of other versions or of another machine cannot stand in the same table.
+        read["the calibration text"] = protocol.options["calibration"]
+        check_apart(self.folder, read)
         said = {"model": protocol.model, "text": protocol.text, "rounds": protocol.rounds}
+        # Figures of other versions or of another machine cannot stand in the same table.
         self.protocol = {**said, **protocol.options, "device": device, "versions": versions()}
         self.measured: dict[str, dict[str, Any]] = {}
-        if self.file.is_file() and not overwrite:
-            self._read()
+        if self.file.is_file():
+            if overwrite:
+                remove(self.folder.iterdir())
+            else:
+                self._read()
         elif self.folder.exists() and any(self.folder.iterdir()):
-            if not (overwrite and self.file.is_file()):
-                raise RequestError(
-                    f"{self.folder.name} exists already and holds no sweep: choose another folder."
-                )
-            remove(self.folder.iterdir())
+            raise RequestError(
+                f"{self.folder.name} exists already and holds no sweep: choose another folder."
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -317,24 +315,20 @@ class Store:
 
 
 def as_markdown(result: Sweep) -> str:
-    """The rows as a table."""
+    """Return the rows as a table."""
     head = ["shape", "runs", "perplexity", "oracle agreement (chance)", *SPEEDS.values()]
     lines = [head, ["---"] * len(head)]
     lines.append(["dense", "100 %", f"{result.dense_perplexity:.2f}", "", *["1"] * len(SPEEDS)])
     for row in result.rows:
         own, chance = row.router_oracle_agreement, row.router_chance_agreement
+        speeds = [f"{row.speedup[it]:.2f} ({row.roofline_speedup[it]:.2f})" for it in row.speedup]
         lines.append(
             [
                 row.label,
-                f"{row.activation_ratio:.1%}".replace("%", " %"),
+                f"{100 * row.activation_ratio:.1f} %",
                 f"{row.perplexity:.2f}",
                 "" if own is None else f"{own:.3f} ({chance:.3f})",
-                *(
-                    f"{row.speedup[name]:.2f} ({row.roofline_speedup[name]:.2f})"
-                    if row.speedup
-                    else ""
-                    for name in SPEEDS
-                ),
+                *(speeds or [""] * len(SPEEDS)),
             ]
         )
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -343,57 +337,3 @@ def as_markdown(result: Sweep) -> str:
         f"# {result.model}: quality and speed\n\n{table}\n\nSpeed is relative to dense, in "
         f"brackets the roofline's. {result.device}; {made}.\n"
     )
-
-
-def plot_sweep(result: Sweep, path: Path) -> None:
-    """Perplexity, and speed if it was measured, against the activation ratio."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    timed = [row for row in result.rows if row.speedup]
-    panels = 2 if timed else 1
-    with pyplot.rc_context(STYLE):
-        figure, [axes] = pyplot.subplots(1, panels, figsize=(5 * panels, 4), squeeze=False)
-        plot_quality(axes[0], result)
-        if timed:
-            plot_speed(axes[1], timed)
-        for axis in axes:
-            axis.set_xlabel("activation ratio: share of the FFN neurons that run")
-            axis.set_xlim(0, 1)
-            axis.legend()
-        figure.suptitle(f"{result.model}, {result.device}")
-        figure.tight_layout()
-        figure.savefig(path, dpi=150, metadata={"Software": None})
-        pyplot.close(figure)
-
-
-def plot_quality(axis: Any, result: Sweep) -> None:
-    """Perplexity: carved models as points, static pruning and dense as lines."""
-    carved = [row for row in result.rows if not row.static]
-    static = [row for row in result.rows if row.static]
-    x, y = [row.activation_ratio for row in static], [row.perplexity for row in static]
-    axis.plot(x, y, "s--", label="static pruning")
-    x, y = [row.activation_ratio for row in carved], [row.perplexity for row in carved]
-    axis.plot(x, y, "o", label="carved")
-    for row in carved:
-        place = (row.activation_ratio, row.perplexity)
-        axis.annotate(row.label, place, (6, 4), textcoords="offset points", fontsize=7)
-    axis.axhline(result.dense_perplexity, color="black", linewidth=1, label="dense")
-    axis.margins(y=0.1)
-    axis.set_ylabel("perplexity")
-
-
-def plot_speed(axis: Any, rows: list[Row]) -> None:
-    """Speed relative to dense: carved models as points, static pruning and dense as lines."""
-    for index, (name, label) in enumerate(SPEEDS.items()):
-        for static, style in {False: "o", True: "s--"}.items():
-            drawn = [row for row in rows if row.static == static]
-            x = [row.activation_ratio for row in drawn]
-            y = [row.speedup[name] for row in drawn]
-            what = f"{label}, static" if static else label
-            axis.plot(x, y, style, color=f"C{index}", markersize=5, label=what)
-    axis.axhline(1, color="black", linewidth=1, label="dense")
-    axis.set_ylim(bottom=0)
-    axis.set_ylabel("speed relative to dense")

@@ -32,7 +32,7 @@ from yaml import YAMLError
 from ..errors import CMoEError, RequestError
 from .architectures import Architecture, find_architecture
 from .library import dense_config, dense_shapes
-from .stored import CARVABLE, Stored, digest_of, read_headers, read_json, read_tensors
+from .stored import CARVABLE, TensorRef, digest_of, read_headers, read_json, read_tensors
 
 HEAD = "lm_head.weight"
 """What the library calls the head of every family."""
@@ -90,7 +90,7 @@ class Source:
     """Commit of a Hub repository; None for any other folder."""
     architecture: Architecture
     config: PreTrainedConfig
-    tensors: dict[str, Stored]
+    tensors: dict[str, TensorRef]
     """Where the dense model's tensors lie, by the library's names; experts one by one."""
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -146,7 +146,7 @@ class Source:
         prefix = self.architecture.layer_prefix.format(0)
         return sum(it.numel for name, it in self.tensors.items() if name.startswith(prefix))
 
-    def ffn(self, index: int) -> list[Stored]:
+    def ffn(self, index: int) -> list[TensorRef]:
         """Return the tensors of a layer's FFN, or first expert, that its neurons share out."""
         arch = self.architecture
         prefix = arch.layer_prefix.format(index)
@@ -330,8 +330,8 @@ def check_code(folder: Path, name: str, trusted: bool) -> None:
 
 
 def named_tensors(
-    row: Architecture, config: PreTrainedConfig, stored: Mapping[str, Stored], shapes: Shapes
-) -> dict[str, Stored]:
+    row: Architecture, config: PreTrainedConfig, stored: Mapping[str, TensorRef], shapes: Shapes
+) -> dict[str, TensorRef]:
     """Return the stored tensors by the names that the dense model has for them.
 
     `stored` has the names in the files, `shapes` those of the model, an expert at a time. As in the
@@ -339,7 +339,7 @@ def named_tensors(
 
     Raises `RequestError` for what the library would not load in full, or carving would lose.
     """
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, TensorRef] = {}
     for key, tensor in stored.items():
         if key.endswith(row.ignored_suffixes):
             continue
@@ -361,7 +361,7 @@ def named_tensors(
     return tensors
 
 
-def unpacked(row: Architecture, key: str, tensor: Stored) -> list[tuple[str, Stored]]:
+def unpacked(row: Architecture, key: str, tensor: TensorRef) -> list[tuple[str, TensorRef]]:
     """Return a tensor by its name, or the parts of one that has all of a layer's experts."""
     inside = row.expert_prefix.partition("{")[0]
     packed = key.endswith((f"{inside}gate_up_proj", f"{inside}down_proj"))
@@ -399,7 +399,7 @@ def library_name(row: Architecture, key: str, known: Collection[str]) -> str:
     return next((name for name in candidates if name in known), key)
 
 
-def tie_head(row: Architecture, config: PreTrainedConfig, tensors: dict[str, Stored]) -> None:
+def tie_head(row: Architecture, config: PreTrainedConfig, tensors: dict[str, TensorRef]) -> None:
     """Leave out a head that equals the embedding to which the configuration ties it.
 
     As in the library's loader either may be missing, and if both are there and differ, they are
@@ -435,7 +435,7 @@ def check_wrapping(unknown: list[str]) -> None:
                 )
 
 
-def check_types(tensors: Mapping[str, Stored]) -> None:
+def check_types(tensors: Mapping[str, TensorRef]) -> None:
     """Raise `RequestError` for weights of a type in which neurons cannot be moved and refitted."""
     for tensor in tensors.values():
         if tensor.dtype not in CARVABLE:
@@ -446,7 +446,9 @@ def check_types(tensors: Mapping[str, Stored]) -> None:
             )
 
 
-def check_shapes(config: PreTrainedConfig, tensors: Mapping[str, Stored], expected: Shapes) -> None:
+def check_shapes(
+    config: PreTrainedConfig, tensors: Mapping[str, TensorRef], expected: Shapes
+) -> None:
     """Raise `RequestError` unless the tensors are those expected, of the same shapes."""
     missing = sorted(expected.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - expected.keys())

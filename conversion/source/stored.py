@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorRef:
     """A tensor in a file, or one expert's rows of a packed one."""
 
     path: Path
@@ -57,7 +57,7 @@ class Stored:
             return opened.get_tensor(self.key)
         return opened.get_slice(self.key)[self.expert, slice(*self.rows)]
 
-    def of_expert(self, number: int, part: int, parts: int) -> "Stored":
+    def of_expert(self, number: int, part: int, parts: int) -> "TensorRef":
         """One of the equal parts that lie below each other in a packed expert."""
         _, rows, columns = self.shape
         first, end = part * rows // parts, (part + 1) * rows // parts
@@ -122,12 +122,12 @@ def is_inside(name: str) -> bool:
     return not path.anchor and ".." not in path.parts
 
 
-def read_headers(folder: Path) -> dict[str, Stored]:
+def read_headers(folder: Path) -> dict[str, TensorRef]:
     """Every tensor of the folder's weights, by its name in the files.
 
     Raises `RequestError` for a file that is missing or damaged, and for a tensor in two files.
     """
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, TensorRef] = {}
     for file in weight_files(folder):
         path = folder / file
         if not path.is_file():
@@ -144,7 +144,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
                             "nobody can say which one counts. Remove one, or download again."
                         )
                     about = opened.get_slice(name)
-                    tensors[name] = Stored(path, name, about.get_dtype(), about.get_shape())
+                    tensors[name] = TensorRef(path, name, about.get_dtype(), about.get_shape())
         except SafetensorError as error:
             raise RequestError(
                 f"shard {file} is corrupt or truncated ({error}). Download it again."
@@ -152,7 +152,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
-def read_tensors(tensors: Mapping[str, Stored]) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(tensors: Mapping[str, TensorRef]) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and values of each, file by file. A file is closed when its last one is read."""
     for path in dict.fromkeys(tensor.path for tensor in tensors.values()):
         with safe_open(path, framework="pt", backend="pread") as opened:

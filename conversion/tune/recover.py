@@ -11,10 +11,12 @@ import hashlib
 import json
 import math
 import shutil
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,10 @@ from cmoe_hf import CMoEConfig
 from ..carve.settings import MAX_SHARD_SIZE, absolute, public_name, shard_bytes
 from ..device import check_dtype, find_device, versions
 from ..errors import RequestError
+from ..folder.auxiliary_files import AuxiliaryFiles, read_auxiliary_files
 from ..folder.card import CARD_FILE, recovered_card
-from ..folder.carried import Carried, carried
 from ..folder.fingerprint import write_fingerprint
-from ..folder.strict import as_json
+from ..folder.json_utils import as_json
 from ..folder.unfinished import SETTINGS, PartialFolder, sha256_of
 from ..measure.evaluate import perplexity
 from ..measure.routing import (
@@ -136,7 +138,7 @@ class Ready:
     """Of the whole training text; the windows may take some of them several times."""
     training_WL: torch.Tensor
     test_WL: torch.Tensor
-    carried: Carried
+    auxiliary: AuxiliaryFiles
     """What the recovered model takes over from the carved one as it is."""
 
 
@@ -197,8 +199,7 @@ Texts = tuple[int, torch.Tensor, torch.Tensor]
 
 
 def make_ready(request: Request, tuning: Tuning, kept: Texts | None = None) -> Ready:
-    """Check all that can be checked without the weights, and read the texts unless they were
-    `kept`. Raises `RequestError`."""
+    """Check all but the weights, and read the texts unless `kept`. Raises `RequestError`."""
     check_peft()
     check_sharding()
     check_dtype(request.dtype)
@@ -222,7 +223,7 @@ def make_ready(request: Request, tuning: Tuning, kept: Texts | None = None) -> R
         )
     tokenizer = load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
     others = []
-    for dense in filter(None, {request.teacher, request.control}):
+    for dense in {it for it in (request.teacher, request.control) if it is not None}:
         trusted = request.trust_remote_code
         others.append(load_config(dense, trusted))
         other = load_tokenizer(model_folder(dense)[0], trust_remote_code=trusted)
@@ -230,24 +231,12 @@ def make_ready(request: Request, tuning: Tuning, kept: Texts | None = None) -> R
             raise RequestError(f"{dense} has another vocabulary than {request.model}.")
     vocabulary = min(it.vocab_size for it in (config, *others))
     length = window_length(config, tuning.sequence_length, *others)
-    texts = kept or read_texts(request, tuning, tokenizer, vocabulary, length)
-    return Ready(folder, device, tokenizer, *texts, carried(folder))
-
-
-def read_texts(
-    request: Request,
-    tuning: Tuning,
-    tokenizer: PreTrainedTokenizerBase,
-    vocabulary: int,
-    length: int,
-) -> Texts:
-    """The windows of a request. Raises `RequestError` if its texts do not have them."""
-    texts = (open_text(request.training, part="train"), open_text(request.text, part="test"))
-    ids, test_ids = (read_tokens(text, tokenizer, vocabulary).ids for text in texts)
-    training_WL = random_windows(
-        ids, samples=tuning.samples, length=length, seed=tuning.seed, least=LEAST_TEXT
-    )
-    return len(ids), training_WL, consecutive_windows(test_ids, length=length)
+    if kept is None:
+        texts = (open_text(request.training, part="train"), open_text(request.text, part="test"))
+        ids, test_ids = (read_tokens(text, tokenizer, vocabulary).ids for text in texts)
+        draw = partial(random_windows, samples=tuning.samples, seed=tuning.seed, least=LEAST_TEXT)
+        kept = (len(ids), draw(ids, length=length), consecutive_windows(test_ids, length=length))
+    return Ready(folder, device, tokenizer, *kept, read_auxiliary_files(folder))
 
 
 def recovery_reads(request: Request, ready: Ready) -> dict[str, str | Path | None]:
@@ -350,19 +339,9 @@ def owned_folder(
 
 def run(request: Request, tuning: Tuning, ready: Ready, work: RecoveryFolder) -> Recovery:
     """Tune the carved model, then the control, and complete the repository."""
-    if "carved" not in work.stages:
-        figures = tuned(request, request.model, tuning, ready, work, "carved")
-        work.write_stage("carved", figures)
-    if request.control is not None and "control" not in work.stages:
-        if request.control == request.teacher:  # it would learn what it knows
-            loaded, _ = load_model(
-                request.control, request.dtype, ready.device, request.trust_remote_code
-            )
-            same = quality_and_loads(loaded, ready, "control")
-            figures = {"before": same, "after": same, "losses": [], "seconds": 0.0}
-        else:
-            figures = tuned(request, request.control, tuning, ready, work, "control")
-        work.write_stage("control", figures)
+    for stage, model in (("carved", request.model), ("control", request.control)):
+        if model is not None and stage not in work.stages:
+            work.write_stage(stage, tuned(request, model, tuning, ready, work, stage))
     result = recovery_of(tuning, ready, work)
     if accelerate.PartialState().is_main_process:
         write_beside_weights(request, tuning, ready, work, result)
@@ -381,14 +360,14 @@ def tuned(
     start = time.perf_counter()
     where = (request.dtype, ready.device, request.trust_remote_code)
     loaded, _ = load_model(model, *where)
+    before = quality_and_loads(loaded, ready, f"{stage} before")
+    if stage == "control" and model == request.teacher:  # it would learn what it knows
+        return {"before": before, "after": before, "losses": [], "seconds": 0.0}
     teacher = None
     if request.teacher is not None:
         teacher = load_model(request.teacher, *where)[0].requires_grad_(False)
-    before = quality_and_loads(loaded, ready, f"{stage} before")
-    folder, told = work.private / stage, f"tuning {stage}"
-    loaded, losses = tune(
-        loaded, ready.training_WL, tuning, folder, teacher=teacher, description=told
-    )
+    options: dict[str, Any] = {"teacher": teacher, "description": f"tuning {stage}"}
+    loaded, losses = tune(loaded, ready.training_WL, tuning, work.private / stage, **options)
     after = quality_and_loads(loaded, ready, f"{stage} after")
     figures = {"before": before, "after": after, "losses": losses}
     if stage == "carved":
@@ -409,15 +388,13 @@ def quality_and_loads(model: PreTrainedModel, ready: Ready, description: str) ->
     def once(windows_WL: torch.Tensor) -> dict[str, Any]:
         with count_loads(model) as loads:
             measured = perplexity(model, windows_WL, description=description)
-        figures: dict[str, Any] = {"perplexity": measured}
-        if gates:
-            uneven = [
-                imbalance(load_N, always_on(gate))
-                for load_N, gate in zip(loads, gates, strict=True)
-            ]
-            figures["imbalance"] = sum(uneven) / len(uneven)
-            figures["loads"] = [load_N.tolist() for load_N in loads]
-        return figures
+        if not gates:
+            return {"perplexity": measured}
+        return {
+            "perplexity": measured,
+            "imbalance": statistics.mean(map(imbalance, loads, map(always_on, gates))),
+            "loads": [load_N.tolist() for load_N in loads],
+        }
 
     figures = {
         "own": once(ready.test_WL),
@@ -462,7 +439,7 @@ def recovery_of(tuning: Tuning, ready: Ready, work: RecoveryFolder) -> Recovery:
         imbalance_after_without_bias=unbiased.get("imbalance"),
         training_imbalance_before=carved["before"]["training_text"].get("imbalance"),
         training_imbalance_after=carved["after"]["training_text"].get("imbalance"),
-        scale=sum(scales) / len(scales) if scales else None,
+        scale=statistics.mean(scales) if scales else None,
         **gaps,
     )
 
@@ -472,7 +449,7 @@ def write_beside_weights(
 ) -> None:
     """Write everything beside the weights."""
     code = work.write_code(type(AutoConfig.from_pretrained(ready.folder)))
-    work.write_files(ready.carried.files)
+    work.write_files(ready.auxiliary.files)
     write_fingerprint(ready.folder, work, ready.tokenizer)
     figures = asdict(result)
     del figures["output"]
@@ -490,5 +467,5 @@ def write_beside_weights(
         "stages": work.stages,
     }
     work.write_json("recovery.json", report)
-    if card := ready.carried.card:
+    if card := ready.auxiliary.card:
         work.write_text(CARD_FILE, recovered_card(card, report, code))

@@ -9,7 +9,8 @@ import importlib.util
 import json
 import math
 import os
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from ..errors import CMoEError, RequestError, missing
 from ..measure.routing import active_routers, always_on, count_loads
 from ..source.architectures import architecture_of
 
+POSITIVE = ("samples", "batch_size", "rank", "alpha", "epochs", "learning_rate")
+NOT_NEGATIVE = ("router_learning_rate", "bias_speed", "warmup_steps")
 SCHEDULES = ("constant", "linear", "cosine")
 CHECKPOINTS = 10
 """Checkpoints of one training run; the last two are kept."""
@@ -83,16 +86,14 @@ class Tuning:
     """Of windows, order and LoRA factors."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained. Raises `RequestError`."""
-        for name in ("samples", "batch_size", "rank", "alpha", "epochs", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise RequestError(f"{name} is {getattr(self, name)}: it must be above 0.")
-        for name in ("router_learning_rate", "bias_speed", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise RequestError(f"{name} is {getattr(self, name)}: it cannot be negative.")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise RequestError(f"{name} is {getattr(self, name)}: it must be in [0, 1).")
+        """Raise `RequestError` for what cannot be trained."""
+        for name, value in asdict(self).items():
+            if name in POSITIVE and value <= 0:
+                raise RequestError(f"{name} is {value}: it must be above 0.")
+            if name in NOT_NEGATIVE and value < 0:
+                raise RequestError(f"{name} is {value}: it cannot be negative.")
+            if name in ("adam_beta1", "adam_beta2") and not 0 <= value < 1:
+                raise RequestError(f"{name} is {value}: it must be in [0, 1).")
         if self.sequence_length is not None and self.sequence_length < 2:
             raise RequestError("sequence_length must be at least 2: one token predicts the next.")
         if self.schedule not in SCHEDULES:
@@ -117,17 +118,16 @@ class Tuning:
 
 
 def check_peft() -> None:
-    """Refuse to start without the extra. Raises `RequestError`."""
+    """Raise `RequestError` without the extra."""
     if importlib.util.find_spec("peft") is None:
         raise missing("fine-tuning needs PEFT", "train")
 
 
 def check_sharding() -> None:
-    """Refuse a launch that shards the model in a way that cannot be trained.
+    """Raise `RequestError` for a launch that shards the model so that it cannot be trained.
 
-    Raises:
-        RequestError: FSDP1 flattens trained and frozen parameters into one. The loading that spares
-            memory leaves all processes but the first without weights, and knows no buffers.
+    FSDP1 flattens trained and frozen parameters into one. The loading that spares memory leaves all
+    processes but the first without weights, and knows no buffers.
     """
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
@@ -148,7 +148,7 @@ def tune(
 ) -> tuple[PreTrainedModel, list[dict[str, float]]]:
     """Train LoRA on attention and FFN, the gate scale u and the balance bias, and merge them.
 
-    Goes on from the last whole checkpoint in `folder`, if there is one.
+    Resumes from the last whole checkpoint in `folder`, if there is one.
 
     Args:
         model: Carved or dense; it is changed.
@@ -158,11 +158,8 @@ def tune(
         teacher: Learn its next-token distribution instead of the text's next tokens.
         description: Of the progress bar.
 
-    Returns:
-        The merged model, of the same class and precision, and a list of `step` and `loss`.
-
-    Raises:
-        CMoEError: The loss is NaN or infinite, or a checkpoint cannot be written.
+    Returns the merged model, of the same class and precision, and a list of `step` and `loss`.
+    Raises `CMoEError` if the loss is NaN or infinite, or a checkpoint cannot be written.
     """
     dtype = model.dtype
     if tuning.gradient_checkpointing:
@@ -296,12 +293,10 @@ class LoRATrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Adam without weight decay: LoRA factors at one learning rate, routers at another."""
         if self.optimizer is None:
-            lora: list[nn.Parameter] = []
-            routers: list[nn.Parameter] = []
             learner: Any = model or self.model
-            for name, parameter in learner.named_parameters():
-                if parameter.requires_grad:
-                    (lora if ".lora_" in name else routers).append(parameter)
+            learning = [it for it in learner.named_parameters() if it[1].requires_grad]
+            lora = [parameter for name, parameter in learning if ".lora_" in name]
+            routers = [parameter for name, parameter in learning if ".lora_" not in name]
             groups: list[dict[str, Any]] = [{"params": lora}]
             if routers:
                 groups.append({"params": routers, "lr": self.tuning.router_learning_rate})
@@ -372,33 +367,22 @@ def move_bias(
 
 
 class Progress(TrainerCallback):
-    """Moves a progress bar; started from a checkpoint, it begins there."""
+    """Moves a progress bar to the trainer's step, also that of a checkpoint, with the last loss."""
 
     def __init__(self, bar: tqdm) -> None:
         self.bar = bar
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Go where a checkpoint left off."""
-        self.bar.reset(state.max_steps)
-        self.bar.update(state.global_step)
-
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """One step further."""
-        self.bar.update()
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Show the loss."""
-        if "loss" in state.log_history[-1]:
-            self.bar.set_postfix(loss=f"{state.log_history[-1]['loss']:.3f}")
+        self.bar.update(state.global_step - self.bar.n)
+        if losses := [row["loss"] for row in state.log_history if "loss" in row]:
+            self.bar.set_postfix(loss=f"{losses[-1]:.3f}")
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; the library writes the state of its trainer last."""
-    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except ValueError:
-            continue  # cut off while it was written
-        return str(path)
-    return None
+    """Return the newest whole checkpoint; the library writes the state of its trainer last."""
+    whole = {}
+    for path in folder.glob("checkpoint-*/trainer_state.json"):
+        with suppress(ValueError):  # cut off while it was written
+            whole[json.loads(path.read_text(encoding="utf-8"))["global_step"]] = str(path.parent)
+    return whole[max(whole)] if whole else None

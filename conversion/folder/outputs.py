@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a repository computes, seen from outside: likeliest tokens, and generation with the cache.
 
-Also a script, `python probe.py FOLDER REQUEST RESULT`, which imports nothing of this package: in a
-process of its own the repository's own code runs. The oracle is the model without a cache, one
+Also a script, `python outputs.py FOLDER REQUEST RESULT`, which imports nothing of this package: in
+a process of its own the repository's own code runs. The oracle is the model without a cache, one
 sequence at a time.
 
 Shape suffixes: L prompt tokens, G generated tokens, K likeliest tokens, V vocabulary.
@@ -27,7 +27,7 @@ IN_MEMORY = 2e9
 
 
 @torch.no_grad()
-def probe(
+def model_outputs(
     folder: str | Path,
     prompts: list[list[int]],
     *,
@@ -155,5 +155,5 @@ def usual(difference_G: torch.Tensor) -> float:
 
 if __name__ == "__main__":
     source, request, result = sys.argv[1:]
-    found = probe(source, **json.loads(request), trust_remote_code=True)
+    found = model_outputs(source, **json.loads(request), trust_remote_code=True)
     Path(result).write_text(json.dumps(found), encoding="utf-8")

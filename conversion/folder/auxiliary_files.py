@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Carried:
+class AuxiliaryFiles:
     """Files of a model that go with it, and its card."""
 
     files: dict[str, bytes]
@@ -58,7 +58,9 @@ class Carried:
         """Size of all files."""
         return sum(map(len, self.files.values()))
 
-    def beside(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> "Carried":
+    def beside(
+        self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+    ) -> "AuxiliaryFiles":
         """Return the files as they serve beside another configuration, tried in a folder.
 
         The library takes the class of a tokenizer from the model type, which may overrule the
@@ -88,7 +90,7 @@ class Carried:
         return replace(self, files=files)
 
 
-def carried(folder: Path, *others: str) -> Carried:
+def read_auxiliary_files(folder: Path, *others: str) -> AuxiliaryFiles:
     """Read the tokenizer, the generation configuration, the legal files, `others` and the card.
 
     Raises `RequestError` for a file that cannot be read, or is no JSON though it is called so.
@@ -109,7 +111,7 @@ def carried(folder: Path, *others: str) -> Carried:
     if TOKENIZER_CONFIG in files:
         for file in tokenizer_code(folder):
             files[file.name] = _content(file)
-    return Carried(files, card)
+    return AuxiliaryFiles(files, card)
 
 
 def changed_files(
