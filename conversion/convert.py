@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `convert`: a dense checkpoint in, a complete CMoE repository out."""
+"""From a dense checkpoint to a complete CMoE repository."""
 
 import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import psutil
 import torch
-import transformers
 from tqdm import tqdm
 
-import cmoe_hf
 from cmoe_hf import CMoEHierarchicalConfig
 
 from .carve.decoder import Storage, Streams
 from .carve.hierarchy import MoEWalk
 from .carve.pipeline import ModelWalk
+from .carve.recipe import Recipe
 from .carve.settings import NORMAL, ConvertOptions, Settings, absolute, shard_bytes
 from .carve.shape import Shape, width_warning
 from .device import DTYPES, peak_memory_bytes, versions
@@ -55,8 +55,7 @@ def convert(options: ConvertOptions) -> Conversion:
     """Carve a dense model into a CMoE repository.
 
     Give `budget`, or `experts`, `shared` and `active`. The repository grows in `output` +
-    `.partial` and appears at `output` when it is complete. What stops before that can be continued
-    with `resume`.
+    `.partial`; what stops before it is complete can be continued with `resume`.
 
     Raises:
         RequestError: The request cannot be satisfied; nothing was started.
@@ -68,7 +67,7 @@ def convert(options: ConvertOptions) -> Conversion:
         logger.warning("%s", warning)
     frozen = {
         "model": absolute(options.model),
-        "settings": prepared.settings.record(),
+        "settings": asdict(prepared.settings),
         "threads": torch.get_num_threads(),
         "calibration": prepared.calibration,
         **determinants(prepared),
@@ -83,21 +82,15 @@ def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Co
 
     Args:
         output: The folder that the conversion was to create.
-        overrides: What the caller believes to be in force: `model`, and fields of `Settings` by
-            their names. They must be.
+        overrides: `model` and fields of `Settings` that must be what the conversion began with.
 
     Raises:
-        RequestError: There is none, or something that determines the result is no longer the
-            same: an override, the source checkpoint, a version.
+        RequestError: There is none, or what determines the result is no longer the same.
         CMoEError: The work failed again, or what was finished is damaged.
     """
     with WorkFolder.reopen(output) as work:
-        if "settings" not in work.settings:
-            raise RequestError(
-                "this conversion was begun by an older release, whose notes cannot be read. Start "
-                "again with --overwrite."
-            )
-        model, settings = work.settings["model"], Settings.from_record(work.settings["settings"])
+        record, model = work.recorded("settings"), work.settings["model"]
+        settings = Settings(**record | {"recipe": Recipe.from_record(record["recipe"])})
         known = {**vars(settings), "model": model}
         for name, value in (overrides or {}).items():
             if name == "model":
@@ -124,12 +117,11 @@ def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Co
 
 
 def determinants(prepared: Prepared) -> dict[str, str]:
-    """What besides the settings determines the result, under names that people understand."""
+    """Return what besides the settings determines the result, under names for people."""
     ids = prepared.windows_WL.numpy().tobytes()
+    packages = {f"version_of_{name}": it for name, it in versions().items() if name != "python"}
     return {
-        "version_of_cmoe_hf": cmoe_hf.__version__,
-        "version_of_torch": torch.__version__,
-        "version_of_transformers": transformers.__version__,
+        **packages,
         "device": str(prepared.device),
         "calibration_text": hashlib.sha256(ids).hexdigest(),
         "source_checkpoint": prepared.source.digest(),
@@ -147,15 +139,22 @@ def carve(prepared: Prepared, work: WorkFolder) -> Conversion:
     planned = planned_tensors(source, prepared.config, dtype)
     work.create_weights(planned, shard_bytes(settings.max_shard_size))
     rest = source.read_rest()
-    work.write_rest({row.carved_name(name): tensor for name, tensor in rest.items()})
+    work.write_rest(rest)
     if states := work.read_states():
         streams = Streams.restored(states, storage)
     else:
         dense = recipe.needs_dense_stream and row.router is None
         streams = Streams.embedded(rest[row.embedding], prepared.windows_WL, storage, dense=dense)
     del rest, states
-    options = (recipe, storage, settings.k_act, work.layers_done)
-    carved = DRIVERS[row.driver](source, streams, prepared.config, *options)
+    carved = DRIVERS[row.driver](
+        source,
+        streams,
+        prepared.config,
+        recipe,
+        storage,
+        k_act=settings.k_act,
+        first=work.layers_done,
+    )
     done = work.layers_done
     with tqdm(total=total, initial=done, desc="carving", unit="layer", disable=None) as bar:
         for index, tensors, figures in carved:
@@ -184,6 +183,10 @@ def complete(prepared: Prepared, work: WorkFolder) -> Conversion:
     config.save_pretrained(work.folder)
     code = work.write_code(type(config))
     fingerprint = fingerprint_of(work.folder, prepared.tokenizer)
+    seconds = {
+        name: sum(layer["seconds"][name] for layer in work.figures)
+        for name in ("carving_pass", "bare_forward")
+    }
     result = Conversion(
         output=str(work.output),
         notation=config.notation,
@@ -191,7 +194,8 @@ def complete(prepared: Prepared, work: WorkFolder) -> Conversion:
         calibration_tokens=prepared.windows_WL.numel(),
         seconds=work.seconds,
         peak_memory_bytes=peak_memory_bytes(prepared.device),
-        **summary(work.figures),
+        relative_output_error=fmean(layer["relative_output_error"] for layer in work.figures),
+        carving_ratio=seconds["carving_pass"] / seconds["bare_forward"],
     )
     report = conversion_report(prepared, result, work.figures)
     work.write_json(CONVERSION, report | {"fingerprint": fingerprint})
@@ -200,34 +204,25 @@ def complete(prepared: Prepared, work: WorkFolder) -> Conversion:
     return result
 
 
-def summary(layers: list[dict[str, Any]]) -> dict[str, float]:
-    """The figures of all layers as those of the whole model."""
-    errors = [layer["relative_output_error"] for layer in layers]
-    bare = sum(layer["seconds"]["bare_forward"] for layer in layers)
-    carving = sum(layer["seconds"]["carving_pass"] for layer in layers)
-    return {"relative_output_error": sum(errors) / len(errors), "carving_ratio": carving / bare}
-
-
 def conversion_report(
     prepared: Prepared, result: Conversion, layers: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The content of `conversion.json`: no path, user name or token reaches it."""
+    """Return the content of `conversion.json`: no path, user name or token reaches it."""
     figures = asdict(result)
     del figures["output"]
-    source, settings, calibration = prepared.source, prepared.settings, prepared.calibration
-    config = prepared.config
-    said = ("budget", "samples", "sequence_length", "k_act", "seed", "dtype")
+    source, settings, config = prepared.source, prepared.settings, prepared.config
+    stated = ("budget", "samples", "sequence_length", "k_act", "seed", "dtype")
     return {
         "source": {"name": source.name, "revision": source.revision},
         "settings": {
             **asdict(Shape.parse(config.notation)),
             "dense_layers": config.dense_layers or [],
-            **{name: getattr(settings, name) for name in said},
+            **{name: getattr(settings, name) for name in stated},
             "recipe": prepared.recipe.title,
-            "calibration": calibration["source"],
+            "calibration": prepared.calibration["source"],
         },
         "recipe": asdict(prepared.recipe),
-        "calibration": calibration,
+        "calibration": prepared.calibration,
         "versions": versions(),
         "device": prepared.device.type,
         "result": figures,

@@ -24,7 +24,7 @@ SAMPLES = 32
 """Calibration windows: half of the default, so that three conversions take half a minute."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Point:
     """One shape of the trade-off."""
 
@@ -70,35 +70,32 @@ class DemoOptions(ShapeOptions):
 def demo(options: DemoOptions) -> Demo:
     """Carve the embedded default, measure dense and carved on held-out text, generate a line."""
     asked = Shape(options.shared, options.active, options.experts)
-    settings: dict[str, Any] = {"calibration": CALIBRATION, "samples": SAMPLES}
-    settings |= {"recipe": options.recipe, "overwrite": options.overwrite}
     with tempfile.TemporaryDirectory() as temporary:
         kept = Path(temporary, "kept") if options.output is None else Path(options.output)
         folders = {asked: kept}
         for shape in map(Shape.parse, options.compare):
             folders.setdefault(shape, Path(temporary, shape.notation))
+        settings: dict[str, Any] = {"recipe": options.recipe, "overwrite": options.overwrite}
+        settings |= {"calibration": CALIBRATION, "samples": SAMPLES}
         made = [convert(MODEL, it, **asdict(shape), **settings) for shape, it in folders.items()]
         found = [
             evaluate(it, baseline=MODEL if it == kept else None, text=HELD_OUT, dtype="float32")
             for it in folders.values()
         ]
         dense, carved = continuation(MODEL), continuation(kept)
-    points = [
-        Point(notation=it.notation, activation_ratio=it.activation_ratio, perplexity=one.perplexity)
-        for it, one in zip(folders, found, strict=True)
-    ]
-    assert found[0].baseline_perplexity is not None
+    first, points = found[0], zip(folders, found, strict=True)
+    assert first.baseline_perplexity is not None
     return Demo(
-        dense_perplexity=found[0].baseline_perplexity,
-        carved_perplexity=found[0].perplexity,
-        notation=made[0].notation,
-        activation_ratio=made[0].activation_ratio,
-        router_oracle_agreement=found[0].router_oracle_agreement,
-        router_chance_agreement=found[0].router_chance_agreement,
-        shapes=points,
+        dense_perplexity=first.baseline_perplexity,
+        carved_perplexity=first.perplexity,
+        notation=asked.notation,
+        activation_ratio=asked.activation_ratio,
+        router_oracle_agreement=first.router_oracle_agreement,
+        router_chance_agreement=first.router_chance_agreement,
+        shapes=[Point(it.notation, it.activation_ratio, one.perplexity) for it, one in points],
         generated_dense=dense,
         generated=carved,
-        output=made[0].output if options.output is not None else None,
+        output=None if options.output is None else made[0].output,
     )
 
 

@@ -21,13 +21,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def check_dtype(dtype: str | None) -> None:
-    """Raises `RequestError` for a name that is not in `DTYPES`; None leaves the choice open."""
+    """Raise `RequestError` for a name that is not in `DTYPES`; None leaves the choice open."""
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
 
 
 def find_device(device: str | None) -> torch.device:
-    """The named device, or the accelerator if there is one. Raises `RequestError`."""
+    """Return the named device, or the accelerator if there is one. Raises `RequestError`."""
     if device is None:
         found = torch.accelerator.current_accelerator(check_available=True)
         return found or torch.device("cpu")
@@ -46,7 +46,7 @@ def find_device(device: str | None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What the hardware calls itself."""
+    """Return what the hardware calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -58,7 +58,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What a figure or a conversion was made with."""
+    """Return what a figure or a conversion was made with."""
     return {
         "cmoe_hf": cmoe_hf.__version__,
         "torch": torch.__version__,
@@ -83,12 +83,12 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """For example `float32`."""
+    """Return, for example, `float32`."""
     return str(dtype).removeprefix("torch.")
 
 
 def best_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The shortest of several runs after a first one; of fewer if they take long."""
+    """Return the shortest of several runs after a first one; of fewer if they take long."""
     seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) < 12 and sum(seconds) < 1):
         synchronize(device)
@@ -110,23 +110,18 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._names: list[str] = []
-        self._since = 0.0
+        self._within = 0.0
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Time what is done within."""
-        self._lap()
-        self._names.append(name)
+        outside, self._within, start = self._within, 0.0, self._now()
         yield
-        self._lap()
-        self._names.pop()
+        passed = self._now() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + passed - self._within
+        self._within = outside + passed
 
-    def _lap(self) -> None:
+    def _now(self) -> float:
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
-        now = time.perf_counter()
-        if self._names:
-            name = self._names[-1]
-            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
-        self._since = now
+        return time.perf_counter()

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from cmoe_hf import CMoEConfig
+from cmoe_hf.families import repository_code
 
 from .carve.decoder import BATCH_TOKENS, PROFILED_TOKENS
 from .carve.partition import CLUSTERING_TOKENS
@@ -22,7 +23,6 @@ from .device import DTYPES, best_seconds, find_device
 from .errors import RequestError
 from .folder.auxiliary_files import AuxiliaryFiles, read_auxiliary_files
 from .folder.layerwise import WorkFolder
-from .folder.selection import code_of
 from .options import narrowed, with_options
 from .source.calibration import (
     CHARACTERS_PER_TOKEN,
@@ -230,7 +230,7 @@ def disk_bytes(prepared: Prepared) -> int:
     dtype = DTYPES[prepared.settings.dtype] if prepared.settings.dtype else None
     rows = 1 if config.router_type == "linear" else 2
     router = config.num_experts * (rows * config.hidden_size + 1) * 4
-    code = sum(map(len, code_of(type(config)).values()))
+    code = sum(map(len, repository_code(type(config)).values()))
     per_layer = router + 14 * 120 + 4_000  # headers, index, and figures in conversion.json
     small = code + prepared.auxiliary.nbytes + 8_000
     return source.nbytes(dtype) + config.num_hidden_layers * per_layer + small

@@ -53,9 +53,6 @@ class Fault:
     status: int = 0
     """Answer this; 0 breaks the connection in the middle of the request's body."""
     times: int = 1
-    headers: dict[str, str] = field(default_factory=dict)
-    broken: int = 0
-    """How often it has happened."""
 
 
 class LoopbackHub:
@@ -67,22 +64,10 @@ class LoopbackHub:
 
     def __init__(self) -> None:
         self.requests: list[str] = []
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                hub.requests.append(self.path)
-                hub.answer(self)
-
-            do_HEAD = do_POST = do_PUT = do_GET
-
-            def log_message(self, *arguments: object) -> None:
-                """Say nothing."""
-
         self.reset()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self})
+        )
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
@@ -106,280 +91,232 @@ class LoopbackHub:
         self.repositories[name].commit("main", files, COMMIT)
         return name
 
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
-        """Answer one request."""
-        path = unquote(urlsplit(request.path).path).strip("/")
-        if path.startswith("org/unreachable") or path.startswith("api/models/org/unreachable"):
-            self.hang_up(request)
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one request."""
+
+    protocol_version = "HTTP/1.1"
+    hub: LoopbackHub
+
+    def do_GET(self) -> None:
+        """Dispatch a request of any method."""
+        self.hub.requests.append(self.path)
+        path = unquote(urlsplit(self.path).path).strip("/")
+        if path.removeprefix("api/models/").startswith("org/unreachable"):
+            self.hang_up()
             return
-        if self.fails(request, path):
-            return
-        body = self.body_of(request)
-        asks = "/paths-info/" in path  # the one POST that reads
-        if (request.command in ("POST", "PUT") and not asks) or path == "api/whoami-v2":
-            given = request.headers.get("Authorization", "")
-            if not path.startswith("lfs/") and given != f"Bearer {TOKEN}":
-                self.refuse(request, 401, "", "Invalid credentials in Authorization header")
+        for fault in self.hub.faults:
+            if fault.times and fault.method == self.command and re.search(fault.path, path):
+                fault.times -= 1
+                self.fail(fault.status)
                 return
-            self.answer_user(request, path, body)
-            return
+        body = self.body()
+        writes = self.command in ("POST", "PUT") and "/paths-info/" not in path
+        permitted = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        if path.startswith("lfs/"):
+            self.store(path.removeprefix("lfs/"), body)
+        elif not writes and path != "api/whoami-v2":
+            self.read(path, body, permitted)
+        elif not permitted:
+            self.refuse(401, "", "Invalid credentials in Authorization header")
+        elif path in ("api/whoami-v2", "api/validate-yaml"):
+            self.send_json({"name": USER, "type": "user", "orgs": [], "errors": [], "warnings": []})
+        else:
+            self.write(path, [json.loads(line) for line in body.splitlines()] or [{}])
+
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def log_message(self, *arguments: object) -> None:
+        """Say nothing."""
+
+    def read(self, path: str, body: bytes, permitted: bool) -> None:
+        """Send a file, a list of files, or information on a repository."""
         is_api = path.startswith("api/")
         parts = path.removeprefix("api/").removeprefix("models/").split("/")
         length = 3 if parts[0] == "datasets" else 2
-        name, parts = "/".join(parts[:length]), parts[length:]
+        name, (verb, *rest) = "/".join(parts[:length]), [*parts[length:], ""]
+        repository = self.hub.repositories.get(name)
         if name == "org/gated":
-            self.refuse(request, 403, "GatedRepo")
-        elif name not in self.repositories or (
-            self.repositories[name].private
-            and request.headers.get("Authorization") != f"Bearer {TOKEN}"
-        ):
-            self.refuse(request, 404, "RepoNotFound")
-        elif "discussions" in parts:
-            self.send_json(request, self.discussion(name, int(parts[1])))
-        elif asks:
-            files = self.repositories[name].files(parts[1])
-            wanted = json.loads(body)["paths"]
-            self.send_json(request, [self.entry(it, files[it]) for it in wanted if it in files])
-        else:
-            self.answer_download(request, name, parts, is_api)
-
-    def answer_download(
-        self, request: BaseHTTPRequestHandler, name: str, parts: list[str], is_api: bool
-    ) -> None:
-        """A file, the list of files, or information on the repository."""
-        repository = self.repositories[name]
-        rest = "/".join(parts[1:]) or "main"
+            self.refuse(403, "GatedRepo")
+            return
+        if repository is None or (repository.private and not permitted):
+            self.refuse(404, "RepoNotFound")
+            return
+        place = "/".join(rest).strip("/") or "main"
         known = [*repository.branches, *repository.commits]
-        revision = next((it for it in known if rest == it or rest.startswith(it + "/")), None)
+        revision = next((it for it in known if place == it or place.startswith(it + "/")), None)
         if revision is None:
-            self.refuse(request, 404, "RevisionNotFound")
+            self.refuse(404, "RevisionNotFound")
             return
-        files = repository.files(revision)
-        oid = repository.branches.get(revision, revision)
-        path = rest.removeprefix(revision).strip("/")
-        if is_api and parts[:1] == ["tree"]:
-            self.send_json(request, self.listing(files, path, "recursive=false" in request.path))
-        elif is_api:
-            siblings = [{"rfilename": path} for path in sorted(files)]
-            told = {"id": name, "sha": oid, "siblings": siblings, "private": repository.private}
-            self.send_json(request, told)
-        elif path not in files:
-            self.refuse(request, 404, "EntryNotFound")
-        else:
-            self.send(request, files[path], oid)
-
-    def listing(self, files: dict[str, bytes], path: str, flat: bool) -> list[dict[str, object]]:
-        """The files below a folder, or, flat, its files and folders."""
-        inside = [it for it in sorted(files) if not path or it.startswith(path + "/")]
-        if not flat:
-            return [self.entry(it, files[it]) for it in inside]
-        depth = len(path.split("/")) if path else 0
-        folders = {"/".join(it.split("/")[: depth + 1]) for it in inside} - set(inside)
-        entries = [self.entry(it, files[it]) for it in inside if it.count("/") == depth]
-        told = {"type": "directory", "size": 0, "oid": COMMIT}
-        return [{**told, "path": it} for it in sorted(folders)] + entries
-
-    @staticmethod
-    def entry(path: str, content: bytes) -> dict[str, object]:
-        """A file in a listing."""
-        told = {"type": "file", "path": path, "size": len(content), "oid": git_oid(content)}
-        if path.endswith(LFS):
-            sha256 = hashlib.sha256(content).hexdigest()
-            told["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 134}
-        return told
-
-    def answer_user(self, request: BaseHTTPRequestHandler, path: str, body: bytes) -> None:
-        """What needs a token."""
-        if path == "api/whoami-v2":
-            self.send_json(request, {"name": USER, "type": "user", "orgs": []})
-            return
-        if path.startswith("lfs/"):
-            oid = path.rpartition("/")[2]
-            if hashlib.sha256(body).hexdigest() != oid:
-                self.refuse(request, 400, "", "the content is not what was announced")
-                return
-            self.large[oid] = body
-            self.send(request, b"")
-            return
-        if path == "api/validate-yaml":
-            self.send_json(request, {"errors": [], "warnings": []})
-            return
-        asked = [json.loads(line) for line in body.splitlines()] or [{}]
-        if path == "api/repos/create":
-            self.create(request, asked[0])
-            return
-        name = re.sub(r"^api/models/|\.git/info/.*$", "", path)
-        name, verb = "/".join(name.split("/")[:2]), path.removeprefix("api/models/").split("/")[2]
-        if not name.startswith(USER + "/"):
-            self.refuse(request, 403, "", f"you have no rights in {name}")
-        elif name not in self.repositories:
-            self.refuse(request, 404, "RepoNotFound")
-        else:
-            self.answer_writer(request, name, verb, "/".join(path.split("/")[5:]), asked)
-
-    def create(self, request: BaseHTTPRequestHandler, asked: dict) -> None:
-        """A new repository."""
-        name = f"{asked.get('organization') or USER}/{asked['name']}"
-        if not name.startswith(USER + "/"):
-            self.refuse(request, 403, "", f"you have no rights in {name}")
-        elif name in self.repositories:
-            self.refuse(request, 409, "", "You already created this model repo")
-        else:
-            private = asked.get("visibility") == "private" or asked.get("private", False)
-            self.repositories[name] = Repository(private=private)
-            self.repositories[name].commit("main", {".gitattributes": b"*.safetensors lfs\n"})
-            self.send_json(request, {"url": f"{self.url}/{name}", "name": name})
-
-    def answer_writer(
-        self,
-        request: BaseHTTPRequestHandler,
-        name: str,
-        verb: str,
-        revision: str,
-        asked: list[dict],
-    ) -> None:
-        """What changes a repository."""
-        repository = self.repositories[name]
-        if verb == "info":  # of LFS
-            objects = []
-            for large in asked[0]["objects"]:
-                href = f"{self.url}/lfs/{large['oid']}"
-                known = large["oid"] in self.large
-                objects.append(
-                    {**large, **({} if known else {"actions": {"upload": {"href": href}}})}
-                )
-            self.send_json(request, {"transfer": "basic", "objects": objects})
-        elif verb == "branch":
-            if revision in repository.branches:
-                self.refuse(request, 409, "", "Reference already exists")
-                return
-            repository.branches[revision] = repository.branches["main"]
-            self.send_json(request, {})
-        elif verb == "discussions":
-            number = 1 + sum(branch.startswith("refs/pr/") for branch in repository.branches)
-            repository.branches[f"refs/pr/{number}"] = repository.branches["main"]
-            self.send_json(request, {"num": number})
-        elif revision not in repository.branches:
-            self.refuse(request, 404, "RevisionNotFound")
-        elif verb == "preupload":
-            files = repository.files(revision)
+        files, oid = repository.files(revision), repository.branches.get(revision, revision)
+        path = place.removeprefix(revision).strip("/")
+        if verb == "paths-info":
             self.send_json(
-                request, {"files": [self.mode(it["path"], files) for it in asked[0]["files"]]}
+                [entry(it, files[it]) for it in json.loads(body)["paths"] if it in files]
             )
+        elif verb == "tree":
+            self.send_json(listing(files, path, flat="recursive=false" in self.path))
+        elif is_api:
+            siblings = [{"rfilename": it} for it in sorted(files)]
+            about = {"id": name, "sha": oid, "siblings": siblings, "private": repository.private}
+            self.send_json(about)
+        elif path not in files:
+            self.refuse(404, "EntryNotFound")
+        else:
+            self.send(files[path], oid)
+
+    def write(self, path: str, asked: list[dict]) -> None:
+        """Change a repository, or say how it is to be done."""
+        first = asked[0]
+        if create := path == "api/repos/create":
+            name, verb, branch = f"{first.get('organization') or USER}/{first['name']}", "", ""
+        else:
+            owner, name, verb, *rest = [*path.removeprefix("api/models/").split("/"), ""]
+            name, branch = f"{owner}/{name.removesuffix('.git')}", "/".join(rest).strip("/")
+        repository = self.hub.repositories.get(name)
+        if not name.startswith(USER + "/"):
+            self.refuse(403, "", f"you have no rights in {name}")
+        elif create and repository:
+            self.refuse(409, "", "You already created this model repo")
+        elif create:
+            private = first.get("visibility") == "private" or first.get("private", False)
+            repository = self.hub.repositories[name] = Repository(private=private)
+            repository.commit("main", {".gitattributes": b"*.safetensors lfs\n"})
+            self.send_json({"url": f"{self.hub.url}/{name}", "name": name})
+        elif repository is None:
+            self.refuse(404, "RepoNotFound")
+        elif verb == "info":  # of LFS
+            self.send_json({"transfer": "basic", "objects": [*map(self.wanted, first["objects"])]})
+        elif verb == "branch" and branch in repository.branches:
+            self.refuse(409, "", "Reference already exists")
+        elif verb == "branch":
+            repository.branches[branch] = repository.branches["main"]
+            self.send_json({})
+        elif branch not in repository.branches:
+            self.refuse(404, "RevisionNotFound")
+        elif verb == "preupload":
+            files = repository.files(branch)
+            self.send_json({"files": [mode(it["path"], files) for it in first["files"]]})
         elif verb == "commit":
-            oid = self.apply(repository, revision, asked)
-            told = {"commitOid": oid, "commitUrl": f"{self.url}/{name}/commit/{oid}"}
-            self.send_json(request, {"success": True, **told})
+            self.commit(name, repository, branch, asked)
 
-    @staticmethod
-    def mode(path: str, files: dict[str, bytes]) -> dict[str, object]:
-        """How a file is to be sent, and what it is now."""
-        mode, oid = "regular", git_oid
-        if path.endswith(LFS):
-            mode, oid = "lfs", lambda content: hashlib.sha256(content).hexdigest()
-        told = {"path": path, "uploadMode": mode, "shouldIgnore": False}
-        return {**told, "oid": oid(files[path]) if path in files else None}
+    def wanted(self, large: dict) -> dict:
+        """Where a large file is to be sent, if it is not there."""
+        href = f"{self.hub.url}/lfs/{large['oid']}"
+        known = large["oid"] in self.hub.large
+        return {**large, **({} if known else {"actions": {"upload": {"href": href}}})}
 
-    def apply(self, repository: Repository, branch: str, lines: list[dict]) -> str:
-        """Make a commit of its lines."""
+    def store(self, oid: str, body: bytes) -> None:
+        """Keep a large file."""
+        if hashlib.sha256(body).hexdigest() != oid:
+            self.refuse(400, "", "the content is not what was announced")
+            return
+        self.hub.large[oid] = body
+        self.send(b"")
+
+    def commit(self, name: str, repository: Repository, branch: str, lines: list[dict]) -> None:
+        """Make a commit of its lines, or a pull request of it."""
         files = dict(repository.files(branch))
         for line in lines:
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                files[value["path"]] = self.large[value["oid"]]
+                files[value["path"]] = self.hub.large[value["oid"]]
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
-        if self.spoiled in files:
-            files[self.spoiled] += b" "
-        return repository.commit(branch, files)
+        if self.hub.spoiled in files:
+            files[self.hub.spoiled] += b" "
+        number = 1 + sum(it.startswith("refs/pr/") for it in repository.branches)
+        proposed = "create_pr=1" in self.path
+        oid = repository.commit(f"refs/pr/{number}" if proposed else branch, files)
+        answer = {"success": True, "commitOid": oid}
+        answer["commitUrl"] = f"{self.hub.url}/{name}/commit/{oid}"
+        if proposed:
+            answer["pullRequestUrl"] = f"{self.hub.url}/{name}/discussions/{number}"
+        self.send_json(answer)
 
-    def discussion(self, name: str, number: int) -> dict[str, object]:
-        """A pull request as the Hub tells of it."""
-        return {
-            "num": number,
-            "title": "",
-            "author": {"name": USER},
-            "createdAt": "2026-01-01T00:00:00.000Z",
-            "status": "draft",
-            "repo": {"name": name, "type": "model"},
-            "isPullRequest": True,
-            "changes": {"base": "refs/heads/main"},
-            "filesWithConflicts": False,
-            "events": [],
-        }
+    def fail(self, status: int) -> None:
+        """Answer with an error, or break the connection."""
+        if status:
+            self.body()
+            self.refuse(status, "", "for a test")
+        else:
+            self.rfile.read(int(self.headers.get("Content-Length", 2)) // 2)
+            self.hang_up()
 
-    def fails(self, request: BaseHTTPRequestHandler, path: str) -> bool:
-        """Do what the first matching fault says, if there is one."""
-        for fault in self.faults:
-            matching = fault.method == request.command and re.search(fault.path, path)
-            if not matching or fault.broken >= fault.times:
-                continue
-            fault.broken += 1
-            if fault.status:
-                self.body_of(request)
-                self.refuse(request, fault.status, "", "for a test", **fault.headers)
-            else:
-                request.rfile.read(int(request.headers.get("Content-Length", 2)) // 2)
-                self.hang_up(request)
-            return True
-        return False
-
-    @staticmethod
-    def hang_up(request: BaseHTTPRequestHandler) -> None:
+    def hang_up(self) -> None:
         """Break the connection."""
-        request.close_connection = True
-        request.connection.shutdown(socket.SHUT_RDWR)
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
 
-    @staticmethod
-    def body_of(request: BaseHTTPRequestHandler) -> bytes:
-        """The body of a request, sent whole or in chunks."""
-        if request.headers.get("Transfer-Encoding") != "chunked":
-            return request.rfile.read(int(request.headers.get("Content-Length", 0)))
+    def body(self) -> bytes:
+        """The body of the request, sent whole or in chunks."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
         body = b""
-        while size := int(request.rfile.readline(), 16):
-            body += request.rfile.read(size)
-            request.rfile.readline()
-        request.rfile.readline()
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
         return body
 
-    def send_json(self, request: BaseHTTPRequestHandler, content: object) -> None:
+    def send_json(self, content: object) -> None:
         """Answer 200 with JSON."""
-        self.send(request, json.dumps(content).encode())
+        self.send(json.dumps(content).encode())
 
-    def send(self, request: BaseHTTPRequestHandler, body: bytes, commit: str = COMMIT) -> None:
+    def send(self, body: bytes, commit: str = COMMIT) -> None:
         """Answer 200 with a body; HEAD gets the headers only. A byte range is honoured."""
         etag = hashlib.sha1(body, usedforsecurity=False).hexdigest()
-        total, first = len(body), 0
-        wanted = request.headers.get("Range")
-        if wanted:
+        total, headers = len(body), {"ETag": f'"{etag}"', "X-Repo-Commit": commit}
+        if wanted := self.headers.get("Range"):
             start, _, end = wanted.removeprefix("bytes=").partition("-")
-            first = int(start)
-            body = body[first : int(end) + 1 if end else None]
-        request.send_response(206 if wanted else 200)
-        request.send_header("Content-Length", str(len(body)))
-        if wanted:
-            request.send_header("Content-Range", f"bytes {first}-{first + len(body) - 1}/{total}")
-        request.send_header("ETag", f'"{etag}"')
-        request.send_header("X-Repo-Commit", commit)
-        request.end_headers()
-        if request.command != "HEAD":
-            request.wfile.write(body)
+            body = body[int(start) : int(end) + 1 if end else None]
+            last = int(start) + len(body) - 1
+            headers["Content-Range"] = f"bytes {start}-{last}/{total}"
+        self.answer(206 if wanted else 200, body, headers)
 
-    def refuse(
-        self,
-        request: BaseHTTPRequestHandler,
-        status: int,
-        code: str,
-        message: str = "",
-        **headers: str,
-    ) -> None:
+    def refuse(self, status: int, code: str, message: str = "") -> None:
         """Answer with one of the Hub's error codes."""
-        request.send_response(status)
-        request.send_header("X-Error-Code", code)
-        request.send_header("X-Error-Message", message or code)
-        for name, value in headers.items():
-            request.send_header(name.replace("_", "-"), value)
-        request.send_header("Content-Length", "0")
-        request.end_headers()
+        self.answer(status, b"", {"X-Error-Code": code, "X-Error-Message": message or code})
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        """Send an answer."""
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def listing(files: dict[str, bytes], path: str, *, flat: bool) -> list[dict[str, object]]:
+    """The files below a folder, or, flat, its files and folders."""
+    inside = [it for it in sorted(files) if not path or it.startswith(path + "/")]
+    if not flat:
+        return [entry(it, files[it]) for it in inside]
+    depth = len(path.split("/")) if path else 0
+    folders = {"/".join(it.split("/")[: depth + 1]) for it in inside} - set(inside)
+    made = [{"type": "directory", "size": 0, "oid": COMMIT, "path": it} for it in sorted(folders)]
+    return made + [entry(it, files[it]) for it in inside if it.count("/") == depth]
+
+
+def entry(path: str, content: bytes) -> dict[str, object]:
+    """A file in a listing."""
+    about = {"type": "file", "path": path, "size": len(content), "oid": git_oid(content)}
+    if path.endswith(LFS):
+        sha256 = hashlib.sha256(content).hexdigest()
+        about["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 134}
+    return about
+
+
+def mode(path: str, files: dict[str, bytes]) -> dict[str, object]:
+    """How a file is to be sent, and what it is now."""
+    known = {"path": path, "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+    if path.endswith(LFS):
+        known["uploadMode"] = "lfs"
+    if path in files:
+        large = path.endswith(LFS)
+        content = files[path]
+        known["oid"] = hashlib.sha256(content).hexdigest() if large else git_oid(content)
+    return known

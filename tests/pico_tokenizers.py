@@ -2,10 +2,10 @@
 """Pico tokenizers of every kind that a GGUF file can hold, trained on our text."""
 
 import json
+from functools import partial
 
 from tokenizers import (
     AddedToken,
-    Regex,
     Tokenizer,
     decoders,
     models,
@@ -15,13 +15,13 @@ from tokenizers import (
 )
 
 from cmoe_hf.conversion.demo import CALIBRATION
-from cmoe_hf.conversion.share.gguf_vocabulary import CONTRACTIONS, REST, TEKKEN, WORDS
+from cmoe_hf.conversion.share.gguf_vocabulary import PRE_TOKENIZERS
 
 
-def byte_level(*steps, **options):
+def byte_level(splitter, **options):
     """A tokenizer that splits texts like this, trained on our text."""
     tokenizer = Tokenizer(models.BPE(**options))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps]) if len(steps) > 1 else steps[0]
+    tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=900,
@@ -31,14 +31,6 @@ def byte_level(*steps, **options):
     )
     tokenizer.train([str(CALIBRATION)], trainer)
     return tokenizer
-
-
-def split(expression):
-    """What Llama 3 and Qwen2 do before they merge."""
-    return (
-        pre_tokenizers.Split(Regex(expression), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    )
 
 
 def sentencepiece():
@@ -62,10 +54,6 @@ def sentencepiece():
     return Tokenizer.from_str(json.dumps(made))
 
 
-ENGLISH = pre_tokenizers.ByteLevel(add_prefix_space=False)
-GROUPS_OF_THREE = split(CONTRACTIONS + WORDS + r"\p{N}{1,3}|" + REST)
-
-
 def with_added_tokens(make):
     """Its vocabulary has tokens that overlap, and ordinary words."""
     tokenizer = make()
@@ -75,12 +63,10 @@ def with_added_tokens(make):
 
 
 TOKENIZERS = {
-    "gpt-2": lambda: byte_level(ENGLISH),
-    "smollm": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True), ENGLISH),
-    "qwen2": lambda: byte_level(*split(CONTRACTIONS + WORDS + r"\p{N}|" + REST)),
-    "dbrx": lambda: byte_level(*GROUPS_OF_THREE),
-    "llama-bpe": lambda: byte_level(*GROUPS_OF_THREE, ignore_merges=True),
-    "tekken": lambda: byte_level(*split(TEKKEN), ignore_merges=True),
+    **{
+        name: partial(byte_level, splitter, ignore_merges=whole_words)
+        for name, (splitter, whole_words) in PRE_TOKENIZERS.items()
+    },
     "default": sentencepiece,
     "gpt-2, added tokens": lambda: with_added_tokens(TOKENIZERS["gpt-2"]),
     "default, added tokens": lambda: with_added_tokens(sentencepiece),

@@ -120,13 +120,18 @@ def test_ffn_biases_and_quantised_weights_are_refused(dense_copy, no_leftovers, 
     refused(run(dense_copy, no_leftovers), 2, "quantised (gptq)")
 
 
-def test_a_missing_or_truncated_shard(sharded, no_leftovers):
+def test_a_truncated_and_a_missing_shard(sharded, no_leftovers):
     shard = sorted(sharded.glob("*.safetensors"))[1]
-    for content in (shard.read_bytes()[:-100], b"", b"not safetensors", b"\xff" * 64):
-        shard.write_bytes(content)
-        refused(run(sharded, no_leftovers), 2, f"shard {shard.name} is corrupt or truncated")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused(run(sharded, no_leftovers), 2, f"shard {shard.name} is corrupt or truncated")
     shard.unlink()
     refused(run(sharded, no_leftovers), 2, f"shard {shard.name} is missing")
+
+
+def test_a_corrupt_shard(dense_copy, no_leftovers):
+    for content in (b"", b"not safetensors", b"\xff" * 64):
+        (dense_copy / "model.safetensors").write_bytes(content)
+        refused(run(dense_copy, no_leftovers), 2, "model.safetensors is corrupt or truncated")
 
 
 def test_a_flipped_byte_in_a_shard_header(dense_copy, tmp_path):
@@ -137,7 +142,7 @@ def test_a_flipped_byte_in_a_shard_header(dense_copy, tmp_path):
     header = 8 + struct.unpack("<Q", whole[:8])[0]
     generator = random.Random(0)
     refusals = 0
-    for _ in range(150):
+    for _ in range(60):
         damaged = bytearray(whole)
         damaged[generator.randrange(header)] ^= 1 << generator.randrange(8)
         path.write_bytes(damaged)
@@ -146,7 +151,7 @@ def test_a_flipped_byte_in_a_shard_header(dense_copy, tmp_path):
         except CMoEError as error:
             assert re.search(r"shard|tensor", str(error)), error
             refusals += 1
-    assert refusals > 100
+    assert refusals > 40
 
 
 def test_a_tensor_in_two_shards(sharded, no_leftovers):
@@ -250,25 +255,17 @@ def test_an_existing_output_is_never_overwritten_unasked(dense, tmp_path):
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
 
 
-def test_overwrite_replaces_a_model_and_an_empty_folder_is_fine(dense, tmp_path):
+def test_overwrite_replaces_a_model_unless_it_fails(dense, dense_copy, tmp_path):
     out = tmp_path / "out"
-    out.mkdir()
+    out.mkdir()  # an empty folder is fine
     assert run(dense, out).exit_code == 0
     first = (out / "config.json").read_bytes()
     (out / "old-file").write_text("")
     assert run(dense, out, "--overwrite", active=3).exit_code == 0
-    assert (out / "config.json").read_bytes() != first
-    assert not (out / "old-file").exists()
-    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
-
-
-def test_a_failed_overwrite_leaves_the_old_model(dense, dense_copy, tmp_path):
-    out = tmp_path / "out"
-    assert run(dense, out).exit_code == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    change_weights(
-        dense_copy, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(1e38)
-    )
+    assert before["config.json"] != first and "old-file" not in before
+    name = "model.layers.0.mlp.up_proj.weight"
+    change_weights(dense_copy, lambda tensors: tensors[name].fill_(1e38))
     assert run(dense_copy, out, "--overwrite").exit_code == 1
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.glob("out*")] == ["out"]

@@ -4,7 +4,6 @@
 import pytest
 import torch
 from datasets import Dataset
-from test_model import COMPILERS
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.library
 @pytest.fixture(scope="module")
 def repo(embedded, carve):
     """The embedded default, carved S2A2E8."""
-    return carve(embedded, (2, 2, 8), samples=16, sequence_length=256)
+    return carve(embedded, (2, 2, 8), samples=16, sequence_length=256, dtype="float32")
 
 
 @pytest.fixture
@@ -51,20 +50,6 @@ def test_text_generation_pipeline(repo, model, tokenizer):
     [output] = generate("The class", max_new_tokens=8, do_sample=False)
     ids = slow_greedy(model, tokenizer("The class", return_tensors="pt")["input_ids"], 8)
     assert output["generated_text"] == tokenizer.decode(ids[0])
-
-
-def test_greedy_generation_with_each_cache_equals_decoding_without_one(model, prompt):
-    expected = slow_greedy(model, prompt["input_ids"], 16)
-    for cache in ("dynamic", "static"):
-        ids = model.generate(
-            **prompt,
-            do_sample=False,
-            max_new_tokens=16,
-            min_new_tokens=16,
-            eos_token_id=None,
-            cache_implementation=cache,
-        )
-        assert torch.equal(ids, expected), cache
 
 
 def test_generation_by_a_compiled_forward_method(repo, model, prompt):
@@ -189,11 +174,11 @@ def test_disk_offload(model, repo, prompt, tmp_path):
         )
 
 
-@pytest.mark.parametrize("compiler", COMPILERS)
-def test_compiled_without_graph_breaks(carved, token_ids, compiler):
+@pytest.mark.thorough
+def test_compiled_by_inductor_without_graph_breaks(carved, token_ids):
     model = AutoModelForCausalLM.from_pretrained(carved, experts_implementation="grouped_mm")
     with torch.no_grad():
         expected = model.eval()(token_ids, use_cache=False).logits
-        compiled = torch.compile(model, fullgraph=True, backend=compiler)
+        compiled = torch.compile(model, fullgraph=True)
         logits = compiled(token_ids, use_cache=False).logits
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)

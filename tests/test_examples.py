@@ -126,7 +126,9 @@ def test_the_speed_map_fills_a_table(run_example, tmp_path):
     assert re.fullmatch(r"\d+\.\d\d of 3\.97", row[1]) and not any(row[2:])
 
 
-def test_the_comparison_with_vllm_would_notice_ignored_gates(embedded, carve, tmp_path):
+def test_the_comparison_with_vllm_would_notice_ignored_gates(
+    embedded, carve, tmp_path, run_example, capsys
+):
     example = runpy.run_path(str(EXAMPLES / "compare_with_vllm.py"))
     repository, drawn = carve(embedded, (1, 1, 8)), tmp_path / "drawn"
     example["draw_gates"](repository, drawn)
@@ -137,9 +139,6 @@ def test_the_comparison_with_vllm_would_notice_ignored_gates(embedded, carve, tm
     assert example["compare"](example["likeliest"](plain), plain) == (2, 0)
     same, largest = example["compare"](example["likeliest"](plain), gated)
     assert same == 0 and largest > 1
-
-
-def test_the_comparison_with_vllm_explains_itself(run_example, capsys):
     with pytest.raises(SystemExit, match="0"):
         run_example("compare_with_vllm.py", "--help")
     assert "--vllm-python" in capsys.readouterr().out

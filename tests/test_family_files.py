@@ -159,6 +159,8 @@ WAYS = [
     (family, how)
     for family, (kind, _) in FAMILIES.items()
     for how in ("carved", "saved", "published", "exported")
+    if how in ("carved", "exported")
+    or family in ("llama-2", "mistral-sliding", "qwen3-moe", "pythia")
     if how != "exported" or ARCHITECTURES[kind.model_type].differs is not None
 ]
 
@@ -193,7 +195,7 @@ def test_they_survive_the_way_from_the_hub(repositories, carve, hub):
     assert described(there) == described(AutoTokenizer.from_pretrained(source))
 
 
-@pytest.mark.parametrize("family", relatives_last(FAMILIES))
+@pytest.mark.parametrize("family", ["llama-2", "pythia"])
 def test_without_generation_settings_those_of_the_configuration_count(
     make_dense, carve, tmp_path, family
 ):

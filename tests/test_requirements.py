@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[1] / "requirements" / "beyond.py"
 
 
+@pytest.mark.thorough
 def test_releases_beyond_the_bounds_are_named(tmp_path):
     for name, version in {"torch": "99.0", "tqdm": "4.67.1"}.items():
         (tmp_path / name).mkdir()

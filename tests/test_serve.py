@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 from refusal import refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from cmoe_hf.conversion import RequestError
 from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.measure.llama_cpp import find_server
 
 openai = pytest.importorskip("openai")
 
@@ -41,15 +44,15 @@ def folder(embedded, carve, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def server(folder):
-    """Its URL; interrupted at the end, it must leave in peace."""
+@contextmanager
+def served(folder, *options):
+    """Serve in a process of its own, and give its URL. Interrupted, it must leave in peace."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "cmoe_hf.conversion.cli", "serve", str(folder)),
-            *("--host", "127.0.0.1", "--port", str(port)),
+            *("--host", "127.0.0.1", "--port", str(port), *options),
         ],
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
@@ -64,16 +67,18 @@ def server(folder):
         except OSError:
             time.sleep(0.2)
     assert process.poll() is None, process.communicate()[0]
-    yield f"http://127.0.0.1:{port}/v1"
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    try:
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in output, output
 
 
 @pytest.fixture(scope="module")
-def client(server):
-    with openai.OpenAI(base_url=server, api_key="none", max_retries=0, timeout=60) as client:
-        yield client
+def server(folder):
+    with served(folder) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -106,39 +111,45 @@ def chat(client, folder, prompt, **options):
     )
 
 
-def test_completion_and_chat_equal_generate(client, folder, expected):
-    for prompt in PROMPTS[:2]:
-        completion = ask(client, folder, prompt)
-        assert completion.choices[0].text == expected[prompt]
-        assert completion.usage.completion_tokens == 12
-        assert chat(client, folder, prompt).choices[0].message.content == expected[prompt]
-
-
-def test_streams_are_the_same_text_in_pieces(client, folder, expected):
-    prompt = PROMPTS[0]
-    texts = [part.choices[0].text for part in ask(client, folder, prompt, stream=True)]
-    parts = [part.choices for part in chat(client, folder, prompt, stream=True)]
-    for pieces in (texts, [choices[0].delta.content for choices in parts if choices]):
-        assert "".join(filter(None, pieces)) == expected[prompt] and len(pieces) > 3
-
-
-def test_five_clients_at_once(server, folder, expected):
+def test_five_clients_at_once_get_what_generate_says(server, folder, expected):
     def one(prompt):
         with openai.OpenAI(base_url=server, api_key="none", timeout=60) as client:
-            texts = [ask(client, folder, prompt).choices[0].text]
+            whole = ask(client, folder, prompt)
+            assert whole.usage.completion_tokens == 12
+            parts = [part.choices[0].text for part in ask(client, folder, prompt, stream=True)]
             stream = chat(client, folder, prompt, stream=True)
-            parts = [part.choices[0].delta.content for part in stream if part.choices]
-            return [*texts, "".join(filter(None, parts))]
+            deltas = [part.choices[0].delta.content for part in stream if part.choices]
+            assert len(parts) > 3 and len(deltas) > 3
+            answer = chat(client, folder, prompt).choices[0].message.content
+            pieces = ("".join(filter(None, it)) for it in (parts, deltas))
+            return [whole.choices[0].text, answer, *pieces]
 
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
         answers = list(pool.map(one, PROMPTS))
-    assert answers == [[expected[prompt]] * 2 for prompt in PROMPTS]
+    assert answers == [[expected[prompt]] * 4 for prompt in PROMPTS]
 
 
-def test_it_says_what_it_serves(client, folder):
-    assert [model.id for model in client.models.list()] == [str(folder)]
-    with pytest.raises(openai.BadRequestError):
-        ask(client, "another", PROMPTS[0])
+def test_it_says_what_it_serves(server, folder):
+    with openai.OpenAI(base_url=server, api_key="none", max_retries=0, timeout=60) as client:
+        assert [model.id for model in client.models.list()] == [str(folder)]
+        with pytest.raises(openai.BadRequestError):
+            ask(client, "another", PROMPTS[0])
+
+
+@pytest.mark.thorough
+def test_llama_cpp_answers_a_chat(folder, expected):
+    try:
+        find_server()
+    except RequestError as reason:
+        pytest.skip(str(reason))
+    prompt = PROMPTS[2]
+    with (
+        served(folder, "--engine", "llama.cpp", "-c", "256") as url,
+        openai.OpenAI(base_url=url, api_key="none", max_retries=60) as client,
+    ):
+        answer = chat(client, folder, prompt).choices[0].message.content
+        assert answer == expected[prompt]
+        assert [model.id for model in client.models.list()] == [str(folder)]
 
 
 def test_bad_requests(tmp_path, dense_copy):
@@ -146,6 +157,9 @@ def test_bad_requests(tmp_path, dense_copy):
         return CliRunner().invoke(app, ["serve", str(model), *options])
 
     refused(invoke(tmp_path / "absent"), 2, "neither a folder nor the id")
+    refused(invoke("x", "--engine", "ollama"), 2, "no engine 'ollama'")
+    gguf = tmp_path / "x.gguf"
+    refused(invoke(gguf, "--engine", "llama.cpp"), 2, "there is no file")
     refused(invoke("org/name@main"), 2, "takes what follows an @ for a revision")
     refused(invoke(dense_copy, "--nonsense"), 2, "No such option")
     (dense_copy / "tokenizer.json").unlink()

@@ -46,16 +46,14 @@ def test_a_small_model_is_one_file_as_the_library_would_write_it(dense, carve, t
         assert path.read_bytes() == save(load_file(path), metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("size", ["600KB", "100 KiB", "20kb", 1])
+@pytest.mark.parametrize("size", ["600KB", "100 KiB", 1])
 def test_a_large_one_is_several_files_of_the_size_asked_for(dense, carve, carved, tmp_path, size):
-    limit = {"600KB": 600_000, "100 KiB": 102_400, "20kb": 20_000, 1: 1}[size]
-    folders = [carve(dense, max_shard_size=size), tmp_path / "native", tmp_path / "tuned"]
-    option = ["--max-shard-size", size]
-    assert command("export", carved, folders[1], *option).exit_code == 0
+    limit = {"600KB": 600_000, "100 KiB": 102_400, 1: 1}[size]
+    folders, option = [carve(dense, max_shard_size=size)], ["--max-shard-size", size]
     if size == "600KB":
+        folders += [tmp_path / "native", tmp_path / "tuned"]
+        assert command("export", carved, folders[1], *option).exit_code == 0
         assert recover(carved, folders[2], *option).exit_code == 0
-    else:
-        del folders[2]
     for folder in folders:
         found, largest = sizes(folder)
         assert len(found) > 1 and all(size <= max(limit, largest) for size in found.values())
@@ -70,22 +68,15 @@ def test_a_large_one_is_several_files_of_the_size_asked_for(dense, carve, carved
         assert not index["weight_map"]
         _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not any(info.values())
-    assert weights(carve(dense, max_shard_size=size)) == weights(folders[0])
 
 
-def test_the_files_do_not_change_the_tensors(dense, carve, carved, tensors, tmp_path):
-    split = tensors(carve(dense, max_shard_size="50KB"))
-    whole = tensors(carved)
+def test_the_files_do_not_change_the_tensors(dense, carve, carved, tensors):
+    whole, split = tensors(carved), tensors(carve(dense, max_shard_size="100 KiB"))
     assert whole.keys() == split.keys()
     assert all(torch.equal(whole[name], split[name]) for name in whole)
-    for name, size in (("one", "5GB"), ("many", "50KB")):
-        result = command("export", carved, tmp_path / name, "--max-shard-size", size)
-        assert result.exit_code == 0, result.stderr
-    one, many = tensors(tmp_path / "one"), tensors(tmp_path / "many")
-    assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
 
 
-@pytest.mark.parametrize("size", ["5GB", "150KB"])
+@pytest.mark.parametrize("size", [pytest.param("5GB", marks=pytest.mark.thorough), "600KB"])
 def test_interrupted_at_any_write_it_resumes_to_the_same_bytes(dense, carve, tmp_path, size):
     expected = weights(carve(dense, max_shard_size=size))
     names = ["windows.safetensors", *sorted(expected), "states-1.safetensors", "manifest.json"]

@@ -21,7 +21,7 @@ FEW = {"calibration": CALIBRATION, "text": SHORT, "samples": 4, "sequence_length
 def swept(dense, tmp_path_factory):
     """Two shapes of one activation ratio, with speed; the models are kept."""
     output = tmp_path_factory.mktemp("sweep") / "out"
-    result = sweep(dense, output, grid=["S1A2E4", "S2A1E4"], rounds=2, keep=True, **FEW)
+    result = sweep(dense, output, grid=["S1A2E4", "S2A1E4"], rounds=1, keep=True, **FEW)
     return output, result
 
 
@@ -39,33 +39,24 @@ def test_the_rows_are_what_the_single_commands_measure(swept, dense):
         assert row.speedup.keys() == {"ffn", "prefill", "decode"}
         # Three quarters of the weights, and the router.
         assert row.roofline_speedup["ffn"] == pytest.approx(1.32, rel=0.01)
-
-
-def test_table_and_plot_lie_beside_the_json(swept):
-    output, result = swept
     table = (output / "sweep.md").read_text()
     assert table.count("\n| ") == 6  # head, rule, dense, three shapes
-    for row in result.rows:
-        assert f"{row.perplexity:.2f}" in table
-    assert (output / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert all(f"{row.perplexity:.2f}" in table for row in result.rows)
     assert str(output.parent) not in table
+    assert (output / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_measured_is_not_measured_again(swept, dense):
     output, result = swept
     before = json.loads((output / "sweep.json").read_text())["measured"]
     grid = ["S1A2E4", "S2A1E4", "S1A1E4"]
-    larger = sweep(dense, output, grid=grid, rounds=2, keep=True, **FEW)
+    larger = sweep(dense, output, grid=grid, rounds=1, keep=True, **FEW)
     after = json.loads((output / "sweep.json").read_text())["measured"]
     assert {key: after[key] for key in before} == before  # times, too
-    assert [row.notation for row in larger.rows] == [
-        "S1A1E4",
-        "S2A0E4",
-        "S1A2E4",
-        "S2A1E4",
-        "S3A0E4",
-    ]
+    assert [row.notation for row in larger.rows[:2]] == ["S1A1E4", "S2A0E4"]
     assert larger.rows[2:] == result.rows
+    with pytest.raises(RequestError, match="seed was 0 in the sweep"):
+        sweep(dense, output, grid=["S1A2E4"], rounds=1, seed=1, **FEW)
 
 
 def test_a_budget_beside_static_pruning_of_the_same_layers(make_dense, tmp_path):
@@ -96,16 +87,8 @@ def test_killed_it_goes_on(swept, processes, dense, tmp_path):
     result = sweep(**arguments)
     assert [row.perplexity for row in result.rows] == [row.perplexity for row in swept[1].rows]
     assert all(row.speedup == {} for row in result.rows)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "sweep.json",
-        "sweep.md",
-        "sweep.png",
-    ]
-
-
-def test_another_protocol_is_refused(swept, dense):
-    with pytest.raises(RequestError, match="seed was 0 in the sweep"):
-        sweep(dense, swept[0], grid=["S1A2E4"], rounds=2, seed=1, **FEW)
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"sweep.json", "sweep.md", "sweep.png"}
 
 
 def test_the_command(dense, tmp_path):

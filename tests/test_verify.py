@@ -23,7 +23,7 @@ from cmoe_hf.conversion.errors import CMoEError, RequestError
 from cmoe_hf.conversion.folder import outputs
 from cmoe_hf.conversion.folder.card import stated_hashes
 from cmoe_hf.conversion.folder.layerwise import WorkFolder
-from cmoe_hf.conversion.folder.selection import code_of_type
+from cmoe_hf.conversion.folder.remote_code import code_of_type
 from cmoe_hf.conversion.folder.unfinished import sha256_of
 from cmoe_hf.modeling_cmoe import TESTED
 
@@ -111,7 +111,7 @@ def test_changed_weights_are_not_as_carved(carved_copy):
 def test_large_models_are_read_from_the_disk(make_dense, carve, monkeypatch, family):
     carved = carve(make_dense(family))
     monkeypatch.setattr(outputs, "IN_MEMORY", 0)
-    assert outputs.placement(carved)["model.layers"] == "disk"
+    assert "disk" in outputs.placement(carved).values()
     assert verify(carved).as_carved
 
 

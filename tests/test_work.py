@@ -175,15 +175,14 @@ def test_activations_on_the_disk_change_nothing(dense, carved, tmp_path):
     assert result.calibration_tokens == 256
 
 
-def test_a_plan_writes_nothing_and_predicts_the_disk(embedded, tmp_path):
-    planned = plan(embedded, tmp_path / "out", budget=0.5, experts=8, calibration=CALIBRATION)
+def test_a_plan_writes_nothing_and_predicts_the_disk(dense, carved, tmp_path):
+    planned = plan(dense, tmp_path / "out", **SHAPE, **FEW)
     assert not list(tmp_path.iterdir())
-    assert planned.notation == "S2A2E8" and planned.layers == 4
+    assert planned.notation == "S2A2E8" and planned.layers == 2
     assert planned.ffn_width == 8 * planned.expert_width
-    assert planned.refit_order == 384
-    assert planned.seconds > 0 and planned.warnings == []
-    convert(embedded, tmp_path / "out", budget=0.5, experts=8, calibration=CALIBRATION)
-    used = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert planned.refit_order == 96
+    assert planned.seconds > 0
+    used = sum(path.stat().st_size for path in carved.iterdir())
     assert planned.disk_bytes == pytest.approx(used, rel=0.05)
 
 

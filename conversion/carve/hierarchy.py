@@ -97,7 +97,7 @@ class MoEWalk(Walk):
         # The dense down projection ran for all tokens: it is no sample.
         figures["seconds"] = with_totals(clock.seconds, 1)
         rest["mlp.gate.parent_weight"] = rest.pop(router)
-        prefix = self.arch.carved_layer(index)
+        prefix = self.arch.layer_prefix.format(index)
         return {prefix + name: tensor for name, tensor in (rest | carved).items()}, figures
 
     def carve_experts(

@@ -323,7 +323,7 @@ def layer_figures(carved: CarvedLayer, profile: Profile, sample_TH: torch.Tensor
 
     `sample_TH` is the dense FFN's output for the first tokens.
     """
-    parts = carved.partition
+    parts, ran_N = carved.partition, carved.run_TN.any(dim=0).cpu()
     rate_F = activation_rates(profile.marks_TK, carved.ffn.width)
     quartiles = torch.linspace(0, 1, 5, dtype=rate_F.dtype)
     names = ("min", "q25", "median", "q75", "max")
@@ -332,8 +332,7 @@ def layer_figures(carved: CarvedLayer, profile: Profile, sample_TH: torch.Tensor
         "marks_on_shared": rate_F[parts.shared_S].sum().item() / rate_F.sum().item(),
         "shared_neurons": len(parts.shared_S),
         "pinned_experts": parts.always_on,
-        "refit_order": len(parts.shared_S)
-        + parts.experts_NM[carved.run_TN.any(dim=0).cpu()].numel(),
+        "refit_order": len(parts.shared_S) + parts.experts_NM[ran_N].numel(),
         "expert_sizes": [len(ids_M) for ids_M in parts.experts_NM],
         "expert_loads": carved.run_TN.float().mean(dim=0).tolist(),
         "clustering_iterations": parts.iterations,

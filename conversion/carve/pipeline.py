@@ -111,7 +111,7 @@ class ModelWalk(Walk):
         with clock("slicing"):
             if carved is not None:
                 tensors = stored_tensors(self.arch, tensors, carved)
-        prefix = self.arch.carved_layer(index)
+        prefix = self.arch.layer_prefix.format(index)
         figures["seconds"] = with_totals(clock.seconds, self.streams.tokens)
         return {prefix + name: tensor for name, tensor in tensors.items()}, figures
 

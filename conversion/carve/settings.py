@@ -3,13 +3,13 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from ..device import check_dtype
-from ..errors import RequestError
+from ..errors import RequestError, check_at_least
 from ..source.checkpoint import local_name
 from ..source.texts import absolute_text
 from .polish import Schedule
@@ -113,49 +113,35 @@ class Settings(CarvingOptions):
             )
         check_dtype(self.dtype)
         shard_bytes(self.max_shard_size)
-        for name in ("samples", "sequence_length", "k_act"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RequestError(f"{name} is {value}; it must be at least 1.")
+        lengths = {"samples": self.samples, "sequence_length": self.sequence_length}
+        check_at_least(1, k_act=self.k_act, **lengths)
 
     @property
     def shape(self) -> Shape | None:
         """S, A and E; None if the model decides, see `shape_for`. Raises `RequestError`."""
-        if self.budget is not None:
-            if self.active is not None:
+        if self.budget is None:
+            if self.experts is None:
+                raise RequestError("say into how many experts: --experts; or only --budget.")
+            if self.shared is None or self.active is None:
                 raise RequestError(
-                    "--budget decides how many experts are active: leave out --active."
+                    "say how much of the FFN runs: --shared and --active, or --budget."
                 )
-            if self.experts is not None:
-                return Shape.within(self.budget, self.shared, self.experts)
-            if self.shared is not None:
-                raise RequestError("--shared needs --experts: shared ones of how many?")
-            return None
-        if self.experts is None:
-            raise RequestError("say into how many experts: --experts; or only --budget.")
-        if self.shared is None or self.active is None:
-            raise RequestError("say how much of the FFN runs: --shared and --active, or --budget.")
-        return Shape(self.shared, self.active, self.experts)
+            return Shape(self.shared, self.active, self.experts)
+        if self.active is not None:
+            raise RequestError("--budget decides how many experts are active: leave out --active.")
+        if self.experts is not None:
+            return Shape.within(self.budget, self.shared, self.experts)
+        if self.shared is not None:
+            raise RequestError("--shared needs --experts: shared ones of how many?")
+        return None
 
     def shape_for(self, layers: int, width: int) -> tuple[Shape, tuple[int, ...]]:
-        """The shape in a model of `layers` FFNs of `width` neurons, and the layers that stay dense.
-
-        Raises `RequestError`.
-        """
+        """Return the shape in a model of `layers` FFNs of `width` neurons, and its dense layers."""
         dense, shape = layer_numbers(self.dense_layers), self.shape
         if shape is not None:
             return shape, dense
         assert self.budget is not None  # or there would be a shape
         return Shape.spread(self.budget, layers, width, dense or None)
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """The inverse of `record`."""
-        return cls(**{**record, "recipe": Recipe.from_record(record["recipe"])})
-
-    def record(self) -> dict[str, Any]:
-        """As plain data."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -169,18 +155,18 @@ class ConvertOptions(Settings):
 
 
 def absolute(name: str | Path) -> str:
-    """The absolute path of something that exists, or the name as it is."""
+    """Return the absolute path of something that exists, or the name as it is."""
     path = Path(name).expanduser()
-    return str(path.absolute()) if path.exists() else str(name)
+    return str(path.absolute() if path.exists() else name)
 
 
 def public_name(name: str | Path) -> str:
-    """What may be told of something that `absolute` named: of a path, its last part only."""
+    """Return the name that may be published: of an absolute path, its last part."""
     return local_name(Path(os.path.normpath(name)))[0] if Path(name).is_absolute() else str(name)
 
 
 def shard_bytes(size: str | int) -> int:
-    """`"500MB"`, `"2GiB"` or a number of bytes as bytes. Raises `RequestError` for others."""
+    """Return `"500MB"`, `"2GiB"` or a number as bytes. Raise `RequestError` for others."""
     found = _SIZE.fullmatch(str(size).strip().lower())
     count = int(float(found[1]) * _UNITS[found[2]]) if found else 0
     if count < 1:
@@ -192,7 +178,7 @@ def shard_bytes(size: str | int) -> int:
 
 
 def layer_numbers(layers: str | Iterable[int]) -> tuple[int, ...]:
-    """`"0,29"` as numbers, ascending, each once. Raises `RequestError`."""
+    """Return `"0,29"` as numbers, ascending, each once. Raise `RequestError` for others."""
     numbers = layers.split(",") if isinstance(layers, str) else layers
     try:
         return tuple(sorted({int(number) for number in numbers if str(number).strip()}))

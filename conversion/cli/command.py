@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, NamedTuple, Self, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 import yaml
@@ -61,48 +61,46 @@ COMMON = (
 )
 
 
-class Input(NamedTuple):
-    """An argument or an option of a command, made of a field."""
+def command_line_types(options: type) -> dict[str, Any]:
+    """Return the types of a dataclass's fields; of a union, the first one."""
+    hints = get_type_hints(options).items()
+    return {key: get_args(it)[0] if get_origin(it) is UnionType else it for key, it in hints}
 
-    parameter: inspect.Parameter
-    item: Callable[[str], Any] | None
-    """What makes an element of a list, where commas separate them."""
 
-    @classmethod
-    def of(cls, field: Field[Any], kind: Any, text: str, optional: bool) -> Self:
-        """Make it. Of a union, the first type is what the command line takes."""
-        kind = get_args(kind)[0] if get_origin(kind) is UnionType else kind
-        default = None if field.default is MISSING else field.default
-        is_list = get_origin(kind) is Sequence
-        name, item, flags = NAMES.get(field.name, field.name), None, []
-        about: Any
-        if not field.kw_only:
-            name = "out" if name == "output" else name
-            kind = list[str] if is_list else kind
-            if field.default is MISSING and not optional:
-                default = inspect.Parameter.empty
-            about = typer.Argument(help=escape(text))
-        else:
-            if is_list:
-                [item], kind = get_args(kind), str
-                default = default and ",".join(map(str, default))
-            if kind is bool:
-                on = flag(field.name)
-                flags = [f"{on}/--no-{on[2:]}" if default else on]
-            about = typer.Option(*flags, help=escape(text))
-        return cls(parameter(name, kind | None if default is None else kind, default, about), item)
+def parameter_of(field: Field[Any], kind: Any, text: str, optional: bool) -> inspect.Parameter:
+    """Return the argument of a positional field, or the option of another.
 
-    def read(self, value: Any) -> Any:
-        """Return a value of the command line as the field takes it. Raises `RequestError`."""
-        if self.item is None:
-            return value
-        try:
-            return [self.item(each.strip()) for each in value.split(",") if each.strip()]
-        except ValueError as error:
-            option = flag(self.parameter.name)
-            raise RequestError(
-                f"{option} {value} is not a list of numbers such as 1,8,64."
-            ) from error
+    Commas separate the elements of an option.
+    """
+    default = None if field.default is MISSING else field.default
+    is_list, flags = get_origin(kind) is Sequence, []
+    if not field.kw_only:
+        kind = list[str] if is_list else kind
+        if field.default is MISSING and not optional:
+            default = inspect.Parameter.empty
+    elif is_list:
+        kind, default = str, default and ",".join(map(str, default))
+    elif kind is bool:
+        on = flag(field.name)
+        flags = [f"{on}/--no-{on[2:]}" if default else on]
+    about: Any = typer.Option if field.kw_only else typer.Argument
+    name = NAMES.get(field.name, field.name)
+    name = "out" if name == "output" and not field.kw_only else name
+    kind = kind | None if default is None else kind
+    return parameter(name, kind, default, about(*flags, help=escape(text)))
+
+
+def value_of(key: str, kind: Any, value: Any) -> Any:
+    """Return a value of the command line as its field takes it. Raises `RequestError`."""
+    if not isinstance(value, str) or get_origin(kind) is not Sequence:
+        return value
+    [item] = get_args(kind)
+    try:
+        return [item(each.strip()) for each in value.split(",") if each.strip()]
+    except ValueError as error:
+        raise RequestError(
+            f"{flag(key)} {value} is not a list of numbers such as 1,8,64."
+        ) from error
 
 
 def flag(name: str) -> str:
@@ -122,24 +120,24 @@ def command(
     keywords. Positional fields without a default are required unless they are named `optional`.
     With `passes_on`, the last argument takes the options of another program.
     """
-    inputs: dict[str, Input] = {}
+    inputs: dict[str, inspect.Parameter] = {}
+    hints: dict[str, Any] = {}
     for kind in options:
-        own, hints = {field.name: field for field in fields(kind)}, get_type_hints(kind)
+        own, hints = {field.name: field for field in fields(kind)}, command_line_types(kind) | hints
         for key, text in option_texts(kind).items():
-            is_nested = any(each in options for each in get_args(hints[key]))
-            if key not in inputs and not is_nested:
-                inputs[key] = Input.of(own[key], hints[key], text, key in optional)
+            if key not in inputs and hints[key] not in options:
+                inputs[key] = parameter_of(own[key], hints[key], text, key in optional)
     by_name, common = inspect.Parameter.KEYWORD_ONLY, COMMON[-1:] if passes_on else COMMON
     context = inspect.Parameter("typer_context", by_name, annotation=typer.Context)
-    parameters = [context, *(each.parameter for each in inputs.values()), *common]
+    parameters = [context, *inputs.values(), *common]
 
     def decorate(function: Command) -> Command:
         def run(typer_context: typer.Context, **values: Any) -> None:
             with reporting(values["debug"]):
                 given = {
-                    key: each.read(values[each.parameter.name])
+                    key: value_of(key, hints[key], values[each.name])
                     for key, each in inputs.items()
-                    if is_given(typer_context, each.parameter.name)
+                    if is_given(typer_context, each.name)
                 }
                 result, shown, status = function(**given) or Printed(None, [])
                 if result is not None and values["json"]:

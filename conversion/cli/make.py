@@ -101,49 +101,42 @@ def _changes(pairs: list[str]) -> dict[str, Any]:
     """Return `KEY=VALUE` pairs as a dictionary, with values that are numbers or YAML."""
     changes = {}
     for pair in pairs:
-        key, equals, value = pair.partition("=")
+        key, equals, text = pair.partition("=")
         if not equals:
             raise RequestError(f"--change {pair} is not of the form KEY=VALUE.")
-        changes[key.strip().replace("-", "_")] = _value(pair, value)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RequestError(f"--change {pair} has no value that can be read.") from error
+        if isinstance(value, str):
+            with suppress(ValueError):  # YAML takes 1e-3 for a word
+                value = float(value)
+        changes[key.strip().replace("-", "_")] = value
     return changes
 
 
-def _value(pair: str, value: str) -> Any:
-    for number in (int, float):  # YAML takes 1e-3 for a word
-        with suppress(ValueError):
-            return number(value)
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RequestError(f"--change {pair} has no value that can be read.") from error
-
-
-def _plan_table(model: str, planned: Plan) -> Table:
-    def size(count: float) -> str:
-        return f"{count / 1e9:.2f} GB"
-
-    gain = f"about {planned.speedup_expected:.1f} on a CPU"
-    if planned.speedup_expected < 1.05:
+def _plan_table(model: str, it: Plan) -> Table:
+    gain = f"about {it.speedup_expected:.1f} on a CPU"
+    if it.speedup_expected < 1.05:
         gain = "no gain to be had on a CPU"
+    disk, working = it.disk_bytes / 1e9, (it.disk_bytes + it.work_bytes) / 1e9
+    peak, available = it.peak_memory_bytes / 1e9, it.memory_available_bytes / 1e9
     rows = {
-        "layers": f"{planned.layers} of hidden size {planned.hidden_size}",
-        "FFN width": f"{planned.ffn_width} = experts of {planned.expert_width} neurons",
-        "parameters": f"{planned.parameters:,}",
-        "run for a token": f"{planned.active_parameters:,} "
-        f"({planned.activation_ratio:.1%} of the FFN neurons)",
-        "decoding": f"at most {planned.speedup_bound:.2f} times as fast as the dense model, {gain}",
-        "calibration tokens": f"{planned.calibration_tokens:,}, activations in "
-        f"{planned.activations}",
-        "disk for the result": size(planned.disk_bytes),
-        "disk while working": size(planned.disk_bytes + planned.work_bytes)
-        + f" ({size(planned.disk_free_bytes)} free)",
-        "peak memory": size(planned.peak_memory_bytes)
-        + f" ({size(planned.memory_available_bytes)} available)",
-        "time": f"about {planned.seconds / 60:.0f} minutes on {planned.device}",
+        "layers": f"{it.layers} of hidden size {it.hidden_size}",
+        "FFN width": f"{it.ffn_width} = experts of {it.expert_width} neurons",
+        "parameters": f"{it.parameters:,}",
+        "run for a token": f"{it.active_parameters:,} ({it.activation_ratio:.1%} of the FFN "
+        "neurons)",
+        "decoding": f"at most {it.speedup_bound:.2f} times as fast as the dense model, {gain}",
+        "calibration tokens": f"{it.calibration_tokens:,}, activations in {it.activations}",
+        "disk for the result": f"{disk:.2f} GB",
+        "disk while working": f"{working:.2f} GB ({it.disk_free_bytes / 1e9:.2f} GB free)",
+        "peak memory": f"{peak:.2f} GB ({available:.2f} GB available)",
+        "time": f"about {it.seconds / 60:.0f} minutes on {it.device}",
     }
-    if planned.warnings:
-        rows["warning"] = " ".join(planned.warnings)
-    return facts(f"{model} to {planned.notation}: nothing was written", rows)
+    if it.warnings:
+        rows["warning"] = " ".join(it.warnings)
+    return facts(f"{model} to {it.notation}: nothing was written", rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,22 +165,24 @@ def recover_command(
     return Printed(result, [_recovery_table(result)]) if is_main else None
 
 
+WHEN = ("before", "after", "after_without_bias")
+
+
 def _recovery_table(it: Recovery) -> Table:
     title = f"{it.notation} after {it.steps} steps on {it.training_tokens:,} tokens"
     made = table(title, "", "before", "after", "bias zero", caption=it.output)
-    without = it.perplexity_after_without_bias, it.imbalance_after_without_bias
-    for name, *values in (
-        ("perplexity", it.perplexity_before, it.perplexity_after, without[0]),
-        ("perplexity of the dense control", it.control_before, it.control_after),
-        ("log-perplexity gap to the dense model", it.gap_before, it.gap_after),
-        ("imbalance of the experts' loads", it.imbalance_before, it.imbalance_after, without[1]),
-        (
-            "the same on the training text",
-            it.training_imbalance_before,
-            it.training_imbalance_after,
-        ),
-        ("mean |u|", None, it.scale),
-        ("distance to the tuned dense model closed", None, it.closed),
+    for label, name in (
+        ("perplexity", "perplexity"),
+        ("perplexity of the dense control", "control"),
+        ("log-perplexity gap to the dense model", "gap"),
+        ("imbalance of the experts' loads", "imbalance"),
+        ("the same on the training text", "training_imbalance"),
     ):
-        made.add_row(name, *("" if value is None else f"{value:.3f}" for value in values))
+        made.add_row(label, *(_decimal(getattr(it, f"{name}_{when}", None)) for when in WHEN))
+    made.add_row("mean |u|", "", _decimal(it.scale))
+    made.add_row("distance to the tuned dense model closed", "", _decimal(it.closed))
     return made
+
+
+def _decimal(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

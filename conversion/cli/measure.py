@@ -2,6 +2,7 @@
 """The commands that measure models, and draw what they measure."""
 
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from rich.table import Table
 
 from ..errors import RequestError
 from ..measure.benchmark import BenchmarkOptions, benchmark
-from ..measure.engine import EnginePoint, GGUFBenchmarkOptions, benchmark_gguf
+from ..measure.engine import GGUFBenchmarkOptions, benchmark_gguf
 from ..measure.evaluate import EvaluateOptions, evaluate
 from ..measure.tasks import TaskEvaluation, TaskOptions, evaluate_tasks
-from ..measure.timing import LABELS, Point
+from ..measure.timing import LABELS, Comparison
 from ..share.gguf_file import export_gguf
 from ..show.figures import check_plot
 from ..show.figures import plot as draw
@@ -26,13 +27,12 @@ from .printing import Printed, agreement, facts, table
 @command("evaluate", EvaluateOptions, TaskOptions)
 def evaluate_command(model: str, **given: Any) -> Printed:
     """Measure tasks if some are named, or else perplexity."""
-    asked = {"model": model, **given}
     if "tasks" in given:
         check_only(given, TaskOptions, "is for perplexity: leave it or --tasks out.")
-        measured = evaluate_tasks(**asked)
+        measured = evaluate_tasks(model, **given)
         return Printed(measured, [_task_table(model, measured)])
     check_only(given, EvaluateOptions, "is for tasks: name some with --tasks.")
-    result = evaluate(**asked)
+    result = evaluate(model, **given)
     rows = {"perplexity": f"{result.perplexity:.3f}"}
     if result.baseline_perplexity is not None:
         rows["perplexity of the baseline"] = f"{result.baseline_perplexity:.3f}"
@@ -105,15 +105,17 @@ def benchmark_command(engine: str = Engine.engine, **given: Any) -> Printed:
     result = benchmark(**given)
     if file is not None:
         draw(result, Path(file))
-    made = _speed_table(
-        f"{result.model} {result.notation}: speed of carved relative to dense",
+    points = [
+        (f"{label}, batch {it.batch}" if name == "decode" else f"{label}, {it.tokens} tokens", it)
+        for name, label in LABELS.items()
+        for it in getattr(result, name)
+    ]
+    made = _speeds(
+        f"{result.model} {result.notation}: ",
         f"{result.device}, {result.threads} threads, {result.dtype}: "
         f"{result.bandwidth_gb_per_s:.3g} GB/s, {result.arithmetic_gflop_per_s:.3g} GFLOP/s",
+        points,
     )
-    for name, label in LABELS.items():
-        for point in getattr(result, name):
-            size = f"batch {point.batch}" if name == "decode" else f"{point.tokens} tokens"
-            _add_speed(made, f"{label}, {size}", point)
     return Printed(result, [made, *result.remarks])
 
 
@@ -135,28 +137,25 @@ def _in_llama_cpp(
                 files[name] = export_gguf(file, f"{folder}/{name}.gguf", type=type).output
         result = benchmark_gguf(files["carved"], files["dense"], **given)
     caption = f"{result.engine}, {result.device}, {result.threads} threads"
-    made = _speed_table("speed of carved relative to dense", caption)
-    for point in result.prefill:
-        _add_speed(made, f"prompt of {point.tokens} tokens", point)
-    for point in result.decode:
-        _add_speed(made, f"one token behind {point.tokens}", point)
-    return Printed(result, [made])
+    points = [(f"prompt of {it.tokens} tokens", it) for it in result.prefill]
+    points += [(f"one token behind {it.tokens}", it) for it in result.decode]
+    return Printed(result, [_speeds("", caption, points)])
 
 
-def _speed_table(title: str, caption: str) -> Table:
-    return table(title, "", "dense ms", "carved ms", "speed", "runs", "roofline", caption=caption)
-
-
-def _add_speed(made: Table, label: str, point: Point | EnginePoint) -> None:
-    made.add_row(
-        label,
-        f"{point.dense_ms:.3g}",
-        f"{point.carved_ms:.3g}",
-        f"{point.speedup:.2f}",
-        f"{point.speedup_low:.2f}-{point.speedup_high:.2f}",
-        f"{point.roofline_speedup:.2f}",
-        style="red" if point.speedup < 1 else None,
-    )
+def _speeds(of: str, caption: str, points: Iterable[tuple[str, Comparison]]) -> Table:
+    columns = ("", "dense ms", "carved ms", "speed", "runs", "roofline")
+    made = table(f"{of}speed of carved relative to dense", *columns, caption=caption)
+    for label, point in points:
+        made.add_row(
+            label,
+            f"{point.dense_ms:.3g}",
+            f"{point.carved_ms:.3g}",
+            f"{point.speedup:.2f}",
+            f"{point.speedup_low:.2f}-{point.speedup_high:.2f}",
+            f"{point.roofline_speedup:.2f}",
+            style="red" if point.speedup < 1 else None,
+        )
+    return made
 
 
 @command("sweep", SweepOptions)

@@ -47,12 +47,12 @@ def planned_tensors(
     with torch.device("meta"):
         # A copy: the library writes the choice of attention into it.
         state = arch.cmoe_model(copy.deepcopy(config)).state_dict()
-    stored = {arch.carved_name(name): CARVABLE[it.dtype] for name, it in source.tensors.items()}
+    stored = {name: CARVABLE[it.dtype] for name, it in source.tensors.items()}
     if arch.router:
         kept = {name: it for name, it in stored.items() if name.endswith(arch.router)}
         parent = "mlp.gate.parent_weight"
         stored |= {name.removesuffix(arch.router) + parent: it for name, it in kept.items()}
-    layers = arch.carved_name(arch.layer_prefix.partition("{")[0])
+    layers = arch.layer_prefix.partition("{")[0]
     parts: list[dict[str, torch.Tensor]] = [{} for _ in range(1 + config.num_hidden_layers)]
     for name, tensor in sorted(state.items()):
         is_inside = name.startswith(layers)

@@ -106,8 +106,10 @@ def placement(folder: Path) -> dict[str, str] | None:
                 sizes[name] = 4 * torch.Size(file.get_slice(name).get_shape()).numel()
     if sum(sizes.values()) <= IN_MEMORY:
         return None
-    outside = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
-    return {**dict.fromkeys(outside, "cpu"), "model.layers": "disk"}
+    [layers] = {name.partition(".layers.")[0] + ".layers" for name in sizes if ".layers." in name}
+    outside = {name.rpartition(".")[0] for name in sizes if not name.startswith(layers)}
+    decoder = layers.rpartition(".")[0]
+    return {**dict.fromkeys([*outside, f"{decoder}.rotary_emb", "lm_head"], "cpu"), layers: "disk"}
 
 
 def generate(model: Any, prompts: list[list[int]]) -> tuple[list[list[int]], list[torch.Tensor]]:

@@ -27,11 +27,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from cmoe_hf import CMoEConfig
+from cmoe_hf.families import repository_code
 
 from ..errors import CMoEError, RequestError
 from .json_utils import as_json
 from .paths import SUFFIX, check_apart, check_place, remove, replace_file, replace_folder, resolved
-from .selection import code_of
 
 SETTINGS = "settings.json"
 WINDOWS = "windows.safetensors"
@@ -177,6 +177,15 @@ class PartialFolder:
         work.log(f"resumed; {work.finished or 'nothing finished yet'}")
         return work
 
+    def recorded(self, name: str) -> Any:
+        """Return one of the settings. Raises `RequestError` if an older release wrote them."""
+        if name not in self.settings:
+            raise RequestError(
+                f"this {self.noun} was begun by an older release, whose notes cannot be read. "
+                "Start again with --overwrite."
+            )
+        return self.settings[name]
+
     def check_unchanged(self, found: Mapping[str, Any]) -> None:
         """Raise `RequestError` if one of these is not what the settings say."""
         for name, value in found.items():
@@ -267,7 +276,7 @@ class PartialFolder:
 
         Returns their names and SHA-256 hashes.
         """
-        code = code_of(family)
+        code = repository_code(family)
         for name, text in code.items():
             self.write_text(name, text)
         return {name: sha256_of(self.folder / name) for name in code}

@@ -18,7 +18,7 @@ from ..source.calibration import WHOLE_CHARACTERS, read_tokens
 from ..source.checkpoint import find_model
 from ..source.loading import load_config, load_model, window_length
 from ..source.texts import open_text
-from .routing import check_flat, sparse_blocks
+from .routing import check_dense, check_flat, sparse_blocks
 from .shapes import dense_twin, random_carved, random_model, shape_config
 from .timing import DECODE_STEPS, LABELS, Bench, Point
 
@@ -95,38 +95,32 @@ def benchmark(options: BenchmarkOptions) -> Benchmark:
         RequestError: The request cannot be satisfied.
         CMoEError: A model or text cannot be reached.
     """
-    model, baseline, shape, layers = options.model, options.baseline, options.shape, options.layers
-    tokens, prefill, batch = options.tokens, options.prefill, options.batch
-    context, rounds, text, backend = options.context, options.rounds, options.text, options.backend
-    compiled, dtype, device = options.compiled, options.dtype, options.device
-    trust_remote_code = options.trust_remote_code
-    check_at_least(1, tokens=tokens, prefill=prefill, batch=batch, context=context)
-    check_at_least(1, rounds=rounds, layers=layers)
-    if not (tokens or prefill is None or prefill or batch):
-        raise RequestError("nothing to time: give tokens, prefill or batch.")
-    check_dtype(dtype)
-    where = find_device(device)
-    check_choice(model, shape, layers, baseline, text)
-    if shape is None:
-        config = load_config(str(model), trust_remote_code)
+    check_request(options)
+    where = find_device(options.device)
+    if options.shape is None:
+        config = load_config(str(options.model), options.trust_remote_code)
     else:
         asked = Shape(options.shared, options.active, options.experts)
-        config = shape_config(shape, layers, asked)
+        config = shape_config(options.shape, options.layers, asked)
     fitting = partial(window_length, config)
-    prompts = [None] if prefill is None else prefill
+    prompts = [None] if options.prefill is None else options.prefill
     prefill = [fitting(length, option="--prefill", usual=512) for length in prompts]
-    new_tokens = DECODE_STEPS * (rounds + 1) if batch else 0
-    context = fitting(context, option="--context", usual=128, new_tokens=new_tokens)
-    if shape is None:
-        carved, ids = load_with_text(str(model), text, dtype, where, trust_remote_code)
+    new_tokens = DECODE_STEPS * (options.rounds + 1) if options.batch else 0
+    context = fitting(options.context, option="--context", usual=128, new_tokens=new_tokens)
+    if options.shape is None:
+        carved, ids = load_with_text(options, where)
     else:
-        carved, ids = random_carved(config, where, DTYPES[dtype or "float32"]), None
-    dense = dense_beside(carved, baseline, trust_remote_code)
-    choose_backend(carved, backend)
-    bench = Bench(dense, carved, ids, rounds=rounds)
-    points = bench.run(tokens, prefill, batch, context, compiled)
+        carved, ids = random_carved(config, where, DTYPES[options.dtype or "float32"]), None
+    dense = dense_beside(carved, options.baseline, options.trust_remote_code)
+    try:
+        if options.backend is not None:
+            carved.set_experts_implementation(options.backend)
+    except ValueError as error:
+        raise RequestError(f"there is no experts backend {options.backend!r}: {error}") from error
+    bench = Bench(dense, carved, ids, rounds=options.rounds)
+    points = bench.run(options.tokens, prefill, options.batch, context, options.compiled)
     return Benchmark(
-        model=shape if shape is not None else public_name(absolute(str(model))),
+        model=options.shape or public_name(absolute(str(options.model))),
         notation=carved.config.notation,
         activation_ratio=carved.config.activation_ratio,
         layers=carved.config.num_hidden_layers,
@@ -134,7 +128,7 @@ def benchmark(options: BenchmarkOptions) -> Benchmark:
         threads=torch.get_num_threads(),
         dtype=name_of(carved.dtype),
         backend=str(carved.config._experts_implementation),
-        compiled=compiled,
+        compiled=options.compiled,
         context=context,
         bandwidth_gb_per_s=bench.rates.bytes / 1e9,
         arithmetic_gflop_per_s=bench.rates.operations / 1e9,
@@ -167,24 +161,35 @@ def remarks(points: dict[str, list[Point]]) -> list[str]:
     return found or ["The carved model is faster at every measured point."]
 
 
+def check_request(options: BenchmarkOptions) -> None:
+    """Raise `RequestError` for options that cannot be, or do not go together."""
+    sizes = {name: getattr(options, name) for name in ("tokens", "prefill", "batch", "context")}
+    check_at_least(1, **sizes, rounds=options.rounds, layers=options.layers)
+    if options.prefill is not None and not (options.tokens or options.prefill or options.batch):
+        raise RequestError("nothing to time: give tokens, prefill or batch.")
+    check_dtype(options.dtype)
+    if (options.model is None) == (options.shape is None):
+        raise RequestError("give either a carved MODEL or --shape.")
+    if options.shape is None and options.layers is not None:
+        raise RequestError("--layers goes with --shape only.")
+    if options.shape is not None and (options.baseline is not None or options.text is not None):
+        raise RequestError("--shape has random weights: leave out --baseline and --text.")
+
+
 def load_with_text(
-    model: str,
-    text: str | Path | None,
-    dtype: str | None,
-    device: torch.device,
-    trust_remote_code: bool,
+    options: BenchmarkOptions, device: torch.device
 ) -> tuple[PreTrainedModel, torch.Tensor | None]:
     """Load a carved model and the token ids of a text, if there is one. Raise `RequestError`."""
+    model = str(options.model)
     check_flat(find_model(model)[0])
-    opened = None if text is None else open_text(text, part="test")
-    carved, tokenizer = load_model(model, dtype, device, trust_remote_code)
+    text = None if options.text is None else open_text(options.text, part="test")
+    carved, tokenizer = load_model(model, options.dtype, device, options.trust_remote_code)
     if not sparse_blocks(carved):
         raise RequestError(f"{model} is not a carved model: there is nothing to compare.")
-    if opened is None:
+    if text is None:
         return carved, None
     vocabulary = carved.config.vocab_size
-    read = read_tokens(opened, tokenizer, vocabulary, most_characters=WHOLE_CHARACTERS)
-    return carved, read.ids
+    return carved, read_tokens(text, tokenizer, vocabulary, most_characters=WHOLE_CHARACTERS).ids
 
 
 def dense_beside(
@@ -197,8 +202,7 @@ def dense_beside(
     if baseline is None:
         return random_model(dense_twin(carved.config), carved.device, carved.dtype)
     dense, _ = load_model(baseline, name_of(carved.dtype), carved.device, trust_remote_code)
-    if sparse_blocks(dense):
-        raise RequestError(f"the baseline {baseline} is carved itself: give the dense model.")
+    check_dense(dense, baseline)
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
         theirs, ours = getattr(dense.config, name, None), getattr(carved.config, name)
         if theirs != ours:
@@ -207,24 +211,3 @@ def dense_beside(
                 "model that was carved."
             )
     return dense
-
-
-def choose_backend(model: PreTrainedModel, backend: str | None) -> None:
-    """Switch the experts backend, if asked to. Raise `RequestError` if there is none such."""
-    try:
-        if backend is not None:
-            model.set_experts_implementation(backend)
-    except ValueError as error:
-        raise RequestError(f"there is no experts backend {backend!r}: {error}") from error
-
-
-def check_choice(
-    model: object, shape: str | None, layers: int | None, baseline: object, text: object
-) -> None:
-    """Raise `RequestError` unless there is a model or a shape, with what goes with it."""
-    if (model is None) == (shape is None):
-        raise RequestError("give either a carved MODEL or --shape.")
-    if shape is None and layers is not None:
-        raise RequestError("--layers goes with --shape only.")
-    if shape is not None and (baseline is not None or text is not None):
-        raise RequestError("--shape has random weights: leave out --baseline and --text.")

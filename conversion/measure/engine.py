@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,6 @@ STEPS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class EnginePoint(Comparison):
-    """Dense against carved at one size. The roofline is the ratio of what must be read (decoding),
-    or multiplied (a prompt)."""
-
-    tokens: int
-    """Of the prompt, or in front of those that are decoded."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class EngineBenchmark:
     """What was measured; the keys of `cmoe benchmark --engine llama.cpp --json`."""
 
@@ -44,8 +36,10 @@ class EngineBenchmark:
     dense_bytes: int
     """Read for one token of the dense model, without keys and values."""
     carved_bytes: int
-    prefill: list[EnginePoint]
-    decode: list[EnginePoint]
+    prefill: list[Comparison]
+    """The roofline is the ratio of what must be multiplied."""
+    decode: list[Comparison]
+    """Of what must be read."""
     versions: dict[str, str]
 
 
@@ -124,35 +118,36 @@ def benchmark_gguf(asked: GGUFBenchmarkOptions) -> EngineBenchmark:
         RequestError: There is no such file, or no llama.cpp.
         CMoEError: llama.cpp cannot run a file.
     """
-    model, baseline, threads = asked.model, asked.baseline, asked.threads
-    prefill, context, rounds = asked.prefill, asked.context, asked.rounds
-    check_at_least(1, threads=threads, rounds=rounds, prefill=prefill, context=context)
-    dense, carved = gguf_work(baseline), gguf_work(model)
-    longest = max([*prefill, *(tokens + STEPS for tokens in context)], default=1)
-    points: dict[str, list[EnginePoint]] = {"prefill": [], "decode": []}
+    check_at_least(1, threads=asked.threads, rounds=asked.rounds)
+    check_at_least(1, prefill=asked.prefill, context=asked.context)
+    dense, carved = gguf_work(asked.baseline), gguf_work(asked.model)
+    longest = max([*asked.prefill, *(tokens + STEPS for tokens in asked.context)], default=1)
+    options: Any = {"threads": asked.threads, "options": ("-c", str(longest + 8))}
+    points: dict[str, list[Comparison]] = {"prefill": [], "decode": []}
     with ExitStack() as stack:
         servers = [
-            stack.enter_context(
-                LlamaServer(file, threads=threads, options=("-c", str(longest + 8)))
-            )
-            for file in (baseline, model)
+            stack.enter_context(LlamaServer(file, **options))
+            for file in (asked.baseline, asked.model)
         ]
-        kinds = [("prefill", it) for it in prefill] + [("decode", it) for it in context]
+        kinds = [("prefill", it) for it in asked.prefill] + [("decode", it) for it in asked.context]
         for kind, tokens in tqdm(kinds, desc="timing", unit="point", disable=None):
             if kind == "prefill":
                 roofline = dense.products / carved.products
             else:
                 reads = [work.bytes + tokens * work.cached for work in (dense, carved)]
                 roofline = reads[0] / reads[1]
-            times = in_turn(servers, kind, tokens, rounds, dense.vocabulary)
-            points[kind].append(EnginePoint(tokens=tokens, **compare(times, roofline)))
+            timers = [partial(server_seconds, it, kind, tokens, dense) for it in servers]
+            for warm_up in timers:
+                warm_up(-1)
+            times: Any = compare(timers, asked.rounds, roofline)
+            points[kind].append(Comparison(tokens=tokens, **times))
     return EngineBenchmark(
-        model=Path(model).name,
-        baseline=Path(baseline).name,
+        model=Path(asked.model).name,
+        baseline=Path(asked.baseline).name,
         architectures=[dense.architecture, carved.architecture],
         engine=f"llama.cpp {server_version()}",
         device=device_name(torch.device("cpu")),
-        threads=threads,
+        threads=asked.threads,
         dense_bytes=round(dense.bytes),
         carved_bytes=round(carved.bytes),
         versions=versions(),
@@ -160,20 +155,9 @@ def benchmark_gguf(asked: GGUFBenchmarkOptions) -> EngineBenchmark:
     )
 
 
-def in_turn(
-    servers: Sequence[LlamaServer], kind: str, tokens: int, rounds: int, vocabulary: int
-) -> list[tuple[float, float]]:
-    """Return the seconds of both servers for a prompt, or for a token behind it, in every round.
-
-    They are the servers' own. Which is asked first changes from round to round.
-    """
-    draw, times = random.Random(0), []
-    for turn in range(rounds + 1):
-        ids = [draw.randrange(10, vocabulary) for _ in range(tokens)]
-        seconds = [0.0, 0.0]
-        for index in (0, 1) if turn % 2 else (1, 0):
-            timings = servers[index].complete(ids, 1 if kind == "prefill" else STEPS)["timings"]
-            key = "prompt_ms" if kind == "prefill" else "predicted_per_token_ms"
-            seconds[index] = float(timings[key]) / 1000
-        times.append((seconds[0], seconds[1]))
-    return times[1:]  # the first warms up
+def server_seconds(server: LlamaServer, kind: str, tokens: int, work: GGUFWork, turn: int) -> float:
+    """Return what a server says of its time for a prompt, or for a token behind it."""
+    draw = random.Random(turn)
+    ids = [draw.randrange(10, work.vocabulary) for _ in range(tokens)]
+    timings = server.complete(ids, 1 if kind == "prefill" else STEPS)["timings"]
+    return timings["prompt_ms" if kind == "prefill" else "predicted_per_token_ms"] / 1000

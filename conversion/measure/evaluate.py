@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,43 +88,45 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         RequestError: The request cannot be satisfied.
         CMoEError: A model or text cannot be reached, or yields NaN.
     """
-    model, baseline, text, card = options.model, options.baseline, options.text, options.card
-    sequence_length, windows = options.sequence_length, options.windows
-    router, seed, dtype, device = options.router, options.seed, options.dtype, options.device
-    trust_remote_code = options.trust_remote_code
+    router = options.router
     if router not in ROUTERS:
         raise RequestError(f"there is no router {router!r}; choose one of {', '.join(ROUTERS)}.")
-    check_at_least(1, windows=windows)
-    check_dtype(dtype)
-    where = find_device(device)
-    folder = results_folder(model) if card else None
-    if card and router != "own":
+    check_at_least(1, windows=options.windows)
+    check_dtype(options.dtype)
+    where = find_device(options.device)
+    folder = results_folder(options.model) if options.card else None
+    if options.card and router != "own":
         raise RequestError(f"--card states what the model itself does, not with router {router!r}.")
-    opened = open_text(text, part="test")
-    length = common_length(sequence_length, trust_remote_code, model, baseline)
-    carved, tokenizer = load_model(model, dtype, where, trust_remote_code)
-    windows_WL = text_windows(carved, tokenizer, opened, length, windows)
-    carved_perplexity, own, chance = measure_routing(carved, windows_WL, router, seed)
-    baseline_perplexity = None
-    if baseline is not None:
+    text = open_text(options.text, part="test")
+    models, trusted = (options.model, options.baseline), options.trust_remote_code
+    length = common_length(options.sequence_length, trusted, *models)
+    carved, tokenizer = load_model(options.model, options.dtype, where, trusted)
+    windows_WL = text_windows(carved, tokenizer, text, length, options.windows)
+    figures = measure_routing(carved, windows_WL, router, options.seed)
+    dense_perplexity = None
+    if options.baseline is not None:
         del carved  # one model in memory at a time
-        dense, other = load_model(baseline, dtype, where, trust_remote_code)
-        check_same_vocabulary(baseline, other, tokenizer)
+        dense, other = load_model(options.baseline, options.dtype, where, trusted)
+        check_same_vocabulary(options.baseline, other, tokenizer)
         check_vocabulary(windows_WL, dense.config.vocab_size)
-        baseline_perplexity = perplexity(dense, windows_WL, description="baseline")
+        dense_perplexity = perplexity(dense, windows_WL, description="baseline")
     result = Evaluation(
-        perplexity=carved_perplexity,
+        perplexity=figures[0],
         tokens=windows_WL[:, 1:].numel(),
-        sequence_length=windows_WL.shape[1],
-        windows=windows,
-        baseline_perplexity=baseline_perplexity,
+        sequence_length=length,
+        windows=options.windows,
+        baseline_perplexity=dense_perplexity,
         router=router,
-        router_oracle_agreement=own,
-        router_chance_agreement=chance,
+        router_oracle_agreement=figures[1],
+        router_chance_agreement=figures[2],
     )
     if folder is not None:
-        record = perplexity_record(result, text)
-        write_results(folder, [record], baseline=baseline, dtype=dtype, device=where)
+        record = {"task": text_name(options.text), "metric": "perplexity", **asdict(result)}
+        del record["router"]  # the model's own
+        record["value"] = record.pop("perplexity")
+        record["baseline_value"] = record.pop("baseline_perplexity")
+        dtype = options.dtype
+        write_results(folder, [record], baseline=options.baseline, dtype=dtype, device=where)
     return result
 
 
@@ -140,12 +141,9 @@ def check_same_vocabulary(
         )
 
 
-def common_length(
-    asked: int | None, trust_remote_code: bool, model: str | Path, *others: str | Path | None
-) -> int:
+def common_length(asked: int | None, trust_remote_code: bool, *models: str | Path | None) -> int:
     """Return the length of the windows that all models are measured on. Raises `RequestError`."""
-    given = [model, *(other for other in others if other is not None)]
-    first, *rest = (load_config(each, trust_remote_code) for each in given)
+    first, *rest = (load_config(it, trust_remote_code) for it in models if it is not None)
     length = window_length(first, asked, *rest)
     if length < 2:
         raise RequestError(f"--sequence-length is {length}: a window needs at least 2 tokens.")
@@ -160,24 +158,9 @@ def text_windows(
     most: int | None,
 ) -> torch.Tensor:
     """Return the first windows of a text, (W, L). Raise `RequestError` if it is too short."""
-    if length < 2:
-        raise RequestError(f"--sequence-length is {length}: a window needs at least 2 tokens.")
     least = None if most is None else most * length
     read = read_tokens(text, tokenizer, model.config.vocab_size, least_tokens=least)
     return consecutive_windows(read.ids, length=length)[:most]
-
-
-def perplexity_record(result: Evaluation, text: str | Path) -> dict[str, Any]:
-    """Return a record for `results.write_results`: a text file by its bare name."""
-    figures = asdict(result)
-    del figures["router"]  # the model's own
-    return {
-        "task": text_name(text),
-        "metric": "perplexity",
-        "value": figures.pop("perplexity"),
-        "baseline_value": figures.pop("baseline_perplexity"),
-        **figures,
-    }
 
 
 def measure_routing(

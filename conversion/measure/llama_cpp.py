@@ -60,13 +60,7 @@ class LlamaServer:
     """A server for one GGUF file, on a free port of this machine; use it in a `with` block."""
 
     def __init__(self, model: str | Path, *, threads: int = 1, options: Sequence[str] = ()) -> None:
-        """Start nothing yet.
-
-        Args:
-            model: The GGUF file.
-            threads: Of one token and of many.
-            options: Further options of `llama-server`.
-        """
+        """Start nothing yet; `options` are further ones of `llama-server`."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - as long as the process
@@ -84,7 +78,7 @@ class LlamaServer:
         end = time.monotonic() + START
         while time.monotonic() < end and self.process.poll() is None:
             try:
-                self.get("/health")
+                self.ask("/health")
                 return self
             except CMoEError:
                 time.sleep(0.05)
@@ -101,15 +95,12 @@ class LlamaServer:
         errors = [line for line in lines if re.search(r"\bE\b|error|ASSERT", line)]
         return " / ".join(errors[:2] or lines[-2:])
 
-    def get(self, path: str) -> Any:
-        """Return the answer to a GET request. Raise `CMoEError`."""
-        return self._ask(path, None)
+    def ask(self, path: str, **content: Any) -> Any:
+        """Return the answer to a request, which has a JSON object if it is a POST request.
 
-    def post(self, path: str, **content: Any) -> Any:
-        """Return the answer to a POST request of a JSON object. Raise `CMoEError`."""
-        return self._ask(path, json.dumps(content).encode())
-
-    def _ask(self, path: str, data: bytes | None) -> Any:
+        Raises `CMoEError`.
+        """
+        data = json.dumps(content).encode() if content else None
         url, headers = f"http://127.0.0.1:{self.port}{path}", {"Content-Type": "application/json"}
         try:
             request = urllib.request.Request(url, data, headers)
@@ -123,15 +114,13 @@ class LlamaServer:
 
     def tokens(self, text: str) -> list[int]:
         """Return the token ids of a text, by the tokenizer in the file."""
-        return self.post("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
+        return self.ask("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
 
     def complete(self, ids: Sequence[int], count: int) -> Any:
         """Return the server's answer: `count` tokens that follow, each the likeliest one."""
-        return self.post(
-            "/completion",
-            **{"prompt": list(ids), "n_predict": count, "ignore_eos": True, "return_tokens": True},
-            **{"temperature": 0, "samplers": ["top_k"], "top_k": 1, "cache_prompt": False},
-        )
+        likeliest = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "cache_prompt": False}
+        asked = {"n_predict": count, "ignore_eos": True, "return_tokens": True, **likeliest}
+        return self.ask("/completion", prompt=list(ids), **asked)
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
         """Return the ids of those tokens."""
@@ -147,7 +136,7 @@ class LlamaServer:
         """
         token = self.tokens("a")[-1] if chosen is None else chosen
         asked = {"n_predict": 1, "n_probs": most, "temperature": 0, "logit_bias": [[token, 1e6]]}
-        [place] = self.post("/completion", prompt=list(ids), **asked)["completion_probabilities"]
+        [place] = self.ask("/completion", prompt=list(ids), **asked)["completion_probabilities"]
         if chosen is not None:
             return {chosen: float(place["logprob"])}
         return {it["id"]: it["logprob"] for it in place["top_logprobs"]}

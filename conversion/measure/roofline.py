@@ -5,6 +5,7 @@ Shape suffixes: T tokens, H hidden size, N routed experts, K active experts.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Self
 
 import torch
@@ -40,6 +41,7 @@ class Rates:
         return max(work.bytes / self.bytes, work.operations / self.operations)
 
 
+@cache
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Return the best bandwidth and arithmetic of plain matrix products on this device."""
     on_cpu = device.type == "cpu"
@@ -58,17 +60,15 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 def ffn_work(block: torch.nn.Module, tokens: int, experts_hit: float) -> Work:
     """Return that of one FFN over `tokens` tokens that run `experts_hit` different experts."""
-    parameters = list(block.parameters())
-    size = parameters[0].element_size()
-    total = sum(parameter.numel() for parameter in parameters)
-    read = run = float(total)
+    weight = next(block.parameters())
+    read = run = float(sum(parameter.numel() for parameter in block.parameters()))
     if isinstance(block, CMoESparseMoeBlock):
-        routed = sum(parameter.numel() for parameter in block.experts.parameters())
-        share = 1 / block.experts.num_experts
-        read = total - routed + routed * share * experts_hit
-        run = total - routed + routed * share * block.gate.top_k
-    hidden = parameters[0].shape[-1]
-    return Work(size * (read + 2 * tokens * hidden), 2 * tokens * run)
+        experts = block.experts.num_experts
+        expert = sum(parameter.numel() for parameter in block.experts.parameters()) / experts
+        read -= expert * (experts - experts_hit)
+        run -= expert * (experts - block.gate.top_k)
+    vectors = 2 * tokens * weight.shape[-1]
+    return Work(weight.element_size() * (read + vectors), 2 * tokens * run)
 
 
 def model_work(

@@ -43,6 +43,12 @@ def check_flat(folder: Path) -> None:
         raise RequestError(HIERARCHICAL)
 
 
+def check_dense(model: PreTrainedModel, baseline: str | Path) -> None:
+    """Raise `RequestError` for a baseline that is carved."""
+    if sparse_blocks(model):
+        raise RequestError(f"the baseline {baseline} is carved itself: give the dense model.")
+
+
 def routing_blocks(model: PreTrainedModel) -> list[RoutedBlock]:
     """Return the carved FFNs and MoEs that choose something, in the order of the layers."""
     blocks = [block for block in model.modules() if isinstance(block, RoutedBlock)]

@@ -43,8 +43,6 @@ PAPER_TASKS = {
 }
 """The paper's tasks and their few-shot counts."""
 
-PREFERRED_METRICS = ("acc_norm", "acc")
-
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
@@ -107,41 +105,33 @@ def evaluate_tasks(options: TaskOptions) -> TaskEvaluation:
         RequestError: The request cannot be satisfied; no model was loaded.
         CMoEError: A model or a task's data cannot be reached, or the model yields NaN.
     """
-    model, tasks, baseline, card = options.model, options.tasks, options.baseline, options.card
-    few_shot, limit, include_path = options.few_shot, options.limit, options.include_path
-    batch_size, dtype, device = options.batch_size, options.dtype, options.device
-    trust_remote_code = options.trust_remote_code
     if importlib.util.find_spec("lm_eval") is None:
         raise missing("tasks need lm_eval", "eval")
-    check_at_least(0, few_shot=few_shot)
-    check_at_least(1, limit=limit, batch_size=batch_size)
-    check_dtype(dtype)
-    where = find_device(device)
-    folder = results_folder(model) if card else None
-    models = [model] if baseline is None else [model, baseline]
-    for each in models:
-        find_model(each)
+    check_at_least(0, few_shot=options.few_shot)
+    check_at_least(1, limit=options.limit, batch_size=options.batch_size)
+    check_dtype(options.dtype)
+    where = find_device(options.device)
+    folder = results_folder(options.model) if options.card else None
+    models = [it for it in (options.model, options.baseline) if it is not None]
+    for model in models:
+        find_model(model)
     with harness():
-        names = task_names(tasks)
-        manager = task_manager(names, include_path)
-        requested = load_tasks(names, manager, few_shot)
-    run = partial(
-        run_harness,
-        requested=requested,
-        manager=manager,
-        limit=limit,
-        batch_size=batch_size,
-        loading={"dtype": dtype, "device": where, "trust_remote_code": trust_remote_code},
-    )
-    answers = [run(each) for each in models]  # one model in memory at a time
+        names = task_names(options.tasks)
+        manager = task_manager(names, options.include_path)
+        requested = load_tasks(names, manager, options.few_shot)
+    run = partial(run_harness, requested, manager, options, where)
+    answers = [run(model) for model in models]  # one model in memory at a time
     rows = [row for name in requested for row in task_results(name, answers)]
     if folder is not None:
-        records = [{**asdict(row), "limit": limit} for row in rows]
-        version = importlib.metadata.version("lm_eval")
         write_results(
-            folder, records, baseline=baseline, dtype=dtype, device=where, lm_eval=version
+            folder,
+            [{**asdict(row), "limit": options.limit} for row in rows],
+            baseline=options.baseline,
+            dtype=options.dtype,
+            device=where,
+            lm_eval=importlib.metadata.version("lm_eval"),
         )
-    return TaskEvaluation(tasks=rows, limit=limit)
+    return TaskEvaluation(tasks=rows, limit=options.limit)
 
 
 def task_names(tasks: Sequence[str]) -> list[str]:
@@ -157,11 +147,9 @@ def task_manager(names: Sequence[str], include_path: str | Path | None) -> Any:
     """Return the harness's table of tasks. Raise `RequestError` for a name that is not in it."""
     from lm_eval.tasks import TaskManager
 
-    own = None
-    if include_path is not None:
-        own = Path(include_path).expanduser()
-        if not own.is_dir():
-            raise RequestError(f"--include-path {include_path} is not a folder.")
+    own = None if include_path is None else Path(include_path).expanduser()
+    if own is not None and not own.is_dir():
+        raise RequestError(f"--include-path {include_path} is not a folder.")
     manager = TaskManager(include_path=own, include_defaults=False)
     if not set(names) <= set(manager.all_subtasks):  # a group may have members of the harness
         manager = TaskManager(include_path=own)  # reads some 14,000 files: about 10 seconds
@@ -229,31 +217,24 @@ def set_few_shot(task: Any, few_shot: int | None) -> None:
 
 
 def run_harness(
-    model: str | Path,
-    *,
     requested: dict[str, Any],
     manager: Any,
-    limit: int | None,
-    batch_size: int,
-    loading: dict[str, Any],
+    options: TaskOptions,
+    device: torch.device,
+    model: str | Path,
 ) -> dict[str, Any]:
     """Return what the harness measures of a model. Raise `CMoEError` if the model yields NaN."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    loaded, tokenizer = load_model(model, **loading)
+    loaded, tokenizer = load_model(model, options.dtype, device, options.trust_remote_code)
+    tasks = list(requested.values())
     with harness() as messages:
-        wrapped = HFLM(
-            pretrained=loaded, tokenizer=tokenizer, backend="causal", batch_size=batch_size
-        )
-        answer: dict[str, Any] = simple_evaluate(
-            model=wrapped,
-            tasks=list(requested.values()),
-            task_manager=manager,
-            limit=limit,
-            log_samples=False,
-        )
-    for item in requested.values():
+        batch: Any = {"backend": "causal", "batch_size": options.batch_size}
+        wrapped = HFLM(pretrained=loaded, tokenizer=tokenizer, **batch)
+        asked = {"tasks": tasks, "task_manager": manager, "limit": options.limit}
+        answer: dict[str, Any] = simple_evaluate(model=wrapped, log_samples=False, **asked)
+    for item in tasks:
         for task in item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item]:
             check_finite(task)
     if truncated := sum("Truncating" in message.getMessage() for message in messages):
@@ -268,13 +249,13 @@ def run_harness(
 
 def check_finite(task: Any) -> None:
     """Raise `CMoEError` if a log-likelihood is NaN: the harness would count it as an answer."""
-    responses = [response for request in task.instances for response in request.resps]
-    values = [each[0] if isinstance(each, tuple) else each for each in responses]
-    if any(isinstance(value, float) and math.isnan(value) for value in values):
-        raise CMoEError(
-            f"the model yields NaN on the task {task.task_name}: its weights are damaged or its "
-            "precision overflows. Try --dtype float32."
-        )
+    for response in (response for request in task.instances for response in request.resps):
+        value = response[0] if isinstance(response, tuple) else response
+        if isinstance(value, float) and math.isnan(value):
+            raise CMoEError(
+                f"the model yields NaN on the task {task.task_name}: its weights are damaged or "
+                "its precision overflows. Try --dtype float32."
+            )
 
 
 def task_results(name: str, answers: Sequence[dict[str, Any]]) -> list[TaskResult]:
@@ -282,47 +263,36 @@ def task_results(name: str, answers: Sequence[dict[str, Any]]) -> list[TaskResul
 
     `answers` are the harness's for the carved model and, if it was measured, the dense one.
     """
-    answer = answers[0]
-    members = answer["group_subtasks"].get(name)
-    key = chosen_metric(answer["results"][name])
-    if key is None and members:
-        return [row for member in members for row in task_results(member, answers)]
-    if key is None:
+    answer, members = answers[0], answers[0]["group_subtasks"]
+    figures = answer["results"][name]
+    keys = [key for key in figures if "," in key and "_stderr," not in key]
+    # Sorting is stable: without either it is the task's first metric.
+    keys.sort(key=lambda key: (not key.startswith("acc_norm,"), not key.startswith("acc,")))
+    if not keys and members.get(name):
+        return [row for member in members[name] for row in task_results(member, answers)]
+    if not keys:
         raise CMoEError(f"the harness has no figure for the task {name}.")
-    leaves = leaf_tasks(name, answer["group_subtasks"])
+    key, leaves = keys[0], [name]
+    while any(members.get(leaf) for leaf in leaves):
+        leaves = [each for leaf in leaves for each in members.get(leaf) or [leaf]]
     counts = {answer["n-shot"][leaf] for leaf in leaves}
-    figures = [each["results"][name] for each in answers]
-    values = [float(each[key]) for each in figures]
-    # The harness says "N/A" for an error that it does not know.
-    errors = [each.get(key.replace(",", "_stderr,", 1)) for each in figures]
-    stderrs = [each if isinstance(each, float) else None for each in errors]
+    values, errors = [], []
+    for each in answers:
+        values.append(float(each["results"][name][key]))
+        error = each["results"][name].get(key.replace(",", "_stderr,", 1))
+        # The harness says "N/A" for an error that it does not know.
+        errors.append(error if isinstance(error, float) else None)
     row = TaskResult(
         task=name,
         metric=key.removesuffix(",none"),
         few_shot=counts.pop() if len(counts) == 1 else None,
         documents=sum(answer["n-samples"][leaf]["effective"] for leaf in leaves),
         value=values[0],
-        stderr=stderrs[0],
+        stderr=errors[0],
         baseline_value=values[1] if len(values) > 1 else None,
-        baseline_stderr=stderrs[1] if len(values) > 1 else None,
+        baseline_stderr=errors[1] if len(errors) > 1 else None,
     )
     return [row]
-
-
-def leaf_tasks(name: str, members: dict[str, list[str]]) -> list[str]:
-    """Return the tasks of a group and of the groups in it; of a task, itself."""
-    if not members.get(name):
-        return [name]
-    return [leaf for member in members[name] for leaf in leaf_tasks(member, members)]
-
-
-def chosen_metric(figures: dict[str, Any]) -> str | None:
-    """Return the key `metric,filter` to report: `acc_norm`, else `acc`, else the first, or None."""
-    keys = [key for key in figures if "," in key and "_stderr," not in key]
-    preferred = [
-        key for metric in PREFERRED_METRICS for key in keys if key.startswith(f"{metric},")
-    ]
-    return next(iter(preferred + keys), None)
 
 
 @contextmanager
@@ -332,21 +302,18 @@ def harness() -> Iterator[list[logging.LogRecord]]:
     It warns of every request that it truncates: too many to print.
     """
     log, messages = logging.getLogger("lm_eval"), BufferingHandler(sys.maxsize)
-    propagate, log.propagate = log.propagate, False
-    log.addHandler(messages)
-    try:
-        with ExitStack() as stack:
-            if not sys.stderr.isatty():
-                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-                stack.enter_context(redirect_stderr(nowhere))
-            stack.enter_context(redirect_stdout(sys.stderr))
-            yield messages.buffer
-    finally:
-        log.removeHandler(messages)
-        log.propagate = propagate
+    with ExitStack() as stack:
+        stack.callback(setattr, log, "propagate", log.propagate)
+        stack.callback(log.removeHandler, messages)
+        log.propagate = False
+        log.addHandler(messages)
+        if not sys.stderr.isatty():
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(redirect_stderr(nowhere))
+        stack.enter_context(redirect_stdout(sys.stderr))
+        yield messages.buffer
 
 
 def _reason(error: Exception) -> str:
     """Return what went wrong, in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

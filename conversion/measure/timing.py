@@ -4,20 +4,18 @@
 Shape suffixes: B sequences, L tokens of each, T tokens, H hidden size, K active experts.
 """
 
-import gc
-import statistics
-import time
+import inspect
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean, median
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, StaticCache
-
-from cmoe_hf.modeling_cmoe import cache_keyword
 
 from ..device import synchronize
 from ..errors import RequestError
@@ -44,14 +42,15 @@ class Comparison:
     speedup_high: float
     roofline_speedup: float
     """Ratio of the least times that the machine could take."""
+    tokens: int
+    """New tokens of each sequence; of the FFN, all of them. In llama.cpp: of the prompt, or in
+    front of those that are decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point(Comparison):
     """Dense against carved at one size."""
 
-    tokens: int
-    """New tokens of each sequence; of the FFN, all of them."""
     batch: int
     """Sequences."""
     dense_roofline_ms: float
@@ -60,13 +59,22 @@ class Point(Comparison):
     """Different experts that the tokens need in one layer, on average."""
 
 
-def compare(seconds: Sequence[tuple[float, float]], roofline: float) -> dict[str, float]:
-    """Return the fields of `Comparison`, from the times of dense and carved in every round."""
+def compare(
+    timers: Sequence[Callable[[int], float]], rounds: int, roofline: float
+) -> dict[str, float]:
+    """Return the times of `Comparison`, from what two timers say in every round, in seconds.
+
+    Each round has its number, and the order of dense and carved alternates.
+    """
+    seconds = []
+    for turn in range(rounds):
+        taken = {which: timers[which](turn) for which in ((0, 1) if turn % 2 else (1, 0))}
+        seconds.append((taken[0], taken[1]))
     ratios = [dense / carved for dense, carved in seconds]
     return {
-        "dense_ms": 1e3 * statistics.median(dense for dense, _ in seconds),
-        "carved_ms": 1e3 * statistics.median(carved for _, carved in seconds),
-        "speedup": statistics.median(ratios),
+        "dense_ms": 1e3 * median(dense for dense, _ in seconds),
+        "carved_ms": 1e3 * median(carved for _, carved in seconds),
+        "speedup": median(ratios),
         "speedup_low": min(ratios),
         "speedup_high": max(ratios),
         "roofline_speedup": roofline,
@@ -84,13 +92,14 @@ class Bench:
         *,
         rounds: int,
     ) -> None:
-        self.dense, self.carved, self.ids, self.rounds = dense.eval(), carved.eval(), ids, rounds
+        self.carved, self.ids, self.rounds = carved, ids, rounds
+        self.models = (dense.eval(), carved.eval())
         decoder: Any = dense.base_model
         kept = carved.config.dense_layers or ()
-        self.dense_blocks: list[nn.Module] = [
+        dense_blocks: list[nn.Module] = [
             layer.mlp for index, layer in enumerate(decoder.layers) if index not in kept
         ]
-        self.carved_blocks: list[nn.Module] = list(sparse_blocks(carved))
+        self.blocks = (dense_blocks, list[nn.Module](sparse_blocks(carved)))
         self.device = carved.device
         self.rates = measure_rates(self.device, carved.dtype)
 
@@ -104,19 +113,19 @@ class Bench:
         compiled: bool,
     ) -> dict[str, list[Point]]:
         """Return all points by the names of `LABELS`, with a progress bar."""
-        kinds = {
+        points = {
             "ffn": self.ffn(tokens),
-            "prefill": self.prefill(prefill),
-            "decode": self.decode(batch, context, compiled),
+            "prefill": map(self.prefill, prefill),
+            "decode": (self.decode(size, context, compiled) for size in batch),
         }
-        total = len(tokens) + len(prefill) + len(batch)
-        points: dict[str, list[Point]] = {name: [] for name in kinds}
+        total, found = len(tokens) + len(prefill) + len(batch), dict[str, list[Point]]()
         with tqdm(total=total, desc="timing", unit="point", disable=None) as bar:
-            for name, measured in kinds.items():
+            for name, measured in points.items():
+                found[name] = []
                 for point in measured:
-                    points[name].append(point)
+                    found[name].append(point)
                     bar.update()
-        return points
+        return found
 
     def ffn(self, sizes: Sequence[int]) -> Iterator[Point]:
         """Time the FFN block alone, layer by layer, on what it sees in the carved model."""
@@ -129,37 +138,31 @@ class Bench:
             blocks[turn % layers](x_TH[None, start : start + tokens])
 
         for tokens in sizes:
-            both = (self.dense_blocks, self.carved_blocks)
-            calls = [partial(run, blocks, tokens) for blocks in both]
-            hit = self.experts_hit(calls[1], range(4 * layers))
-            works = (
-                ffn_work(self.dense_blocks[0], tokens, 0),
-                ffn_work(self.carved_blocks[0], tokens, statistics.mean(hit)),
-            )
+            calls = [partial(run, it, tokens) for it in self.blocks]
+            hit = self.experts_hit(calls[1], 4 * layers)
+            works = [ffn_work(it[0], tokens, fmean(hit)) for it in self.blocks]
             yield self.point(calls, works, hit, tokens=tokens, batch=1)
 
-    def prefill(self, lengths: Sequence[int]) -> Iterator[Point]:
+    def prefill(self, length: int) -> Point:
         """Time the whole model over one new sequence."""
+        prompts = [self.sequences(1, length, seed=seed) for seed in range(4)]
 
-        def run(model: PreTrainedModel, prompts: list[torch.Tensor], turn: int) -> None:
+        def run(model: PreTrainedModel, turn: int) -> None:
             model(prompts[turn % len(prompts)], use_cache=True, logits_to_keep=1)
 
-        for length in lengths:
-            prompts = [self.sequences(1, length, seed=seed) for seed in range(4)]
-            calls = [partial(run, model, prompts) for model in (self.dense, self.carved)]
-            hit = self.experts_hit(calls[1], range(1))
-            works = self.works(hit, batch=1, tokens=length, context=0)
-            yield self.point(calls, works, hit, tokens=length, batch=1)
+        calls = [partial(run, model) for model in self.models]
+        hit = self.experts_hit(calls[1], 1)
+        works = self.works(hit, batch=1, tokens=length, context=0)
+        return self.point(calls, works, hit, tokens=length, batch=1)
 
-    def decode(self, batches: Sequence[int], context: int, compiled: bool) -> Iterator[Point]:
+    def decode(self, batch: int, context: int, compiled: bool) -> Point:
         """Time the whole model, one new token a sequence behind `context` of them."""
-        for batch in batches:
-            prompt_BL = self.sequences(batch, context)
-            most = context + DECODE_STEPS * (self.rounds + 1) if compiled else None
-            calls = [Decoder(model, prompt_BL, most) for model in (self.dense, self.carved)]
-            hit = self.experts_hit(Decoder(self.carved, prompt_BL, None), range(DECODE_STEPS))
-            works = self.works(hit, batch=batch, tokens=1, context=context)
-            yield self.point(calls, works, hit, repeats=DECODE_STEPS, tokens=1, batch=batch)
+        prompt_BL = self.sequences(batch, context)
+        most = context + DECODE_STEPS * (self.rounds + 1) if compiled else None
+        calls = [Decoder(model, prompt_BL, most) for model in self.models]
+        hit = self.experts_hit(Decoder(self.carved, prompt_BL, None), DECODE_STEPS)
+        works = self.works(hit, batch=batch, tokens=1, context=context)
+        return self.point(calls, works, hit, repeats=DECODE_STEPS, tokens=1, batch=batch)
 
     def sequences(self, batch: int, length: int, *, seed: int = 0) -> torch.Tensor:
         """Return token ids (B, L): pieces of the text, or random ones."""
@@ -175,44 +178,58 @@ class Bench:
     def ffn_inputs(self, tokens: int) -> list[torch.Tensor]:
         """Return what the FFN of each layer sees, at least `tokens` rows (T, H)."""
         length = min(tokens, 512, self.carved.config.max_position_embeddings)
-        with collected(self.carved_blocks, lambda *call: call[1][0]) as seen:
+        with collected(self.blocks[1], lambda *call: call[1][0]) as seen:
             for seed in range(-(-tokens // length)):
-                self.carved.model(self.sequences(1, length, seed=seed), use_cache=False)
+                self.carved.base_model(self.sequences(1, length, seed=seed), use_cache=False)
         return [torch.cat(inputs, dim=1).flatten(0, 1) for inputs in seen]
 
-    def experts_hit(self, call: Call, turns: Sequence[int]) -> list[float]:
-        """Return how many different experts each layer runs in one of these calls."""
+    def experts_hit(self, call: Call, turns: int) -> list[float]:
+        """Return how many different experts each layer runs in a call, on average."""
         gates = [block.gate for block in sparse_blocks(self.carved)]
         with collected(gates, lambda *call: call[2][2].unique().numel()) as counts:
-            for turn in turns:
+            for turn in range(turns):
                 call(turn)
         # A block without active experts never calls its router.
-        return [statistics.mean(seen) if seen else 0.0 for seen in counts]
+        return [fmean(seen) if seen else 0.0 for seen in counts]
 
-    def works(self, hit: list[float], **sizes: int) -> tuple[Work, Work]:
+    def works(self, hit: list[float], **sizes: int) -> list[Work]:
         """Return what the two models cannot do without."""
-        return (
-            model_work(self.dense, self.dense_blocks, hit, **sizes),
-            model_work(self.carved, self.carved_blocks, hit, **sizes),
-        )
+        pairs = zip(self.models, self.blocks, strict=True)
+        return [model_work(model, blocks, hit, **sizes) for model, blocks in pairs]
 
     def point(
         self,
         calls: Sequence[Call],
-        works: tuple[Work, Work],
+        works: Sequence[Work],
         hit: list[float],
         *,
         repeats: int | None = None,
         **sizes: int,
     ) -> Point:
-        """Time two calls; return the medians of the rounds beside the lower bounds."""
-        seconds = interleaved(calls, self.rounds, self.device, repeats=repeats)
-        dense_bound, carved_bound = (self.rates.seconds(work) for work in works)
-        measured: dict[str, Any] = {**compare(seconds, dense_bound / carved_bound), **sizes}
+        """Time two calls, beside their lower bounds.
+
+        A round repeats them until they take about 50 ms, or `repeats` times.
+        """
+
+        def seconds(call: Call, count: int, turn: int) -> float:
+            def run() -> None:
+                for index in range(turn * count, (turn + 1) * count):
+                    call(index)
+                synchronize(self.device)
+
+            synchronize(self.device)
+            return timeit.timeit(run, number=1) / count
+
+        for call in calls:
+            seconds(call, repeats or 1, 0)  # a graph is compiled and captured in the first calls
+        count = repeats or max(1, min(200, round(0.05 / seconds(calls[1], 1, 1))))
+        dense, carved = (self.rates.seconds(work) for work in works)
+        timers = [partial(seconds, call, count) for call in calls]
+        measured: dict[str, Any] = {**compare(timers, self.rounds, dense / carved), **sizes}
         return Point(
-            dense_roofline_ms=1e3 * dense_bound,
-            carved_roofline_ms=1e3 * carved_bound,
-            experts_hit=statistics.mean(hit),
+            dense_roofline_ms=1e3 * dense,
+            carved_roofline_ms=1e3 * carved,
+            experts_hit=fmean(hit),
             **measured,
         )
 
@@ -223,13 +240,12 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, prompt_BL: torch.Tensor, most: int | None) -> None:
         """Read the prompt. With `most` tokens in all: a static cache and a compiled step."""
         self.forward = model.forward
-        self.cache_keyword = cache_keyword(model.forward)
-        config = model.config
-        self.cache = (
-            DynamicCache(config=config)
-            if most is None
-            else StaticCache(config=config, max_cache_len=most)
-        )
+        known = inspect.signature(model.forward).parameters
+        self.cache_keyword = "cache" if "cache" in known else "past_key_values"
+        if most is None:
+            self.cache: Any = DynamicCache(config=model.config)
+        else:
+            self.cache = StaticCache(config=model.config, max_cache_len=most)
         self.position = torch.arange(prompt_BL.shape[1], device=prompt_BL.device)[None]
         self.ids_BL = prompt_BL
         self(0)
@@ -249,41 +265,3 @@ class Decoder:
         )
         self.ids_BL = output.logits[:, -1:].argmax(dim=-1)
         self.position = self.position + 1
-
-
-def interleaved(
-    calls: Sequence[Call],
-    rounds: int,
-    device: torch.device,
-    *,
-    repeats: int | None = None,
-) -> list[tuple[float, float]]:
-    """Return the seconds of a call, dense and carved in turn, in every round.
-
-    A round repeats the calls until they take about 50 ms, or `repeats` times. Which goes first
-    changes from round to round. As in `timeit`, nothing is collected meanwhile.
-    """
-
-    def timed(call: Call, first: int, count: int) -> float:
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            synchronize(device)
-            start = time.perf_counter()
-            for turn in range(first, first + count):
-                call(turn)
-            synchronize(device)
-            return (time.perf_counter() - start) / count
-        finally:
-            if collects:
-                gc.enable()
-
-    for call in calls:
-        timed(call, 0, repeats or 1)  # a graph is compiled and captured in the first calls
-    count = repeats or max(1, min(200, round(0.05 / timed(calls[1], 1, 1))))
-    seconds = []
-    for index in range(rounds):
-        order = (0, 1) if index % 2 else (1, 0)
-        taken = {which: timed(calls[which], index * count, count) for which in order}
-        seconds.append((taken[0], taken[1]))
-    return seconds

@@ -5,7 +5,6 @@ Shape suffixes: T tokens, K active experts, W windows, L tokens of a window.
 """
 
 import logging
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,20 +32,16 @@ from ..source.architectures import Architecture, architecture_of
 from ..source.calibration import random_windows, read_tokens
 from ..source.checkpoint import fetch_model, find_model, load_tokenizer
 from ..source.loading import window_length
-from ..source.stored import TensorRef, read_headers, read_json
+from ..source.stored import read_headers, read_json
 from ..source.texts import open_text, text_file
 from .linearise import linear_routers
 from .needs import choose, lacking, needs_of
-from .pieces import Files, Made, by_layer
-from .targets import TARGETS, Target, by_faithfulness
+from .pieces import Files, by_layer
+from .targets import TARGETS, by_faithfulness
 
 logger = logging.getLogger(__name__)
 
 COMPARED_TOKENS = 64
-ROUTER_CLASSES: tuple[type[torch.nn.Module], ...] = (
-    CMoERouter,
-    *(target.router_class for target in TARGETS.values()),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,22 +103,20 @@ def export(options: ExportOptions) -> Export:
             says why.
         CMoEError: The model cannot be reached or is damaged.
     """
-    model, output, to, overwrite = options.model, options.output, options.to, options.overwrite
-    refit_router, samples = options.refit_router, options.samples
-    sequence_length, max_shard_size = options.sequence_length, options.max_shard_size
-    limit, work = shard_bytes(max_shard_size), ExportFolder(output, overwrite=overwrite)
-    if to not in (None, *TARGETS):
-        raise RequestError(f"there is no export to {to!r}; choose one of {', '.join(TARGETS)}.")
-    folder, name, commit = find_model(model)
+    limit = shard_bytes(options.max_shard_size)
+    output, refits = options.output, options.refit_router is not None
+    work = ExportFolder(output, overwrite=options.overwrite)
+    if options.to not in (None, *TARGETS):
+        known = ", ".join(TARGETS)
+        raise RequestError(f"there is no export to {options.to!r}; choose one of {known}.")
+    folder, name, commit = find_model(options.model)
     config = AutoConfig.from_pretrained(folder)
-    arch = check_config(config, name, refit=refit_router is not None)
+    arch = check_config(config, name, refit=refits)
     if commit is not None:
         folder = fetch_model(name, commit)
     needs = needs_of(config, arch, folder)
-    targets = by_faithfulness(config, needs)
-    chosen, reasons = choose({it.name: it.refusals(config, needs) for it in targets}, name, to)
-    target = TARGETS[chosen]
-    if to is None:
+    target, reasons = choose(by_faithfulness(config, needs), config, needs, name, options.to)
+    if options.to is None:
         precise = target.float32_router or config.dtype == torch.float32
         precision = "in float32" if precise else "in 16 bits, less precisely than we do"
         reasons.insert(0, f"it scores experts {precision}")
@@ -133,32 +126,40 @@ def export(options: ExportOptions) -> Export:
     tokenizer = load_tokenizer(folder)
     native = target.config(config, needs)
     kept = read_auxiliary_files(folder).beside(native, tokenizer)
-    work.check({"the carved model": folder, "the calibration text": text_file(refit_router)})
-    routers = None
-    if refit_router is not None:
-        routers = fitted_routers(folder, config, tokenizer, refit_router, samples, sequence_length)
-    with ExportFolder.create(output, {"model": name}, overwrite=overwrite) as work:
-        write_shards(made_tensors(folder, config, target, routers), work, limit)
+    work.check(
+        {"the carved model": folder, "the calibration text": text_file(options.refit_router)}
+    )
+    stored = refitted_tensors(folder, config, tokenizer, options)
+    with ExportFolder.create(output, {"model": name}, overwrite=options.overwrite) as work:
+        layers = []
+        for layer, parts in by_layer(stored).items():
+            made = target.layer(parts, config) if layer else target.ends(parts)
+            layers.append({layer + part: it for part, it in made.items()})
+        shards = Shards(
+            work.folder, [{name: it.empty for name, it in made.items()} for made in layers], limit
+        )
+        shards.create()
+        with Files() as files:
+            for made in tqdm(layers, desc="exporting", unit="layer", disable=None):
+                shards.write({name: it.read(files) for name, it in made.items()})
         native.save_pretrained(work.folder)
         written = read_json(work.folder / CONFIG_NAME)
         work.write_json(CONFIG_NAME, dict(sorted(with_legacy_keys(native, written).items())))
         work.write_files(kept.files)
         write_fingerprint(folder, work, tokenizer)
         difference, agreement = compare(folder, work.folder, config)
-        result = Export(
-            output=str(work.output),
-            architecture=native.model_type,
-            reason="; ".join(reasons),
-            dtype=str(config.dtype).removeprefix("torch."),
-            max_abs_logit_difference=difference,
-            routing_agreement=agreement,
-            refitted_router=routers is not None,
-        )
         if kept.card:
-            refitted = routers is not None
-            card = native_card(kept.card, native.model_type, difference, refitted=refitted)
+            card = native_card(kept.card, native.model_type, difference, refitted=refits)
             work.write_text(CARD_FILE, card)
-    return result
+    return Export(
+        output=str(work.output),
+        architecture=native.model_type,
+        reason="; ".join(reasons),
+        dtype=str(config.dtype).removeprefix("torch."),
+        max_abs_logit_difference=difference,
+        routing_agreement=agreement,
+        refitted_router=refits,
+    )
 
 
 class ExportFolder(BriefFolder):
@@ -197,62 +198,24 @@ def check_config(config: PreTrainedConfig, name: str, *, refit: bool) -> Archite
     return arch
 
 
-def fitted_routers(
-    folder: Path,
-    config: CMoEConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    text: str | Path,
-    samples: int,
-    sequence_length: int | None,
-) -> dict[str, torch.Tensor]:
-    """Fit linear routers to a carved model. Return them by the names of their tensors."""
-    ids = read_tokens(open_text(text), tokenizer, config.vocab_size).ids
-    length = window_length(config, sequence_length)
-    windows_WL = random_windows(ids, samples=samples, length=length, seed=0)
+def refitted_tensors(
+    folder: Path, config: CMoEConfig, tokenizer: PreTrainedTokenizerBase, options: RefitOptions
+) -> dict[str, Any]:
+    """Return the tensors of a model by name, with linear routers fitted to it if so asked."""
+    stored: dict[str, Any] = read_headers(folder)
+    if options.refit_router is None:
+        return stored
+    ids = read_tokens(open_text(options.refit_router), tokenizer, config.vocab_size).ids
+    length = window_length(config, options.sequence_length)
+    windows_WL = random_windows(ids, samples=options.samples, length=length, seed=0)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     weights = linear_routers(model, windows_WL, ridge=Recipe.router_ridge)
-    names = [name for name, module in model.named_modules() if isinstance(module, CMoERouter)]
-    return {
-        f"{name}.linear_weight": weight_NH.to(model.dtype)
-        for name, weight_NH in zip(names, weights, strict=True)
-    }
-
-
-def made_tensors(
-    folder: Path,
-    config: CMoEConfig,
-    target: Target,
-    routers: Mapping[str, torch.Tensor] | None,
-) -> list[dict[str, Made]]:
-    """Return the tensors of the target by name, for each layer; `routers` replace others."""
-    layers = []
-    for layer, parts in by_layer(read_headers(folder)).items():
-        own = with_router(parts, layer, routers)
-        made = target.layer(own, config) if layer else target.ends(parts)
-        layers.append({layer + part: it for part, it in made.items()})
-    return layers
-
-
-def with_router(
-    parts: dict[str, TensorRef], layer: str, routers: Mapping[str, torch.Tensor] | None
-) -> dict[str, Any]:
-    """Return the tensors of a layer, with another router if there is one for it."""
-    name = "mlp.gate.linear_weight"
-    if routers is None or layer + name not in routers:
-        return parts
-    gates = {part for part in parts if part.startswith("mlp.gate.") and "bias" not in part}
-    kept = {part: it for part, it in parts.items() if part not in gates}
-    return {**kept, name: routers[layer + name]}
-
-
-def write_shards(layers: list[dict[str, Made]], work: ExportFolder, limit: int) -> None:
-    """Write all tensors, a part of one in memory at a time."""
-    parts = [{name: it.empty for name, it in layer.items()} for layer in layers]
-    shards = Shards(work.folder, parts, limit)
-    shards.create()
-    with Files() as opened:
-        for layer in tqdm(layers, desc="exporting", unit="layer", disable=None):
-            shards.write({name: it.read(opened) for name, it in layer.items()})
+    routers = [name for name, module in model.named_modules() if isinstance(module, CMoERouter)]
+    gates = tuple(f"{name}." for name in routers)
+    kept = {name: it for name, it in stored.items() if "bias" in name or not name.startswith(gates)}
+    for name, weight_NH in zip(routers, weights, strict=True):
+        kept[f"{name}.linear_weight"] = weight_NH.to(model.dtype)
+    return kept
 
 
 @torch.no_grad()
@@ -267,13 +230,17 @@ def compare(carved: Path, native: Path, config: CMoEConfig) -> tuple[float, floa
             dtype=config.dtype,
             experts_implementation="eager",  # of any width: grouped kernels want 16 bytes
         ).eval()
-        gates = [module for module in loaded.modules() if isinstance(module, ROUTER_CLASSES)]
-        with collected(gates, lambda *call: chosen_by(call[2])) as chosen:
+        with collected(routers_of(loaded), lambda *call: chosen_by(call[2])) as chosen:
             logits.append(loaded(ids, use_cache=False).logits.float())
         choices.append(torch.cat([index_TK for calls in chosen for index_TK in calls]))
-        del loaded, gates
+        del loaded
     same_T = (choices[0] == choices[1]).all(dim=1)
     return (logits[0] - logits[1]).abs().max().item(), same_T.double().mean().item()
+
+
+def routers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the routers of a carved or a stock model."""
+    return [it for it in model.modules() if type(it).__name__.lower().endswith("router")]
 
 
 def chosen_by(output: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -2,7 +2,7 @@
 """Write a carved or a dense model as a GGUF file, tensor by tensor, for llama.cpp."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from math import prod
 from pathlib import Path
@@ -15,24 +15,23 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from cmoe_hf import CMoEConfig
-from cmoe_hf.modeling_cmoe import attention_types
 
 from ..errors import CMoEError, RequestError, missing
 from ..folder.paths import check_apart, check_place, replace_file, resolved
 from ..options import with_options
 from ..source.architectures import architecture_of
 from ..source.checkpoint import fetch_model, find_model, load_tokenizer
-from ..source.stored import read_headers
+from ..source.library import attention_types
 from ..source.texts import text_file
-from .export import RefitOptions, check_config, fitted_routers, with_router
-from .gguf_layouts import BLOCK, LAYOUTS, Layout, common_fields, empty_layer, rope_factors
+from .export import RefitOptions, check_config, refitted_tensors
+from .gguf_layouts import BLOCK, LAYOUTS, Layout, empty_layer, file_fields, rope_factors
 from .gguf_reading import check_reading
 from .gguf_vocabulary import vocabulary
 from .needs import choose, needs_of
 from .pieces import Files, Made, by_layer
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf import GGMLQuantizationType
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 """Types of numbers in which matrices can be written, and how a file says which."""
@@ -90,46 +89,39 @@ def export_gguf(options: GGUFOptions) -> GGUFFile:
             message says what.
         CMoEError: The model cannot be reached or is damaged.
     """
-    model, output, to, type = options.model, options.output, options.to, options.type
-    refit_router, samples = options.refit_router, options.samples
-    sequence_length, overwrite = options.sequence_length, options.overwrite
+    output, to, type = options.output, options.to, options.type
     library()
     if type not in FILE_TYPES:
         raise RequestError(f"there is no type {type!r}; choose one of {', '.join(FILE_TYPES)}.")
     if to not in (None, *LAYOUTS):
         raise RequestError(f"there is no export to {to!r}; choose one of {', '.join(LAYOUTS)}.")
-    path = check_output(output, overwrite)
-    folder, name, commit = find_model(model)
+    path = check_output(output, options.overwrite)
+    folder, name, commit = find_model(options.model)
     config = AutoConfig.from_pretrained(folder)
-    arch = architecture_of(config)
-    if carved(config):
-        check_config(config, name, refit=refit_router is not None)
+    arch, routes = architecture_of(config), isinstance(config, CMoEConfig)
+    if routes:
+        check_config(config, name, refit=options.refit_router is not None)
     if arch is None or arch.differs is None or arch.router is not None:
         raise RequestError(f"{name} cannot be a GGUF file: a {config.model_type} is not known.")
     if getattr(config, "hidden_act", None) not in ("silu", "swish"):
         raise RequestError(f"{name} cannot be a GGUF file: its activation is {config.hidden_act}.")
     if commit is not None:
         folder = fetch_model(name, commit)
-    check_apart(path, {"the model": folder, "the calibration text": text_file(refit_router)})
-    needs, routes = needs_of(config, arch, folder), carved(config)
+    texts = {"the model": folder, "the calibration text": text_file(options.refit_router)}
+    check_apart(path, texts)
+    needs = needs_of(config, arch, folder)
     layouts = [it for it in LAYOUTS.values() if it.routes == routes or it.name == to]
-    chosen, reasons = choose({it.name: it.refusals(config, needs) for it in layouts}, name, to)
-    layout = LAYOUTS[chosen]
+    layout, reasons = choose(layouts, config, needs, name, to)
     tokenizer = load_tokenizer(folder)
     ends = end_tokens(folder, config)
     words = vocabulary(tokenizer, config.vocab_size, ends)
     check_reading(tokenizer, words, ends, force=options.force)
-    routers = None
-    if refit_router is not None:
-        routers = fitted_routers(folder, config, tokenizer, refit_router, samples, sequence_length)
-    made = made_tensors(folder, config, layout, routers)
-    coarse = sum(kind_of(it, type) == "f16" for it in made.values()) if type == "q8_0" else 0
-
-    def write(new: Path) -> None:
-        write_file(new, name, config, layout, words, made, type)
-
+    made = made_tensors(refitted_tensors(folder, config, tokenizer, options), config, layout)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, write)
+    # llama.cpp strips spaces behind special tokens of models whose name has Phi-3 in it.
+    words["general.name"] = re.sub("(?i)(phi)-?3", r"\1 3", name)
+    fields = file_fields(layout, config) | words
+    replace_file(path, lambda new: write_file(new, layout.name, fields, made, type))
     return GGUFFile(
         output=str(path),
         architecture=layout.name,
@@ -137,7 +129,7 @@ def export_gguf(options: GGUFOptions) -> GGUFFile:
         type=type,
         tensors=len(made),
         bytes=path.stat().st_size,
-        coarse=coarse,
+        coarse=sum(type == "q8_0" and kind_of(it, type) == "f16" for it in made.values()),
     )
 
 
@@ -148,11 +140,6 @@ def library() -> Any:
     except ImportError:
         raise missing("GGUF files need one more package", "gguf") from None
     return gguf
-
-
-def carved(config: PreTrainedConfig) -> bool:
-    """Whether it is a carved model's."""
-    return isinstance(config, CMoEConfig)
 
 
 def check_output(output: str | Path, overwrite: bool) -> Path:
@@ -177,31 +164,21 @@ def end_tokens(folder: Path, config: PreTrainedConfig) -> list[int]:
     return [it for it in ends if it is not None and 0 <= it < config.vocab_size]
 
 
-def made_tensors(
-    folder: Path,
-    config: PreTrainedConfig,
-    layout: Layout,
-    routers: Mapping[str, torch.Tensor] | None,
-) -> dict[str, Made]:
+def made_tensors(stored: dict[str, Any], config: Any, layout: Layout) -> dict[str, Made]:
     """Return all tensors of the file by name."""
-    made = {}
-    layers = by_layer(read_headers(folder))
+    layers = by_layer(stored)
     outside = layers.pop("", {})
-    for name, new in OUTSIDE.items():
-        if name in outside:
-            made[new] = Made.of(outside[name])
-    if "output.weight" not in made and layout.own_head:
-        made["output.weight"] = made["token_embd.weight"]
+    made = {new: Made.of(outside[name]) for name, new in OUTSIDE.items() if name in outside}
+    if layout.own_head:
+        made.setdefault("output.weight", made["token_embd.weight"])
     factors_D = rope_factors(config)
     if factors_D is not None:
         made["rope_freqs.weight"] = Made.of(factors_D)
-    for layer, stored in layers.items():
-        number = layer.split(".")[2]
-        parts = with_router(stored, layer, routers)
-        made |= {f"blk.{number}.{part}": it for part, it in layout.layer(parts, config).items()}
+    tensors = {layer.split(".")[2]: layout.layer(parts, config) for layer, parts in layers.items()}
     if layout.wants_window and "sliding_attention" not in attention_types(config):
-        empty = empty_layer(config, made["token_embd.weight"])
-        made |= {f"blk.{len(layers)}.{part}": it for part, it in empty.items()}
+        tensors[str(len(layers))] = empty_layer(config, made["token_embd.weight"])
+    for number, parts in tensors.items():
+        made |= {f"blk.{number}.{part}": it for part, it in parts.items()}
     return made
 
 
@@ -213,40 +190,13 @@ def kind_of(made: Made, type: str) -> str:
 
 
 def write_file(
-    path: Path,
-    name: str,
-    config: Any,
-    layout: Layout,
-    words: dict[str, Any],
-    made: dict[str, Made],
-    type: str,
+    path: Path, architecture: str, fields: dict[str, Any], made: dict[str, Made], type: str
 ) -> None:
     """Write the file, one tensor in memory at a time."""
     gguf = library()
-    writer = gguf.GGUFWriter(path, layout.name)
-    # llama.cpp strips spaces behind special tokens of models whose name has Phi-3 in it.
-    writer.add_name(re.sub("(?i)(phi)-?3", r"\1 3", name))
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_file_type(FILE_TYPES[type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    fields = common_fields(config) | layout.fields(config)
-    add_fields(writer, {f"{layout.name}.{key}": value for key, value in fields.items()})
-    add_fields(writer, words)
-    for tensor, it in made.items():
-        kind = gguf.GGMLQuantizationType[kind_of(it, type).upper()]
-        shape, size = stored_size(it.shape, kind)
-        writer.add_tensor_info(tensor, shape, np.dtype(np.uint8), size, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    with Files() as files:
-        for tensor, it in tqdm(made.items(), desc="exporting", unit="tensor", disable=None):
-            kind = gguf.GGMLQuantizationType[kind_of(it, type).upper()]
-            writer.write_tensor_data(numbers(tensor, it.read(files), it.shape[-1], kind))
-    writer.close()
-
-
-def add_fields(writer: "GGUFWriter", fields: dict[str, Any]) -> None:
-    """Add metadata by their types in Python; numbers are 32 bits wide."""
     for key, value in fields.items():
         match value:
             case bool():
@@ -259,13 +209,22 @@ def add_fields(writer: "GGUFWriter", fields: dict[str, Any]) -> None:
                 writer.add_string(key, value)
             case _:
                 writer.add_array(key, value)
-
-
-def stored_size(shape: tuple[int, ...], kind: "GGMLQuantizationType") -> tuple[list[int], int]:
-    """Return the shape of a tensor's bytes, and how many there are."""
-    block, width = library().GGML_QUANT_SIZES[kind]
-    stored = [*shape[:-1], shape[-1] // block * width]
-    return stored, prod(stored)
+    kinds = {
+        tensor: gguf.GGMLQuantizationType[kind_of(it, type).upper()] for tensor, it in made.items()
+    }
+    for tensor, kind in kinds.items():
+        *rows, columns = made[tensor].shape
+        block, width = gguf.GGML_QUANT_SIZES[kind]
+        shape = [*rows, columns // block * width]
+        writer.add_tensor_info(tensor, shape, np.dtype(np.uint8), prod(shape), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    with Files() as files:
+        for tensor, it in tqdm(made.items(), desc="exporting", unit="tensor", disable=None):
+            parts = it.read(files)
+            writer.write_tensor_data(numbers(tensor, parts, it.shape[-1], kinds[tensor]))
+    writer.close()
 
 
 def numbers(

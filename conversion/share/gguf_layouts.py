@@ -17,12 +17,10 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from cmoe_hf.modeling_cmoe import attention_types
-
+from ..source.library import attention_types
 from ..source.stored import TensorRef
-from .needs import lacking
+from .needs import Stock, head_width
 from .pieces import Made
-from .targets import head_width
 
 SOFTMAX_OF_CHOSEN = 3
 """llama.cpp's number for choosing by scores and weighing by their softmax."""
@@ -50,30 +48,11 @@ NAMES = {
 """Beginnings of names within a layer."""
 
 
-def granite_fields(config: Any) -> Fields:
-    """Return the fields of `granitemoe`."""
-    return {
-        "logit_scale": 1.0,
-        "attention.scale": head_width(config) ** -0.5,
-        "feed_forward_length": config.moe_intermediate_size,
-        "expert_shared_feed_forward_length": config.shared_expert_intermediate_size,
-    }
-
-
-def glm_fields(config: Any) -> Fields:
-    """Return the fields of `glm4moe`."""
-    return choosing(config) | {
-        "expert_feed_forward_length": config.moe_intermediate_size,
-        "expert_shared_count": config.num_shared,
-        "leading_dense_block_count": len(config.dense_layers or []),
-    }
-
-
 def step_fields(config: Any) -> Fields:
     """Return the fields of `step35`, which without a window rotates half of what a file says."""
     types, width = attention_types(config), head_width(config)
     window, count = getattr(config, "sliding_window", None), config.num_hidden_layers
-    fields = choosing(config) | {
+    fields = {
         "expert_feed_forward_length": config.moe_intermediate_size,
         "expert_shared_feed_forward_length": config.shared_expert_intermediate_size or BLOCK,
         "attention.sliding_window": window or 1,
@@ -103,32 +82,16 @@ def empty_layer(config: Any, like: Made) -> dict[str, Made]:
     return made | {f"{name}.weight": Made((count,), like.dtype) for name, count in norms}
 
 
-def choosing(config: Any) -> Fields:
-    """Return how experts are chosen and weighed, where a file can say so."""
-    return {
-        "expert_gating_func": SOFTMAX_OF_CHOSEN,
-        "expert_weights_norm": False,
-        "expert_weights_scale": float(config.num_experts_per_tok),
-    }
-
-
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Layout(Stock):
     """An architecture of llama.cpp."""
 
-    name: str
-    represents: frozenset[str]
-    """Names from `NEEDS`."""
-    wants: frozenset[str] = frozenset()
-    """What it insists on."""
     ropes: tuple[str, ...] = ("default", "linear", "llama3")
     fields: Callable[[Any], Fields] = lambda config: {}
     """Beside those of every model, without the name in front."""
     routes: bool = True
     says_how: bool = True
     """Whether the file says how experts are chosen."""
-    neighbours: bool = False
-    """Rotary embeddings turn neighbouring rows: queries and keys are interleaved."""
     own_head: bool = False
     """It does not know heads that are tied to the embedding."""
     wants_window: bool = False
@@ -139,9 +102,7 @@ class Layout:
         """Return why it cannot be this model."""
         if self.routes != hasattr(config, "moe_intermediate_size"):
             return ["is of dense models" if not self.routes else "is of models that route"]
-        reasons = [f"has no {what}" for what in lacking(needs, self.represents)]
-        reasons += [f"always has {what}" for what in lacking(self.wants, needs)]
-        rope = rope_type(config)
+        reasons, rope = super().refusals(config, needs), rope_type(config)
         if rope not in self.ropes:
             reasons.append(f"has no rotary embeddings of type {rope}")
         if self.routes and not self.says_how and config.num_experts_per_tok > 1:
@@ -157,12 +118,8 @@ class Layout:
         for part, it in parts.items():
             stem, _, kind = part.rpartition(".")
             if stem in names and not (part == "self_attn.o_proj.bias" and self.routes):
-                heads = {
-                    "self_attn.q_proj": config.num_attention_heads,
-                    "self_attn.k_proj": config.num_key_value_heads,
-                }
-                interleaved = heads.get(stem, 0) if self.neighbours else 0
-                made[f"{names[stem]}.{kind}"] = Made.of(it, interleaved=interleaved)
+                heads = self.interleaved_heads(part, config)
+                made[f"{names[stem]}.{kind}"] = Made.of(it, interleaved=heads)
         if "mlp.experts.down_proj" in parts:
             made |= self.routed(parts, config)
         return made
@@ -187,56 +144,62 @@ class Layout:
         return made
 
 
-LAYOUTS: dict[str, Layout] = {
-    layout.name: layout
-    for layout in (
-        Layout(
-            name="llama",
-            represents=frozenset({"biases", "output bias"}),
-            routes=False,
-            neighbours=True,
+ALL = (  # those that more versions of llama.cpp know come first
+    Layout(
+        name="llama",
+        represents=frozenset({"biases", "output bias"}),
+        routes=False,
+        interleaved=True,
+    ),
+    Layout(
+        name="qwen2",
+        represents=frozenset({"biases"}),
+        wants=frozenset({"biases"}),
+        ropes=("default", "linear"),
+        routes=False,
+    ),
+    Layout(
+        name="qwen3",
+        represents=frozenset({"norms"}),
+        wants=frozenset({"norms"}),
+        ropes=("default", "linear"),
+        routes=False,
+    ),
+    Layout(
+        name="granitemoe",
+        represents=frozenset({"shared", "biases"}),
+        fields=lambda config: {
+            "logit_scale": 1.0,
+            "attention.scale": head_width(config) ** -0.5,
+            "feed_forward_length": config.moe_intermediate_size,
+            "expert_shared_feed_forward_length": config.shared_expert_intermediate_size,
+        },
+        says_how=False,
+        interleaved=True,
+    ),
+    Layout(
+        name="glm4moe",
+        represents=frozenset({"shared", "pins", "leading", "biases", "norms"}),
+        wants=frozenset({"shared"}),
+        ropes=("default", "linear"),
+        fields=lambda config: {
+            "expert_feed_forward_length": config.moe_intermediate_size,
+            "expert_shared_count": config.num_shared,
+            "leading_dense_block_count": len(config.dense_layers or []),
+        },
+        renamed=(("post_attention_layernorm", "post_attention_norm"),),
+    ),
+    Layout(
+        name="step35",
+        represents=frozenset(
+            {"shared", "pins", "leading", "trailing", "between", "norms", "window"}
         ),
-        Layout(
-            name="qwen2",
-            represents=frozenset({"biases"}),
-            wants=frozenset({"biases"}),
-            ropes=("default", "linear"),
-            routes=False,
-        ),
-        Layout(
-            name="qwen3",
-            represents=frozenset({"norms"}),
-            wants=frozenset({"norms"}),
-            ropes=("default", "linear"),
-            routes=False,
-        ),
-        Layout(
-            name="granitemoe",
-            represents=frozenset({"shared", "biases"}),
-            fields=granite_fields,
-            says_how=False,
-            neighbours=True,
-        ),
-        Layout(
-            name="glm4moe",
-            represents=frozenset({"shared", "pins", "leading", "biases", "norms"}),
-            wants=frozenset({"shared"}),
-            ropes=("default", "linear"),
-            fields=glm_fields,
-            renamed=(("post_attention_layernorm", "post_attention_norm"),),
-        ),
-        Layout(
-            name="step35",
-            represents=frozenset(
-                {"shared", "pins", "leading", "trailing", "between", "norms", "window"}
-            ),
-            fields=step_fields,
-            own_head=True,
-            wants_window=True,
-        ),
-    )
-}
-"""Those that more versions of llama.cpp know come first."""
+        fields=step_fields,
+        own_head=True,
+        wants_window=True,
+    ),
+)
+LAYOUTS = {layout.name: layout for layout in ALL}
 
 
 def rope_type(config: PreTrainedConfig) -> str:
@@ -247,8 +210,8 @@ def rope_type(config: PreTrainedConfig) -> str:
     return str(rope.get("rope_type", "default"))
 
 
-def common_fields(config: Any) -> Fields:
-    """Return the fields of any architecture, without its name in front."""
+def file_fields(layout: Layout, config: Any) -> Fields:
+    """Return the fields of a model, with the name of the architecture in front."""
     rope, width = config.rope_parameters, head_width(config)
     fields = {
         "vocab_size": config.vocab_size,
@@ -271,7 +234,14 @@ def common_fields(config: Any) -> Fields:
             "expert_count": config.num_experts,
             "expert_used_count": config.num_experts_per_tok,
         }
-    return fields
+        if layout.says_how:
+            fields |= {
+                "expert_gating_func": SOFTMAX_OF_CHOSEN,
+                "expert_weights_norm": False,
+                "expert_weights_scale": float(config.num_experts_per_tok),
+            }
+    fields |= layout.fields(config)
+    return {f"{layout.name}.{key}": value for key, value in fields.items()}
 
 
 def rope_factors(config: Any) -> torch.Tensor | None:

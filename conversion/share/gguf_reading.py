@@ -8,7 +8,7 @@ here as it reads them (`src/llama-vocab.cpp`, `common/chat.cpp`), and both readi
 
 import logging
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -56,76 +56,66 @@ SHOWN = 12
 
 
 class FileTokenizer:
-    """The tokenizer that llama.cpp makes of the fields of a file."""
+    """The tokenizer that llama.cpp makes of the fields of a file (see `vocabulary`).
+
+    No file can say the rest: `composes` tells whether accents are composed, and `metaspace` before
+    which texts a space is put ("first" or "always", never in front of another).
+    """
 
     def __init__(
         self, fields: dict[str, Any], *, composes: bool = False, metaspace: str | None = None
     ) -> None:
-        """Read the fields.
-
-        Args:
-            fields: See `vocabulary`.
-            composes, metaspace: Whether accents are composed, and before which texts a space is
-                put ("first" or "always", never in front of another): what no file can say.
-        """
+        said = {key.removeprefix(KEY): it for key, it in fields.items()}
         self.composes, self.metaspace = composes, metaspace
-        self.tokens: list[str] = fields[KEY + "tokens"]
+        self.tokens: list[str] = said["tokens"]
         self.ids = {token: index for index, token in enumerate(self.tokens)}
-        kinds = zip(self.tokens, fields[KEY + "token_type"], strict=True)
+        kinds = zip(self.tokens, said["token_type"], strict=True)
         special = [token for token, kind in kinds if kind in (CONTROL, USER_DEFINED, UNKNOWN)]
         self.special = sorted(special, key=lambda token: -len(token.encode()))
-        self.is_bytes = fields[KEY + "model"] == "gpt2"
-        self.bos, self.eos = (  # what llama.cpp takes where the file says nothing
-            fields.get(f"{KEY}{name}_token_id", 11 if self.is_bytes else number)
-            for name, number in (("bos", 1), ("eos", 2))
-        )
-        self.adds_bos, self.adds_eos = fields[KEY + "add_bos_token"], fields[KEY + "add_eos_token"]
+        self.is_bytes = said["model"] == "gpt2"
+        # What llama.cpp takes where the file says nothing.
+        self.bos = said.get("bos_token_id", 11 if self.is_bytes else 1)
+        self.eos = said.get("eos_token_id", 11 if self.is_bytes else 2)
+        self.adds_bos, self.adds_eos = said["add_bos_token"], said["add_eos_token"]
+        self.stops = {self.eos, *(self.ids[name] for name in END_NAMES & self.ids.keys())}
+        self.stops |= {said[key] for key in ("eot_token_id", "eom_token_id") if key in said}
         self.rank: Callable[[str, str], float | None]
         if self.is_bytes:
-            self.pre_tokenizer, self.keeps_words = PRE_TOKENIZERS[fields[KEY + "pre"]]
-            merges = [tuple(it.split(" ", 1)) for it in fields[KEY + "merges"]]
+            self.pre_tokenizer, self.keeps_words = PRE_TOKENIZERS[said["pre"]]
+            merges = [tuple(it.split(" ", 1)) for it in said["merges"]]
             ranks = {pair: rank for rank, pair in reversed([*enumerate(merges)])}
             self.rank = lambda left, right: ranks.get((left, right))
         else:
-            self.space = "▁" * fields[KEY + "add_space_prefix"]
-            costs = dict(zip(self.tokens, (-it for it in fields[KEY + "scores"]), strict=True))
+            self.space = "▁" * said["add_space_prefix"]
+            costs = dict(zip(self.tokens, (-it for it in said["scores"]), strict=True))
             self.rank = lambda left, right: costs.get(left + right)
 
     def __call__(self, text: str) -> list[int]:
         """Return the ids of a text, in which special tokens are read as such."""
         text = unicodedata.normalize("NFC", text) if self.composes else text
-        parts: list[str | int] = [text] if text else []
+        parts: list[str | int] = [text]
         for token in (it for it in self.special if it in text):
-            parts = [piece for part in parts for piece in self.cut(part, token)]
+            cuts = [it.split(token) if isinstance(it, str) else [it] for it in parts]
+            parts = []
+            for cut in cuts:
+                parts += [it for piece in cut for it in (self.ids[token], piece)][1:]
         ids = [self.bos] * self.adds_bos
-        for place, part in enumerate(parts):
+        for place, part in enumerate(it for it in parts if it != ""):
             ids += [part] if isinstance(part, int) else self.of_plain(part, is_first=not place)
         return ids + [self.eos] * self.adds_eos
-
-    def cut(self, part: str | int, token: str) -> Iterator[str | int]:
-        """Take a special token out of a part of a text."""
-        if isinstance(part, int):
-            yield part
-            return
-        for number, piece in enumerate(part.split(token)):
-            if number:
-                yield self.ids[token]
-            if piece:
-                yield piece
 
     def of_plain(self, text: str, *, is_first: bool) -> Iterator[int]:
         """Return the ids of a text without special tokens."""
         if self.is_bytes:
             for word, _ in self.pre_tokenizer.pre_tokenize_str(text):
-                if self.keeps_words and word in self.ids:
-                    yield self.ids[word]
-                else:  # bytes that are no tokens are dropped
-                    yield from (self.ids[it] for it in self.merged(word) if it in self.ids)
+                whole = self.keeps_words and word in self.ids
+                for part in [word] if whole else self.merged(word):
+                    if part in self.ids:  # bytes that are no tokens are dropped
+                        yield self.ids[part]
             return
         text = text.replace(" ", "▁")
-        if not self.metaspace or (
-            (is_first or self.metaspace == "always") and not text.startswith("▁")
-        ):
+        starts = is_first or self.metaspace == "always"
+        if not self.metaspace or (starts and not text.startswith("▁")):
             text = self.space + text
         for part in self.merged(text):
             if part in self.ids:
@@ -157,26 +147,34 @@ def check_reading(
     What no file can say, and many models have, is a warning. Raises `RequestError` for the rest,
     which `force` turns into a warning too.
     """
-    reader = FileTokenizer(fields)
+    reader, (usual, remarks) = FileTokenizer(fields), usual_reader(tokenizer, fields)
     prompts = [*rendered_chats(tokenizer, fields, reader)]
-    texts = {**TEXTS, **around_added_tokens(tokenizer), **sampled_tokens(tokenizer)}
-    texts["chats"] = tuple(ours for _, ours, _ in prompts)
-    usual, remarks = usual_reader(tokenizer, fields)
-    differences = dict(differing_texts(texts, tokenizer, usual))
-    for name, ours, theirs in prompts:
-        if ours != theirs:
-            differences[f"the chat template {name!r}"] = f"it gives {theirs!r}, not {ours!r}"
-    stops = {reader.eos, *(reader.ids[name] for name in END_NAMES & reader.ids.keys())}
-    stops |= {
-        it for key, it in fields.items() if key in (KEY + "eot_token_id", KEY + "eom_token_id")
-    }
-    if lacking := [reader.tokens[it] for it in ends if it not in stops]:
+    texts = texts_for(tokenizer) | {"chats": tuple(prompt for _, prompt, _ in prompts)}
+    differences = {}
+    for label, examples in texts.items():
+        for text in sorted(examples, key=len):
+            ours, theirs = tokenizer(text)["input_ids"], usual(text)
+            if ours != theirs:
+                differences[label] = f"{text!r} becomes {theirs}, not {ours}"
+                break
+    for name, prompt, other in prompts:
+        if prompt != other:
+            differences[f"the chat template {name!r}"] = f"it gives {other!r}, not {prompt!r}"
+    if lacking := [reader.tokens[it] for it in ends if it not in reader.stops]:
         shown = ", ".join(map(repr, lacking))
         differences["ends of generations"] = f"it would go on after {shown}"
-    if further := sorted(stops - {*ends}):
+    if further := sorted(reader.stops - {*ends}):
         shown = ", ".join(repr(reader.tokens[it]) for it in further)
         remarks.append(f"ends a generation at {shown} too, where transformers goes on")
-    remarks += added_to_chats(prompts, reader)
+    if not prompts:
+        remarks.append("has no chat template of this model and makes up prompts of its own")
+    else:
+        prompt = prompts[0][1]
+        bos, eos = reader.tokens[reader.bos], reader.tokens[reader.eos]
+        if reader.adds_bos and not prompt.startswith(bos):
+            remarks.append(f"puts {bos!r} in front of chats, which their template does not")
+        if reader.adds_eos and not prompt.endswith(eos):
+            remarks.append(f"puts {eos!r} behind chats, which their template does not")
     for remark in remarks:
         logger.warning("llama.cpp %s.", remark)
     if not differences:
@@ -209,78 +207,40 @@ def usual_reader(
     return FileTokenizer(fields, composes=composes, metaspace=metaspace), remarks
 
 
-def around_added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[str, ...]]:
-    """Return texts with every added token between different neighbours."""
-    texts: dict[str, tuple[str, ...]] = {}
+def texts_for(tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[str, ...]]:
+    """Return texts by what they have, also tokens of this tokenizer with different neighbours."""
+    texts = dict(TEXTS)
     for token in tokenizer.added_tokens_decoder.values():
         flags = [it for it in ("lstrip", "rstrip", "single_word") if getattr(token, it)]
         label = f"the added token {token.content!r}" + (f" ({', '.join(flags)})" if flags else "")
         it = token.content
         texts[label] = (f"a{it}b", f"a {it} b", f"a \n{it}\n b", f"{it}{it}x", it.swapcase())
-    return texts
-
-
-def sampled_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[str, ...]]:
-    """Return the texts of tokens all over the vocabulary."""
     places = range(0, len(tokenizer), len(tokenizer) // 256 + 1)
-    return {"tokens": tuple(str(tokenizer.decode([place])) for place in places)}
-
-
-def differing_texts(
-    texts: Mapping[str, tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, reader: FileTokenizer
-) -> Iterator[tuple[str, str]]:
-    """Say which kinds of texts are read otherwise, with the shortest example of each."""
-    for label, examples in texts.items():
-        for text in sorted(examples, key=len):
-            ours, theirs = tokenizer(text)["input_ids"], reader(text)
-            if ours != theirs:
-                yield label, f"{text!r} becomes {theirs}, not {ours}"
-                break
+    return texts | {"tokens": tuple(str(tokenizer.decode([place])) for place in places)}
 
 
 def rendered_chats(
     tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any], reader: FileTokenizer
 ) -> Iterator[tuple[str, str, str]]:
-    """Name a template, and render chats by it as transformers and as llama.cpp do.
-
-    llama.cpp gives other variables to a template.
-    """
-    variables = {
+    """Name a template, and render chats by it with transformers' variables and llama.cpp's."""
+    theirs = {
         "bos_token": reader.tokens[reader.bos],
         "eos_token": reader.tokens[reader.eos],
         "enable_thinking": True,
     }
-    key = "tokenizer.chat_template"
     for field, template in fields.items():
-        if field != key and not field.startswith(key + "."):
+        key, _, name = field.partition("chat_template")
+        if key != "tokenizer." or name[:1] not in ("", "."):
             continue
-        name = field.removeprefix(key).removeprefix(".") or "default"
-        tools = [TOOL] if name == "tool_use" else None
+        name = name.removeprefix(".") or "default"
         for chat in CHATS:
-            ours, theirs = (
-                outcome(template, chat, tools, **known)
-                for known in (tokenizer.special_tokens_map, variables)
-            )
-            yield name, ours, theirs
-
-
-def outcome(template: str, chat: list[dict[str, str]], tools: Any, **variables: Any) -> str:
-    """Return a chat's prompt, or why the template refuses the chat."""
-    try:
-        options = {"tools": tools, "add_generation_prompt": True, **variables}
-        return str(render_jinja_template([chat], chat_template=template, **options)[0][0])
-    except (TemplateError, TypeError, ValueError) as error:
-        return f"refused: {error}"
-
-
-def added_to_chats(prompts: Sequence[tuple[str, str, str]], reader: FileTokenizer) -> Iterator[str]:
-    """Say what llama.cpp adds to a chat that its template does not have."""
-    if not prompts:
-        yield "has no chat template of this model and makes up prompts of its own for chats"
-        return
-    _, prompt, _ = prompts[0]
-    bos, eos = reader.tokens[reader.bos], reader.tokens[reader.eos]
-    if reader.adds_bos and not prompt.startswith(bos):
-        yield f"puts {bos!r} in front of chats, which their template does not"
-    if reader.adds_eos and not prompt.endswith(eos):
-        yield f"puts {eos!r} behind chats, which their template does not"
+            rendered = []
+            for variables in (tokenizer.special_tokens_map, theirs):
+                given = {"add_generation_prompt": True, **variables}
+                given["tools"] = [TOOL] if name == "tool_use" else None
+                try:
+                    made = render_jinja_template([chat], chat_template=template, **given)
+                    rendered.append(str(made[0][0]))
+                except (TemplateError, TypeError, ValueError) as error:
+                    rendered.append(f"refused: {error}")
+            yield name, rendered[0], rendered[1]

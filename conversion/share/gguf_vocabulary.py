@@ -6,8 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenizers import Regex, Tokenizer
-from tokenizers.models import BPE
+from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Split
 from tokenizers.pre_tokenizers import Sequence as Steps
 from transformers import PreTrainedTokenizerBase
@@ -44,18 +43,26 @@ PRE_TOKENIZERS: dict[str, tuple[PreTokenizer, bool]] = {
 """What llama.cpp's names of pre-tokenizers mean, and whether words that are tokens stay whole."""
 
 
+END_NAMES = frozenset(
+    (
+        *("</s>", "<eos>", "[EOS]", "[EOT]", "<EOT>", "_<EOT>", "<|eot_id|>", "<|eom_id|>"),
+        *("<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "<turn|>"),
+        *("<end_of_utterance>", "<\uff5cend▁of▁sentence\uff5c>", "<|tool_response>", "[e~["),
+        *("<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|fim_pad|>", "<fim-pad>", "[PAD]"),
+        *("<fim_pad>", "<PAD>", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>"),
+        *("<reponame>", "<|file_sep|>"),
+    )
+)
+"""Tokens that end a generation in llama.cpp because of their names."""
+
+
 def vocabulary(
     tokenizer: PreTrainedTokenizerBase, size: int, ends: Sequence[int]
 ) -> dict[str, Any]:
-    """Return what a file says of a tokenizer.
+    """Return what a file says of a tokenizer, filled up to `size` tokens.
 
-    Args:
-        tokenizer: With a `tokenizer.json`.
-        size: Rows of the embedding, to which the tokens are filled up.
-        ends: Tokens that end a generation.
-
-    Raises:
-        RequestError: llama.cpp could not read a file with this tokenizer.
+    `ends` are the tokens that end a generation. Raises `RequestError` if llama.cpp could not read
+    a file with this tokenizer.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -64,61 +71,31 @@ def vocabulary(
     model = stored["model"]
     if model["type"] != "BPE":
         raise RequestError(f"the tokenizer is a {model['type']} model; GGUF files get BPE only.")
-    tokens, kinds = listed_tokens(stored, size)
-    merges = [
-        tuple(it.split(" ", 1)) if isinstance(it, str) else tuple(it) for it in model["merges"]
-    ]
-    fields: dict[str, Any] = {KEY + "tokens": tokens, KEY + "token_type": kinds}
+    ids = model["vocab"]
+    listed = [(token, index, NORMAL) for token, index in ids.items()]
+    for it in stored["added_tokens"]:
+        listed.append((it["content"], it["id"], CONTROL if it["special"] else USER_DEFINED))
+    if max(index for _, index, _ in listed) >= size:
+        raise RequestError(f"the tokenizer has tokens beyond the embedding's {size}.")
+    tokens, kinds = [f"[PAD{index}]" for index in range(size)], [UNUSED] * size
+    for token, index, kind in listed:
+        tokens[index], kinds[index] = token, kind
+    merges = [tuple(it.split(" ", 1) if isinstance(it, str) else it) for it in model["merges"]]
     if model.get("byte_fallback"):
-        fields[KEY + "model"], fields[KEY + "pre"] = "llama", "default"
-        fields[KEY + "scores"] = sentencepiece_scores(tokens, model["vocab"], merges)
-        fields[KEY + "add_space_prefix"] = adds_space(stored)
+        own = {"model": "llama", "pre": "default", "add_space_prefix": adds_space(stored)}
+        own["scores"] = sentencepiece_scores(tokens, ids, merges)
         for byte in range(256):
-            if (token := f"<0x{byte:02X}>") not in model["vocab"]:
+            if (token := f"<0x{byte:02X}>") not in ids:
                 raise RequestError(f"the tokenizer has byte fallback, but no token {token}.")
-            kinds[model["vocab"][token]] = BYTE
-        if model.get("unk_token") in model["vocab"]:
-            kinds[model["vocab"][model["unk_token"]]] = UNKNOWN
+            kinds[ids[token]] = BYTE
+        if model.get("unk_token") in ids:
+            kinds[ids[model["unk_token"]]] = UNKNOWN
     elif merges:
-        fields[KEY + "model"], fields[KEY + "pre"] = "gpt2", pre_tokenizer(stored)
-        fields[KEY + "merges"] = [" ".join(pair) for pair in merges]
+        own = {"model": "gpt2", "pre": pre_tokenizer(stored), "merges": [*map(" ".join, merges)]}
     else:
         raise RequestError("the tokenizer has no merges: llama.cpp reads no file without them.")
-    return fields | special_tokens(tokenizer, tokens, ends) | chat_templates(tokenizer)
-
-
-def listed_tokens(stored: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Return all tokens by id, and their types."""
-    tokens = [f"[PAD{index}]" for index in range(size)]
-    kinds = [UNUSED] * size
-    try:
-        for token, index in stored["model"]["vocab"].items():
-            tokens[index], kinds[index] = token, NORMAL
-        for added in stored["added_tokens"]:
-            tokens[added["id"]] = added["content"]
-            kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    except IndexError:
-        raise RequestError(f"the tokenizer has tokens beyond the embedding's {size}.") from None
-    return tokens, kinds
-
-
-END_NAMES = frozenset(
-    (
-        *("</s>", "<eos>", "[EOS]", "[EOT]", "<EOT>", "_<EOT>", "<|eot_id|>", "<|eom_id|>"),
-        *("<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>"),
-        *(
-            "<end_of_utterance>",
-            "<\uff5cend▁of▁sentence\uff5c>",
-            "<turn|>",
-            "<|tool_response>",
-            "[e~[",
-        ),
-        *("<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|fim_pad|>", "<fim-pad>", "[PAD]"),
-        *("<fim_pad>", "<PAD>", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>"),
-        *("<reponame>", "<|file_sep|>"),
-    )
-)
-"""Tokens that end a generation in llama.cpp because of their names."""
+    own |= {"tokens": tokens, "token_type": kinds, **special_tokens(tokenizer, tokens, ends)}
+    return {KEY + key: it for key, it in own.items()} | chat_templates(tokenizer)
 
 
 def special_tokens(
@@ -128,8 +105,7 @@ def special_tokens(
 
     A file can say two tokens that end a generation, beside `eos` and those of `END_NAMES`.
     """
-    ids = tokenizer("a")["input_ids"]
-    eos = tokenizer.eos_token_id
+    ids, eos = tokenizer("a")["input_ids"], tokenizer.eos_token_id
     if eos is None and ends:
         eos = ends[0]
     further = sorted(set(ends) - {eos}, key=lambda it: tokens[it] in END_NAMES)
@@ -141,14 +117,14 @@ def special_tokens(
         "padding": tokenizer.pad_token_id,
     }
     return {
-        KEY + "add_bos_token": ids[:1] == [tokenizer.bos_token_id],
-        KEY + "add_eos_token": ids[-1:] == [eos],
-        **{f"{KEY}{name}_token_id": it for name, it in found.items() if it is not None},
+        "add_bos_token": ids[:1] == [tokenizer.bos_token_id],
+        "add_eos_token": ids[-1:] == [eos],
+        **{f"{name}_token_id": it for name, it in found.items() if it is not None},
     }
 
 
 def chat_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return the chat template, and further ones by name. Raises `RequestError` without default."""
+    """Return the chat templates by name. Raises `RequestError` without default."""
     given = tokenizer.chat_template
     named = dict(given) if isinstance(given, Mapping) else {"default": given} if given else {}
     if named and "default" not in named:
@@ -164,12 +140,10 @@ def chat_templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def pre_tokenizer(stored: dict[str, Any]) -> str:
     """Return llama.cpp's name of how a text is split into words. Raises `RequestError`."""
+    steps = steps_of(stored["pre_tokenizer"])
     whole_words = bool(stored["model"].get("ignore_merges"))
-    steps = steps_of(stored)
     for name, (known, keeps_words) in PRE_TOKENIZERS.items():
-        twin = Tokenizer(BPE())
-        twin.pre_tokenizer = known
-        if steps_of(json.loads(twin.to_str())) == steps and keeps_words == whole_words:
+        if steps_of(json.loads(known.__getstate__())) == steps and keeps_words == whole_words:
             return name
     raise RequestError(
         f"the tokenizer splits texts ({' + '.join(str(it.get('type')) for it in steps)}) in a way "
@@ -177,23 +151,19 @@ def pre_tokenizer(stored: dict[str, Any]) -> str:
     )
 
 
-def steps_of(stored: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the steps of a pre-tokenizer, without what concerns only offsets."""
-    steps = stored["pre_tokenizer"] or {}
-    return [
-        {key: value for key, value in step.items() if key != "trim_offsets"}
-        for step in steps.get("pretokenizers", [steps])
-    ]
+def steps_of(step: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the steps of a normalizer or pre-tokenizer, without what concerns only offsets."""
+    step = step or {}
+    steps = step.get("pretokenizers") or step.get("normalizers") or [step]
+    return [{key: it for key, it in one.items() if key != "trim_offsets"} for one in steps]
 
 
 def adds_space(stored: dict[str, Any]) -> bool:
     """Whether a SentencePiece tokenizer puts a space in front of a text."""
-    steps = [stored["normalizer"] or {}, stored["pre_tokenizer"] or {}]
-    parts = [part for step in steps for part in step.get("normalizers", [step])]
     return any(
-        part.get("type") == "Prepend"
-        or (part.get("type") == "Metaspace" and part.get("prepend_scheme") != "never")
-        for part in parts
+        step.get("type") == "Prepend"
+        or (step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never")
+        for step in (*steps_of(stored["normalizer"]), *steps_of(stored["pre_tokenizer"]))
     )
 
 

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What another architecture must have to compute what a model does, and which one is chosen."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig
-
-from cmoe_hf.modeling_cmoe import attention_types
 
 from ..carve.router import always_on_mask
 from ..errors import RequestError
 from ..measure.routing import layer_number, stored_always_on
 from ..source.architectures import Architecture
+from ..source.library import attention_types
 from ..source.stored import read_headers, read_tensors
 
 NEEDS = {
@@ -88,25 +89,61 @@ def lacking(needs: Collection[str], represented: Collection[str]) -> list[str]:
     return [NEEDS[need] + hints.get(need, "") for need in found]
 
 
-def choose(refusals: Mapping[str, list[str]], name: str, to: str | None) -> tuple[str, list[str]]:
+@dataclass(frozen=True, kw_only=True)
+class Stock:
+    """An architecture that others have written."""
+
+    name: str
+    represents: frozenset[str]
+    """Names from `NEEDS`."""
+    wants: frozenset[str] = frozenset()
+    """What it insists on."""
+    interleaved: bool = False
+    """Whether rotary embeddings turn neighbouring rows of queries and keys."""
+
+    def refusals(self, config: Any, needs: set[str]) -> list[str]:
+        """Return why it cannot be this model."""
+        return [
+            *(f"has no {what}" for what in lacking(needs, self.represents)),
+            *(f"always has {what}" for what in lacking(self.wants, needs)),
+        ]
+
+    def interleaved_heads(self, name: str, config: Any) -> int:
+        """Return the heads of a projection of which the halves are interleaved, by its name."""
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        return sum(heads[it] for it in heads if self.interleaved and f"self_attn.{it}." in name)
+
+
+AnyStock = TypeVar("AnyStock", bound=Stock)
+
+
+def head_width(config: Any) -> int:
+    """Return the width of a head of attention."""
+    width = getattr(config, "head_dim", None)
+    return int(width or config.hidden_size // config.num_attention_heads)
+
+
+def choose(
+    stocks: Sequence[AnyStock], config: Any, needs: set[str], name: str, to: str | None
+) -> tuple[AnyStock, list[str]]:
     """Choose the first architecture that nothing speaks against, and say why it is no other.
 
     Args:
-        refusals: By architecture, the best first, why it cannot be the model.
-        name: Of the model.
-        to: Choose this one.
+        stocks: The best first.
+        config, needs, name: Of the model.
+        to: Choose the architecture of this name.
 
     Raises:
         RequestError: There is none, or it is not the one asked for.
     """
+    refusals = {it.name: it.refusals(config, needs) for it in stocks}
     said = {it: f"{it} {' and '.join(reasons)}" for it, reasons in refusals.items() if reasons}
-    fitting = [it for it in refusals if it not in said]
+    fitting = [it for it in stocks if it.name not in said]
     if to in said:
-        others = ", ".join(fitting) or "nothing"
+        others = ", ".join(it.name for it in fitting) or "nothing"
         raise RequestError(f"{name} cannot be exported: {said[to]}. {others} represents it.")
     if to is not None:
-        return to, ["asked for"]
+        return next(it for it in fitting if it.name == to), ["asked for"]
     if not fitting:
         raise RequestError(f"{name} cannot be exported: {'; '.join(said.values())}.")
-    before = [*refusals][: [*refusals].index(fitting[0])]
-    return fitting[0], [said[it] for it in before]
+    return fitting[0], [*said.values()][: stocks.index(fitting[0])]

@@ -47,10 +47,11 @@ def serve(asked: ServeOptions) -> None:
         RequestError: There is no such model, it has no tokenizer, or the extra is not installed.
         CMoEError: The Hub cannot be reached.
     """
-    model, options, engine = asked.model, asked.options, asked.engine
-    if engine not in ENGINES:
-        raise RequestError(f"there is no engine {engine!r}; choose one of {', '.join(ENGINES)}.")
-    if engine == "llama.cpp":
+    model, options = asked.model, asked.options
+    if asked.engine not in ENGINES:
+        known = ", ".join(ENGINES)
+        raise RequestError(f"there is no engine {asked.engine!r}; choose one of {known}.")
+    if asked.engine == "llama.cpp":
         return serve_llama_cpp(model, options)
     if not is_serve_available():
         raise missing("serving needs more packages", "serve")

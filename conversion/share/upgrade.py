@@ -8,15 +8,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import cmoe_hf
 from cmoe_hf import CMoEConfig
+from cmoe_hf.families import current_name
 
 from ..errors import CMoEError, RequestError
 from ..folder.auxiliary_files import read_card
@@ -29,14 +32,16 @@ from ..folder.fingerprint import (
     prompts_for,
     stated_fingerprint,
 )
-from ..folder.selection import REMOTE_CODE
+from ..folder.json_utils import as_json
+from ..folder.paths import replace_file
+from ..folder.remote_code import REMOTE_CODE
 from ..folder.unfinished import SETTINGS, BriefFolder, sha256_of
 from ..measure.routing import stored_always_on
 from ..options import with_options
 from ..source.checkpoint import find_model, from_hub, load_tokenizer
-from ..source.stored import read_json
+from ..source.stored import WEIGHTS_INDEX, read_json
 from .publish import publish
-from .verify import Verification, VerifyOptions, computed_elsewhere, runs_here, verify
+from .verify import VerifyOptions, computed_elsewhere, runs_here, verify
 
 REWRITTEN = ("config.json", CONVERSION, CARD_FILE, *REMOTE_CODE)
 
@@ -90,19 +95,19 @@ def upgrade(options: UpgradeOptions) -> Upgrade:
         RequestError: It is no carved model.
         CMoEError: The result would compute something else; nothing was changed.
     """
-    model, trust_remote_code = options.model, options.trust_remote_code
-    output = Path(model).expanduser().absolute()
+    trusted = options.trust_remote_code
+    output = Path(options.model).expanduser().absolute()
     replaced = UpgradeFolder(output).replaced
     if not output.exists() and replaced.is_dir():
         replaced.rename(output)  # an upgrade was killed between its last two steps
-    folder, name, commit = find_model(model)
+    folder, name, commit = find_model(options.model)
     if commit is None:
-        return upgrade_folder(folder.resolve(), trust_remote_code)
+        return upgrade_folder(folder.resolve(), trusted)
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / name.rpartition("/")[2]
         from_hub(snapshot_download, name, commit, local_dir=copy)
         shutil.rmtree(copy / ".cache", ignore_errors=True)
-        done = upgrade_folder(copy, trust_remote_code)
+        done = upgrade_folder(copy, trusted)
         if not done.changed:
             return replace(done, output=name)
         return replace(done, output=publish(copy, name, pull_request=True).url)
@@ -117,19 +122,34 @@ def upgrade_folder(folder: Path, trusted: bool) -> Upgrade:
             "ours to renew."
         )
     UpgradeFolder(folder, overwrite=True).check({})
-    old = old_outcome(folder, trusted)
+    old = None
+    if not (stated_fingerprint(folder) or runs_here(folder, trusted=trusted)):
+        with suppress(CMoEError):  # the upgrade mends what broke it
+            prompts = prompts_for(folder, load_tokenizer(folder))
+            old = computed_elsewhere(folder, folder.name, prompts, None)
     before = {path.name: sha256_of(path) for path in sorted(folder.glob("*.safetensors"))}
     with UpgradeFolder.create(folder, {}, overwrite=True) as work:
         share_files(folder, work.folder)
+        renamed = rename_tensors(work.folder, config.model_type)
         config.always_on_experts = stored_always_on(folder, config)
         config.save_pretrained(work.folder)
         code = work.write_code(type(config))
-        write_record(folder, work, renewed=bool(differ(folder, work.folder, REMOTE_CODE)))
+        record = conversion_record(folder)
+        if differ(folder, work.folder, REMOTE_CODE):
+            record["upgraded_to"] = [*record.get("upgraded_to", []), cmoe_hf.__version__]
+        if not record.get("fingerprint"):
+            record["fingerprint"] = fingerprint_of(work.folder, load_tokenizer(folder))
+        work.write_json(CONVERSION, record)
         if (folder / CARD_FILE).is_file():
             work.write_text(CARD_FILE, renewed_card(read_card(folder), code))
-        found = checked(folder, work, old)
+        found = replace(verify(work.folder), model=folder.name)
+        differences = list(found.differences)
+        if old is not None:  # the fingerprint is what the new code computed a moment ago
+            differences += moved(old, record["fingerprint"])
+        if differences:
+            raise CMoEError(f"{folder.name} was not upgraded: {'; '.join(differences)}.")
         after = {name: sha256_of(work.folder / name) for name in before}
-        if after != before:
+        if after != before and not renamed:
             raise CMoEError(f"the weights of {folder.name} changed on the disk meanwhile.")
         changed = differ(folder, work.folder, sorted(REWRITTEN))
     return Upgrade(output=str(folder), changed=changed, weights=after, verification=found.line)
@@ -137,22 +157,12 @@ def upgrade_folder(folder: Path, trusted: bool) -> Upgrade:
 
 def differ(old: Path, new: Path, names: Iterable[str]) -> list[str]:
     """Return the names of files that differ, or are only in one of the folders."""
-
-    def content(path: Path) -> bytes | None:
-        return path.read_bytes() if path.is_file() else None
-
-    return [name for name in names if content(old / name) != content(new / name)]
-
-
-def old_outcome(folder: Path, trusted: bool) -> dict[str, Any] | None:
-    """Return what the old code computes; None where the fingerprint says it, or it does not run."""
-    if stated_fingerprint(folder) or runs_here(folder, trusted=trusted):
-        return None
-    try:
-        prompts = prompts_for(folder, load_tokenizer(folder))
-        return computed_elsewhere(folder, folder.name, prompts, None)
-    except CMoEError:
-        return None  # the upgrade mends what broke it
+    return [
+        name
+        for name in names
+        if (old / name).is_file() != (new / name).is_file()
+        or ((new / name).is_file() and (old / name).read_bytes() != (new / name).read_bytes())
+    ]
 
 
 def share_files(folder: Path, target: Path) -> None:
@@ -169,23 +179,25 @@ def share_files(folder: Path, target: Path) -> None:
                 shutil.copy2(path, target / relative, follow_symlinks=False)
 
 
-def write_record(folder: Path, work: UpgradeFolder, *, renewed: bool) -> None:
-    """Write `conversion.json` with a fingerprint and, if `renewed`, this release."""
-    record = conversion_record(folder)
-    if renewed:
-        record["upgraded_to"] = [*record.get("upgraded_to", []), cmoe_hf.__version__]
-    if not record.get("fingerprint"):
-        record["fingerprint"] = fingerprint_of(work.folder, load_tokenizer(folder))
-    work.write_json(CONVERSION, record)
+def rename_tensors(folder: Path, model_type: str) -> bool:
+    """Give the tensors of an earlier release the names that today's code reads.
 
-
-def checked(folder: Path, work: UpgradeFolder, old: dict[str, Any] | None) -> Verification:
-    """Verify the new folder, also against what the old code computes. Raises `CMoEError`."""
-    found = replace(verify(work.folder), model=folder.name)
-    differences = list(found.differences)
-    if old is not None:
-        # The fingerprint is what the new code computed a moment ago.
-        differences += moved(old, read_json(work.folder / CONVERSION)["fingerprint"])
-    if differences:
-        raise CMoEError(f"{folder.name} was not upgraded: {'; '.join(differences)}.")
-    return found
+    Returns whether there were any. Raises `CMoEError` if a file cannot be written.
+    """
+    renamed = False
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        names = {name: current_name(model_type, name) for name in tensors}
+        if all(name == now for name, now in names.items()):
+            continue
+        renamed = True
+        content = {names[name]: tensor for name, tensor in tensors.items()}
+        write = partial(save_file, content, metadata={"format": "pt"})
+        replace_file(path, write)
+    index = folder / WEIGHTS_INDEX
+    if renamed and index.is_file():
+        entries = read_json(index)
+        where = entries["weight_map"].items()
+        entries["weight_map"] = {current_name(model_type, name): file for name, file in where}
+        replace_file(index, as_json(entries))
+    return renamed

@@ -27,15 +27,12 @@ from ..folder.fingerprint import (
     stated_fingerprint,
     unloadable,
 )
-from ..folder.selection import code_of_type
+from ..folder.remote_code import RELEASED, code_of_type
 from ..folder.unfinished import sha256_of
 from ..options import with_options
 from ..source.checkpoint import load_tokenizer
 from ..source.loading import model_folder
 from ..source.stored import read_json
-
-RELEASED = Path(__file__).parent.parent / "assets" / "released.json"
-"""SHA-256 and name of each Python file that a release has put into repositories: they are ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +79,14 @@ def verify(options: VerifyOptions) -> Verification:
         RequestError: There is no such model, or its code is not to be trusted.
         CMoEError: It cannot be loaded at all.
     """
-    model, trust_remote_code = options.model, options.trust_remote_code
-    folder, name = model_folder(model, code=True)
+    trusted = options.trust_remote_code
+    folder, name = model_folder(options.model, code=True)
     stated = stated_fingerprint(folder)
-    compute = computed if runs_here(folder, trusted=trust_remote_code) else computed_elsewhere
+    compute = computed if runs_here(folder, trusted=trusted) else computed_elsewhere
     if stated:
         found = compute(folder, name, stated["prompts"], stated["generated"])
     else:
-        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
         found = compute(folder, name, prompts_for(folder, tokenizer), None)
     differences = [*inconsistencies(found), *(changes(found, stated) if stated else [])]
     return Verification(

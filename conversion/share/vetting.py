@@ -7,13 +7,15 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from huggingface_hub import get_token
 
 import cmoe_hf
 
 from ..errors import RequestError
-from ..folder.card import CARD_FILE, parsed_card, stated_hashes
+from ..folder.auxiliary_files import read_card
+from ..folder.card import CARD_FILE, parsed_card, stated, stated_hashes
 from ..folder.paths import SUFFIX
 from ..folder.shards import read_header
 from ..folder.unfinished import SETTINGS, sha256_of
@@ -43,19 +45,31 @@ PATHS = {
 }
 
 
-def files_to_publish(folder: Path) -> list[str]:
-    """Return the relative names of all files but hidden ones. Raises for pickled weights."""
+def check_folder(
+    folder: Path, *, owner: str, licence: str | None, base_model: str | None
+) -> tuple[list[str], str]:
+    """Check all that can be checked here.
+
+    Return the files to publish, hidden ones left out, and the text that the card is to have.
+    """
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     names = sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+        path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)
     )
-    names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
-    pickles = [name for name in names if matches(name, PICKLES)]
-    if pickles:
+    if pickles := [name for name in names if matches(name, PICKLES)]:
         raise RequestError(
             f"{folder.name} holds {', '.join(pickles)}: pickled files run code when they are "
             "opened and are not published. Remove them; the weights are in the safetensors files."
         )
-    return names
+    check_complete(folder)
+    if CARD_FILE not in names:
+        raise RequestError(f"{folder.name} has no {CARD_FILE}: a model needs a card.")
+    card = read_card(folder)
+    if licence or base_model:
+        card = stated(card, licence=licence, base_model=base_model)
+    check_card(folder, card)
+    check_private(folder, names, card, known={owner})
+    return names, card
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -70,47 +84,34 @@ def check_complete(folder: Path) -> None:
         raise RequestError(f"{folder.name} is unfinished work: complete it with --resume first.")
     if not (folder / "config.json").is_file():
         raise RequestError(f"{folder} has no config.json: it is not a model.")
-    config = read_json(folder / "config.json")
-    check_auto_map(folder, config.get("auto_map"))
-    check_weights(folder)
-    load_tokenizer(folder)
-
-
-def check_auto_map(folder: Path, auto_map: dict[str, str] | None) -> None:
-    """Check that the Python files that `auto_map` names are in this folder."""
+    auto_map: Any = read_json(folder / "config.json").get("auto_map")
     save = "Load the model and save it again with save_pretrained."
     for name in AUTO_CLASSES if auto_map is not None else ():
-        entry = (auto_map or {}).get(name, "--")
-        module = entry.partition(".")[0] + ".py"
+        entry = auto_map.get(name, "--")
         if "--" in entry:
             raise RequestError(
                 f"auto_map in config.json has no entry of its own for {name}: the repository "
                 f"would not load by itself. {save}"
             )
-        if not (folder / module).is_file():
+        if not (folder / (module := entry.partition(".")[0] + ".py")).is_file():
             raise RequestError(
                 f"{module} is missing, without which the model does not load. {save}"
             )
-
-
-def check_weights(folder: Path) -> None:
-    """Check that the shards are those of the index, and hold what it says."""
     stored = read_headers(folder)
     where = dict.fromkeys(stored, WEIGHTS_FILE)
     if (folder / WEIGHTS_INDEX).is_file():
         where = read_json(folder / WEIGHTS_INDEX)["weight_map"]
-    stray = sorted({path.name for path in folder.glob("*.safetensors")} - {*where.values()})
-    if stray:
+    if stray := sorted({path.name for path in folder.glob("*.safetensors")} - {*where.values()}):
         raise RequestError(
             f"{', '.join(stray)} is not a shard of this model (see {WEIGHTS_INDEX}); a loader "
             "might take it for one. Remove it, or the index if that is the one left over."
         )
-    missing = sorted(where.keys() - stored.keys())
-    if missing:
+    if missing := sorted(where.keys() - stored.keys()):
         raise RequestError(
             f"{WEIGHTS_INDEX} names {len(missing)} tensors that no shard has, {missing[0]} among "
             "them. Convert again, or restore the folder."
         )
+    load_tokenizer(folder)
 
 
 def check_card(folder: Path, card: str) -> None:
@@ -138,15 +139,15 @@ def check_card(folder: Path, card: str) -> None:
 
 
 def check_private(folder: Path, names: list[str], card: str, known: set[str]) -> None:
-    """Check that no file tells a secret, a user's name or a path of this machine.
+    """Check that no file contains a secret, a user's name or a path of this machine.
 
-    Args:
-        folder: The model.
-        names: The files to check.
-        card: The text that README.md will have.
-        known: Public names, such as the owner of the repository.
+    `card` is the text that README.md will have, and `known` are public names, such as the owner
+    of the repository.
     """
-    user = user_name()
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container may not know
+        user = "user"
     people = {}
     if user.lower() not in NOBODY | {name.lower() for name in known}:
         # An ordinary word, such as llama, is in every card: it counts only where it must mean
@@ -169,24 +170,14 @@ def check_private(folder: Path, names: list[str], card: str, known: set[str]) ->
                     )
 
 
-def user_name() -> str:
-    """Return who runs this; a container may not know."""
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):
-        return "user"
-
-
 def is_ordinary(user: str, folder: Path) -> bool:
     """Whether a name is a word of the model's vocabulary or of this package's own files."""
     vocabulary = load_tokenizer(folder).get_vocab()
     if user.lower() in {token.strip("\u0120\u2581 ").lower() for token in vocabulary}:
         return True
     word = re.compile(rf"(?<![a-z]){re.escape(user)}(?![a-z])", re.IGNORECASE)
-    ours = (
-        *Path(__file__).parent.parent.rglob("*.py"),
-        *Path(cmoe_hf.__file__).parent.glob("*.py"),
-    )
+    ours = [*Path(cmoe_hf.__file__).parent.glob("*.py")]
+    ours += Path(__file__).parent.parent.rglob("*.py")
     return any(word.search(path.read_text(encoding="utf-8")) for path in ours)
 
 

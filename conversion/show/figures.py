@@ -35,6 +35,10 @@ STYLE: dict[Any, Any] = {
 }
 SPEEDS = {"ffn": "FFN, 1 token", "prefill": "prefill", "decode": "decoding 1 sequence"}
 """What a sweep times."""
+CARD_FIGURES = {
+    "expert-load.png": "share of the tokens that run each expert",
+    "reconstruction-error.png": "error of the FFN output of each layer",
+}
 
 
 def check_drawing(what: str) -> None:
@@ -49,17 +53,18 @@ def draw_figures(data: dict[str, Any]) -> dict[str, bytes]:
     from matplotlib.figure import Figure
 
     name = f"{data['model']['name']} {data['model']['notation']}"
-    columns = len(data["layers"])
-    files = {}
-    for file, draw in {
-        "expert-load.png": expert_load,
-        "reconstruction-error.png": reconstruction_error,
-    }.items():
+    layers, files = data["layers"], {}
+    for file, title in CARD_FIGURES.items():
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a name may have letters that the font has not
-            figure = Figure(figsize=(min(14, max(6, 1.5 + 0.3 * columns)), 3.4), layout="tight")
-            title = draw(figure, data["layers"])
-            if title is None:
+            width = min(14, max(6, 1.5 + 0.3 * len(layers)))
+            figure = Figure(figsize=(width, 3.4), layout="tight")
+            errors = [layer["relative_output_error"] for layer in layers]
+            if file == "expert-load.png" and layers[0]["loads"]:
+                expert_load(figure, layers)
+            elif file != "expert-load.png" and None not in errors:
+                reconstruction_error(figure, errors)
+            else:
                 continue
             # A name may have a dollar sign.
             figure.suptitle(f"{name}: {title}", fontsize=11, parse_math=False)
@@ -68,24 +73,18 @@ def draw_figures(data: dict[str, Any]) -> dict[str, bytes]:
     return files
 
 
-def reconstruction_error(figure: Any, layers: Sequence[dict[str, Any]]) -> str | None:
-    """Draw the relative output error of every layer; return the title, None if it is not known."""
-    errors = [layer["relative_output_error"] for layer in layers]
-    if None in errors:
-        return None
+def reconstruction_error(figure: Any, errors: Sequence[float]) -> None:
+    """Draw the relative output error of every layer."""
     axis = figure.subplots()
     axis.bar(range(len(errors)), errors, 0.7, color=BLUE)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axis.set(xlabel="layer", ylabel="relative error")
-    return "error of the FFN output on calibration tokens"
 
 
-def expert_load(figure: Any, layers: Sequence[dict[str, Any]]) -> str | None:
-    """Draw the share of the tokens that run each expert; return the title, None without routing."""
+def expert_load(figure: Any, layers: Sequence[dict[str, Any]]) -> None:
+    """Draw the share of the tokens that run each expert."""
     loads = [layer["loads"] for layer in layers]
-    if not loads[0]:
-        return None
     figure.set_figheight(min(9, max(3.4, 1.4 + 0.27 * len(loads[0]))))
     axis = figure.subplots()
     # An expert that always runs would leave the others pale.
@@ -95,16 +94,13 @@ def expert_load(figure: Any, layers: Sequence[dict[str, Any]]) -> str | None:
         for expert, load in enumerate(layer["loads"])
         if expert not in layer["pinned"]
     ]
-    by_expert = list(zip(*loads, strict=True))
-    image = axis.imshow(
-        by_expert, aspect="auto", cmap="Blues", vmin=0, vmax=max(routed, default=1.0)
-    )
+    look = {"aspect": "auto", "cmap": "Blues", "vmin": 0, "vmax": max(routed, default=1.0)}
+    image = axis.imshow(list(zip(*loads, strict=True)), **look)
     axis.grid(False)
     for side in (axis.xaxis, axis.yaxis):
         side.get_major_locator().set_params(integer=True)
     axis.set(xlabel="layer", ylabel="routed expert")
     figure.colorbar(image, format=lambda value, _: f"{value:.0%}", label="tokens")
-    return "share of the tokens that run each expert"
 
 
 def check_plot(path: str | Path) -> None:

@@ -2,58 +2,19 @@
 """The table that a report opens with: gains and losses, dense beside one or two carved models."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..errors import RequestError
 from ..folder.results import recorded
-from ..measure.benchmark import benchmark
-from ..measure.evaluate import check_same_vocabulary, perplexity
 from ..measure.routing import check_flat, sparse_blocks
 from ..source.checkpoint import fetch_model, find_model
 from .observe import Observation
-
-Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-Loader = Callable[[str | Path], Loaded]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure of the dense model and of each carved one; None where nobody measured it."""
-
-    name: str
-    kind: Literal["number", "percent", "count", "bytes"]
-    better: Literal["lower", "higher"] | None
-    """Which way is a gain."""
-    values: list[float | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figures:
-    """What is known of one carved model."""
-
-    name: str
-    """With its notation."""
-    perplexity: float
-    activation_ratio: float
-    dense_parameters: int
-    """Without the routers: as many as the dense model has."""
-    active_parameters: int
-    bytes: int
-    oracle_agreement: float | None
-    imbalance: float | None
-    error: float | None
-    """Relative error of the FFN's output, mean of the layers that are known."""
-    speed: tuple[float, float] | tuple[None, None] = (None, None)
-    """Tokens a second, dense and carved, decoding one sequence; measured in turn."""
-    recorded: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
-    """What `cmoe evaluate --card` has written into the repository, by task and metric."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +27,8 @@ class CarvedModel:
     name: str
     conversion: dict[str, Any]
     """Content of conversion.json, empty if there is none."""
-    recorded: list[dict[str, Any]]
-    """The records of evaluation.json."""
+    recorded: dict[tuple[str, str], dict[str, Any]]
+    """The records of evaluation.json by task and metric."""
 
 
 def look_up(model: str | Path) -> CarvedModel:
@@ -84,11 +45,12 @@ def look_up(model: str | Path) -> CarvedModel:
             f"conversion.json is damaged ({error}). Without it the page can be made: remove it."
         ) from error
     try:
-        return CarvedModel(model, folder, name, conversion, recorded(folder))
+        records = {(it["task"], it["metric"]): it for it in recorded(folder)}
     except (ValueError, KeyError, TypeError) as error:
         raise RequestError(
             f"evaluation.json of {folder.name} is damaged ({error}): repair it, or remove it."
         ) from error
+    return CarvedModel(model, folder, name, conversion, records)
 
 
 def layer_errors(conversion: dict[str, Any], count: int) -> list[float | None]:
@@ -98,21 +60,24 @@ def layer_errors(conversion: dict[str, Any], count: int) -> list[float | None]:
     return errors if len(errors) == count else [None] * count
 
 
-def figures_of(carved: CarvedModel, model: PreTrainedModel, observation: Observation) -> Figures:
+def figures_of(
+    carved: CarvedModel, model: PreTrainedModel, observation: Observation
+) -> dict[str, Any]:
     """Return what is known of a model that is loaded and was observed."""
     layers, blocks, total = observation.layers, sparse_blocks(model), count(model)
-    return Figures(
-        name=f"{carved.name} {model.config.notation}",
-        perplexity=observation.perplexity,
-        activation_ratio=model.config.activation_ratio,
-        dense_parameters=total - sum(count(block.gate) for block in blocks),
-        active_parameters=total - sum(map(idle_parameters, blocks)),
-        bytes=sum(path.stat().st_size for path in carved.folder.glob("*.safetensors")),
-        oracle_agreement=mean([layer.oracle_agreement for layer in layers]),
-        imbalance=mean([layer.imbalance for layer in layers]),
-        error=mean(layer_errors(carved.conversion, len(layers))),
-        recorded={(it["task"], it["metric"]): it for it in carved.recorded},
-    )
+    return {
+        "name": f"{carved.name} {model.config.notation}",
+        "perplexity": observation.perplexity,
+        "activation_ratio": model.config.activation_ratio,
+        # Without the routers: as many as the dense model has.
+        "dense_parameters": total - sum(count(block.gate) for block in blocks),
+        "active_parameters": total - sum(map(idle_parameters, blocks)),
+        "bytes": sum(path.stat().st_size for path in carved.folder.glob("*.safetensors")),
+        "oracle_agreement": mean([layer["oracle_agreement"] for layer in layers]),
+        "imbalance": mean([layer["imbalance"] for layer in layers]),
+        "error": mean(layer_errors(carved.conversion, len(layers))),
+        "recorded": carved.recorded,
+    }
 
 
 def idle_parameters(block: Any) -> int:
@@ -132,84 +97,42 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def dense_perplexity(
-    load: Loader,
-    baseline: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    windows_WL: torch.Tensor,
-) -> float:
-    """Return that of the dense model, on the same windows. Raise `RequestError`."""
-    dense, theirs = load(baseline)
-    if sparse_blocks(dense):
-        raise RequestError(f"the baseline {baseline} is carved itself: give the dense model.")
-    check_same_vocabulary(baseline, theirs, tokenizer)
-    return perplexity(dense, windows_WL, description="baseline")
+def gains(
+    models: Sequence[dict[str, Any]], dense: float | None, text: str, speeds: list[float | None]
+) -> dict[str, Any]:
+    """Return the table: names of the columns, and rows that have at least one figure.
 
+    A row has a `name`, its `values` (dense, then the models; None where nobody measured), their
+    `kind` (number, percent, count or bytes), and which way is `better` (lower, higher or None).
+    """
+    rows: list[dict[str, Any]] = []
 
-def timed(
-    models: Sequence[Figures],
-    carved: Sequence[CarvedModel],
-    baseline: str | Path,
-    rounds: int,
-    *,
-    device: torch.device,
-    **loading: Any,
-) -> list[Figures]:
-    """Return the figures with speeds: dense and carved decode one sequence, in turn."""
-    sizes: dict[str, Any] = {"tokens": (), "prefill": (), "batch": (1,), "rounds": rounds}
-    sizes |= {"device": str(device), **loading}
-    points = [benchmark(it.model, baseline=baseline, **sizes).decode[0] for it in carved]
-    speeds = [(1000 / point.dense_ms, 1000 / point.carved_ms) for point in points]
-    return [replace(it, speed=speed) for it, speed in zip(models, speeds, strict=True)]
+    def add(name: str, kind: str, better: str | None, values: Sequence[float | None]) -> None:
+        if any(value is not None for value in values[1:]):
+            rows.append({"name": name, "kind": kind, "better": better, "values": list(values)})
 
+    def known(figure: str) -> list[float | None]:
+        return [model[figure] for model in models]
 
-def gains(models: Sequence[Figures], dense: float | None, text: str) -> dict[str, Any]:
-    """Return the table: names of the columns, and rows that have at least one figure."""
-
-    def row(name: str, kind: Any, better: Any, dense: float | None, figure: str) -> Row:
-        return Row(name, kind, better, [dense, *(getattr(model, figure) for model in models)])
-
-    first, speeds = models[0], [model.speed for model in models]
-    rows = [
-        row(f"perplexity on {text}", "number", "lower", dense, "perplexity"),
-        *recorded_rows(models),
-        Row(
-            "tokens a second, decoding one sequence",
-            "number",
-            "higher",
-            [speeds[0][0], *(carved for _, carved in speeds)],
-        ),
-        row("FFN neurons run", "percent", "lower", 1.0, "activation_ratio"),
-        row(
-            *("parameters run for a token", "count", "lower"),
-            *(first.dense_parameters, "active_parameters"),
-        ),
-        row("size of the weights", "bytes", None, None, "bytes"),
-    ]
-    if len(models) > 1:
-        rows += [
-            row(
-                *("the router picks the oracle's experts", "percent", "higher"),
-                *(None, "oracle_agreement"),
-            ),
-            row("load imbalance", "number", "lower", None, "imbalance"),
-            row("error of the FFN output", "percent", "lower", None, "error"),
-        ]
-    known = [asdict(it) for it in rows if any(value is not None for value in it.values[1:])]
-    return {"columns": ["dense", *(model.name for model in models)], "rows": known}
-
-
-def recorded_rows(models: Sequence[Figures]) -> list[Row]:
-    """Return the tasks and perplexities of evaluation.json, of every model that has them."""
+    add(f"perplexity on {text}", "number", "lower", [dense, *known("perplexity")])
     records: dict[tuple[str, str], dict[str, Any]] = {}
     for model in reversed(models):
-        records |= model.recorded
-    rows = []
-    for (task, metric), record in records.items():
-        own = [model.recorded.get((task, metric), {}).get("value") for model in models]
+        records |= model["recorded"]
+    for key, record in records.items():
+        own = [model["recorded"].get(key, {}).get("value") for model in models]
         values = [record.get("baseline_value"), *own]
-        if metric == "perplexity":
-            rows.append(Row(f"perplexity on {task}, recorded", "number", "lower", values))
+        if key[1] == "perplexity":
+            add(f"perplexity on {key[0]}, recorded", "number", "lower", values)
         else:
-            rows.append(Row(f"{task} ({metric})", "percent", "higher", values))
-    return rows
+            add("{} ({})".format(*key), "percent", "higher", values)
+    add("tokens a second, decoding one sequence", "number", "higher", speeds)
+    add("FFN neurons run", "percent", "lower", [1.0, *known("activation_ratio")])
+    active = [models[0]["dense_parameters"], *known("active_parameters")]
+    add("parameters run for a token", "count", "lower", active)
+    add("size of the weights", "bytes", None, [None, *known("bytes")])
+    if len(models) > 1:
+        agreement = "the router picks the oracle's experts"
+        add(agreement, "percent", "higher", [None, *known("oracle_agreement")])
+        add("load imbalance", "number", "lower", [None, *known("imbalance")])
+        add("error of the FFN output", "percent", "lower", [None, *known("error")])
+    return {"columns": ["dense", *known("name")], "rows": rows}

@@ -35,55 +35,6 @@ CHUNK_VALUES = 2**23
 
 
 @dataclass(frozen=True, kw_only=True)
-class Histogram:
-    """Counts between ascending edges, shared and routed neurons apart."""
-
-    edges: list[float]
-    """One more than there are bins."""
-    shared: list[int]
-    routed: list[int]
-    outside_shared: int
-    """What lies beyond the edges."""
-    outside_routed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mass:
-    """Shares of sum |h| over all tokens and neurons; the three add up to 1."""
-
-    shared: float
-    """The shared expert."""
-    ran: float
-    """The routed experts that the router chose."""
-    idle: float
-    """The other routed experts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerObservation:
-    """What one layer did. The figures of routing are empty or None if it does not route."""
-
-    activation_rates: Histogram
-    """Neurons by the share of tokens that mark them; those outside were never marked."""
-    hidden_values: Histogram
-    """Values of h, over tokens and neurons."""
-    hidden_low: float
-    hidden_high: float
-    mass: Mass
-    pinned: list[int]
-    """Routed experts that always run."""
-    loads: list[float]
-    """Share of the tokens that run each routed expert."""
-    loads_unbiased: list[float]
-    """Those without the balance bias; experts that always run keep theirs."""
-    imbalance: float | None
-    """Coefficient of variation of the loads, see `routing.imbalance`."""
-    imbalance_unbiased: float | None
-    oracle_agreement: float | None
-    """Share of the tokens whose experts are exactly those of largest sum |h|."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Observation:
     """What a model did on a text."""
 
@@ -92,19 +43,8 @@ class Observation:
     """Tokens seen, all L of every window."""
     marked: int
     """Neurons that each token marks."""
-    layers: list[LayerObservation]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenRoutes:
-    """Which experts one layer's router chose for each token, with what weight: (T, K) lists."""
-
-    experts: list[list[int]]
-    """Best first. Those that always run come last: they say nothing about the token."""
-    probabilities: list[list[float]]
-    """softmax(s) over all routed experts."""
-    weights: list[list[float]]
-    """Gate weights 1 + softmax(s) * u."""
+    layers: list[dict[str, Any]]
+    """Figures of the carved layers, see `LayerWatch.result`."""
 
 
 def observe(model: PreTrainedModel, windows_WL: torch.Tensor) -> Observation:
@@ -143,7 +83,7 @@ class LayerWatch:
         self.hidden = [zeros(HIDDEN_BINS + 1), zeros(HIDDEN_BINS + 1)]  # shared, routed
         self.load_N, self.unbiased_N = zeros(len(gate.scale)), zeros(len(gate.scale))
         self.limit, self.low, self.high = 0.0, math.inf, -math.inf
-        self.mass = [0.0, 0.0, 0.0]  # in the order of `Mass`
+        self.mass = [0.0, 0.0, 0.0]  # shared, routed and ran, routed and idle
         self.tokens, self.agreed = 0, 0.0
 
     def __call__(self, block: CMoESparseMoeBlock, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -192,28 +132,35 @@ class LayerWatch:
         self.agreed += agreement(index_TK, oracle_TK) * len(x_TH)
         return mass_TN.gather(1, index_TK).sum().item()
 
-    def result(self) -> LayerObservation:
-        """Return the sums as shares of tokens, neurons or mass."""
+    def result(self) -> dict[str, Any]:
+        """Return the sums as shares of tokens, neurons or mass.
+
+        `activation_rates` counts neurons by the share of tokens that mark them (those outside were
+        never marked), `hidden_values` the values of h; `mass` are shares of sum |h| over all tokens
+        and neurons, `loads` shares of the tokens that run each routed expert. What is `unbiased`
+        leaves out the balance bias, but for experts that always run (`pinned`). Figures of routing
+        are empty or None for a layer that does not route.
+        """
         gate, whole = self.block.gate, max(sum(self.mass), 1e-30)
         always_on_N = always_on(gate).cpu()
-        load_N, unbiased_N = self.load_N.cpu(), self.unbiased_N.cpu()
+        loads = {"": self.load_N.cpu(), "_unbiased": self.unbiased_N.cpu()}
         routes = gate.top_k > 0
-        shared, ran, idle = (part / whole for part in self.mass)
         step = 2 * self.limit / HIDDEN_BINS
         edges = [-self.limit + step * index for index in range(HIDDEN_BINS + 1)]
-        return LayerObservation(
-            activation_rates=rate_histogram(self.marks_F.cpu(), self.shared, self.tokens),
-            hidden_values=histogram(edges, *self.hidden),
-            hidden_low=self.low,
-            hidden_high=self.high,
-            mass=Mass(shared=shared, ran=ran, idle=idle),
-            pinned=always_on_N.nonzero().flatten().tolist() if routes else [],
-            loads=(load_N / self.tokens).tolist() if routes else [],
-            loads_unbiased=(unbiased_N / self.tokens).tolist() if routes else [],
-            imbalance=imbalance(load_N, always_on_N) if routes else None,
-            imbalance_unbiased=imbalance(unbiased_N, always_on_N) if routes else None,
-            oracle_agreement=self.agreed / self.tokens if routes else None,
-        )
+        parts = zip(("shared", "ran", "idle"), self.mass, strict=True)
+        figures: dict[str, Any] = {
+            "activation_rates": rate_histogram(self.marks_F.cpu(), self.shared, self.tokens),
+            "hidden_values": histogram(edges, *self.hidden),
+            "hidden_low": self.low,
+            "hidden_high": self.high,
+            "mass": {name: part / whole for name, part in parts},
+            "pinned": always_on_N.nonzero().flatten().tolist() if routes else [],
+            "oracle_agreement": self.agreed / self.tokens if routes else None,
+        }
+        for name, load_N in loads.items():
+            figures[f"loads{name}"] = (load_N / self.tokens).tolist() if routes else []
+            figures[f"imbalance{name}"] = imbalance(load_N, always_on_N) if routes else None
+        return figures
 
 
 def hidden_values(block: CMoESparseMoeBlock, x_TH: torch.Tensor) -> torch.Tensor:
@@ -230,7 +177,7 @@ def counted(index: torch.Tensor, size: int) -> torch.Tensor:
     return torch.bincount(index.flatten(), minlength=size)
 
 
-def rate_histogram(marks_F: torch.Tensor, shared: int, tokens: int) -> Histogram:
+def rate_histogram(marks_F: torch.Tensor, shared: int, tokens: int) -> dict[str, Any]:
     """Count neurons by activation rate, in logarithmic bins from one mark to one per token."""
     bins = max(1, math.ceil(BINS_PER_DECADE * math.log10(tokens) - 1e-9))
     starts = [10 ** (index / BINS_PER_DECADE) for index in range(bins)]
@@ -241,34 +188,31 @@ def rate_histogram(marks_F: torch.Tensor, shared: int, tokens: int) -> Histogram
     return histogram([*(start / tokens for start in starts), 1.0], *parts)
 
 
-def histogram(edges: list[float], shared_B: torch.Tensor, routed_B: torch.Tensor) -> Histogram:
-    """Return a histogram from the counts of its bins, the last of which holds what is outside."""
-    (*shared, outside_shared), (*routed, outside_routed) = shared_B.tolist(), routed_B.tolist()
-    return Histogram(
-        edges=edges,
-        shared=shared,
-        routed=routed,
-        outside_shared=outside_shared,
-        outside_routed=outside_routed,
-    )
+def histogram(edges: list[float], shared_B: torch.Tensor, routed_B: torch.Tensor) -> dict[str, Any]:
+    """Return counts between ascending edges; the last of each is of what lies outside them."""
+    found: dict[str, Any] = {"edges": edges}
+    for name, count_B in (("shared", shared_B), ("routed", routed_B)):
+        *found[name], found[f"outside_{name}"] = count_B.tolist()
+    return found
 
 
 @torch.no_grad()
-def observe_sample(model: PreTrainedModel, ids_T: torch.Tensor) -> list[TokenRoutes]:
-    """Return where each layer that routes sends the tokens of a short text."""
+def observe_sample(model: PreTrainedModel, ids_T: torch.Tensor) -> list[dict[str, Any]]:
+    """Return where each layer that routes sends the tokens of a short text: lists (T, K).
 
-    def routes(gate: CMoERouter, inputs: Any, output: Any) -> TokenRoutes:
+    `experts` are ordered best first, `probabilities` are softmax(s) over all routed experts, and
+    `weights` gate weights.
+    """
+
+    def routes(gate: CMoERouter, inputs: Any, output: Any) -> dict[str, Any]:
         score_TN, weight_TK, index_TK = output
         probability_TK = score_TN.softmax(dim=1, dtype=torch.float32).gather(1, index_TK)
         rank_TK = gate.balance_bias[index_TK] + probability_TK
         # Experts that are always on come last: they say nothing about the token.
         rank_TK = rank_TK - 2 * ALWAYS_ON_BIAS * always_on(gate)[index_TK]
         order_TK = rank_TK.argsort(dim=1, descending=True, stable=True)
-        return TokenRoutes(
-            experts=index_TK.gather(1, order_TK).tolist(),
-            probabilities=probability_TK.gather(1, order_TK).tolist(),
-            weights=weight_TK.float().gather(1, order_TK).tolist(),
-        )
+        values = {"experts": index_TK, "probabilities": probability_TK, "weights": weight_TK}
+        return {name: value.gather(1, order_TK).tolist() for name, value in values.items()}
 
     with collected([block.gate for block in sparse_blocks(model)], routes) as found:
         model(input_ids=ids_T[None].to(model.device), use_cache=False)

@@ -5,8 +5,8 @@ Shape suffixes: W windows, L tokens of one window, T tokens.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,26 +19,16 @@ from ..errors import CMoEError, RequestError, check_at_least
 from ..folder.card import CARD_FILE, FIGURES, with_section
 from ..folder.json_utils import to_json
 from ..folder.paths import check_place, remove, replace_file, resolved
-from ..measure.evaluate import check_same_vocabulary, common_length, text_windows
-from ..measure.routing import sparse_blocks
-from ..options import LoadOptions, with_options
+from ..measure.benchmark import benchmark
+from ..measure.evaluate import check_same_vocabulary, common_length, perplexity, text_windows
+from ..measure.routing import check_dense, sparse_blocks
+from ..options import LoadOptions, narrowed, with_options
 from ..source.calibration import tokenize
 from ..source.checkpoint import find_model
 from ..source.loading import load_model
 from ..source.texts import open_text
-from .figures import check_drawing, draw_figures
-from .gains import (
-    CarvedModel,
-    Figures,
-    Loaded,
-    Loader,
-    dense_perplexity,
-    figures_of,
-    gains,
-    layer_errors,
-    look_up,
-    timed,
-)
+from .figures import CARD_FIGURES, check_drawing, draw_figures
+from .gains import CarvedModel, figures_of, gains, layer_errors, look_up
 from .observe import Observation, observe, observe_sample, token_texts
 
 TEMPLATE = Path(__file__).parent.parent / "assets" / "report.html"
@@ -53,10 +43,6 @@ SAMPLE = (
     "fallen silent, as crowds do when something begins."
 )
 """Read by every model unless another sample is given, so that their pages compare."""
-CARD_FIGURES = {
-    "expert-load.png": "share of the tokens that run each expert",
-    "reconstruction-error.png": "error of the FFN output of each layer",
-}
 EARLIER_FIGURES = (
     *("routing-overview.png", "router-agreement.png", "imbalance.png", "mass.png"),
     *("activation-rate.png", "hidden-values.png"),
@@ -116,47 +102,51 @@ def report(options: ReportOptions) -> Report:
         RequestError: The request cannot be satisfied; nothing was written.
         CMoEError: A model or text cannot be reached, yields NaN, or the page cannot be written.
     """
-    model, baseline, compare = options.model, options.baseline, options.compare
-    text, sequence_length, windows = options.text, options.sequence_length, options.windows
-    rounds, sample, output = options.rounds, options.sample, options.output
-    figures, card, dtype, device = options.figures, options.card, options.dtype, options.device
-    trust_remote_code = options.trust_remote_code
-    if figures:
+    if options.figures:
         check_drawing("a report")
-    check_dtype(dtype)
-    where = find_device(device)
-    check_at_least(1, windows=windows)
-    check_at_least(0, rounds=rounds)
-    folder, name, commit = find_model(model)
-    if commit is not None and output is None:
+    check_dtype(options.dtype)
+    where = find_device(options.device)
+    check_at_least(1, windows=options.windows)
+    check_at_least(0, rounds=options.rounds)
+    folder, name, commit = find_model(options.model)
+    if commit is not None and options.output is None:
         raise RequestError(f"{name} is on the Hub: give --output, the folder for the page.")
-    carved_models = [look_up(each) for each in (model, compare) if each is not None]
-    if baseline is not None:
-        find_model(baseline)
-    opened = open_text(text, part="test")
-    length = common_length(sequence_length, trust_remote_code, model, baseline, compare)
-    target = folder / "report" if output is None else resolved(output)
+    asked = [each for each in (options.model, options.compare) if each is not None]
+    places = [look_up(each) for each in asked]
+    if options.baseline is not None:
+        find_model(options.baseline)
+    opened = open_text(options.text, part="test")
+    trusted = options.trust_remote_code
+    length = common_length(options.sequence_length, trusted, *asked, options.baseline)
+    target = folder / "report" if options.output is None else resolved(options.output)
     check_target(target)
-    load = partial(load_model, dtype=dtype, device=where, trust_remote_code=trust_remote_code)
+    load = partial(load_model, dtype=options.dtype, device=where, trust_remote_code=trusted)
 
-    carved, tokenizer = load_carved(load, model)
-    windows_WL = text_windows(carved, tokenizer, opened, length, windows)
-    ids_T = sample_ids(carved, tokenizer, SAMPLE if sample is None else sample)
+    carved, tokenizer = load_carved(load, options.model)
+    windows_WL = text_windows(carved, tokenizer, opened, length, options.windows)
+    ids_T = sample_ids(carved, tokenizer, SAMPLE if options.sample is None else options.sample)
     observation = observe(carved, windows_WL)
-    data = page_data(carved, tokenizer, carved_models[0], observation, ids_T)
-    data["measured"] |= {"text": opened.name, "sequence_length": windows_WL.shape[1]}
-    models = [figures_of(carved_models[0], carved, observation)]
+    data = page_data(carved, tokenizer, places[0], observation, ids_T)
+    data["measured"] |= {"text": opened.name, "sequence_length": length}
+    models = [figures_of(places[0], carved, observation)]
     del carved  # one model in memory at a time
-    models += [compared_figures(load, it, tokenizer, windows_WL) for it in carved_models[1:]]
-    dense = None
-    if baseline is not None:
-        dense = dense_perplexity(load, baseline, tokenizer, windows_WL)
-    if baseline is not None and rounds:
-        models = timed(models, carved_models, baseline, rounds, **load.keywords)
-    data["gains"] = gains(models, dense, f"{windows_WL.numel():,} tokens of {opened.name}")
-    drawn = draw_figures(data) if figures else {}
+    for place in places[1:]:
+        carved, theirs = load_carved(load, place.model)
+        check_same_vocabulary(place.model, theirs, tokenizer)
+        models.append(figures_of(place, carved, observe(carved, windows_WL)))
+        del carved
+    dense, speeds = None, list[float | None]()
+    if options.baseline is not None:
+        model, theirs = load(options.baseline)
+        check_dense(model, options.baseline)
+        check_same_vocabulary(options.baseline, theirs, tokenizer)
+        dense = perplexity(model, windows_WL, description="baseline")
+        del model
+        speeds = decoding_speeds(asked, options) if options.rounds else []
+    data["gains"] = gains(models, dense, f"{windows_WL.numel():,} tokens of {opened.name}", speeds)
+    drawn = draw_figures(data) if options.figures else {}
     write_files(target, {PAGE: page(data).encode(), **drawn})
-    if card and output is None:
+    if options.card and options.output is None:
         show_in_card(folder / CARD_FILE, list(drawn), data["measured"])
     return Report(
         output=str(target / PAGE),
@@ -167,7 +157,10 @@ def report(options: ReportOptions) -> Report:
     )
 
 
-def load_carved(load: Loader, model: str | Path) -> Loaded:
+def load_carved(
+    load: Callable[[str | Path], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+    model: str | Path,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the model and its tokenizer. Raise `RequestError` if it is not carved."""
     carved, tokenizer = load(model)
     if not sparse_blocks(carved):
@@ -175,13 +168,14 @@ def load_carved(load: Loader, model: str | Path) -> Loaded:
     return carved, tokenizer
 
 
-def compared_figures(
-    load: Loader, other: CarvedModel, tokenizer: PreTrainedTokenizerBase, windows_WL: torch.Tensor
-) -> Figures:
-    """Return those of the model to compare with, on the same windows. Raise `RequestError`."""
-    carved, theirs = load_carved(load, other.model)
-    check_same_vocabulary(other.model, theirs, tokenizer)
-    return figures_of(other, carved, observe(carved, windows_WL))
+def decoding_speeds(models: Sequence[str | Path], options: ReportOptions) -> list[float | None]:
+    """Return tokens a second of the dense model and of the carved ones, decoding one sequence."""
+    loading = vars(narrowed(options, LoadOptions))
+    sizes: dict[str, Any] = {"tokens": (), "prefill": (), "batch": (1,), "rounds": options.rounds}
+    points = [
+        benchmark(each, baseline=options.baseline, **sizes, **loading).decode[0] for each in models
+    ]
+    return [1000 / points[0].dense_ms, *(1000 / point.carved_ms for point in points)]
 
 
 def sample_ids(
@@ -207,10 +201,11 @@ def page_data(
     """Return what the page shows of a model that was observed, and of the tokens of a sample."""
     config = model.config
     routed, active = config.num_experts, config.num_experts_per_tok
-    layers = [asdict(layer) for layer in observation.layers]
-    errors = layer_errors(place.conversion, len(layers))
-    for layer, error in zip(layers, errors, strict=True):
-        layer["relative_output_error"] = error
+    errors = layer_errors(place.conversion, len(observation.layers))
+    layers = [
+        {**layer, "relative_output_error": error}
+        for layer, error in zip(observation.layers, errors, strict=True)
+    ]
     return {
         "model": {
             "name": place.name,
@@ -235,7 +230,7 @@ def page_data(
         "layers": layers,
         "sample": {
             "tokens": token_texts(tokenizer, ids_T),
-            "layers": [asdict(layer) for layer in observe_sample(model, ids_T)],
+            "layers": observe_sample(model, ids_T),
         },
     }
 

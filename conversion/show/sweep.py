@@ -4,9 +4,9 @@
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,7 +20,7 @@ from ..folder.layerwise import WorkFolder
 from ..folder.paths import check_apart, remove, replace_file, resolved
 from ..measure.benchmark import benchmark
 from ..measure.evaluate import evaluate
-from ..measure.timing import Point
+from ..measure.timing import Comparison
 from ..options import narrowed, with_options
 from ..plan import carved_as
 from ..source.checkpoint import Source, open_source
@@ -33,18 +33,6 @@ GRID = ("S1A1E8", "S1A3E8", "S2A2E8", "S1A5E8", "S3A3E8")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """How every shape is made and measured; all rows of a sweep share it."""
-
-    model: str
-    text: str
-    rounds: int
-    """Timed runs of each point; 0 measures no speed."""
-    options: dict[str, Any]
-    """`CarvingOptions` of each conversion."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Case:
     """One carved model of a sweep: what is asked for, and what that is."""
 
@@ -54,31 +42,13 @@ class Case:
     dense_layers: tuple[int, ...]
     activation_ratio: float
 
-    @classmethod
-    def of(cls, source: Source, protocol: Protocol, asked: dict[str, Any]) -> Self:
-        """Return what `source` becomes. Raise `RequestError` where it cannot."""
-        config, shape = carved_as(source, Settings(**asked, **protocol.options))
-        return cls(
-            asked=asked,
-            shape=shape,
-            dense_layers=tuple(config.dense_layers or ()),
-            activation_ratio=config.activation_ratio,
-        )
-
     @property
     def name(self) -> str:
         """Return the name of its folder, and of its figures in `sweep.json`."""
         if "budget" in self.asked:
             return f"budget-{self.asked['budget']:g}"
-        dense = "-".join(map(str, self.dense_layers))
-        return f"{self.shape.notation}-dense-{dense}" if dense else self.shape.notation
-
-    @property
-    def static(self) -> dict[str, Any]:
-        """Return what to ask for static pruning that runs as much, in the same layers."""
-        running = self.shape.shared + self.shape.active
-        shape = Shape(running, 0, self.shape.experts)
-        return {**asdict(shape), "dense_layers": self.dense_layers}
+        dense = "".join(f"-{layer}" for layer in self.dense_layers)
+        return f"{self.shape.notation}-dense{dense}" if dense else self.shape.notation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,30 +123,26 @@ def sweep(options: SweepOptions) -> Sweep:
         RequestError: The request cannot be satisfied; nothing was started.
         CMoEError: The work failed; the finished rows are kept.
     """
-    model, rounds = options.model, options.rounds
-    check_at_least(0, rounds=rounds)
-    calibration = absolute_text(options.calibration)
-    protocol = Protocol(
-        model=absolute(model),
+    check_at_least(0, rounds=options.rounds)
+    options = replace(
+        options,
+        model=absolute(options.model),
+        calibration=absolute_text(options.calibration),
         text=absolute_text(options.text),
-        rounds=rounds,
-        options=vars(narrowed(options, CarvingOptions, calibration=calibration)),
     )
     check_drawing("a sweep")
     where = device_name(find_device(options.device))
-    source = open_source(model)
-    if rounds and source.architecture.router is not None:
+    source = open_source(options.model)
+    if options.rounds and source.architecture.router is not None:
         raise RequestError("the speed of a carved MoE cannot be measured yet: pass --rounds 0.")
     window_length(source.config, options.sequence_length)
-    cases = with_static(source, protocol, options.grid)
-    name = source.name.rpartition("/")[2]
-    output = options.output or f"{name}-sweep"
-    store = Store(output, protocol, where, overwrite=options.overwrite)
+    cases = with_static(source, options)
+    store = Store(options.output or f"{source.name.rpartition('/')[2]}-sweep", options, where)
     for case in tqdm([None, *cases], desc="sweep", unit="model", disable=None):
         key = "dense" if case is None else case.name
         if key not in store.measured:
             folder = store.folder / key
-            store.add(key, figures_of(protocol, case, folder))
+            store.add(key, figures_of(options, case, folder))
             if not options.keep:
                 shutil.rmtree(folder, ignore_errors=True)
     result = Sweep(
@@ -192,16 +158,26 @@ def sweep(options: SweepOptions) -> Sweep:
     return result
 
 
-def with_static(source: Source, protocol: Protocol, grid: Sequence[str]) -> list[Case]:
+def with_static(source: Source, options: SweepOptions) -> list[Case]:
     """Return the grid, each model once, with static pruning at every activation ratio."""
+
+    def case_of(**asked: Any) -> Case:
+        settings = Settings(**asked, **vars(narrowed(options, CarvingOptions)))
+        config, shape = carved_as(source, settings)
+        dense = tuple(config.dense_layers or ())
+        ratio = config.activation_ratio
+        return Case(asked=asked, shape=shape, dense_layers=dense, activation_ratio=ratio)
+
     found: dict[str, Case] = {}
-    for text in grid:
-        case = Case.of(source, protocol, asked_by(text))
+    for text in options.grid:
+        case = case_of(**asked_by(text))
         ratios = [other.activation_ratio for other in found.values() if not other.shape.active]
-        added = [case]
+        found[case.name] = case
         if case.shape.active and case.activation_ratio not in ratios:
-            added.append(Case.of(source, protocol, case.static))
-        found |= {each.name: each for each in added}
+            running = case.shape.shared + case.shape.active
+            pruned = asdict(Shape(running, 0, case.shape.experts))
+            static = case_of(**pruned, dense_layers=case.dense_layers)
+            found[static.name] = static
     return sorted(found.values(), key=lambda case: (case.activation_ratio, case.shape.shared))
 
 
@@ -213,74 +189,60 @@ def asked_by(text: str) -> dict[str, Any]:
         return asdict(Shape.parse(text))
 
 
-def figures_of(protocol: Protocol, case: Case | None, folder: Path) -> dict[str, Any]:
+def figures_of(options: SweepOptions, case: Case | None, folder: Path) -> dict[str, Any]:
     """Return the perplexity of the dense model; or, carved into `folder`, the `Row` of a case."""
-    on: dict[str, Any] = {"text": protocol.text}
-    on |= {name: protocol.options[name] for name in ("sequence_length", "device")}
+    on: dict[str, Any] = {"text": options.text, "device": options.device}
+    on["sequence_length"] = options.sequence_length
     if case is None:
-        dense = evaluate(protocol.model, dtype=protocol.options["dtype"], **on)
-        return {"perplexity": dense.perplexity}
-    seconds = carve_into(folder, protocol, case)
+        return {"perplexity": evaluate(options.model, dtype=options.dtype, **on).perplexity}
+    seconds = carve_into(folder, options, case)
     quality = evaluate(folder, **on)
-    speed = time_it(protocol, folder) if protocol.rounds else {}
-    return asdict(
-        Row(
-            notation=case.shape.notation,
-            budget=case.asked.get("budget"),
-            static=case.shape.active == 0,
-            activation_ratio=case.activation_ratio,
-            perplexity=quality.perplexity,
-            router_oracle_agreement=quality.router_oracle_agreement,
-            router_chance_agreement=quality.router_chance_agreement,
-            speedup={name: point.speedup for name, point in speed.items()},
-            roofline_speedup={name: point.roofline_speedup for name, point in speed.items()},
-            seconds=seconds,
-        )
-    )
+    speed: dict[str, Comparison] = {}
+    if options.rounds:
+        prompt = window_length(load_config(folder, False), None, usual=256)
+        sizes: dict[str, Any] = {"tokens": [1], "prefill": [prompt], "batch": [1], "context": 64}
+        sizes |= {"rounds": options.rounds, "device": options.device}
+        timed = benchmark(folder, baseline=options.model, **sizes)
+        speed = {name: getattr(timed, name)[0] for name in SPEEDS}
+    return {
+        "notation": case.shape.notation,
+        "budget": case.asked.get("budget"),
+        "static": case.shape.active == 0,
+        "activation_ratio": case.activation_ratio,
+        "perplexity": quality.perplexity,
+        "router_oracle_agreement": quality.router_oracle_agreement,
+        "router_chance_agreement": quality.router_chance_agreement,
+        "speedup": {name: point.speedup for name, point in speed.items()},
+        "roofline_speedup": {name: point.roofline_speedup for name, point in speed.items()},
+        "seconds": seconds,
+    }
 
 
-def carve_into(folder: Path, protocol: Protocol, case: Case) -> float:
+def carve_into(folder: Path, options: SweepOptions, case: Case) -> float:
     """Convert, or resume that; return the seconds that it took."""
     if (folder / "conversion.json").is_file():  # interrupted while it was measured
         return json.loads((folder / "conversion.json").read_text())["result"]["seconds"]
     if (WorkFolder(folder).private / "settings.json").is_file():
         return resume(folder).seconds
-    return convert(protocol.model, folder, **case.asked, **protocol.options).seconds
-
-
-def time_it(protocol: Protocol, folder: Path) -> dict[str, Point]:
-    """Return what `SPEEDS` names, dense against carved."""
-    prompt = window_length(load_config(folder, False), None, usual=256)
-    timed = benchmark(
-        folder,
-        baseline=protocol.model,
-        tokens=[1],
-        prefill=[prompt],
-        batch=[1],
-        context=64,
-        rounds=protocol.rounds,
-        device=protocol.options["device"],
-    )
-    return {name: getattr(timed, name)[0] for name in SPEEDS}
+    carving = vars(narrowed(options, CarvingOptions))
+    return convert(options.model, folder, **case.asked, **carving).seconds
 
 
 class Store:
     """`sweep.json`: the protocol and what is measured, written after every row."""
 
-    def __init__(
-        self, folder: str | Path, protocol: Protocol, device: str, *, overwrite: bool
-    ) -> None:
+    def __init__(self, folder: str | Path, options: SweepOptions, device: str) -> None:
         self.folder = resolved(folder)
         self.file = self.folder / "sweep.json"
-        read = {"the model": protocol.model, "the text to measure on": protocol.text}
-        read["the calibration text"] = protocol.options["calibration"]
-        check_apart(self.folder, read)
-        said = {"model": protocol.model, "text": protocol.text, "rounds": protocol.rounds}
+        read = {"the model": options.model, "the text to measure on": options.text}
+        check_apart(self.folder, {**read, "the calibration text": options.calibration})
+        self.protocol = {name: getattr(options, name) for name in ("model", "text", "rounds")}
         # Figures of other versions or of another machine cannot stand in the same table.
-        self.protocol = {**said, **protocol.options, "device": device, "versions": versions()}
+        conditions = {"device": device, "versions": versions()}
+        self.protocol |= vars(narrowed(options, CarvingOptions)) | conditions
         self.measured: dict[str, dict[str, Any]] = {}
         if self.file.is_file():
-            if overwrite:
+            if options.overwrite:
                 remove(self.folder.iterdir())
             else:
                 self._read()
@@ -316,21 +278,17 @@ class Store:
 
 def as_markdown(result: Sweep) -> str:
     """Return the rows as a table."""
-    head = ["shape", "runs", "perplexity", "oracle agreement (chance)", *SPEEDS.values()]
-    lines = [head, ["---"] * len(head)]
-    lines.append(["dense", "100 %", f"{result.dense_perplexity:.2f}", "", *["1"] * len(SPEEDS)])
+    lines = [
+        ["shape", "runs", "perplexity", "oracle agreement (chance)", *SPEEDS.values()],
+        ["---"] * (4 + len(SPEEDS)),
+        ["dense", "100 %", f"{result.dense_perplexity:.2f}", "", *["1"] * len(SPEEDS)],
+    ]
     for row in result.rows:
         own, chance = row.router_oracle_agreement, row.router_chance_agreement
         speeds = [f"{row.speedup[it]:.2f} ({row.roofline_speedup[it]:.2f})" for it in row.speedup]
-        lines.append(
-            [
-                row.label,
-                f"{100 * row.activation_ratio:.1f} %",
-                f"{row.perplexity:.2f}",
-                "" if own is None else f"{own:.3f} ({chance:.3f})",
-                *(speeds or [""] * len(SPEEDS)),
-            ]
-        )
+        agreement = "" if own is None else f"{own:.3f} ({chance:.3f})"
+        figures = [f"{100 * row.activation_ratio:.1f} %", f"{row.perplexity:.2f}", agreement]
+        lines.append([row.label, *figures, *(speeds or [""] * len(SPEEDS))])
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     made = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     return (

@@ -3,9 +3,8 @@
 
 import re
 import sys
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import (
     MistralForCausalLM,
     OlmoeForCausalLM,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
     Qwen3MoeForCausalLM,
@@ -32,8 +32,7 @@ class Architecture:
     """A dense family that can be carved, and the CMoE classes it becomes."""
 
     dense_model: Any
-    """Classes of the dense and of the carved model."""
-    cmoe_model: Any
+    """Class of the dense causal model."""
     layer_prefix: str = "model.layers.{}."
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
@@ -59,8 +58,6 @@ class Architecture:
     carved models cannot be exported."""
     driver: str = "pipeline"
     """The module of `carve` that walks its layers."""
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    """Beginnings of tensor names in checkpoints, and those of the CMoE classes."""
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Tensors of old checkpoints that are recomputed and not stored again."""
 
@@ -72,7 +69,12 @@ class Architecture:
     @property
     def cmoe_config(self) -> type[cmoe_hf.CMoEConfig]:
         """The configuration class of the carved family."""
-        return self.cmoe_model.config_class
+        return cmoe_hf.carved_classes(self.dense_config.model_type)[0]
+
+    @property
+    def cmoe_model(self) -> type[PreTrainedModel]:
+        """The class of the carved causal model."""
+        return cmoe_hf.carved_classes(self.dense_config.model_type)[2]
 
     @property
     def decoder_layer(self) -> type[nn.Module]:
@@ -88,17 +90,6 @@ class Architecture:
     def _beside_model(self, name: str) -> type[nn.Module]:
         return getattr(sys.modules[self.dense_model.__module__], name)
 
-    def carved_name(self, name: str) -> str:
-        """What a tensor of the checkpoint is called in the carved one."""
-        for dense, carved in self.renamed.items():
-            if name.startswith(dense):
-                return carved + name.removeprefix(dense)
-        return name
-
-    def carved_layer(self, index: int) -> str:
-        """What the names of a layer's tensors begin with in the carved checkpoint."""
-        return self.carved_name(self.layer_prefix.format(index))
-
 
 MOE: dict[str, Any] = {
     "driver": "hierarchy",
@@ -110,38 +101,31 @@ MOE: dict[str, Any] = {
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(
         dense_model=LlamaForCausalLM,
-        cmoe_model=cmoe_hf.CMoELlamaForCausalLM,
         differs=(),
     ),
     "mistral": Architecture(
         dense_model=MistralForCausalLM,
-        cmoe_model=cmoe_hf.CMoEMistralForCausalLM,
         differs=(),
     ),
     "qwen2": Architecture(
         dense_model=Qwen2ForCausalLM,
-        cmoe_model=cmoe_hf.CMoEQwen2ForCausalLM,
         differs=("biases",),
     ),
     "qwen3": Architecture(
         dense_model=Qwen3ForCausalLM,
-        cmoe_model=cmoe_hf.CMoEQwen3ForCausalLM,
         differs=("norms",),
     ),
     "qwen3_moe": Architecture(
         dense_model=Qwen3MoeForCausalLM,
-        cmoe_model=cmoe_hf.CMoEQwen3MoeForCausalLM,
         **MOE,
         expert_width="moe_intermediate_size",
     ),
     "olmoe": Architecture(
         dense_model=OlmoeForCausalLM,
-        cmoe_model=cmoe_hf.CMoEOlmoeForCausalLM,
         **MOE,
     ),
     "gpt_neox": Architecture(
         dense_model=GPTNeoXForCausalLM,
-        cmoe_model=cmoe_hf.CMoEGPTNeoXForCausalLM,
         layer_prefix="gpt_neox.layers.{}.",
         embedding="gpt_neox.embed_in.weight",
         head="embed_out.weight",
@@ -154,12 +138,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             *("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
             *("up_proj", "down_proj"),
         ),
-        renamed={
-            "gpt_neox.embed_in.": "model.embed_tokens.",
-            "gpt_neox.final_layer_norm.": "model.norm.",
-            "gpt_neox.": "model.",
-            "embed_out.": "lm_head.",
-        },
         ignored_suffixes=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
     ),
 }

@@ -55,21 +55,15 @@ def read_tokens(
 ) -> Tokens:
     """Tokenise a text: as one string, or in pieces if it has `WHOLE_CHARACTERS` or more.
 
-    Args:
-        text: What to read.
-        tokenizer: The model's.
-        vocabulary: Tokens that the model knows.
-        most_characters: Read no further.
-        least_tokens: Read in pieces, and stop when there are so many.
-
-    Raises:
-        RequestError: The text cannot be read, or the model does not know one of the tokens.
+    Reads at most `most_characters`; with `least_tokens`, in pieces until there are so many.
+    Raises `RequestError` if the text cannot be read, or a model of `vocabulary` tokens does not
+    know one of these.
     """
     whole = WHOLE_CHARACTERS if least_tokens is None else PIECE_CHARACTERS
     pieces: list[torch.Tensor] = []
     characters, sha256 = 0, hashlib.sha256()
     with closing(text.chunks):
-        for piece in cut(limited(text.chunks, most_characters), whole):
+        for piece in cut(text.chunks, whole, most_characters):
             pieces.append(tokenize(tokenizer, piece, begins=not pieces))
             characters += len(piece)
             sha256.update(piece.encode())
@@ -88,44 +82,37 @@ def read_tokens(
     return Tokens(ids, characters, is_whole, sha256.hexdigest())
 
 
-def limited(chunks: Iterator[str], most: int) -> Iterator[str]:
-    """Yield the first `most` characters of a text."""
-    for chunk in chunks:
-        yield chunk[:most]
-        most -= len(chunk)
-        if most <= 0:
-            return
-
-
-def cut(chunks: Iterator[str], whole: int) -> Iterator[str]:
-    """Yield a text as one string if it has fewer than `whole` characters, else in pieces of at most
-    `PIECE_CHARACTERS`, cut behind the last line end in each, or before its last space."""
+def cut(chunks: Iterator[str], whole: int, most: int = sys.maxsize) -> Iterator[str]:
+    """Yield the first `most` characters of a text: as one string if they are fewer than `whole`,
+    else in pieces of at most `PIECE_CHARACTERS`, cut behind a line end if any, or before a space.
+    """
     limit, buffer = whole, io.StringIO()
     for chunk in chunks:
-        buffer.write(chunk)
-        if buffer.tell() < limit:
-            continue
-        text, start = buffer.getvalue(), 0
-        while (stop := start + PIECE_CHARACTERS) < len(text):
-            end = text.rfind("\n", start, stop) + 1
-            end = end or max(text.rfind(" ", start + 1, stop), 0) or stop
-            yield text[start:end]
-            start = end
-        limit, buffer = PIECE_CHARACTERS, io.StringIO()
-        buffer.write(text[start:])
+        most -= buffer.write(chunk[:most])
+        if buffer.tell() >= limit:
+            text, start = buffer.getvalue(), 0
+            while (stop := start + PIECE_CHARACTERS) < len(text):
+                end = text.rfind("\n", start, stop) + 1
+                end = end or max(text.rfind(" ", start + 1, stop), 0) or stop
+                yield text[start:end]
+                start = end
+            limit, buffer = PIECE_CHARACTERS, io.StringIO()
+            buffer.write(text[start:])
+        if most == 0:
+            break
     if rest := buffer.getvalue():
         yield rest
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, begins: bool = True) -> torch.Tensor:
-    """A string as one row of token ids, int64; with special tokens where a text begins."""
+    """Return a string as one row of token ids, int64; with special tokens where a text begins."""
     # verbose=False: a text longer than the model's context is what we want here.
     ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=begins)
     return ids["input_ids"][0].to(torch.int64)
 
 
 def check_vocabulary(ids: torch.Tensor, vocabulary: int) -> None:
-    """Raises `RequestError` if a model of so many tokens does not know one of these."""
+    """Raise `RequestError` if a model of so many tokens does not know one of these."""
     if len(ids) and ids.max() >= vocabulary:
         raise RequestError(
             f"the tokenizer gives token {int(ids.max())}, but the model's vocabulary has "
@@ -134,17 +121,16 @@ def check_vocabulary(ids: torch.Tensor, vocabulary: int) -> None:
 
 
 def held_out(windows: int, length: int) -> int:
-    """How many of the last tokens of calibration windows choose, and are not learnt first: an
-    eighth, at most `HELD_OUT_TOKENS`, in whole windows if there are several. None of a single
-    token."""
+    """Return how many of the last calibration tokens choose, and are not learnt first: an eighth,
+    at most `HELD_OUT_TOKENS`, in whole windows if there are several."""
     if windows > 1:
         return max(1, min(windows // 8, HELD_OUT_TOKENS // length)) * length
     return min(max(1, length // 8), length - 1)
 
 
 def apart_windows(ids: torch.Tensor, *, samples: int, length: int, seed: int) -> torch.Tensor:
-    """As `random_windows`, but those that are held out come from the last eighth of the text, and
-    the others from before it, if it is long enough for both."""
+    """Return random windows, those that are held out from the last eighth of the text and the
+    others from before it, if it is long enough for both."""
     windows_WL = random_windows(ids, samples=samples, length=length, seed=seed)
     held, cut = held_out(samples, length) // length, len(ids) * 7 // 8
     if samples < 2 or len(ids) - cut <= length:
@@ -156,7 +142,7 @@ def apart_windows(ids: torch.Tensor, *, samples: int, length: int, seed: int) ->
 def random_windows(
     ids: torch.Tensor, *, samples: int, length: int, seed: int, least: float = 1.0
 ) -> torch.Tensor:
-    """`samples` windows of `length` tokens at random offsets, (W, L) int64.
+    """Return `samples` windows of `length` tokens at random offsets, (W, L) int64.
 
     Raises `RequestError` if the text has fewer than `least` times `samples * length` tokens.
     """
@@ -172,10 +158,7 @@ def random_windows(
 
 
 def consecutive_windows(ids: torch.Tensor, *, length: int) -> torch.Tensor:
-    """Consecutive windows of `length` tokens, (W, L); the last partial one is dropped.
-
-    Raises `RequestError` if there is not one whole window.
-    """
+    """Return consecutive windows of `length` tokens, (W, L). Raise `RequestError` for none."""
     count = len(ids) // length
     if count == 0:
         raise RequestError(

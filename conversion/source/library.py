@@ -16,8 +16,6 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from cmoe_hf.modeling_cmoe import LAYER_KEYWORDS, attention_types, cache_keyword
-
 from ..errors import RequestError
 from .architectures import Architecture
 from .stored import read_json
@@ -27,6 +25,16 @@ SIZES = re.compile(r"num_\w+|\w+_size|head_dim|max_position_embeddings|sliding_w
 PLAIN_OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 """How models are run here, whatever their configuration makes them return; a carved model keeps
 what its source says."""
+
+
+def attention_types(config: PreTrainedConfig) -> list[str]:
+    """Return how far each layer looks back: `full_attention` or `sliding_attention`."""
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        window = getattr(config, "sliding_window", None)
+        types = ["full_attention" if window is None else "sliding_attention"]
+        types *= config.num_hidden_layers
+    return types
 
 
 def dense_config(row: Architecture, folder: Path, name: str) -> PreTrainedConfig:
@@ -121,7 +129,6 @@ class AttentionHalf(nn.Module):
         )
         with torch.device("meta"):
             self.layer = row.decoder_layer(config, 0)
-        cache_keyword(row.decoder_layer.forward, *LAYER_KEYWORDS)  # or a mask would be ignored
         self.ffn_input = self.layer.mlp = self.Recorder()
         self.layer.eval()
         self.position_ids = torch.arange(length, device=device).unsqueeze(0)

@@ -59,43 +59,39 @@ def open_text(source: str | Path, *, part: str = "train") -> Text:
 
     Args:
         source: A file, `wikitext2`, `c4`, or `dataset[:subset][:split][:column]` of the Hub. Of
-            JSON (lines, or a list of objects), CSV, TSV and Parquet files the column `text` is
-            read, or the only one that holds text, or the one named in `FILE:COLUMN`; rows without
-            text there are skipped and counted. Any other file is plain UTF-8. Files may be
-            gzipped.
+            JSON, CSV, TSV and Parquet files the column `text` is read, or the only one that holds
+            text, or that of `FILE:COLUMN`. Any other file is plain UTF-8. Files may be gzipped.
         part: `train` or `test`; matters for data sets of the Hub only.
 
-    Raises:
-        RequestError: The source does not exist or holds no text.
-        CMoEError: The source cannot be reached.
+    Raises `RequestError` for what does not exist or holds no text, and `CMoEError` for what cannot
+    be reached.
     """
     path, column = find_file(source)
+    name = text_name(source)
     if path is None:
         chunks = hub_documents(str(source), part)
-    elif kind_of(path) in TABLES:
-        rows = read_file(path, TABLES[kind_of(path)])
-        chunks = documents(rows, column, path.name, f"{path.name}:COLUMN")
+    elif reader := TABLES.get(kind_of(path)):
+        chunks = documents(read_file(path, reader), column, path.name, f"{path.name}:COLUMN")
     elif column is None:
         chunks = read_file(path, text_blocks)
     else:
         raise RequestError(f"{path.name} is plain text: it has no column {column!r}.")
     first = next(filter(None, chunks), None)
     if first is None:
-        raise RequestError(f"{text_name(source)} is empty: give a text or data set that is not.")
+        raise RequestError(f"{name} is empty: give a text or data set that is not.")
 
     def read() -> Generator[str]:
         yield first
         yield from chunks
 
-    return Text(text_name(source), read())
+    return Text(name, read())
 
 
 def find_file(source: str | Path) -> tuple[Path | None, str | None]:
     """Return the file that a source is, if it is one, and the column that it names."""
     front, _, column = str(source).rpartition(":")
-    for name, named in ((str(source), None), (front, column)):
-        path = Path(name).expanduser()
-        if path.is_file():
+    for name, named in ((source, None), (front, column)):
+        if (path := Path(name).expanduser()).is_file():
             return path, named
     return None, None
 
@@ -112,23 +108,21 @@ def text_name(source: str | Path) -> str:
 
 def absolute_text(source: str | Path) -> str:
     """Return the source, with an absolute path if it is a file."""
-    is_file = text_file(source) is not None
-    return str(Path(source).expanduser().absolute()) if is_file else str(source)
+    return str(source if text_file(source) is None else Path(source).expanduser().absolute())
 
 
 def kind_of(path: Path) -> str:
     """Return the suffix that tells a file's format, in lower case and without `.gz`."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    return next((suffix for suffix in reversed(suffixes) if suffix != ".gz"), "")
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def read_file(path: Path, reader: Any) -> Iterator[Any]:
     """Yield what a reader makes of a file, gzipped or not. Raises `RequestError`."""
     open_it: Any = gzip.open if path.suffix.lower() == ".gz" else open
-    encoding = None if reader is parquet_rows else "utf-8-sig"
+    mode, encoding = ("rb", None) if reader is parquet_rows else ("rt", "utf-8-sig")
     number = 0
     try:
-        with open_it(path, "rt" if encoding else "rb", encoding=encoding) as file:
+        with open_it(path, mode, encoding=encoding) as file:
             for item in reader(file):
                 yield item
                 number += 1
@@ -228,8 +222,7 @@ def hub_rows(source: str, **arguments: Any) -> Iterator[Row]:
 def documents(rows: Iterator[Row], column: str | None, name: str, example: str) -> Iterator[str]:
     """Yield the texts of a table, with a blank line before all but the first.
 
-    Rows without text are counted in one warning. Raises `RequestError` if no row has any, or the
-    column to read is unknown; `example` shows how to name one.
+    Rows without text are counted in one warning; that no row has any is a `RequestError`.
     """
     head = list(islice(rows, PEEKED_ROWS))
     if not head:

@@ -9,8 +9,10 @@ import importlib.util
 import json
 import math
 import os
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ import torch.nn.functional as F
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -41,6 +42,14 @@ from ..source.architectures import architecture_of
 POSITIVE = ("samples", "batch_size", "rank", "alpha", "epochs", "learning_rate")
 NOT_NEGATIVE = ("router_learning_rate", "bias_speed", "warmup_steps")
 SCHEDULES = ("constant", "linear", "cosine")
+RULES: dict[str, tuple[Callable[[Any], bool], Sequence[str]]] = {
+    "above 0": (lambda value: value > 0, POSITIVE),
+    "at least 0": (lambda value: value >= 0, NOT_NEGATIVE),
+    "at least 0 and below 1": (lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2")),
+    "at least 2": (lambda value: value is None or value >= 2, ("sequence_length",)),
+    ", ".join(SCHEDULES): (SCHEDULES.__contains__, ("schedule",)),
+}
+"""What the options of a tuning must be."""
 CHECKPOINTS = 10
 """Checkpoints of one training run; the last two are kept."""
 
@@ -87,23 +96,14 @@ class Tuning:
 
     def __post_init__(self) -> None:
         """Raise `RequestError` for what cannot be trained."""
-        for name, value in asdict(self).items():
-            if name in POSITIVE and value <= 0:
-                raise RequestError(f"{name} is {value}: it must be above 0.")
-            if name in NOT_NEGATIVE and value < 0:
-                raise RequestError(f"{name} is {value}: it cannot be negative.")
-            if name in ("adam_beta1", "adam_beta2") and not 0 <= value < 1:
-                raise RequestError(f"{name} is {value}: it must be in [0, 1).")
-        if self.sequence_length is not None and self.sequence_length < 2:
-            raise RequestError("sequence_length must be at least 2: one token predicts the next.")
-        if self.schedule not in SCHEDULES:
-            raise RequestError(
-                f"there is no schedule {self.schedule!r}; choose one of {', '.join(SCHEDULES)}."
-            )
+        for rule, (holds, names) in RULES.items():
+            for name in names:
+                if not holds(value := getattr(self, name)):
+                    raise RequestError(f"{name} is {value}; it must be {rule}.")
         self.split(1)
 
     def split(self, processes: int) -> tuple[int, int]:
-        """Windows of one forward pass on each process, and passes of one optimiser step."""
+        """Return windows of a forward pass on each process, and passes of an optimiser step."""
         micro = self.micro_batch_size or max(1, self.batch_size // processes)
         if micro < 1 or self.batch_size % (micro * processes):
             raise RequestError(
@@ -113,7 +113,7 @@ class Tuning:
         return micro, self.batch_size // (micro * processes)
 
     def steps(self, windows: int) -> int:
-        """Optimiser steps over that many windows."""
+        """Return the optimiser steps over that many windows."""
         return math.ceil(math.ceil(windows / self.batch_size) * self.epochs)
 
 
@@ -124,17 +124,12 @@ def check_peft() -> None:
 
 
 def check_sharding() -> None:
-    """Raise `RequestError` for a launch that shards the model so that it cannot be trained.
-
-    FSDP1 flattens trained and frozen parameters into one. The loading that spares memory leaves all
-    processes but the first without weights, and knows no buffers.
-    """
-    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise RequestError("this is FSDP version 1: LoRA needs `fsdp_version: 2`.")
-    if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
-        raise RequestError("FSDP needs `fsdp_cpu_ram_efficient_loading: false` here.")
+    """Raise `RequestError` for a launch that shards the model so that it cannot be trained."""
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        if os.environ.get("FSDP_VERSION", "1") != "2":  # it joins trained and frozen parameters
+            raise RequestError("this is FSDP version 1: LoRA needs `fsdp_version: 2`.")
+        if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):  # all but the first lack weights
+            raise RequestError("FSDP needs `fsdp_cpu_ram_efficient_loading: false` here.")
 
 
 def tune(
@@ -190,14 +185,12 @@ def tune(
     arguments._n_gpu = min(arguments.n_gpu, 1)  # no nn.DataParallel: `accelerate launch` splits
     trainer = LoRATrainer(adapted, arguments, windows_WL, tuning, teacher)
     empty = without_data(adapted) if trainer.is_fsdp_enabled else None
-    hidden = None if trainer.is_world_process_zero() else True  # None: unless on a terminal
-    with tqdm(total=steps, desc=description, unit="step", disable=hidden) as bar:
-        trainer.add_callback(Progress(bar))
-        try:
-            trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-        except OSError as error:
-            raise CMoEError(f"cannot write a checkpoint: {error}.") from error
-    losses = [row for row in trainer.state.log_history if "loss" in row]
+    if sys.stderr.isatty():
+        trainer.add_callback(Progress(description))
+    try:
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    except OSError as error:
+        raise CMoEError(f"cannot write a checkpoint: {error}.") from error
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if empty is not None:
         trained = gathered(trained, empty)
@@ -205,22 +198,22 @@ def tune(
     for module in merged.modules():
         if isinstance(module, CMoERouter):
             module.balance_bias = module.balance_bias.float()
-    return merged, [{"step": row["step"], "loss": row["loss"]} for row in losses]
+    history = [row for row in trainer.state.log_history if "loss" in row]
+    return merged, [{"step": row["step"], "loss": row["loss"]} for row in history]
 
 
 def without_data(model: nn.Module) -> Any:
-    """A copy with the parameters on the meta device: they have shapes and types only."""
+    """Return a copy whose parameters have shapes and types only: they are on the meta device."""
     empty = {
-        id(parameter): nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-        for parameter in model.parameters()
+        id(it): nn.Parameter(it.detach().to("meta"), it.requires_grad) for it in model.parameters()
     }
     return copy.deepcopy(model, empty)
 
 
 def gathered(sharded: nn.Module, empty: Any) -> Any:
-    """The whole model on every process, from one of which each process holds a part (FSDP2).
+    """Return the whole model on every process: `empty`, filled from all parts (FSDP2).
 
-    The sharded one cannot become whole again in place: its layers go on splitting themselves.
+    The sharded one cannot become whole in place: its layers go on splitting themselves.
     """
     options = StateDictOptions(full_state_dict=True)
     empty.load_state_dict(get_model_state_dict(sharded, options=options), assign=True)
@@ -229,10 +222,10 @@ def gathered(sharded: nn.Module, empty: Any) -> Any:
 
 
 def with_adapters(model: PreTrainedModel, tuning: Tuning) -> nn.Module:
-    """The model with LoRA factors, and with routers of which u (and W on request) can learn.
+    """Return the model with LoRA factors, and routers of which u (and W on request) can learn.
 
-    PEFT freezes every parameter that is not an adapter. The routers are therefore declared as
-    modules to save: they train, and their u, W and balance bias are part of every checkpoint.
+    PEFT freezes what is no adapter. The routers are therefore modules to save: their u, W and
+    balance bias are part of every checkpoint.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -245,12 +238,12 @@ def with_adapters(model: PreTrainedModel, tuning: Tuning) -> nn.Module:
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3
     }
-    row = architecture_of(model.config)
-    assert row is not None  # nothing else is tuned
+    architecture = architecture_of(model.config)
+    assert architecture is not None  # nothing else is tuned
     config = LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha,
-        target_modules=list(row.lora),
+        target_modules=list(architecture.lora),
         target_parameters=sorted(packed) or None,
         modules_to_save=["gate"] if routed else None,
         task_type="CAUSAL_LM",
@@ -285,32 +278,31 @@ class LoRATrainer(Trainer):
         self.teacher = teacher
         self.loads: list[torch.Tensor] = []
         """Of this optimiser step so far, on this process."""
-        for callback in (PrinterCallback, ProgressCallback):
-            self.remove_callback(callback)  # they print on standard output
+        self.remove_callback(PrinterCallback)  # it prints on standard output
         if tuning.bias_speed > 0:
             self.add_callback(BalanceBias(self))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Adam without weight decay: LoRA factors at one learning rate, routers at another."""
+        """Return Adam: LoRA factors at one learning rate, routers at another."""
         if self.optimizer is None:
+            rates = {True: self.tuning.learning_rate, False: self.tuning.router_learning_rate}
+            groups: dict[bool, list[nn.Parameter]] = {is_lora: [] for is_lora in rates}
             learner: Any = model or self.model
-            learning = [it for it in learner.named_parameters() if it[1].requires_grad]
-            lora = [parameter for name, parameter in learning if ".lora_" in name]
-            routers = [parameter for name, parameter in learning if ".lora_" not in name]
-            groups: list[dict[str, Any]] = [{"params": lora}]
-            if routers:
-                groups.append({"params": routers, "lr": self.tuning.router_learning_rate})
-            betas = (self.tuning.adam_beta1, self.tuning.adam_beta2)
-            self.optimizer = torch.optim.Adam(groups, lr=self.tuning.learning_rate, betas=betas)
+            for name, parameter in learner.named_parameters():
+                if parameter.requires_grad:
+                    groups[".lora_" in name].append(parameter)
+            self.optimizer = torch.optim.Adam(
+                [{"params": it, "lr": rates[is_lora]} for is_lora, it in groups.items() if it],
+                betas=(self.tuning.adam_beta1, self.tuning.adam_beta2),
+            )
         return self.optimizer
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], *arguments: Any, **options: Any
     ) -> Any:
-        """Mean negative log-likelihood, or mean divergence from the teacher, of a micro-batch.
+        """Return a micro-batch's mean negative log-likelihood, or divergence from the teacher.
 
-        The loads are counted here, not in the backward pass: there gradient checkpointing runs
-        the routers again.
+        The loads are counted here: the backward pass may run the routers again.
         """
         with count_loads(model) as loads:
             outputs = model(**inputs, use_cache=False)
@@ -330,7 +322,7 @@ class LoRATrainer(Trainer):
 
 
 def divergence(logits_TV: torch.Tensor, target_TV: torch.Tensor) -> torch.Tensor:
-    """Mean Kullback-Leibler divergence KL(target || model) in nats per token."""
+    """Return the mean Kullback-Leibler divergence KL(target || model) in nats per token."""
     log_TV = logits_TV.float().log_softmax(dim=1)
     target_log_TV = target_TV.float().log_softmax(dim=1)
     return F.kl_div(log_TV, target_log_TV, reduction="batchmean", log_target=True)
@@ -343,7 +335,7 @@ class BalanceBias(TrainerCallback):
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Loads of all micro-batches and processes decide, then counting starts anew."""
+        """Move them by the loads of all micro-batches and processes."""
         assert self.trainer.model is not None
         loads, self.trainer.loads = self.trainer.loads, []
         speed = self.trainer.tuning.bias_speed * (1 - (state.global_step - 1) / state.max_steps)
@@ -366,17 +358,18 @@ def move_bias(
     bias_N[free_N] = (bias_N[free_N] + step_N).clamp(-HIGHEST_BIAS, HIGHEST_BIAS)
 
 
-class Progress(TrainerCallback):
-    """Moves a progress bar to the trainer's step, also that of a checkpoint, with the last loss."""
+class Progress(ProgressCallback):
+    """Shows the last loss in the progress bar: the library's prints it on standard output."""
 
-    def __init__(self, bar: tqdm) -> None:
-        self.bar = bar
+    def __init__(self, description: str) -> None:
+        super().__init__()
+        self.description = description
 
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """One step further."""
-        self.bar.update(state.global_step - self.bar.n)
-        if losses := [row["loss"] for row in state.log_history if "loss" in row]:
-            self.bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    def on_log(self, *args: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show it on the main process, which has a bar."""
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_description(self.description)
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -10,54 +10,31 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.mistral.configuration_mistral import MistralConfig
-from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
-from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
-from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 
 ROUTER_TYPES = ("representative", "linear")
 
 
-EXPERTS_PLAN = {
-    "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
-    "layers.*.mlp.experts.down_proj": "rowwise",
-    "layers.*.mlp.experts": "moe_tp_experts",
+FFN_FIELDS = {
+    "layers": str,
+    "module": str,
+    "skipped": list,
+    "gated": bool,
+    "width": int,
+    "activation": str,
+    "up_bias": bool,
+    "down_bias": bool,
+    "takes_residual": bool,
 }
+"""What `CMoEConfig.ffn` says, and in which type."""
 
 
-FFN_PLAN = EXPERTS_PLAN | {
-    "layers.*.mlp.shared_expert.gate_proj": "colwise",
-    "layers.*.mlp.shared_expert.up_proj": "colwise",
-    "layers.*.mlp.shared_expert.down_proj": "rowwise",
-}
-
-
-PLAIN_FFN_PLAN = {
-    "layers.*.mlp.shared_expert.up_proj": "colwise",
-    "layers.*.mlp.shared_expert.down_proj": "rowwise",
-    "layers.*.mlp.experts.up_proj": "colwise",
-    "layers.*.mlp.experts.up_proj_bias": "rowwise",  # the last axis, where colwise takes the first
-    "layers.*.mlp.experts.down_proj": "rowwise",
-    "layers.*.mlp.experts": "moe_tp_experts",
-}
-
-
-def expert_parallel_plan(ffn: dict[str, str]) -> dict[str, Any]:
-    """Plan whole experts on each rank. Needs transformers 5.20, which changed the plan's names."""
-    names = [name for name in ffn if ".mlp.experts" in name]
-    kinds = {True: "ep_dispatch_experts", False: "grouped_gemm"}
-    return {name: kinds[name.endswith("experts")] for name in names}
-
-
-def tensor_parallel_plan(
-    dense: type[PreTrainedConfig], ffn: dict[str, str] = FFN_PLAN
-) -> dict[str, str]:
-    """Return the dense family's plan with a carved FFN in place of the dense one."""
-    plan = dense.base_model_tp_plan or {}
-    return {name: how for name, how in plan.items() if ".mlp." not in name} | ffn
+def experts_plan(module: str, gated: bool) -> dict[str, str]:
+    """Return how tensor parallelism splits the packed experts `module`."""
+    inputs = {"gate_up_proj": "packed_colwise"}
+    if not gated:  # of a bias the last axis, where colwise takes the first
+        inputs = {"up_proj": "colwise", "up_proj_bias": "rowwise"}
+    plan = {f"{module}.{name}": how for name, how in (inputs | {"down_proj": "rowwise"}).items()}
+    return plan | {module: "moe_tp_experts"}
 
 
 def with_legacy_keys(config: PreTrainedConfig, written: dict[str, Any]) -> dict[str, Any]:
@@ -102,13 +79,15 @@ class CMoEConfig(PreTrainedConfig):
 
     attribute_map = {"num_local_experts": "num_experts"}
 
-    has_gate = True
-    """h = act(x Wg) * (x Wu); without a gate, h = act(x W + b)."""
     num_parents = num_parents_per_tok = 1
     """Of a hierarchical model, see `CMoEHierarchicalConfig`."""
 
-    base_model_ep_plan = expert_parallel_plan(FFN_PLAN)
-
+    ffn: Any = None
+    """The FFN that the blocks stand for. `layers` names the list of layers in the decoder, `module`
+    the FFN in a layer, or its first part where a layer calls the parts itself; the other ones are
+    `skipped`. `gated`: h = act(x Wg) * (x Wu) instead of h = act(x Wu); `width`, `activation`,
+    `up_bias` (also of the gate) and `down_bias` tell the rest, `takes_residual` whether it is
+    called with the residual and adds it. None in models of cmoe-hf 0.2 and before."""
     num_experts: int = 7
     """Routed experts, Nr."""
     num_experts_per_tok: int = 1
@@ -132,20 +111,84 @@ class CMoEConfig(PreTrainedConfig):
     output_router_logits: bool = False
     """Return the router scores of every layer with each forward pass."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Join the names that the dense family and carving have for fields."""
+        super().__init_subclass__(**options)
+        family, own = super().attribute_map, CMoEConfig.attribute_map
+        ours = {*own.keys(), *own.values()}  # a MoE may call them otherwise
+        kept = {name: field for name, field in family.items() if not {name, field} & ours}
+        cls.attribute_map = kept | own
+
     def __post_init__(self, **kwargs: Any) -> None:
         if getattr(self, "rope_parameters", None):
             kwargs.pop("rope_scaling", None)  # the older name of the same, which else would win
         super().__post_init__(**kwargs)
-        self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size // 8
+        if self.ffn is None:
+            self.ffn = self.ffn_before()
+        self.moe_intermediate_size = self.moe_intermediate_size or self.ffn_width // 8
         if self.shared_expert_intermediate_size < 0:
             routed = self.num_experts // self.num_parents * self.moe_intermediate_size
-            self.shared_expert_intermediate_size = self.intermediate_size - routed
-        if self.dense_layers:
-            plan = super().base_model_tp_plan or {}
-            # Of this model only: without dense layers the library would warn of unused rules.
-            self.base_model_tp_plan = plan | (self.base_model_tp_plan or {})  # type: ignore[misc]
+            self.shared_expert_intermediate_size = self.ffn_width - routed
         if not getattr(self, "auto_map", None):
             self.auto_map = self.local_auto_map()
+
+    def ffn_before(self) -> dict[str, Any]:
+        """Return the FFN of a model of cmoe-hf 0.2 and before."""
+        plain = self.model_type == "cmoe_gpt_neox"
+        return {
+            "layers": "layers",
+            "module": "mlp",
+            "skipped": [],
+            "gated": not plain,
+            "width": self.intermediate_size,
+            "activation": self.hidden_act,
+            "up_bias": plain,
+            "down_bias": plain,
+            "takes_residual": False,
+        }
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether h = act(x Wg) * (x Wu); without a gate, h = act(x Wu)."""
+        return self.ffn["gated"]
+
+    @property
+    def ffn_width(self) -> int:
+        """Neurons of a dense FFN, or of one expert of a MoE."""
+        return self.ffn["width"]
+
+    @property
+    def block_plan(self) -> dict[str, str]:
+        """Tensor parallel plan of the blocks."""
+        block = f"{self.ffn['layers']}.*.{self.ffn['module']}"
+        plan = experts_plan(f"{block}.experts", self.has_gate)
+        if self.num_parents > 1:
+            return plan | experts_plan(f"{block}.shared_experts", self.has_gate)
+        inputs = ("gate_proj", "up_proj") if self.has_gate else ("up_proj",)
+        plan |= {f"{block}.shared_expert.{name}": "colwise" for name in inputs}
+        return plan | {f"{block}.shared_expert.down_proj": "rowwise"}
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]
+        """The dense family's plan, with the blocks in place of the FFNs."""
+        dense = super().base_model_tp_plan
+        if not dense:
+            return None
+        ffn = f"{self.ffn['layers']}.*.{self.ffn['module']}"
+        # Without dense layers the library would warn of unused rules.
+        kept = {
+            name: how
+            for name, how in dense.items()
+            if self.dense_layers or not name.startswith(ffn)
+        }
+        return kept | self.block_plan
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, Any]:  # type: ignore[override]
+        """Whole experts on each rank. Needs transformers 5.20: the plan's names changed there."""
+        kinds = {True: "ep_dispatch_experts", False: "grouped_gemm"}
+        names = [name for name in self.block_plan if ".experts" in name]
+        return {name: kinds[name.endswith(".experts")] for name in names}
 
     @property
     def num_shared(self) -> int:
@@ -163,7 +206,7 @@ class CMoEConfig(PreTrainedConfig):
     def activation_ratio(self) -> float:
         """Share of the FFN neurons that run for a token: (S + A) / E, and all of dense layers."""
         active = self.num_experts_per_tok // self.num_parents_per_tok * self.moe_intermediate_size
-        ratio = (self.shared_expert_intermediate_size + active) / self.intermediate_size
+        ratio = (self.shared_expert_intermediate_size + active) / self.ffn_width
         return ratio + (1 - ratio) * len(self.dense_layers or []) / self.num_hidden_layers
 
     @classmethod
@@ -194,6 +237,9 @@ class CMoEConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Check, as part of the strict validation, that the parts add up to the dense FFN."""
         super().validate_architecture()
+        ffn = self.ffn or {}
+        if unfit := [key for key, kind in FFN_FIELDS.items() if type(ffn.get(key)) is not kind]:
+            raise ValueError(f"ffn is {ffn}: {unfit[0]} must be a {FFN_FIELDS[unfit[0]].__name__}.")
         experts, odd = divmod(self.num_experts, self.num_parents)
         active, uneven = divmod(self.num_experts_per_tok, self.num_parents_per_tok)
         if odd or uneven:
@@ -203,11 +249,11 @@ class CMoEConfig(PreTrainedConfig):
                 f"num_parents_per_tok ({self.num_parents_per_tok})."
             )
         routed = experts * self.moe_intermediate_size
-        if self.shared_expert_intermediate_size + routed != self.intermediate_size:
+        if self.shared_expert_intermediate_size + routed != self.ffn_width:
             raise ValueError(
                 f"shared_expert_intermediate_size ({self.shared_expert_intermediate_size}) plus "
                 f"num_experts * moe_intermediate_size ({experts} * {self.moe_intermediate_size}) "
-                f"must equal intermediate_size ({self.intermediate_size})."
+                f"must equal intermediate_size ({self.ffn_width})."
             )
         if not 0 <= active <= experts:
             raise ValueError(
@@ -229,54 +275,6 @@ class CMoEConfig(PreTrainedConfig):
             raise ValueError(
                 f"router_type is {self.router_type!r}; it must be one of {ROUTER_TYPES}."
             )
-
-
-@strict
-class CMoELlamaConfig(CMoEConfig, LlamaConfig):
-    """A Llama whose FFNs are carved."""
-
-    model_type = "cmoe_llama"
-    base_model_tp_plan = tensor_parallel_plan(LlamaConfig)
-
-
-@strict
-class CMoEMistralConfig(CMoEConfig, MistralConfig):
-    """A Mistral whose FFNs are carved."""
-
-    model_type = "cmoe_mistral"
-    base_model_tp_plan = tensor_parallel_plan(MistralConfig)
-
-
-@strict
-class CMoEQwen2Config(CMoEConfig, Qwen2Config):
-    """A Qwen2 whose FFNs are carved."""
-
-    model_type = "cmoe_qwen2"
-    base_model_tp_plan = tensor_parallel_plan(Qwen2Config)
-
-
-@strict
-class CMoEQwen3Config(CMoEConfig, Qwen3Config):
-    """A Qwen3 whose FFNs are carved."""
-
-    model_type = "cmoe_qwen3"
-    base_model_tp_plan = tensor_parallel_plan(Qwen3Config)
-
-
-@strict
-class CMoEGPTNeoXConfig(CMoEConfig, GPTNeoXConfig):
-    """A GPT-NeoX or Pythia whose FFNs are carved: they have biases and no gate."""
-
-    model_type = "cmoe_gpt_neox"
-    attribute_map = CMoEConfig.attribute_map | {"rms_norm_eps": "layer_norm_eps"}
-    has_gate = False
-    base_model_tp_plan = tensor_parallel_plan(GPTNeoXConfig, PLAIN_FFN_PLAN)
-    base_model_pp_plan = {  # the decoder's parts are named as in the other families
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
-    }
-    base_model_ep_plan = expert_parallel_plan(PLAIN_FFN_PLAN)
 
 
 @strict
@@ -321,23 +319,4 @@ class CMoEHierarchicalConfig(CMoEConfig):
             raise ValueError("flat_routing needs scores of a linear router.")
 
 
-HIERARCHICAL_FFN_PLAN = EXPERTS_PLAN | {
-    name.replace(".experts", ".shared_experts"): how for name, how in EXPERTS_PLAN.items()
-}
-
-
-@strict
-class CMoEQwen3MoeConfig(CMoEHierarchicalConfig, Qwen3MoeConfig):
-    """A Qwen3-MoE whose experts are carved."""
-
-    model_type = "cmoe_qwen3_moe"
-    attribute_map = CMoEConfig.attribute_map
-    base_model_tp_plan = tensor_parallel_plan(Qwen3MoeConfig, HIERARCHICAL_FFN_PLAN)
-
-
-@strict
-class CMoEOlmoeConfig(CMoEHierarchicalConfig, OlmoeConfig):
-    """An OLMoE whose experts are carved."""
-
-    model_type = "cmoe_olmoe"
-    base_model_tp_plan = tensor_parallel_plan(OlmoeConfig, HIERARCHICAL_FFN_PLAN)
+__all__ = ["CMoEConfig", "CMoEHierarchicalConfig"]

@@ -11,6 +11,7 @@ K active experts, M neurons of one routed expert.
 # No `from __future__ import annotations` here, and the decorator below stays literal: transformers,
 # vLLM and llm-compressor read this source and these annotations.
 
+import functools
 import inspect
 from typing import Any, NamedTuple
 
@@ -21,95 +22,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.gpt_neox import modeling_gpt_neox as gpt_neox
-from transformers.models.llama import modeling_llama as llama
-from transformers.models.mistral import modeling_mistral as mistral
-from transformers.models.olmoe import modeling_olmoe as olmoe
-from transformers.models.qwen2 import modeling_qwen2 as qwen2
-from transformers.models.qwen3 import modeling_qwen3 as qwen3
-from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
-from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils import ModelOutput, logging
+from transformers.utils.generic import maybe_autocast
 
-from .configuration_cmoe import (
-    CMoEConfig,
-    CMoEGPTNeoXConfig,
-    CMoEHierarchicalConfig,
-    CMoELlamaConfig,
-    CMoEMistralConfig,
-    CMoEOlmoeConfig,
-    CMoEQwen2Config,
-    CMoEQwen3Config,
-    CMoEQwen3MoeConfig,
-)
+from .configuration_cmoe import CMoEConfig, CMoEHierarchicalConfig
 
 logger = logging.get_logger(__name__)
 
 TESTED = ("5.16", "5.24")
 """The lowest and the newest transformers that this code has been tested with."""
-CACHE_NAMES = ("cache", "past_key_values", "layer_past")
-"""Names that releases of transformers give the keys and values of earlier tokens, newest first."""
-ACCEPTED_KWARGS = {
-    # What the library says may travel to layers, attention and loss.
-    *TransformersKwargs.__annotations__,
-    *("ignore_index", "shift_labels", "return_dict"),
-    # Of paged attention, in `generate_batch`; of vLLM and SGLang.
-    *("block_table", "logits_indices", "logits_processor_args", "read_index", "write_index"),
-    *("attention_instances", "forward_batch"),
-    # Tokenizers give it to every model. A decoder has one type of token.
-    "token_type_ids",
-    # `generate` has read it and passes it on all the same, as `transformers serve` makes it do.
-    "tokenizer",
-}
-"""Keywords beyond the signatures of our forward methods that somebody further on reads."""
-
-
-def cache_keyword(target: Any, *required: str) -> str:
-    """Return the name under which a function or output class of the library takes the cache.
-
-    Its signature decides, not a version. A keyword that is not there would vanish in `**kwargs`,
-    and the model would go on with an empty cache or without a mask.
-
-    Raises:
-        ImportError: It knows no such name, or not all of the `required` keywords.
-    """
-    is_class = isinstance(target, type)
-    known = target.__annotations__ if is_class else inspect.signature(target).parameters
-    found = [name for name in CACHE_NAMES if name in known]
-    missing = [name for name in required if name not in known]
-    if missing or not found:
-        lost = ", ".join(missing or ["the cache"])
-        raise ImportError(
-            f"transformers {transformers.__version__} has another name for {lost} in "
-            f"{target.__qualname__}, so this model would compute something else. Its code knows "
-            f"transformers {TESTED[0]} to {TESTED[1]}: install one of these, or renew the code "
-            "with a newer cmoe-hf: cmoe upgrade."
-        )
-    return found[0]
-
-
-def resolve_cache(cache: Any, past_key_values: Any, kwargs: dict[str, Any]) -> Any:
-    """Return the cache that a forward method was given under either name.
-
-    Raises:
-        TypeError: There are two caches, or a keyword that nothing would read.
-    """
-    unread = sorted(
-        name for name in kwargs if name not in ACCEPTED_KWARGS and kwargs[name] is not None
-    )
-    if unread:
-        raise TypeError(f"forward() got {', '.join(unread)}, which nothing in this model reads.")
-    if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise TypeError("forward() got two caches: `cache` and `past_key_values` are the same.")
-    return past_key_values if cache is None else cache
 
 
 def warn_of_untested_library() -> None:
@@ -152,6 +76,11 @@ class HierarchicalRouting(NamedTuple):
     parent_TP: Tensor
 
 
+def linear_in_float32(x_TH: Tensor, weight_NH: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """Apply a linear layer to float32 tokens, whatever its own precision."""
+    return F.linear(x_TH, weight_NH.float(), None if bias_N is None else bias_N.float())
+
+
 class CMoERouter(nn.Module):
     """Scores the routed experts, selects K of them and weighs them (paper, eq. 8 and 9).
 
@@ -175,14 +104,18 @@ class CMoERouter(nn.Module):
         self.absolute_score = config.router_absolute_score
         self.router_type = config.router_type
         shape = (config.num_experts, config.hidden_size)
-        self.has_gate = config.has_gate
+        self.gate_weight: nn.Parameter | None = None
+        self.gate_bias: nn.Parameter | None = None
+        self.up_bias: nn.Parameter | None = None
         if self.router_type == "representative":
-            if self.has_gate:
+            if config.has_gate:
                 self.gate_weight = nn.Parameter(torch.empty(shape))
-            else:
+            if config.ffn["up_bias"]:
                 self.up_bias = nn.Parameter(torch.empty(config.num_experts))
+                if config.has_gate:
+                    self.gate_bias = nn.Parameter(torch.empty(config.num_experts))
             self.up_weight = nn.Parameter(torch.empty(shape))
-            self.act_fn = ACT2FN[config.hidden_act]
+            self.act_fn = ACT2FN[config.ffn["activation"]]
         else:
             self.linear_weight = nn.Parameter(torch.empty(shape))
         self.scale = nn.Parameter(torch.zeros(config.num_experts))
@@ -195,12 +128,13 @@ class CMoERouter(nn.Module):
         with maybe_autocast(device_type=x_TH.device.type, enabled=False):
             x_TH = x_TH.float()
             if self.router_type == "linear":
-                score_TN = F.linear(x_TH, self.linear_weight.float())
-            elif self.has_gate:
-                gate_TN = F.linear(x_TH, self.gate_weight.float())
-                score_TN = self.act_fn(gate_TN) * F.linear(x_TH, self.up_weight.float())
+                score_TN = linear_in_float32(x_TH, self.linear_weight)
+            elif self.gate_weight is not None:
+                gate_TN = linear_in_float32(x_TH, self.gate_weight, self.gate_bias)
+                score_TN = self.act_fn(gate_TN)
+                score_TN = score_TN * linear_in_float32(x_TH, self.up_weight, self.up_bias)
             else:
-                score_TN = self.act_fn(F.linear(x_TH, self.up_weight.float(), self.up_bias.float()))
+                score_TN = self.act_fn(linear_in_float32(x_TH, self.up_weight, self.up_bias))
             return score_TN.abs() if self.absolute_score else score_TN
 
     @property
@@ -369,11 +303,13 @@ def gemv(x_1H: Tensor, weight_QH: Tensor) -> Tensor:
 class ExpertsLoop(nn.Module):
     """The readable reference, backend `"eager"`: loop over the experts that were chosen.
 
-    Index `num_experts` means "not on this rank" under expert parallelism: the loop never reaches
-    it.
+    With a gate, `gate_up_proj` is (N, 2M, H), gate rows first; without, `up_proj` is (N, M, H).
+    Biases are (N, 2M) or (N, M); `down_proj` is (N, H, M). Index `num_experts` means "not on this
+    rank" under expert parallelism: the loop never reaches it.
     """
 
-    down_proj: nn.Parameter
+    gated = True
+    biased = False
 
     def __init__(
         self, config: CMoEConfig, num_experts: int | None = None, width: int | None = None
@@ -383,7 +319,24 @@ class ExpertsLoop(nn.Module):
         self.num_experts = num_experts or config.num_experts
         self.hidden_dim = config.hidden_size
         self.intermediate_dim = width or config.moe_intermediate_size
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = ACT2FN[config.ffn["activation"]]
+        count, hidden, width = self.num_experts, self.hidden_dim, self.intermediate_dim
+        rows = 2 * width if self.gated else width
+        name = "gate_up_proj" if self.gated else "up_proj"
+        self.register_parameter(name, nn.Parameter(torch.empty(count, rows, hidden)))
+        if self.biased:
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(count, rows)))
+            # The backends add one for each expert that runs, weighted. The FFN's is the block's.
+            self.register_buffer("down_proj_bias", torch.zeros(count, hidden), persistent=False)
+        self.down_proj = nn.Parameter(torch.empty(count, hidden, width))
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the first product."""
+        parts: Any = self
+        if self.gated:
+            return parts.gate_up_proj, parts.gate_up_proj_bias if self.biased else None
+        return parts.up_proj, parts.up_proj_bias if self.biased else None
 
     def forward(
         self,
@@ -409,66 +362,57 @@ class ExpertsLoop(nn.Module):
 
     def hidden(self, expert: int, x_UH: Tensor, linear: Any = F.linear) -> Tensor:
         """Hidden activations of one expert, (U, M)."""
-        raise NotImplementedError
+        weight_NQH, bias_NQ = self.inputs
+        z_UQ = linear(x_UH, weight_NQH[expert])
+        return self.activate(z_UQ if bias_NQ is None else z_UQ + bias_NQ[expert])
 
     def hidden_of_all(self, x_TH: Tensor) -> Tensor:
         """Hidden activations of every expert, (T, N, M)."""
-        raise NotImplementedError
+        weight_NQH, bias_NQ = self.inputs
+        z_TR = small_batch_linear(x_TH, weight_NQH.flatten(0, 1))
+        if bias_NQ is not None:
+            z_TR = z_TR + bias_NQ.flatten()
+        return self.activate(z_TR.unflatten(1, (self.num_experts, -1)))
+
+    def activate(self, z: Tensor) -> Tensor:
+        """Hidden activations of the first product, (..., M)."""
+        if not self.gated:
+            return self.act_fn(z)
+        gate, up = z.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
 
 
 @use_experts_implementation
 class CMoEExperts(ExpertsLoop):
-    """The routed experts as two packed tensors, the layout of every experts backend.
+    """Gated experts without biases: two packed tensors, the layout of every experts backend."""
 
-    `gate_up_proj` is (N, 2M, H), gate rows first; `down_proj` is (N, H, M).
-    """
 
-    def __init__(
-        self, config: CMoEConfig, num_experts: int | None = None, width: int | None = None
-    ) -> None:
-        super().__init__(config, num_experts, width)
-        self.gate_up_proj = nn.Parameter(
-            torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim)
-        )
-        self.down_proj = nn.Parameter(
-            torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim)
-        )
+@use_experts_implementation(has_bias=True)
+class CMoEBiasedExperts(ExpertsLoop):
+    """Gated experts with biases."""
 
-    def hidden(self, expert: int, x_UH: Tensor, linear: Any = F.linear) -> Tensor:
-        gate_UM, up_UM = linear(x_UH, self.gate_up_proj[expert]).chunk(2, dim=-1)
-        return self.act_fn(gate_UM) * up_UM
+    biased = True
 
-    def hidden_of_all(self, x_TH: Tensor) -> Tensor:
-        product_TQ = small_batch_linear(x_TH, self.gate_up_proj.flatten(0, 1))
-        gate_TNM, up_TNM = product_TQ.unflatten(1, (self.num_experts, 2, -1)).unbind(dim=2)
-        return self.act_fn(gate_TNM) * up_TNM
+
+@use_experts_implementation(has_gate=False)
+class CMoEUngatedExperts(ExpertsLoop):
+    """Experts with neither a gate nor biases."""
+
+    gated = False
 
 
 @use_experts_implementation(has_gate=False, has_bias=True)
 class CMoEPlainExperts(ExpertsLoop):
-    """Routed experts without a gate: `up_proj` (N, M, H), `up_proj_bias` (N, M) and `down_proj`."""
+    """Experts without a gate, with biases."""
 
-    def __init__(self, config: CMoEConfig) -> None:
-        super().__init__(config)
-        self.up_proj = nn.Parameter(
-            torch.empty(self.num_experts, self.intermediate_dim, self.hidden_dim)
-        )
-        self.up_proj_bias = nn.Parameter(torch.empty(self.num_experts, self.intermediate_dim))
-        self.down_proj = nn.Parameter(
-            torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim)
-        )
-        # The backends add one for every expert that runs, weighted. The FFN's is the block's.
-        nothing = torch.zeros(self.num_experts, self.hidden_dim)
-        self.register_buffer("down_proj_bias", nothing, persistent=False)
+    gated, biased = False, True
 
-    def hidden(self, expert: int, x_UH: Tensor, linear: Any = F.linear) -> Tensor:
-        return self.act_fn(linear(x_UH, self.up_proj[expert]) + self.up_proj_bias[expert])
 
-    def hidden_of_all(self, x_TH: Tensor) -> Tensor:
-        product_TR = (
-            small_batch_linear(x_TH, self.up_proj.flatten(0, 1)) + self.up_proj_bias.flatten()
-        )
-        return self.act_fn(product_TR).unflatten(1, (self.num_experts, -1))
+EXPERTS = {
+    (kind.gated, kind.biased): kind
+    for kind in (CMoEExperts, CMoEBiasedExperts, CMoEUngatedExperts, CMoEPlainExperts)
+}
+"""Classes of experts by what the FFN had: a gate, and biases."""
 
 
 def cmoe_experts_forward(
@@ -622,11 +566,11 @@ class CMoESharedExpert(nn.Module):
 
     def __init__(self, config: CMoEConfig) -> None:
         super().__init__()
-        width = config.shared_expert_intermediate_size
-        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        width, bias = config.shared_expert_intermediate_size, config.ffn["up_bias"]
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=bias)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = ACT2FN[config.ffn["activation"]]
 
     def hidden(self, x: Tensor) -> Tensor:
         """Hidden activations."""
@@ -642,9 +586,9 @@ class CMoEPlainSharedExpert(nn.Module):
     def __init__(self, config: CMoEConfig) -> None:
         super().__init__()
         width = config.shared_expert_intermediate_size
-        self.up_proj = nn.Linear(config.hidden_size, width)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.ffn["up_bias"])
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = ACT2FN[config.ffn["activation"]]
 
     def hidden(self, x: Tensor) -> Tensor:
         """Hidden activations."""
@@ -655,22 +599,28 @@ class CMoEPlainSharedExpert(nn.Module):
 
 
 class CMoESparseMoeBlock(nn.Module):
-    """Shared expert plus the K routed experts that the router picks for each token."""
+    """Shared expert plus the K routed experts that the router picks for each token.
 
-    experts_class: type[ExpertsLoop] = CMoEExperts
-    shared_class: type[nn.Module] = CMoESharedExpert
+    An output bias of the FFN is added once for every token.
+    """
 
     def __init__(self, config: CMoEConfig, layer_idx: int = 0) -> None:
         super().__init__()
+        ffn = config.ffn
         self.gate = CMoERouter(config, layer_idx)
-        self.experts = self.experts_class(config)
+        self.experts = EXPERTS[config.has_gate, ffn["up_bias"]](config)
         # Absent rather than empty: vLLM concludes from the name that there is a shared expert.
-        has_shared = config.shared_expert_intermediate_size > 0
-        self.shared_expert: Any = self.shared_class(config) if has_shared else None
+        self.shared_expert: Any = None
+        if config.shared_expert_intermediate_size > 0:
+            kind = CMoESharedExpert if config.has_gate else CMoEPlainSharedExpert
+            self.shared_expert = kind(config)
         self.down_bias: nn.Parameter | None = None
+        if ffn["down_bias"]:
+            self.down_bias = nn.Parameter(torch.empty(config.hidden_size))
+        self.takes_residual = ffn["takes_residual"]
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, S, H) to (B, S, H)."""
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(B, S, H) or (T, H) to the same shape; some families have the FFN add the residual."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         # vLLM's kernel overwrites its input: everything else that needs it comes first.
         always_TH: Any = self.down_bias
@@ -678,20 +628,13 @@ class CMoESparseMoeBlock(nn.Module):
             shared_TH = self.shared_expert(x_TH)
             always_TH = shared_TH if always_TH is None else always_TH + shared_TH
         if self.gate.top_k == 0:
-            return always_TH.reshape(hidden_states.shape)
-        _, weight_TK, index_TK = self.gate(x_TH)
-        out_TH = self.experts(x_TH, index_TK, weight_TK)
-        return (out_TH if always_TH is None else out_TH + always_TH).reshape(hidden_states.shape)
-
-
-class CMoEPlainBlock(CMoESparseMoeBlock):
-    """Sparse block of an FFN without a gate; the output bias is added once for every token."""
-
-    experts_class, shared_class = CMoEPlainExperts, CMoEPlainSharedExpert
-
-    def __init__(self, config: CMoEConfig, layer_idx: int = 0) -> None:
-        super().__init__(config, layer_idx)
-        self.down_bias = nn.Parameter(torch.empty(config.hidden_size))
+            out_TH = always_TH
+        else:
+            _, weight_TK, index_TK = self.gate(x_TH)
+            out_TH = self.experts(x_TH, index_TK, weight_TK)
+            out_TH = out_TH if always_TH is None else out_TH + always_TH
+        out = out_TH.reshape(hidden_states.shape)
+        return out + residual if self.takes_residual and residual is not None else out
 
 
 class CMoEHierarchicalBlock(nn.Module):
@@ -730,43 +673,11 @@ class CMoEHierarchicalBlock(nn.Module):
         return out_TH
 
 
-class CMoEDecoderLayer(nn.Module):
-    """Puts the sparse block in place of the FFN of a family's decoder layer, mixed in before it."""
-
-    attention_class: type[nn.Module]
-    norm_class: type[nn.Module]
-    block_class: type[nn.Module] = CMoESparseMoeBlock
-
-    def __init__(self, config: CMoEConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.mlp: Any
-        if layer_idx not in (config.dense_layers or ()):
-            self.mlp = self.block_class(config, layer_idx)
-
-
-LAYER_KEYWORDS = ("attention_mask", "position_ids", "use_cache", "position_embeddings")
-OUTPUT_CACHE = cache_keyword(MoeModelOutputWithPast)
-MASKS = {
-    "full_attention": create_causal_mask,
-    "sliding_attention": create_sliding_window_causal_mask,
-}
-
-
-def attention_types(config: PreTrainedConfig) -> list[str]:
-    """Return the kind of mask that each layer uses, a key of `MASKS`."""
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        window = getattr(config, "sliding_window", None)
-        types = ["full_attention" if window is None else "sliding_attention"]
-        types *= config.num_hidden_layers
-    return types
-
-
 LINEAR_ONLY = ("bitsandbytes", "eetq", "hqq", "quanto", "torchao")
 """Quantisation methods that know linear layers only; torchao can be told other names."""
 
 
-def quantisation_method(config: CMoEConfig) -> str | None:
+def quantisation_method(config: PreTrainedConfig) -> str | None:
     """Name the method that the configuration asks for, if any."""
     quantisation = getattr(config, "quantization_config", None)
     if isinstance(quantisation, dict):
@@ -775,14 +686,14 @@ def quantisation_method(config: CMoEConfig) -> str | None:
     return getattr(method, "value", method)
 
 
-def warn_of_unquantised_experts(decoder: "CMoEModel") -> None:
+def warn_of_unquantised_experts(decoder: PreTrainedModel) -> None:
     """Warn if the model is about to be quantised by a method that passes over the experts."""
     quantisation = getattr(decoder.config, "quantization_config", None)
     told_names = hasattr(getattr(quantisation, "quant_type", None), "fqn_to_config")
     method = quantisation_method(decoder.config)
     if method not in LINEAR_ONLY or told_names or isinstance(quantisation, dict):
         return
-    experts = sum(p.numel() for name, p in decoder.named_parameters() if ".mlp.experts." in name)
+    experts = sum(p.numel() for name, p in decoder.named_parameters() if ".experts." in name)
     share = experts / decoder.num_parameters()
     logger.warning(
         f"{method} quantises linear layers only: the routed experts, {share:.0%} of the decoder, "
@@ -791,44 +702,61 @@ def warn_of_unquantised_experts(decoder: "CMoEModel") -> None:
     )
 
 
-class CMoEPreTrainedModel(PreTrainedModel):
-    """Tells the library how to load, save, split, compile and train these models."""
+class Carved(PreTrainedModel):
+    """Puts sparse blocks where the FFNs of a model of transformers are, and changes nothing else.
 
-    config: CMoEConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["cache", "past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
+    Inherit from it before a decoder or a causal model of the library, which stays in charge of
+    masks, caches, positions, norms and residuals.
+    """
+
+    model_class: type[PreTrainedModel] | None = None
+    """The carved decoder of a causal model; None in a decoder."""
+    is_made = True
     _keep_in_fp32_modules_strict = ["balance_bias"]
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Set the attributes that follow from the family's layer."""
-        decoder = getattr(cls, "model_class", cls)
-        if layer := getattr(decoder, "layer_class", None):
-            cls._no_split_modules = [layer.__name__]
-            cls._can_record_outputs = {
-                "router_logits": OutputRecorder(CMoERouter, index=0),
-                "hidden_states": layer,
-                "attentions": layer.attention_class,
-            }
+        """Let the forward method return router scores."""
         super().__init_subclass__(**options)
+        cls.forward = with_router_logits(cls.forward)
+
+    def __init__(self, config: CMoEConfig, *args: Any, **kwargs: Any) -> None:
+        if self.model_class is not None:
+            # The dense decoder, made first and replaced, must not be asked for an experts backend.
+            self.is_made = False
+            super().__init__(type(config).from_dict(config.to_dict()), *args, **kwargs)
+            self.is_made, self.config = True, config
+            self.register_module(self.base_model_prefix, self.model_class(config))
+        else:
+            super().__init__(config, *args, **kwargs)
+            put_blocks(self, config)
+            warn_of_unquantised_experts(self)
+            warn_of_untested_library()
+        self.post_init()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # The library reads the file of a class for that, and would find the dense one's answer.
+        return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        if not self.is_made:
+            return super().get_correct_experts_implementation("eager")
         # The other methods, such as fp8, replace the experts by their own, with other backends.
         if requested_experts is None and quantisation_method(self.config) in (None, *LINEAR_ONLY):
             requested_experts = "cmoe"
         return super().get_correct_experts_implementation(requested_experts)
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Of custom code the library leaves out modules without tensors of their own, some of which
+        # initialise those of others (Falcon-H1).
+        super()._initialize_weights(module, is_custom_code=False)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = self.config.initializer_range
         if not isinstance(module, CMoERouter | CMoESparseMoeBlock | ExpertsLoop):
             return
+        std = getattr(self.config, "initializer_range", None) or 0.02
         parameters, buffers = module.named_parameters, module.named_buffers
         for name, value in (*parameters(recurse=False), *buffers(recurse=False)):
             if name.endswith(("bias", "scale")):
@@ -837,292 +765,50 @@ class CMoEPreTrainedModel(PreTrainedModel):
                 init.normal_(value, mean=0.0, std=std)
 
 
-class CMoEModel(CMoEPreTrainedModel):
-    """The decoder without a head."""
-
-    layer_class: type[CMoEDecoderLayer]
-    rotary_class: type[nn.Module]
-
-    def __init__(self, config: CMoEConfig) -> None:
-        super().__init__(config)
-        self.mask_cache = {
-            kind: cache_keyword(mask, "attention_mask", "position_ids")
-            for kind, mask in MASKS.items()
-        }
-        self.layer_cache = cache_keyword(self.layer_class.forward, *LAYER_KEYWORDS)
-        warn_of_untested_library()
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(
-            [self.layer_class(config, index) for index in range(config.num_hidden_layers)]
-        )
-        self.norm = self.layer_class.norm_class(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = self.rotary_class(config=config)
-        self.gradient_checkpointing = False
-        self.post_init()
-        warn_of_unquantised_experts(self)
-
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> MoeModelOutputWithPast:
-        """Run the decoder; `output_router_logits=True` also returns the scores.
-
-        `cache` is called `past_key_values` before transformers 5.24; both names are accepted.
-        """
-        cache = resolve_cache(cache, past_key_values, kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
-        if position_ids is None:
-            seen = 0 if cache is None else cache.get_seq_length()
-            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
-            position_ids = (positions + seen).unsqueeze(0)
-
-        types = attention_types(self.config)
-        masks: Any = attention_mask  # `generate` may have made them
-        if not isinstance(masks, dict):
-            masks = {
-                name: MASKS[name](
-                    config=self.config,
-                    inputs_embeds=inputs_embeds,
-                    attention_mask=attention_mask,
-                    position_ids=position_ids,
-                    **{self.mask_cache[name]: cache},
-                )
-                for name in dict.fromkeys(types)
-            }
-        hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for layer, name in zip(self.layers, types, strict=True):
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=masks[name],
-                position_ids=position_ids,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                **{self.layer_cache: cache},
-                **kwargs,
-            )
-        past: dict[str, Any] = {OUTPUT_CACHE: cache}
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **past)
+def put_blocks(decoder: PreTrainedModel, config: CMoEConfig) -> None:
+    """Replace the FFN of each carved layer by a sparse block."""
+    kind: Any = CMoEHierarchicalBlock if config.num_parents > 1 else CMoESparseMoeBlock
+    layers: Any = decoder.get_submodule(config.ffn["layers"])
+    for index, layer in enumerate(layers):
+        if index in (config.dense_layers or ()):
+            continue
+        owner, _, name = config.ffn["module"].rpartition(".")
+        layer.get_submodule(owner).register_module(name, kind(config, index))
+        for part in config.ffn["skipped"]:
+            layer.register_module(part, nn.Identity())
 
 
-class CMoEForCausalLM(CMoEPreTrainedModel):
-    """The decoder with a language-model head.
+def with_router_logits(forward: Any) -> Any:
+    """Let a forward method return the scores of its routers, on `output_router_logits`.
 
-    Families add `GenerationMixin`, which must be a direct base.
+    Hooks collect them: neither the outputs nor the decorators of the dense family know of them.
     """
-
-    model_class: type[CMoEModel]
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan: Any = {"lm_head": (["hidden_states"], ["logits"])}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
-
-    def __init__(self, config: CMoEConfig) -> None:
-        super().__init__(config)
-        self.model = self.model_class(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_router_logits: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast:
-        """Return logits (B, S, V), a loss if `labels` are given, and router scores on request."""
-        cache = resolve_cache(cache, past_key_values, kwargs)
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_router_logits=output_router_logits,
-            **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
-        return MoeCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            **{OUTPUT_CACHE: outputs.get(OUTPUT_CACHE)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-        )
-
-
-class CMoELlamaDecoderLayer(CMoEDecoderLayer, llama.LlamaDecoderLayer):
-    """A carved decoder layer."""
-
-    attention_class, norm_class = llama.LlamaAttention, llama.LlamaRMSNorm
-
-
-class CMoELlamaModel(CMoEModel):
-    """A carved Llama without a head."""
-
-    config: CMoELlamaConfig
-    layer_class, rotary_class = CMoELlamaDecoderLayer, llama.LlamaRotaryEmbedding
-
-
-class CMoELlamaForCausalLM(CMoEForCausalLM, GenerationMixin):
-    """A carved Llama."""
-
-    config: CMoELlamaConfig
-    model_class = CMoELlamaModel
-
-
-class CMoEMistralDecoderLayer(CMoEDecoderLayer, mistral.MistralDecoderLayer):
-    """A carved decoder layer."""
-
-    attention_class, norm_class = mistral.MistralAttention, mistral.MistralRMSNorm
-
-
-class CMoEMistralModel(CMoEModel):
-    """A carved Mistral without a head."""
-
-    config: CMoEMistralConfig
-    layer_class, rotary_class = CMoEMistralDecoderLayer, mistral.MistralRotaryEmbedding
-
-
-class CMoEMistralForCausalLM(CMoEForCausalLM, GenerationMixin):
-    """A carved Mistral."""
-
-    config: CMoEMistralConfig
-    model_class = CMoEMistralModel
-
-
-class CMoEQwen2DecoderLayer(CMoEDecoderLayer, qwen2.Qwen2DecoderLayer):
-    """A carved decoder layer."""
-
-    attention_class, norm_class = qwen2.Qwen2Attention, qwen2.Qwen2RMSNorm
-
-
-class CMoEQwen2Model(CMoEModel):
-    """A carved Qwen2 without a head."""
-
-    config: CMoEQwen2Config
-    layer_class, rotary_class = CMoEQwen2DecoderLayer, qwen2.Qwen2RotaryEmbedding
-
-
-class CMoEQwen2ForCausalLM(CMoEForCausalLM, GenerationMixin):
-    """A carved Qwen2."""
-
-    config: CMoEQwen2Config
-    model_class = CMoEQwen2Model
-
-
-class CMoEQwen3DecoderLayer(CMoEDecoderLayer, qwen3.Qwen3DecoderLayer):
-    """A carved decoder layer."""
-
-    attention_class, norm_class = qwen3.Qwen3Attention, qwen3.Qwen3RMSNorm
-
-
-class CMoEQwen3Model(CMoEModel):
-    """A carved Qwen3 without a head."""
-
-    config: CMoEQwen3Config
-    layer_class, rotary_class = CMoEQwen3DecoderLayer, qwen3.Qwen3RotaryEmbedding
-
-
-class CMoEQwen3ForCausalLM(CMoEForCausalLM, GenerationMixin):
-    """A carved Qwen3."""
-
-    config: CMoEQwen3Config
-    model_class = CMoEQwen3Model
-
-
-class CMoEGPTNeoXDecoderLayer(CMoEDecoderLayer, gpt_neox.GPTNeoXLayer):
-    """A carved decoder layer, where attention and FFN may both start from the same residual."""
-
-    attention_class, norm_class = gpt_neox.GPTNeoXAttention, nn.LayerNorm
-    block_class = CMoEPlainBlock
-
-
-class CMoEGPTNeoXModel(CMoEModel):
-    """A carved GPT-NeoX without a head."""
-
-    config: CMoEGPTNeoXConfig
-    layer_class, rotary_class = CMoEGPTNeoXDecoderLayer, gpt_neox.GPTNeoXRotaryEmbedding
-
-
-class CMoEGPTNeoXForCausalLM(CMoEForCausalLM, GenerationMixin):
-    """A carved GPT-NeoX."""
-
-    config: CMoEGPTNeoXConfig
-    model_class = CMoEGPTNeoXModel
-
-
-class CMoEQwen3MoeDecoderLayer(CMoEDecoderLayer, qwen3_moe.Qwen3MoeDecoderLayer):
-    """A carved decoder layer."""
-
-    attention_class, norm_class = qwen3_moe.Qwen3MoeAttention, qwen3_moe.Qwen3MoeRMSNorm
-    block_class = CMoEHierarchicalBlock
-
-
-class CMoEQwen3MoeModel(CMoEModel):
-    """A carved Qwen3-MoE without a head."""
-
-    config: CMoEQwen3MoeConfig
-    layer_class, rotary_class = CMoEQwen3MoeDecoderLayer, qwen3_moe.Qwen3MoeRotaryEmbedding
-
-
-class CMoEQwen3MoeForCausalLM(CMoEForCausalLM, GenerationMixin):
-    """A carved Qwen3-MoE."""
-
-    config: CMoEQwen3MoeConfig
-    model_class = CMoEQwen3MoeModel
-
-
-class CMoEOlmoeDecoderLayer(CMoEDecoderLayer, olmoe.OlmoeDecoderLayer):
-    """A carved decoder layer."""
-
-    attention_class, norm_class = olmoe.OlmoeAttention, olmoe.OlmoeRMSNorm
-    block_class = CMoEHierarchicalBlock
-
-
-class CMoEOlmoeModel(CMoEModel):
-    """A carved OLMoE without a head."""
-
-    config: CMoEOlmoeConfig
-    layer_class, rotary_class = CMoEOlmoeDecoderLayer, olmoe.OlmoeRotaryEmbedding
-
-
-class CMoEOlmoeForCausalLM(CMoEForCausalLM, GenerationMixin):
-    """A carved OLMoE."""
-
-    config: CMoEOlmoeConfig
-    model_class = CMoEOlmoeModel
+    if hasattr(forward, "without_router_logits"):
+        return forward
+    # A MoE's own forward method would look for the routers of its source.
+    is_known = "output_router_logits" in inspect.signature(forward).parameters
+
+    @functools.wraps(forward)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = kwargs.pop("output_router_logits", None)
+        if is_known:
+            kwargs["output_router_logits"] = False
+        if not (self.config.output_router_logits if asked is None else asked):
+            return forward(self, *args, **kwargs)
+        scores: list[Tensor] = []
+        routers = [module for module in self.modules() if isinstance(module, CMoERouter)]
+        hooks = [
+            router.register_forward_hook(lambda _module, _args, out: scores.append(out[0]))
+            for router in routers
+        ]
+        try:
+            outputs = forward(self, *args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if isinstance(outputs, ModelOutput):
+            outputs["router_logits"] = tuple(scores)
+        return outputs
+
+    wrapper.without_router_logits = forward  # type: ignore[attr-defined]
+    return wrapper

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two Python files that travel with a carved repository, and those of earlier releases."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import cmoe_hf
+from cmoe_hf.families import carved_classes, repository_code
+
+REMOTE_CODE = ("configuration_cmoe.py", "modeling_cmoe.py")
+RELEASED = Path(__file__).parent.parent / "assets" / "released.json"
+"""Names of files by the SHA-256 that releases of this project gave them."""
+
+
+def code_of_type(model_type: str | None) -> dict[str, str]:
+    """Return the files of today by the `model_type` of a model; none if it is not carved."""
+    if not str(model_type).startswith("cmoe_"):
+        return {}
+    try:
+        return repository_code(carved_classes(str(model_type))[0])
+    except KeyError:  # this transformers does not know the family
+        return {}
+
+
+if __name__ == "__main__":  # a release adds what it puts into repositories
+    hashes = json.loads(RELEASED.read_text(encoding="utf-8"))
+    for config, *_ in cmoe_hf.FAMILIES:
+        for name, text in repository_code(config).items():
+            hashes[hashlib.sha256(text.encode()).hexdigest()] = name
+    RELEASED.write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+    print(f"{len(hashes)} hashes in {RELEASED}", file=sys.stderr)
