@@ -16,8 +16,8 @@ from tqdm import tqdm
 from cmoe_hf import CMoEHierarchicalConfig
 
 from .carve.decoder import Storage, Streams
-from .carve.hierarchy import carve_moe
-from .carve.pipeline import carve_model
+from .carve.hierarchy import MoEWalk
+from .carve.pipeline import ModelWalk
 from .carve.recipe import Recipe
 from .carve.settings import NORMAL, ConvertOptions, Settings, absolute, shard_bytes
 from .carve.shape import Shape, width_warning
@@ -29,7 +29,7 @@ from .folder.layerwise import WorkFolder, planned_tensors
 from .options import narrowed, with_options
 from .plan import Prepared, prepare, prepare_work
 
-DRIVERS = {"pipeline": carve_model, "hierarchy": carve_moe}
+DRIVERS = {"pipeline": ModelWalk, "hierarchy": MoEWalk}
 """What walks the layers, by the name in the family's row."""
 logger = logging.getLogger(__name__)
 
@@ -151,9 +151,9 @@ def carve(prepared: Prepared, work: WorkFolder) -> Conversion:
         streams,
         prepared.config,
         recipe,
-        first=work.layers_done,
+        storage,
         k_act=settings.k_act,
-        storage=storage,
+        first=work.layers_done,
     )
     done = work.layers_done
     with tqdm(total=total, initial=done, desc="carving", unit="layer", disable=None) as bar:

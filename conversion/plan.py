@@ -97,7 +97,7 @@ class Prepared:
     """A record of the calibration text that names no path."""
     device: torch.device
     auxiliary: AuxiliaryFiles
-    """What the carved model takes over from the source as it is."""
+    """Files that the carved model takes over from the source."""
 
     @property
     def read(self) -> dict[str, str | Path | None]:

@@ -9,17 +9,22 @@ import errno
 import math
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
+from cmoe_hf import CMoEConfig
+
 from ..device import Stopwatch
 from ..errors import CMoEError
+from ..source.checkpoint import Source
 from ..source.library import AttentionHalf
 from .layer import FFN, Profile
+from .recipe import Recipe
 
 BATCH_TOKENS = 2048
 """Tokens that pass through a layer at once."""
@@ -112,6 +117,39 @@ class Streams:
     def tokens(self) -> int:
         """The number of tokens of all windows."""
         return len(self.carved_WLH) * self.length
+
+
+@dataclass
+class Walk(ABC):
+    """Carve the layers of a model in order; yield (index, tensors to store, figures) of each.
+
+    The arithmetic is float32 whatever the precision of the checkpoint, which the stored tensors
+    keep. Iterate under `torch.no_grad()`. Raises `CMoEError` if activations are not finite.
+    """
+
+    source: Source
+    streams: Streams
+    """Before layer `first`, and after each step before the next one."""
+    config: CMoEConfig
+    """Of the carved model."""
+    recipe: Recipe
+    storage: Storage
+    k_act: int
+    """Neurons marked per token."""
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        self.arch = self.source.architecture
+        length, device = self.streams.length, self.storage.device
+        self.attention = AttentionHalf(self.arch, self.source.config, length, device)
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, torch.Tensor], dict[str, Any]]]:
+        for index in range(self.first, self.config.num_hidden_layers):
+            yield index, *self.carve(index)
+
+    @abstractmethod
+    def carve(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Carve a layer and advance the streams; return tensors to store, and figures."""
 
 
 def attend(

@@ -15,18 +15,15 @@ Shape suffixes: T tokens, U tokens of one source expert, H hidden size, F its wi
 experts of a token, N experts carved from one, X those of all.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
-from cmoe_hf import CMoEConfig, CMoEHierarchicalConfig
+from cmoe_hf import CMoEHierarchicalConfig
 from cmoe_hf.modeling_cmoe import CMoEHierarchicalRouter
 
 from ..device import Stopwatch
-from ..source.checkpoint import Source
-from ..source.library import AttentionHalf
-from .decoder import Storage, Streams, attend, with_totals
+from .decoder import Walk, attend, with_totals
 from .layer import (
     FFN,
     Profile,
@@ -38,7 +35,6 @@ from .layer import (
     take_ffn,
 )
 from .partition import Partition
-from .recipe import Recipe
 from .reconstruct import reconstruct
 from .refit import Samples, ridge_for, sparse_output
 from .router import log_energy_router, output_energies
@@ -56,6 +52,8 @@ class SourceExpert(NamedTuple):
     """Indices of the tokens, int64."""
     weight_U: torch.Tensor
     """The router's weight for each of them."""
+    x_UH: torch.Tensor
+    """Their inputs."""
 
 
 class CarvedExpert(NamedTuple):
@@ -67,146 +65,144 @@ class CarvedExpert(NamedTuple):
     """Whether it is kept whole."""
 
 
-def carve_moe(
-    source: Source,
-    streams: Streams,
-    config: CMoEConfig,
-    recipe: Recipe,
-    *,
-    first: int = 0,
-    k_act: int,
-    storage: Storage,
-) -> Iterator[tuple[int, dict[str, torch.Tensor], dict[str, Any]]]:
-    """Do for a MoE what `pipeline.carve_model` does for a dense model."""
-    arch, router = source.architecture, source.architecture.router
-    assert router is not None and isinstance(config, CMoEHierarchicalConfig)  # so says `arch`
-    inner = source_expert_config(config, recipe)
-    attention = AttentionHalf(arch, source.config, streams.length, storage.device)
-    x_TH = storage.empty("inputs", streams.tokens, config.hidden_size)
-    for index in range(first, config.num_hidden_layers):
-        clock = Stopwatch()
+class MoEWalk(Walk):
+    """Carve a MoE, whose experts are profiled and refitted one by one."""
+
+    config: CMoEHierarchicalConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.inner = source_expert_config(self.config, self.recipe)
+        hidden = self.config.hidden_size
+        self.x_TH = self.storage.empty("inputs", self.streams.tokens, hidden)
+
+    def carve(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Carve the experts of a layer; return tensors to store, and figures."""
+        clock, router, device = Stopwatch(), self.arch.router, self.storage.device
+        assert router is not None  # or it is no MoE
         with clock("read"):
-            rest = source.read_layer(index, without_experts=True)
-            layer = {name: it.to(storage.device, torch.float32) for name, it in rest.items()}
-            gate = CMoEHierarchicalRouter(config).to(storage.device)
+            rest = self.source.read_layer(index, without_experts=True)
+            layer = {name: tensor.to(device, torch.float32) for name, tensor in rest.items()}
+            gate = CMoEHierarchicalRouter(self.config).to(device)
             gate.parent_weight.copy_(layer.pop(router))
-            attention.load(index, layer)
+            self.attention.load(index, layer)
         with clock("forward"):
-            for tokens, x_BH in attend(attention, streams.carved_WLH):
-                x_TH[tokens] = x_BH
-        if not bool(torch.isfinite(x_TH).all()):
+            for tokens, x_BH in attend(self.attention, self.streams.carved_WLH):
+                self.x_TH[tokens] = x_BH
+        if not bool(torch.isfinite(self.x_TH).all()):
             raise overflowed(index)
-        carved, figures, y_TH = carve_experts(
-            source, index, gate, x_TH, inner, recipe, clock, k_act=k_act
-        )
-        streams.carved_WLH.flatten(0, 1).add_(y_TH)
-        attention.release()
+        carved, figures, y_TH = self.carve_experts(index, gate, clock)
+        self.streams.carved_WLH.flatten(0, 1).add_(y_TH)
+        self.attention.release()
         # The dense down projection ran for all tokens: it is no sample.
         figures["seconds"] = with_totals(clock.seconds, 1)
         rest["mlp.gate.parent_weight"] = rest.pop(router)
-        prefix = arch.layer_prefix.format(index)
-        tensors = {prefix + name: it for name, it in (rest | carved).items()}
-        del layer, y_TH, rest, carved
-        yield index, tensors, figures
-        del tensors
+        prefix = self.arch.layer_prefix.format(index)
+        return {prefix + name: tensor for name, tensor in (rest | carved).items()}, figures
 
+    def carve_experts(
+        self, index: int, gate: CMoEHierarchicalRouter, clock: Stopwatch
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any], torch.Tensor]:
+        """Carve the source experts of a layer; return tensors, figures and the output (T, H).
 
-def carve_experts(
-    source: Source,
-    index: int,
-    gate: CMoEHierarchicalRouter,
-    x_TH: torch.Tensor,
-    inner: CMoEConfig,
-    recipe: Recipe,
-    clock: Stopwatch,
-    *,
-    k_act: int,
-) -> tuple[dict[str, torch.Tensor], dict[str, Any], torch.Tensor]:
-    """Carve the source experts of one layer: return tensors, figures and the output (T, H).
+        Each is read twice, so that one at a time is in memory as float32: which of its parts run
+        may depend on all source experts.
+        """
+        x_TH, device = self.x_TH, self.x_TH.device
+        with clock("forward"):
+            weight_TP, expert_TP = gate.parents(x_TH)
 
-    Each source expert is read twice, so that one at a time is in memory as float32: which of its
-    parts run may depend on all source experts.
-    """
-    with clock("forward"):
-        weight_TP, expert_TP = gate.parents(x_TH)
+        def read(number: int) -> SourceExpert:
+            with clock("read"):
+                stored = self.source.read_expert(index, number)
+                ffn, _ = take_ffn(self.arch, stored, self.inner, device)
+                token_U, slot_U = torch.where(expert_TP == number)
+                return SourceExpert(ffn, token_U, weight_TP[token_U, slot_U], x_TH[token_U])
 
-    def read(number: int) -> SourceExpert:
-        with clock("read"):
-            stored = source.read_expert(index, number)
-            ffn, _ = take_ffn(source.architecture, stored, inner, x_TH.device)
-            token_U, slot_U = torch.where(expert_TP == number)
-            return SourceExpert(ffn, token_U, weight_TP[token_U, slot_U])
-
-    experts: list[CarvedExpert] = []
-    for number in range(len(gate.parent_weight)):
-        expert = read(number)
-        experts.append(divide_expert(index, expert, x_TH, inner, recipe, clock, k_act=k_act))
-    with clock("router"):
-        load_router(gate, experts, expert.ffn)
-        run_TX = torch.zeros(len(x_TH), len(gate.scale), dtype=torch.bool, device=x_TH.device)
-        run_TX.scatter_(1, gate(x_TH).index_TK, True)
-    y_TH, dense_TH = torch.zeros_like(x_TH), torch.zeros_like(x_TH)
-    stored: dict[str, list[torch.Tensor]] = {}
-    for number, run_TN in enumerate(run_TX.split(gate.per_parent, dim=1)):
-        expert, carved = read(number), experts[number]
-        run_UN = run_TN[expert.token_U] | carved.kept
-        down_HF, y_UH, dense_UH = fit_expert(expert, carved, x_TH, run_UN, recipe, clock)
-        y_TH.index_add_(0, expert.token_U, y_UH * expert.weight_U[:, None])
-        dense_TH.index_add_(0, expert.token_U, dense_UH * expert.weight_U[:, None])
+        experts: list[CarvedExpert] = []
+        for number in range(len(gate.parent_weight)):
+            expert = read(number)
+            experts.append(self.divide(index, expert, clock))
+        with clock("router"):
+            load_router(gate, experts, expert.ffn)
+            run_TX = torch.zeros(len(x_TH), len(gate.scale), dtype=torch.bool, device=device)
+            run_TX.scatter_(1, gate(x_TH).index_TK, True)
+        y_TH, dense_TH = torch.zeros_like(x_TH), torch.zeros_like(x_TH)
+        stored: dict[str, list[torch.Tensor]] = {}
+        for number, run_TN in enumerate(run_TX.split(gate.per_parent, dim=1)):
+            expert, carved = read(number), experts[number]
+            down_HF, y_UH, dense_UH = self.fit(expert, carved, run_TN[expert.token_U], clock)
+            y_TH.index_add_(0, expert.token_U, y_UH * expert.weight_U[:, None])
+            dense_TH.index_add_(0, expert.token_U, dense_UH * expert.weight_U[:, None])
+            with clock("slicing"):
+                for name, tensor in expert_tensors(expert.ffn, carved.partition, down_HF).items():
+                    stored.setdefault(name, []).append(tensor.to(expert.ffn.stored_dtype).cpu())
+        if not bool(torch.isfinite(dense_TH).all()):  # of one that is kept whole
+            raise overflowed(index)
         with clock("slicing"):
-            for name, tensor in expert_tensors(expert.ffn, carved.partition, down_HF).items():
-                stored.setdefault(name, []).append(tensor.to(expert.ffn.stored_dtype).cpu())
-    if not bool(torch.isfinite(dense_TH).all()):  # of one that is kept whole
-        raise overflowed(index)
-    with clock("slicing"):
-        tensors = {name: torch.cat(parts) for name, parts in stored.items()}
-    for name, tensor in gate.state_dict().items():
-        if name != "parent_weight":
-            tensors[f"mlp.gate.{name}"] = tensor.cpu()
-    figures = {
-        "relative_output_error": relative_error(y_TH, dense_TH),
-        "tokens_of_parents": torch.bincount(expert_TP.flatten(), minlength=len(experts)).tolist(),
-        "kept_parents": gate.kept_parents,
-        "expert_sizes": [inner.moe_intermediate_size] * len(gate.scale),
-        "expert_loads": run_TX.float().mean(dim=0).tolist(),
-    }
-    return tensors, figures, y_TH
+            tensors = {name: torch.cat(parts) for name, parts in stored.items()}
+        for name, tensor in gate.state_dict().items():
+            if name != "parent_weight":
+                tensors[f"mlp.gate.{name}"] = tensor.cpu()
+        counts_P = torch.bincount(expert_TP.flatten(), minlength=len(experts))
+        figures = {
+            "relative_output_error": relative_error(y_TH, dense_TH),
+            "tokens_of_parents": counts_P.tolist(),
+            "kept_parents": gate.kept_parents,
+            "expert_sizes": [self.inner.moe_intermediate_size] * len(gate.scale),
+            "expert_loads": run_TX.float().mean(dim=0).tolist(),
+        }
+        return tensors, figures, y_TH
 
+    def divide(self, index: int, expert: SourceExpert, clock: Stopwatch) -> CarvedExpert:
+        """Return partition and router of a source expert; of one that is kept whole, any."""
+        ffn, x_UH, inner, recipe = expert.ffn, expert.x_UH, self.inner, self.recipe
+        if len(x_UH) < FEWEST * ffn.width:
+            everything_F = torch.arange(ffn.width)
+            shared_S, routed_R = everything_F.tensor_split([inner.shared_expert_intermediate_size])
+            experts_NM = routed_R.view(inner.num_experts, -1)
+            return CarvedExpert(Partition(shared_S, experts_NM, experts_NM[:, 0], 0), {}, kept=True)
+        with clock("forward"):
+            h_UF, marks_UK, is_finite = ffn.profile(
+                x_UH, self.k_act, cosine=recipe.cosine_profile, clock=clock
+            )
+            profile = Profile(x_UH, h_UF * expert.weight_U[:, None], marks_UK.cpu())
+        if not is_finite:
+            raise overflowed(index)
+        with clock("partition"):
+            parts = divide(ffn, profile, inner, recipe)
+        with clock("router"):
+            if recipe.competition == "token":
+                energy_UN = output_energies(profile.h_TF, ffn.down_HF, parts.experts_NM)
+                square_U1 = expert.weight_U[:, None].square()  # of an unlikely expert perhaps 0
+                energy_UN = energy_UN / square_U1.clamp_min(torch.finfo(torch.float32).tiny)
+                router = log_energy_router(x_UH, energy_UN, ridge=recipe.router_ridge)
+            else:
+                router = build_router(ffn, profile, parts, inner, recipe)
+        return CarvedExpert(parts, router, kept=False)
 
-def divide_expert(
-    index: int,
-    expert: SourceExpert,
-    x_TH: torch.Tensor,
-    inner: CMoEConfig,
-    recipe: Recipe,
-    clock: Stopwatch,
-    *,
-    k_act: int,
-) -> CarvedExpert:
-    """Return partition and router of a source expert; of one that is kept whole, any."""
-    ffn = expert.ffn
-    if len(expert.token_U) < FEWEST * ffn.width:
-        everything_F = torch.arange(ffn.width)
-        shared_S, routed_R = everything_F.tensor_split([inner.shared_expert_intermediate_size])
-        experts_NM = routed_R.view(inner.num_experts, -1)
-        return CarvedExpert(Partition(shared_S, experts_NM, experts_NM[:, 0], 0), {}, kept=True)
-    with clock("forward"):
-        x_UH, cosine = x_TH[expert.token_U], recipe.cosine_profile
-        h_UF, marks_UK, is_finite = ffn.profile(x_UH, k_act, cosine=cosine, clock=clock)
-        profile = Profile(x_UH, h_UF * expert.weight_U[:, None], marks_UK.cpu())
-    if not is_finite:
-        raise overflowed(index)
-    with clock("partition"):
-        parts = divide(ffn, profile, inner, recipe)
-    with clock("router"):
-        if recipe.competition == "token":
-            energy_UN = output_energies(profile.h_TF, ffn.down_HF, parts.experts_NM)
-            square_U1 = expert.weight_U[:, None].square()  # of an unlikely expert perhaps 0
-            energy_UN = energy_UN / square_U1.clamp_min(torch.finfo(torch.float32).tiny)
-            router = log_energy_router(x_UH, energy_UN, ridge=recipe.router_ridge)
-        else:
-            router = build_router(ffn, profile, parts, inner, recipe)
-    return CarvedExpert(parts, router, kept=False)
+    def fit(
+        self, expert: SourceExpert, carved: CarvedExpert, run_UN: torch.Tensor, clock: Stopwatch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Refit a source expert to its own output under the routing `run_UN`.
+
+        Returns its down projection (H, F), and its outputs carved and dense, (U, H) each.
+        """
+        ffn, parts, x_UH, down_HF = expert.ffn, carved.partition, expert.x_UH, expert.ffn.down_HF
+        run_UN = run_UN | carved.kept
+        with clock("forward_again"):
+            h_UF = ffn.hidden(x_UH)
+        with clock("dense_down_sample"):
+            dense_UH = ffn.output(h_UF)
+        with clock("refit"):
+            if self.recipe.refit and not carved.kept:
+                samples = Samples(x_UH, dense_UH, expert.weight_U)
+                ridge = ridge_for(len(x_UH), ffn.width, self.recipe.refit_ridge)
+                fit = reconstruct(ffn, parts, run_UN, samples, ridge=ridge)
+                down_HF = ffn.rounded(fit.down_HG)
+        with clock("carved_down"):
+            y_UH = sparse_output(ffn, down_HF, parts, run_UN, x_UH, h_UF)
+        return down_HF, y_UH, dense_UH
 
 
 def load_router(gate: CMoEHierarchicalRouter, experts: list[CarvedExpert], ffn: FFN) -> None:
@@ -219,33 +215,6 @@ def load_router(gate: CMoEHierarchicalRouter, experts: list[CarvedExpert], ffn: 
         for row, carved in zip(rows, experts, strict=True):
             if name in carved.router:
                 row.copy_(ffn.rounded(carved.router[name]))
-
-
-def fit_expert(
-    expert: SourceExpert,
-    carved: CarvedExpert,
-    x_TH: torch.Tensor,
-    run_UN: torch.Tensor,
-    recipe: Recipe,
-    clock: Stopwatch,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Refit a source expert to its own output under the routing `run_UN`.
-
-    Returns its down projection (H, F), and its outputs carved and dense, (U, H) each.
-    """
-    ffn, parts, down_HF = expert.ffn, carved.partition, expert.ffn.down_HF
-    with clock("forward_again"):
-        x_UH = x_TH[expert.token_U]
-        h_UF = ffn.hidden(x_UH)
-    with clock("dense_down_sample"):
-        dense_UH = ffn.output(h_UF)
-    with clock("refit"):
-        if recipe.refit and not carved.kept:
-            samples = Samples(x_UH, dense_UH, expert.weight_U)
-            ridge = ridge_for(len(x_UH), ffn.width, recipe.refit_ridge)
-            down_HF = ffn.rounded(reconstruct(ffn, parts, run_UN, samples, ridge=ridge).down_HG)
-    with clock("carved_down"):
-        return down_HF, sparse_output(ffn, down_HF, parts, run_UN, x_UH, h_UF), dense_UH
 
 
 def expert_tensors(ffn: FFN, parts: Partition, down_HF: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -273,9 +273,9 @@ class CarvedLayer:
 
 
 def stored_tensors(
-    arch: Architecture, index: int, dense: dict[str, torch.Tensor], carved: CarvedLayer
+    arch: Architecture, dense: dict[str, torch.Tensor], carved: CarvedLayer
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of layer `index`, carved, in the checkpoint's precision."""
+    """Return the tensors of a layer, carved, in the checkpoint's precision."""
     tensors, parts = dict(dense), carved.partition
     names = (arch.gate, arch.up, arch.down, arch.up_bias, arch.down_bias)
     gate_FH, up_FH, down_HF, up_bias_F, down_bias_H = (
@@ -301,7 +301,7 @@ def stored_tensors(
         dtype = torch.float32 if name == "balance_bias" else up_FH.dtype
         tensors[f"mlp.gate.{name}"] = weight.to(dtype)
     tensors["mlp.gate.scale"] = torch.zeros(len(parts.experts_NM), dtype=up_FH.dtype)
-    return {arch.layer_prefix.format(index) + name: tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def packed(
@@ -323,7 +323,7 @@ def layer_figures(carved: CarvedLayer, profile: Profile, sample_TH: torch.Tensor
 
     `sample_TH` is the dense FFN's output for the first tokens.
     """
-    parts = carved.partition
+    parts, ran_N = carved.partition, carved.run_TN.any(dim=0).cpu()
     rate_F = activation_rates(profile.marks_TK, carved.ffn.width)
     quartiles = torch.linspace(0, 1, 5, dtype=rate_F.dtype)
     names = ("min", "q25", "median", "q75", "max")
@@ -332,6 +332,7 @@ def layer_figures(carved: CarvedLayer, profile: Profile, sample_TH: torch.Tensor
         "marks_on_shared": rate_F[parts.shared_S].sum().item() / rate_F.sum().item(),
         "shared_neurons": len(parts.shared_S),
         "pinned_experts": parts.always_on,
+        "refit_order": len(parts.shared_S) + parts.experts_NM[ran_N].numel(),
         "expert_sizes": [len(ids_M) for ids_M in parts.experts_NM],
         "expert_loads": carved.run_TN.float().mean(dim=0).tolist(),
         "clustering_iterations": parts.iterations,
