@@ -34,6 +34,7 @@ from ..folder.auxiliary_files import AuxiliaryFiles, read_auxiliary_files
 from ..folder.card import CARD_FILE, recovered_card
 from ..folder.fingerprint import write_fingerprint
 from ..folder.json_utils import as_json
+from ..folder.paths import resolved
 from ..folder.unfinished import SETTINGS, PartialFolder, sha256_of
 from ..measure.evaluate import check_same_vocabulary, perplexity
 from ..measure.routing import (
@@ -119,7 +120,7 @@ class RecoverOptions(LoadOptions):
 
     def __post_init__(self) -> None:
         """Make paths absolute: a recovery can be resumed from anywhere."""
-        object.__setattr__(self, "output", str(self.output))
+        object.__setattr__(self, "output", str(resolved(self.output)))
         for name in ("model", "teacher", "control"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, absolute(value))
