@@ -33,7 +33,7 @@ SUMMARIES = {
 
 
 def application() -> typer.Typer:
-    """`cmoe`, still without commands."""
+    """Return `cmoe` without commands."""
     app = typer.Typer(
         name="cmoe",
         help="Turn a dense language model into a sparse Mixture of Experts, without training.",
@@ -60,11 +60,11 @@ def before_all(
         ),
     ] = False,
 ) -> None:
-    """What goes before any command."""
+    """Handle the options before any command."""
 
 
 def overview() -> typer.Typer:
-    """`cmoe` with commands that have a summary and nothing else."""
+    """Return `cmoe` with commands that have a summary and nothing else."""
     app = application()
     for name, summary in SUMMARIES.items():
         app.command(name, help=summary)(lambda: None)

@@ -110,12 +110,12 @@ class Streams:
 
     @property
     def length(self) -> int:
-        """The number of tokens of a window."""
+        """Return the number of tokens of a window."""
         return self.carved_WLH.shape[1]
 
     @property
     def tokens(self) -> int:
-        """The number of tokens of all windows."""
+        """Return the number of tokens of all windows."""
         return len(self.carved_WLH) * self.length
 
 

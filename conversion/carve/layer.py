@@ -59,17 +59,17 @@ class FFN:
 
     @property
     def width(self) -> int:
-        """The number of neurons, F."""
+        """Return the number of neurons, F."""
         return len(self.up_FH)
 
     @property
     def is_biased(self) -> bool:
-        """Whether the output has a bias."""
+        """Return whether the output has a bias."""
         return self.down_bias_H is not None
 
     @cached_property
     def down_with_bias(self) -> torch.Tensor:
-        """The down projection, (H, G): its bias is the column of a neuron that is always 1."""
+        """Return the down projection, (H, G); its bias is the column of a neuron that is 1."""
         if self.down_bias_H is None:
             return self.down_HF
         return torch.cat([self.down_HF, self.down_bias_H.unsqueeze(1)], dim=1)

@@ -93,7 +93,7 @@ class Recipe:
 
     @property
     def title(self) -> str:
-        """Its name, and what was changed in it."""
+        """Return its name, and what was changed in it."""
         changed = [
             f"{choice.name} = {getattr(self, choice.name)}"
             for choice in fields(self)
@@ -103,7 +103,7 @@ class Recipe:
 
     @property
     def needs_dense_stream(self) -> bool:
-        """Whether the dense model runs beside the carved one."""
+        """Return whether the dense model runs beside the carved one."""
         return self.refit and self.error_correction
 
     def __post_init__(self) -> None:

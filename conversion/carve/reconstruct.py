@@ -36,12 +36,12 @@ class Reconstruction(NamedTuple):
 
     @property
     def held_out_error(self) -> float:
-        """The least relative error on the held-out tokens, of weights that have not seen them."""
+        """Return the least relative error on tokens that the weights have not seen."""
         return min([*self.refit_errors.values(), *self.polish_errors])
 
     @property
     def figures(self) -> dict[str, Any]:
-        """The entries of `conversion.json`."""
+        """Return the entries of `conversion.json`."""
         figures = ("ridge", "held_out_error", "polish_errors")
         return {name: getattr(self, name) for name in figures} if self.refit_errors else {}
 

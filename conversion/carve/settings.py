@@ -118,7 +118,7 @@ class Settings(CarvingOptions):
 
     @property
     def shape(self) -> Shape | None:
-        """S, A and E; None if the model decides, see `shape_for`. Raises `RequestError`."""
+        """Return S, A and E; None if the model decides, see `shape_for`. Raises `RequestError`."""
         if self.budget is None:
             if self.experts is None:
                 raise RequestError("say into how many experts: --experts; or only --budget.")

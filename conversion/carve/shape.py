@@ -113,7 +113,7 @@ class Shape:
 
     @property
     def notation(self) -> str:
-        """The shape in the paper's notation."""
+        """Return the shape in the paper's notation."""
         return f"S{self.shared}A{self.active}E{self.experts}"
 
     @property

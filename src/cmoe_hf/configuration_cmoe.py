@@ -149,7 +149,7 @@ class CMoEConfig(PreTrainedConfig):
 
     @property
     def has_gate(self) -> bool:
-        """Whether h = act(x Wg) * (x Wu); without a gate, h = act(x Wu)."""
+        """Return whether h = act(x Wg) * (x Wu); without a gate, h = act(x Wu)."""
         return self.ffn["gated"]
 
     @property
@@ -170,7 +170,7 @@ class CMoEConfig(PreTrainedConfig):
 
     @property
     def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]
-        """The dense family's plan, with the blocks in place of the FFNs."""
+        """Return the dense family's plan, with the blocks in place of the FFNs."""
         dense = super().base_model_tp_plan
         if not dense:
             return None
@@ -197,7 +197,7 @@ class CMoEConfig(PreTrainedConfig):
 
     @property
     def notation(self) -> str:
-        """The paper's name of this shape, for example `S3A3E8`."""
+        """Return the paper's name of this shape, for example `S3A3E8`."""
         active = self.num_experts_per_tok // self.num_parents_per_tok
         experts = self.num_shared + self.num_experts // self.num_parents
         return f"S{self.num_shared}A{active}E{experts}"
@@ -226,7 +226,7 @@ class CMoEConfig(PreTrainedConfig):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Save; the entries of `auto_map` point at the files saved beside the configuration.
+        """Save it; the entries of `auto_map` point at the files saved beside the configuration.
 
         A configuration loaded from the Hub carries `auto_map` entries that name the repository
         it came from; the library would rewrite only those of the classes being saved.
@@ -235,7 +235,7 @@ class CMoEConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def validate_architecture(self) -> None:
-        """Check, as part of the strict validation, that the parts add up to the dense FFN."""
+        """Check, as part of the validation, that the parts add up to the dense FFN."""
         super().validate_architecture()
         ffn = self.ffn or {}
         if unfit := [key for key, kind in FFN_FIELDS.items() if type(ffn.get(key)) is not kind]:

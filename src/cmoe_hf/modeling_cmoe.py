@@ -37,7 +37,7 @@ TESTED = ("5.16", "5.24")
 
 
 def warn_of_untested_library() -> None:
-    """Warn, once, if the installed transformers is newer than all that were tested."""
+    """Warn once if the installed transformers is newer than all that were tested."""
     installed = [int(part) for part in transformers.__version__.split(".")[:2]]
     if installed > [int(part) for part in TESTED[1].split(".")]:
         logger.warning_once(
@@ -124,7 +124,7 @@ class CMoERouter(nn.Module):
         )
 
     def score(self, x_TH: Tensor) -> Tensor:
-        """Score s of every expert, in float32: rounding to 16 bits would reorder close experts."""
+        """Return every expert's score s, in float32: 16 bits would reorder close experts."""
         with maybe_autocast(device_type=x_TH.device.type, enabled=False):
             x_TH = x_TH.float()
             if self.router_type == "linear":
@@ -139,19 +139,19 @@ class CMoERouter(nn.Module):
 
     @property
     def choice(self) -> tuple[int, int]:
-        """Number of experts that compete, and of those that run."""
+        """Return the number of experts that compete, and of those that run."""
         return len(self.scale), self.top_k
 
     def selection_score(self, probability: Tensor, index: Tensor | None, x_TH: Tensor) -> Tensor:
-        """Value p + b that decides between the experts `index`, or between all."""
+        """Return p + b, which decides between the experts `index`, or between all."""
         return probability + (self.balance_bias if index is None else self.balance_bias[index])
 
     def pick(self, value_TN: Tensor, x_TH: Tensor) -> Tensor:
-        """Experts of the highest value, (T, K), of those that the tokens x may have."""
+        """Return the experts of the highest value that the tokens x may have, (T, K)."""
         return torch.topk(value_TN, self.top_k, dim=-1).indices
 
     def weigh(self, probability_TN: Tensor, index_TK: Tensor) -> Tensor:
-        """Gate weights 1 + p * u of the chosen experts, (T, K) float32."""
+        """Return the gate weights 1 + p * u of the chosen experts, (T, K) float32."""
         return (1 + probability_TN * self.scale).gather(1, index_TK)
 
     def forward(self, x_TH: Tensor) -> Routing | HierarchicalRouting:
@@ -189,11 +189,11 @@ class CMoEHierarchicalRouter(CMoERouter):
 
     @property
     def choice(self) -> tuple[int, int]:
-        """Number of experts that compete, and of those that run."""
+        """Return the number of experts that compete, and of those that run."""
         return self.parents_per_token * self.per_parent // self.groups, self.top_k // self.groups
 
     def parents(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and indices of the parents, (T, P) each, computed as in the source."""
+        """Return weights and indices of the parents, (T, P) each, computed as in the source."""
         logits = F.linear(x_TH, self.parent_weight)
         probability = torch.softmax(logits, dtype=torch.float32, dim=-1)
         weight_TP, parent_TP = probability.topk(self.parents_per_token, dim=-1)
@@ -202,13 +202,13 @@ class CMoEHierarchicalRouter(CMoERouter):
         return weight_TP.to(logits.dtype), parent_TP
 
     def candidates(self, parent_TP: Tensor) -> Tensor:
-        """The experts that compete, (T, G, C)."""
+        """Return the experts that compete, (T, G, C)."""
         child_N = torch.arange(self.per_parent, device=parent_TP.device)
         index_TPN = parent_TP[:, :, None] * self.per_parent + child_N
         return index_TPN.flatten(1).unflatten(1, (self.groups, -1))
 
     def is_kept(self, index: Tensor) -> Tensor:
-        """Whether experts are of a parent that is kept whole."""
+        """Return whether experts are of a parent that is kept whole."""
         kept = torch.tensor(self.kept_parents, dtype=torch.int64, device=index.device)
         return torch.isin(index // self.per_parent, kept)
 
@@ -332,7 +332,7 @@ class ExpertsLoop(nn.Module):
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the first product."""
+        """Return weight and bias of the first product."""
         parts: Any = self
         if self.gated:
             return parts.gate_up_proj, parts.gate_up_proj_bias if self.biased else None
@@ -345,7 +345,7 @@ class ExpertsLoop(nn.Module):
         top_k_weights: Tensor,
         linear: Any = F.linear,
     ) -> Tensor:
-        """Tokens (T, H), chosen experts (T, K) and their weights (T, K) to (T, H)."""
+        """Map tokens (T, H), chosen experts (T, K) and their weights (T, K) to (T, H)."""
         out_TH = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
@@ -357,17 +357,17 @@ class ExpertsLoop(nn.Module):
         return out_TH
 
     def run_expert(self, expert: int, x_UH: Tensor, linear: Any = F.linear) -> Tensor:
-        """Output of one expert, (U, H)."""
+        """Return the output of one expert, (U, H)."""
         return linear(self.hidden(expert, x_UH, linear), self.down_proj[expert])
 
     def hidden(self, expert: int, x_UH: Tensor, linear: Any = F.linear) -> Tensor:
-        """Hidden activations of one expert, (U, M)."""
+        """Return the hidden activations of one expert, (U, M)."""
         weight_NQH, bias_NQ = self.inputs
         z_UQ = linear(x_UH, weight_NQH[expert])
         return self.activate(z_UQ if bias_NQ is None else z_UQ + bias_NQ[expert])
 
     def hidden_of_all(self, x_TH: Tensor) -> Tensor:
-        """Hidden activations of every expert, (T, N, M)."""
+        """Return the hidden activations of every expert, (T, N, M)."""
         weight_NQH, bias_NQ = self.inputs
         z_TR = small_batch_linear(x_TH, weight_NQH.flatten(0, 1))
         if bias_NQ is not None:
@@ -375,7 +375,7 @@ class ExpertsLoop(nn.Module):
         return self.activate(z_TR.unflatten(1, (self.num_experts, -1)))
 
     def activate(self, z: Tensor) -> Tensor:
-        """Hidden activations of the first product, (..., M)."""
+        """Return the hidden activations of the first product, (..., M)."""
         if not self.gated:
             return self.act_fn(z)
         gate, up = z.chunk(2, dim=-1)
@@ -573,7 +573,7 @@ class CMoESharedExpert(nn.Module):
         self.act_fn = ACT2FN[config.ffn["activation"]]
 
     def hidden(self, x: Tensor) -> Tensor:
-        """Hidden activations."""
+        """Return the hidden activations."""
         return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -591,7 +591,7 @@ class CMoEPlainSharedExpert(nn.Module):
         self.act_fn = ACT2FN[config.ffn["activation"]]
 
     def hidden(self, x: Tensor) -> Tensor:
-        """Hidden activations."""
+        """Return the hidden activations."""
         return self.act_fn(self.up_proj(x))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -620,7 +620,7 @@ class CMoESparseMoeBlock(nn.Module):
         self.takes_residual = ffn["takes_residual"]
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
-        """(B, S, H) or (T, H) to the same shape; some families have the FFN add the residual."""
+        """Map (B, S, H) or (T, H) to the same shape; in some families it adds the residual."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         # vLLM's kernel overwrites its input: everything else that needs it comes first.
         always_TH: Any = self.down_bias
@@ -648,7 +648,7 @@ class CMoEHierarchicalBlock(nn.Module):
         self.shared_experts = CMoEExperts(config, config.num_parents, shared) if shared else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, S, H) to (B, S, H)."""
+        """Map (B, S, H) to (B, S, H)."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing: HierarchicalRouting = self.gate(x_TH)
         out_TH = x_TH.new_zeros(())
@@ -661,7 +661,7 @@ class CMoEHierarchicalBlock(nn.Module):
         return out_TH.reshape(hidden_states.shape)
 
     def run_kept(self, x_TH: Tensor, weight_TK: Tensor, index_TK: Tensor) -> Tensor:
-        """Output of the idle experts of the kept parents, (T, H)."""
+        """Return the output of the idle experts of the kept parents, (T, H)."""
         runs_TK = self.gate.is_kept(index_TK)
         if is_traced():  # to shapes that no data decides
             return self.experts(x_TH, index_TK, weight_TK * runs_TK)
@@ -674,7 +674,7 @@ class CMoEHierarchicalBlock(nn.Module):
 
 
 LINEAR_ONLY = ("bitsandbytes", "eetq", "hqq", "quanto", "torchao")
-"""Quantisation methods that know linear layers only; torchao can be told other names."""
+"""Quantisation methods that know linear layers only; torchao can be given other names."""
 
 
 def quantisation_method(config: PreTrainedConfig) -> str | None:
