@@ -39,7 +39,7 @@ def models(make_dense, carve, tmp_path_factory):
         folder = carve(make_dense(family, **{width: 128}), notation, recipe=recipe)
         model = AutoModelForCausalLM.from_pretrained(folder)
         generator = torch.Generator().manual_seed(0)
-        for layer in model.model.layers:
+        for layer in model.base_model.layers:
             layer.mlp.gate.scale.data.normal_(generator=generator)
             layer.mlp.gate.balance_bias.normal_(std=0.1, generator=generator)
         if family == "qwen3-moe":
