@@ -13,8 +13,9 @@ PINS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LOCKED := $(PIP) --no-deps --require-hashes --requirement
-# A worker runs whole files, so that the fixtures of a file are made once.
-PYTEST := -m pytest -n $(JOBS) --dist loadfile
+# Each worker begins with a run of whole files, so that their fixtures are made once; who is done
+# early takes over some of the rest.
+PYTEST := -m pytest -n $(JOBS) --dist worksteal
 # Environments that override some packages of the first one.
 LOWEST := $(VENV)-lowest
 NEWEST := $(VENV)-newest
