@@ -129,6 +129,15 @@ class CMoEConfig(PreTrainedConfig):
         if self.shared_expert_intermediate_size < 0:
             routed = self.num_experts // self.num_parents * self.moe_intermediate_size
             self.shared_expert_intermediate_size = self.ffn_width - routed
+        if self.base_model_tp_plan:
+            ffn = f"{self.ffn['layers']}.*.{self.ffn['module']}"
+            # Without dense layers the library would warn of unused rules.
+            kept = {
+                name: how
+                for name, how in self.base_model_tp_plan.items()
+                if self.dense_layers or not name.startswith(ffn)
+            }
+            self.base_model_tp_plan = kept | self.block_plan  # type: ignore[misc]
         if not getattr(self, "auto_map", None):
             self.auto_map = self.local_auto_map()
 
@@ -167,21 +176,6 @@ class CMoEConfig(PreTrainedConfig):
         inputs = ("gate_proj", "up_proj") if self.has_gate else ("up_proj",)
         plan |= {f"{block}.shared_expert.{name}": "colwise" for name in inputs}
         return plan | {f"{block}.shared_expert.down_proj": "rowwise"}
-
-    @property
-    def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]
-        """Return the dense family's plan, with the blocks in place of the FFNs."""
-        dense = super().base_model_tp_plan
-        if not dense:
-            return None
-        ffn = f"{self.ffn['layers']}.*.{self.ffn['module']}"
-        # Without dense layers the library would warn of unused rules.
-        kept = {
-            name: how
-            for name, how in dense.items()
-            if self.dense_layers or not name.startswith(ffn)
-        }
-        return kept | self.block_plan
 
     @property
     def base_model_ep_plan(self) -> dict[str, Any]:  # type: ignore[override]
