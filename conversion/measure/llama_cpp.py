@@ -60,7 +60,7 @@ class LlamaServer:
     """A server for one GGUF file, on a free port of this machine; use it in a `with` block."""
 
     def __init__(self, model: str | Path, *, threads: int = 1, options: Sequence[str] = ()) -> None:
-        """Start nothing yet; `options` are further ones of `llama-server`."""
+        """Keep the command; `options` are further ones of `llama-server`."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - as long as the process
@@ -123,13 +123,13 @@ class LlamaServer:
         return self.ask("/completion", prompt=list(ids), **asked)
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
-        """Return the ids of those tokens."""
+        """Return the ids of the `count` likeliest tokens that follow."""
         return self.complete(ids, count)["tokens"]
 
     def log_probabilities(
         self, ids: Sequence[int], most: int, chosen: int | None = None
     ) -> dict[int, float]:
-        """Return them of the `most` likeliest tokens behind these, or of one that is chosen.
+        """Return log-probabilities of the `most` likeliest next tokens, or of one that is chosen.
 
         A bias makes the choice, which the probabilities do not have. It has to be a whole letter:
         half of one makes no answer.

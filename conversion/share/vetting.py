@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check that a model's folder is complete and tells nothing private, before strangers get it."""
+"""Check that a model's folder is complete and holds nothing private, before it is published."""
 
 import fnmatch
 import getpass
@@ -73,7 +73,7 @@ def check_folder(
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether the last part of a name matches a pattern."""
+    """Return whether the last part of a name matches a pattern."""
     return any(fnmatch.fnmatch(PurePosixPath(name).name, pattern) for pattern in patterns)
 
 
@@ -171,7 +171,7 @@ def check_private(folder: Path, names: list[str], card: str, known: set[str]) ->
 
 
 def is_ordinary(user: str, folder: Path) -> bool:
-    """Whether a name is a word of the model's vocabulary or of this package's own files."""
+    """Return whether a name is a word of the vocabulary or of this package's own files."""
     vocabulary = load_tokenizer(folder).get_vocab()
     if user.lower() in {token.strip("\u0120\u2581 ").lower() for token in vocabulary}:
         return True

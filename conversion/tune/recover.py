@@ -146,7 +146,7 @@ class Prepared:
 
     @property
     def read(self) -> dict[str, str | Path | None]:
-        """What is read from this machine, by what to call it."""
+        """Return what is read from this machine, by what to call it."""
         return {
             "the carved model": self.folder,
             "the training text": text_file(self.options.training),
@@ -284,7 +284,7 @@ class RecoveryFolder(PartialFolder):
 
     @property
     def finished(self) -> str:
-        """The last checkpoint, or which model is ready, in words."""
+        """Return the last checkpoint, or which model is ready, in words."""
         if "carved" in self.stages:
             return "The carved model is trained"
         checkpoint = last_checkpoint(self.private / "carved")
