@@ -112,31 +112,8 @@ class LlamaServer:
         except OSError as error:
             raise CMoEError(f"{PROGRAM} does not answer: {error}") from error
 
-    def tokens(self, text: str) -> list[int]:
-        """Return the token ids of a text, by the tokenizer in the file."""
-        return self.ask("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
-
     def complete(self, ids: Sequence[int], count: int) -> Any:
         """Return the server's answer: `count` tokens that follow, each the likeliest one."""
         likeliest = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "cache_prompt": False}
         asked = {"n_predict": count, "ignore_eos": True, "return_tokens": True, **likeliest}
         return self.ask("/completion", prompt=list(ids), **asked)
-
-    def greedy(self, ids: Sequence[int], count: int) -> list[int]:
-        """Return the ids of the `count` likeliest tokens that follow."""
-        return self.complete(ids, count)["tokens"]
-
-    def log_probabilities(
-        self, ids: Sequence[int], most: int, chosen: int | None = None
-    ) -> dict[int, float]:
-        """Return log-probabilities of the `most` likeliest next tokens, or of one that is chosen.
-
-        A bias makes the choice, which the probabilities do not have. It has to be a whole letter:
-        half of one makes no answer.
-        """
-        token = self.tokens("a")[-1] if chosen is None else chosen
-        asked = {"n_predict": 1, "n_probs": most, "temperature": 0, "logit_bias": [[token, 1e6]]}
-        [place] = self.ask("/completion", prompt=list(ids), **asked)["completion_probabilities"]
-        if chosen is not None:
-            return {chosen: float(place["logprob"])}
-        return {it["id"]: it["logprob"] for it in place["top_logprobs"]}

@@ -45,6 +45,7 @@ from ..measure.routing import (
     without_bias,
 )
 from ..options import LoadOptions, with_options
+from ..plan import free_disk
 from ..source.calibration import consecutive_windows, random_windows, read_tokens
 from ..source.checkpoint import load_tokenizer
 from ..source.loading import load_config, load_model, model_folder, window_length
@@ -251,8 +252,7 @@ def on_cpus() -> bool:
 def check_disk(folder: Path, work: PartialFolder) -> None:
     """Raise `RequestError` if the result and its checkpoints would not fit on the disk."""
     needed = 1.2 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    place = next(path for path in work.output.parents if path.exists())
-    free = shutil.disk_usage(place).free
+    place, free = free_disk(work)
     if free < needed:
         raise RequestError(
             f"the recovered model and its checkpoints need {needed / 1e9:.2f} GB, but {place} has "
