@@ -23,6 +23,7 @@ from .device import DTYPES, best_seconds, find_device
 from .errors import RequestError
 from .folder.auxiliary_files import AuxiliaryFiles, read_auxiliary_files
 from .folder.layerwise import WorkFolder
+from .folder.unfinished import PartialFolder
 from .options import narrowed, with_options
 from .source.calibration import (
     CHARACTERS_PER_TOKEN,
@@ -218,7 +219,7 @@ def calibration_windows(
     }
 
 
-def free_disk(work: WorkFolder) -> tuple[Path, int]:
+def free_disk(work: PartialFolder) -> tuple[Path, int]:
     """Return the nearest existing folder above the output, and the bytes free there."""
     parent = next(path for path in work.output.parents if path.exists())
     return parent, shutil.disk_usage(parent).free

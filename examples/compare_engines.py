@@ -41,14 +41,17 @@ def compared(model: str, text: str, tokens: int, type: str, threads: int) -> dic
         made = export_gguf(model, Path(folder) / "model.gguf", type=type)
         options = ("-c", str(tokens + 8), *PRECISE)
         with LlamaServer(made.output, threads=threads, options=options) as server:
-            same_ids = server.tokens(MIXED) == tokenizer(MIXED)["input_ids"]
+            read = server.ask("/tokenize", content=MIXED, add_special=True, parse_special=False)
+            same_ids = read["tokens"] == tokenizer(MIXED)["input_ids"]
             theirs, worst = [], 0.0
             for place, expected in enumerate(own):
-                token = int(ids_T[place + 1])
-                said = server.log_probabilities(ids_T[: place + 1].tolist(), 1, token)
-                theirs.append(said[token])
+                # A bias makes the choice, which the probabilities do not have.
+                chosen = {"n_predict": 1, "n_probs": 1, "temperature": 0}
+                chosen["logit_bias"] = [[int(ids_T[place + 1]), 1e6]]
+                said = server.ask("/completion", prompt=ids_T[: place + 1].tolist(), **chosen)
+                theirs.append(float(said["completion_probabilities"][0]["logprob"]))
                 worst = max(worst, abs(theirs[-1] - expected))
-            answer = server.greedy(prompt_T.tolist(), 200)
+            answer = server.complete(prompt_T.tolist(), 200)["tokens"]
     agree = [one == other for one, other in zip(greedy.tolist(), answer, strict=True)]
     return {
         "model": Path(model).name,

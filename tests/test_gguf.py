@@ -59,11 +59,17 @@ def differences(server, folder, file, token_ids):
         expected = model.generate(ids_T[None], max_new_tokens=40, do_sample=False)[0, 32:]
     with server(file, options=PLAIN) as running:
         worst = 0.0
+        letter = running.ask("/tokenize", content="a", add_special=True)["tokens"][-1]
+        # Half of a letter makes no answer: a bias, which no probability has, chooses a whole one.
+        asked = {"n_predict": 1, "n_probs": expected_TV.shape[1], "temperature": 0}
+        asked["logit_bias"] = [[letter, 1e6]]
         for place in (0, 4, 31):
-            said = running.log_probabilities(ids_T[: place + 1].tolist(), expected_TV.shape[1])
+            answer = running.ask("/completion", prompt=ids_T[: place + 1].tolist(), **asked)
+            likeliest = answer["completion_probabilities"][0]["top_logprobs"]
+            said = {it["id"]: it["logprob"] for it in likeliest}
             found_V = torch.tensor([said[token] for token in range(expected_TV.shape[1])])
             worst = max(worst, (found_V - expected_TV[place]).abs().max().item())
-        greedy = running.greedy(ids_T.tolist(), 40)
+        greedy = running.complete(ids_T.tolist(), 40)["tokens"]
     same = [one == other for one, other in zip(expected.tolist(), greedy, strict=True)]
     return worst, [*same, False].index(False)
 
@@ -386,7 +392,7 @@ def test_json_and_a_refitted_router(server, dense, carve, tmp_path):
     printed = json.loads(result.stdout)
     assert {"output", "architecture", "type", "bytes"} <= printed.keys()
     with server(out) as running:
-        assert len(running.greedy([5, 6, 7], 5)) == 5
+        assert len(running.complete([5, 6, 7], 5)["tokens"]) == 5
 
 
 def test_a_program_that_cannot_read_the_file_says_so(server, tmp_path):

@@ -29,22 +29,18 @@ def test_a_hub_model_is_converted_with_its_revision_recorded(hub, dense, tmp_pat
     assert all(torch.equal(local[name], remote[name]) for name in local)
 
 
-def test_a_carved_hub_model_is_evaluated(hub, carved, short_text):
+def test_a_carved_hub_model_is_evaluated_and_saved_again(hub, carved, short_text, tmp_path):
     hub.publish("org/carved", carved)
+    model = AutoModelForCausalLM.from_pretrained("org/carved", trust_remote_code=True)
+    model.save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert len(auto_map) == 3
+    assert not any("--" in entry for entry in auto_map.values())  # its own code
     arguments = ["evaluate", "org/carved", "--text", str(short_text), "--json"]
     result = CliRunner().invoke(app, [*arguments, "--sequence-length", "128"])
     assert result.exit_code == 0, result.stderr
     local = evaluate(carved, text=short_text, sequence_length=128)
     assert json.loads(result.stdout)["perplexity"] == local.perplexity
-
-
-def test_saved_again_from_the_hub_it_points_at_its_own_code(hub, carved, tmp_path):
-    hub.publish("org/mine", carved)
-    model = AutoModelForCausalLM.from_pretrained("org/mine", trust_remote_code=True)
-    model.save_pretrained(tmp_path)
-    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert len(auto_map) == 3
-    assert not any("--" in entry for entry in auto_map.values())
 
 
 CARD = """---

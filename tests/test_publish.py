@@ -75,11 +75,19 @@ def on_the_hub(hub, revision="main", name=NAME):
 
 
 def test_it_loads_by_id_where_this_package_is_not(online, folder, tmp_path):
+    sent = len(contents(folder))
+    (folder / ".env").write_text(f"HF_TOKEN={TOKEN}")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "notes.md").write_text(TOKEN)
     result = publish(folder, NAME, **STATED)
-    assert on_the_hub(online) == contents(folder)
+    here = contents(folder)
+    assert on_the_hub(online) == {name: here[name] for name in here if not name.startswith(".")}
+    card = here["README.md"].decode()
+    assert "license: apache-2.0" in card and "base_model: org/dense" in card
+    assert "As stated by the publisher: `apache-2.0`" in card and "states no licence" not in card
     assert online.repositories[NAME].private and result.private
     assert result.commit == online.repositories[NAME].branches["main"]
-    assert result.url.endswith(NAME) and result.files == len(contents(folder))
+    assert result.url.endswith(NAME) and result.files == sent
     done = subprocess.run(
         [sys.executable, "-c", FROM_THE_HUB, NAME, "org/again", str(tmp_path / "logits.pt")],
         env={**os.environ, "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")},
@@ -119,12 +127,16 @@ def test_the_same_command_goes_on_where_it_stopped(online, folder, method, path,
     assert on_the_hub(online) == contents(folder)
 
 
-def test_an_answer_that_is_lost_makes_no_second_commit(online, folder):
+def test_a_second_time_there_is_no_commit_and_a_token_may_expire_on_the_way(online, folder):
     publish(folder, NAME, **STATED)
     before = dict(online.repositories[NAME].branches)
     result = publish(folder, NAME)
     assert online.repositories[NAME].branches == before and result.replaced == []
     assert result.commit == before["main"]
+    (folder / "NOTES.md").write_text("more")
+    online.faults.append(Fault("POST", "commit", 401, 9))
+    with pytest.raises(RequestError, match="expired or is wrong"):
+        publish(folder, NAME)
 
 
 def test_what_the_hub_has_is_compared(online, folder):
@@ -154,12 +166,6 @@ def test_whom_the_hub_refuses(online, folder, monkeypatch, token, name, phrase):
     result = run(folder, name, *OPTIONS)
     refused(result, 2, phrase)
     assert online.repositories == {}
-
-
-def test_a_token_that_expires_on_the_way(online, folder):
-    online.faults.append(Fault("POST", "commit", 401, 9))
-    with pytest.raises(RequestError, match="expired or is wrong"):
-        publish(folder, NAME, **STATED)
 
 
 def test_files_of_another_model_are_not_mixed_with_this_one(online, folder, dense):
@@ -205,14 +211,6 @@ def test_an_exported_model_is_published_too(online, folder, tmp_path):
     publish(tmp_path / "native", NAME, **STATED)
     assert on_the_hub(online) == contents(tmp_path / "native")
     assert AutoModelForCausalLM.from_pretrained(NAME).config.model_type == "granitemoeshared"
-
-
-def test_the_card_gets_what_the_publisher_states(online, folder):
-    publish(folder, NAME, **STATED)
-    card = (folder / "README.md").read_text()
-    assert "license: apache-2.0" in card and "base_model: org/dense" in card
-    assert "As stated by the publisher: `apache-2.0`" in card and "states no licence" not in card
-    assert on_the_hub(online)["README.md"] == card.encode()
 
 
 def without_tensor(folder):
@@ -265,9 +263,11 @@ def test_an_unfit_folder_is_refused_before_anything_is_sent(online, folder, phra
     assert online.requests == []
 
 
-def test_what_does_not_load_is_not_published(online, folder):
+def test_what_does_not_load_or_has_a_path_in_its_metadata_is_not_published(online, folder):
     path = folder / SHARD
     tensors = load_file(path)
+    save_file(tensors, path, metadata={"format": "pt", "from": "/home/jane/llama"})
+    refused(run(folder, NAME, *OPTIONS), 2, "local path")
     tensors["model.layers.0.mlp.gate.scale"] = torch.zeros(3)
     save_file(tensors, path)
     with pytest.raises(CMoEError, match="cannot be run under"):
@@ -290,29 +290,17 @@ def test_licence_and_base_model_must_be_stated(online, folder):
         ("NOTES.md", "see /home/jane/llama", "a local path in line 2"),
         ("NOTES.md", r"C:\Users\jane\llama", "a local path in line 2"),
         ("NOTES.md", "made by janedoe, thanks", "your user name in line 2"),
+        ("NOTES.md", "in /srv/people/me/models", "a local path in line 2"),
         ("key.txt", "-----BEGIN OPENSSH PRIVATE KEY-----", "a private key in line 2"),
     ],
 )
 def test_nothing_private_is_published(online, folder, monkeypatch, name, text, phrase):
     monkeypatch.setenv("LOGNAME", "janedoe")
+    monkeypatch.setenv("HOME", "/srv/people/me")
     (folder / "notes").mkdir()
     (folder / name).write_text(f"first\n{text}\n")
     refused(run(folder, NAME, *OPTIONS), 2, name, phrase)
     assert online.requests == []
-
-
-def test_a_path_in_the_metadata_of_weights_is_found(online, folder):
-    path = folder / SHARD
-    save_file(load_file(path), path, metadata={"format": "pt", "from": "/home/jane/llama"})
-    refused(run(folder, NAME, *OPTIONS), 2, "local path")
-
-
-def test_hidden_files_stay_here(online, folder):
-    (folder / ".env").write_text(f"HF_TOKEN={TOKEN}")
-    (folder / ".cache").mkdir()
-    (folder / ".cache" / "notes.md").write_text(TOKEN)
-    publish(folder, NAME, **STATED)
-    assert not any(name.startswith(".") for name in on_the_hub(online))
 
 
 def test_a_card_whose_metadata_cannot_be_read_gets_what_the_publisher_states(online, folder):

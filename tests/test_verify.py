@@ -96,8 +96,15 @@ def fill_with_nan(tensors):
         tensor.fill_(torch.nan)
 
 
-def test_changed_weights_are_not_as_carved(carved_copy):
+def test_changed_weights_are_not_as_carved_nor_published_nor_upgraded(carved_copy):
     edit_weights(carved_copy, double_experts)
+    files = {path.name: path.read_bytes() for path in carved_copy.iterdir()}
+    with pytest.raises(RequestError, match=r"not as carved: .*cmoe upgrade"):
+        publish(carved_copy, "org/x", licence="mit", base_model="org/dense")
+    with pytest.raises(CMoEError, match="was not upgraded: its likeliest tokens"):
+        upgrade(carved_copy)
+    assert {path.name: path.read_bytes() for path in carved_copy.iterdir()} == files
+    assert [path.name for path in carved_copy.parent.iterdir()] == ["carved"]
     result = invoke("verify", carved_copy, "--json")
     assert result.exit_code == 1
     found = json.loads(result.stdout)
@@ -115,7 +122,13 @@ def test_large_models_are_read_from_the_disk(make_dense, carve, monkeypatch, fam
     assert verify(carved).as_carved
 
 
-def test_a_repository_that_lacks_tensors_is_not_run(carved_copy):
+def test_a_damaged_repository_is_not_run(carved_copy):
+    record = json.loads((carved_copy / "conversion.json").read_text())
+    generated = record["fingerprint"].pop("generated")
+    (carved_copy / "conversion.json").write_text(json.dumps(record))
+    refused(invoke("verify", carved_copy), 2, "the fingerprint in conversion.json")
+    record["fingerprint"]["generated"] = generated
+    (carved_copy / "conversion.json").write_text(json.dumps(record))
     edit_weights(carved_copy, lambda tensors: tensors.pop("model.norm.weight", None))
     with pytest.raises(CMoEError, match=r"cannot be run under .*'model\.norm\.weight'"):
         verify(carved_copy)
@@ -169,21 +182,6 @@ def test_an_old_repository_is_found_out_and_mended(old):
     again = invoke("upgrade", old, "--json")
     assert again.exit_code == 0, again.stderr
     assert json.loads(again.stdout)["changed"] == []
-
-
-def test_what_generates_something_else_is_not_published(carved_copy):
-    edit_weights(carved_copy, double_experts)
-    with pytest.raises(RequestError, match=r"not as carved: .*cmoe upgrade"):
-        publish(carved_copy, "org/x", licence="mit", base_model="org/dense")
-
-
-def test_an_upgrade_that_would_change_the_function_changes_nothing(carved_copy):
-    edit_weights(carved_copy, double_experts)
-    files = {path.name: path.read_bytes() for path in carved_copy.iterdir()}
-    with pytest.raises(CMoEError, match="was not upgraded: its likeliest tokens"):
-        upgrade(carved_copy)
-    assert {path.name: path.read_bytes() for path in carved_copy.iterdir()} == files
-    assert [path.name for path in carved_copy.parent.iterdir()] == ["carved"]
 
 
 def test_an_upgrade_that_was_killed_at_its_last_step_goes_on(carved_copy):
@@ -246,13 +244,6 @@ def test_a_hub_id_is_verified_and_upgraded_by_a_pull_request(hub, old, monkeypat
     hub.repositories["org/old"].commit("main", proposed)
     assert verify("org/old").as_carved
     hub.reset()
-
-
-def test_a_damaged_fingerprint_is_no_fingerprint(carved_copy):
-    record = json.loads((carved_copy / "conversion.json").read_text())
-    del record["fingerprint"]["generated"]
-    (carved_copy / "conversion.json").write_text(json.dumps(record))
-    refused(invoke("verify", carved_copy), 2, "the fingerprint in conversion.json")
 
 
 def test_a_tiny_context_is_enough(make_dense, carve):

@@ -19,7 +19,7 @@ __all__ = ["app", "main", "make", "measure", "share"]
 
 
 def main() -> None:
-    """Do what the command line says."""
+    """Run the command line."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     transformers_logging.set_verbosity_error()
     # Libraries warn each other of what they will remove; the user can do nothing about it.

@@ -151,7 +151,7 @@ class RecoverMode:
 def recover_command(
     model: str, output: str | None = None, resume: bool = False, **given: Any
 ) -> Printed | None:
-    """Recover, or go on with a recovery; one of several processes prints."""
+    """Run a recovery, or go on with one; one of several processes prints."""
     if resume:
         if output is not None or "overwrite" in given:
             raise RequestError("--resume takes the output folder only: cmoe recover OUT --resume.")

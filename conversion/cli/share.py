@@ -58,7 +58,7 @@ def export_command(
 
 @command("verify", VerifyOptions)
 def verify_command(**given: Any) -> Printed:
-    """Verify; status 1 if something differs."""
+    """Verify a repository; exit with 1 if something differs."""
     result = verify(**given)
     return Printed(result, [result.line], status=0 if result.as_carved else 1)
 

@@ -139,7 +139,7 @@ def benchmark(options: BenchmarkOptions) -> Benchmark:
 
 
 def remarks(points: dict[str, list[Point]]) -> list[str]:
-    """Say where the carved model is slower, and where its lead is not its own merit."""
+    """Return where the carved model is slower, and where its lead is not its own merit."""
     found = []
     for name, measured in points.items():
         for point in measured:

@@ -60,7 +60,7 @@ class LlamaServer:
     """A server for one GGUF file, on a free port of this machine; use it in a `with` block."""
 
     def __init__(self, model: str | Path, *, threads: int = 1, options: Sequence[str] = ()) -> None:
-        """Start nothing yet; `options` are further ones of `llama-server`."""
+        """Keep the command; `options` are further ones of `llama-server`."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - as long as the process
@@ -112,31 +112,8 @@ class LlamaServer:
         except OSError as error:
             raise CMoEError(f"{PROGRAM} does not answer: {error}") from error
 
-    def tokens(self, text: str) -> list[int]:
-        """Return the token ids of a text, by the tokenizer in the file."""
-        return self.ask("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
-
     def complete(self, ids: Sequence[int], count: int) -> Any:
         """Return the server's answer: `count` tokens that follow, each the likeliest one."""
         likeliest = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "cache_prompt": False}
         asked = {"n_predict": count, "ignore_eos": True, "return_tokens": True, **likeliest}
         return self.ask("/completion", prompt=list(ids), **asked)
-
-    def greedy(self, ids: Sequence[int], count: int) -> list[int]:
-        """Return the ids of those tokens."""
-        return self.complete(ids, count)["tokens"]
-
-    def log_probabilities(
-        self, ids: Sequence[int], most: int, chosen: int | None = None
-    ) -> dict[int, float]:
-        """Return them of the `most` likeliest tokens behind these, or of one that is chosen.
-
-        A bias makes the choice, which the probabilities do not have. It has to be a whole letter:
-        half of one makes no answer.
-        """
-        token = self.tokens("a")[-1] if chosen is None else chosen
-        asked = {"n_predict": 1, "n_probs": most, "temperature": 0, "logit_bias": [[token, 1e6]]}
-        [place] = self.ask("/completion", prompt=list(ids), **asked)["completion_probabilities"]
-        if chosen is not None:
-            return {chosen: float(place["logprob"])}
-        return {it["id"]: it["logprob"] for it in place["top_logprobs"]}

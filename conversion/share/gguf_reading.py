@@ -58,7 +58,7 @@ SHOWN = 12
 class FileTokenizer:
     """The tokenizer that llama.cpp makes of the fields of a file (see `vocabulary`).
 
-    No file can say the rest: `composes` tells whether accents are composed, and `metaspace` before
+    No file can say the rest: `composes` says whether accents are composed, and `metaspace` before
     which texts a space is put ("first" or "always", never in front of another).
     """
 

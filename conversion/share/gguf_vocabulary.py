@@ -159,7 +159,7 @@ def steps_of(step: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def adds_space(stored: dict[str, Any]) -> bool:
-    """Whether a SentencePiece tokenizer puts a space in front of a text."""
+    """Return whether a SentencePiece tokenizer puts a space in front of a text."""
     return any(
         step.get("type") == "Prepend"
         or (step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never")

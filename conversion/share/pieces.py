@@ -22,7 +22,7 @@ class Made:
 
     shape: tuple[int, ...]
     dtype: str
-    """Return the name that safetensors has for the type."""
+    """The name that safetensors has for the type."""
     parts: tuple[TensorRef | torch.Tensor, ...] = ()
     factor: float = 1.0
     interleaved: int = 0
@@ -35,7 +35,9 @@ class Made:
         """Join rows below each other."""
         shapes = [tuple(part.shape) for part in parts]
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        return replace(cls(shape, type_name(parts[0]), parts), **changes)
+        dtype = parts[0].dtype
+        name = NAMES[dtype] if isinstance(dtype, torch.dtype) else dtype
+        return replace(cls(shape, name, parts), **changes)
 
     @classmethod
     def zeros(cls, like: TensorRef, *shape: int) -> Self:
@@ -64,11 +66,6 @@ class Made:
                 halves = tensor.unflatten(0, (self.interleaved, 2, -1))
                 tensor = halves.transpose(1, 2).flatten(0, 2)
             yield tensor if self.factor == 1 else tensor * self.factor
-
-
-def type_name(part: TensorRef | torch.Tensor) -> str:
-    """Return the name that safetensors has for the type."""
-    return part.dtype if isinstance(part, TensorRef) else NAMES[part.dtype]
 
 
 class Files(ExitStack):

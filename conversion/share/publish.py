@@ -118,7 +118,7 @@ def publish(options: PublishOptions) -> Publication:
         if branch.startswith("refs/pr/"):
             url = f"{api.endpoint}/{repository}/discussions/{branch.rpartition('/')[2]}"
         if not options.dry_run:
-            if options.licence or options.base_model:  # nobody asked for another card otherwise
+            if options.licence or options.base_model:
                 replace_file(folder / CARD_FILE, card)
             if private is None:
                 api.create_repo(repository, private=not options.public, exist_ok=True)
@@ -183,7 +183,7 @@ def check_arrived(api: HfApi, repository: str, commit: str, folder: Path, names:
 
 
 def is_loadable(name: str) -> bool:
-    """Whether a loader would look at a file of a repository."""
+    """Return whether a loader would look at a file of a repository."""
     return "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in LOADABLE)
 
 

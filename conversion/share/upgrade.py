@@ -86,7 +86,7 @@ class UpgradeOptions(VerifyOptions):
 
 @with_options(UpgradeOptions)
 def upgrade(options: UpgradeOptions) -> Upgrade:
-    """Renew the Python files, the configuration, the card and the fingerprint of a repository.
+    """Upgrade the Python files, the configuration, the card and the fingerprint of a repository.
 
     Weights stay what they are, to the byte. A repository without a fingerprint is compared with
     what its old code computes without a cache, if that still runs.

@@ -49,7 +49,7 @@ class Verification:
 
     @property
     def line(self) -> str:
-        """Say it in one line."""
+        """Return the outcome in one line."""
         where = f"{self.model} under transformers {self.versions['transformers']}"
         if self.differences:
             return f"not as carved: {where}: {'; '.join(self.differences)}."
@@ -99,7 +99,7 @@ def verify(options: VerifyOptions) -> Verification:
 
 
 def runs_here(folder: Path, *, trusted: bool) -> bool:
-    """Whether the code of a repository is that of this release, or it has none.
+    """Return whether a repository has the code of this release, or none.
 
     Raises `RequestError` for code that is neither ours nor trusted.
     """
@@ -123,7 +123,7 @@ def runs_here(folder: Path, *, trusted: bool) -> bool:
 def computed_elsewhere(
     folder: Path, name: str, prompts: list[list[int]], recorded: list[int] | None
 ) -> dict[str, Any]:
-    """Compute it in a process that does not import this package: the repository's own code runs."""
+    """Compute a fingerprint by the repository's own code, in a process without this package."""
     request = json.dumps({"prompts": prompts, "recorded": recorded})
     with tempfile.TemporaryDirectory() as temporary:
         result = Path(temporary) / "result.json"

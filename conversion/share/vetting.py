@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check that a model's folder is complete and tells nothing private, before strangers get it."""
+"""Check that a model's folder is complete and holds nothing private, before it is published."""
 
 import fnmatch
 import getpass
@@ -39,10 +39,11 @@ PERSON = (
     r"|(?i:\b(?:user(?:[ _-]?name)?|log(?:in|name)|author|owner|creator))\b\W?\s*[:=]\W*{0}\b"
 )
 """Where a word is somebody's name: in an absolute path, before an @, as the value of such a key."""
-PATHS = {
-    "a local path": r"(?<![\w.:/-])/(?:home|Users|root|mnt|tmp|scratch|workspace)/[\w.-]+"
+PATH = (
+    r"(?<![\w.:/-])/(?:home|Users|root|mnt|tmp|scratch|workspace)/[\w.-]+"
     r"|\b[A-Za-z]:\\+Users\\+\w|\"(?:file:/)?/[\w.-]+/[\w./-]+\""
-}
+)
+"""A path of somebody's machine."""
 
 
 def check_folder(
@@ -73,7 +74,7 @@ def check_folder(
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether the last part of a name matches a pattern."""
+    """Return whether the last part of a name matches a pattern."""
     return any(fnmatch.fnmatch(PurePosixPath(name).name, pattern) for pattern in patterns)
 
 
@@ -144,24 +145,21 @@ def check_private(folder: Path, names: list[str], card: str, known: set[str]) ->
     `card` is the text that README.md will have, and `known` are public names, such as the owner
     of the repository.
     """
+    secrets = SECRETS | ({"your token": re.escape(token)} if (token := get_token()) else {})
+    private = dict(secrets)
     try:
         user = getpass.getuser()
     except (OSError, KeyError, ImportError):  # a container may not know
         user = "user"
-    people = {}
     if user.lower() not in NOBODY | {name.lower() for name in known}:
         # An ordinary word, such as llama, is in every card: it counts only where it must mean
         # somebody, and is missed in prose and relative paths.
         pattern = PERSON if is_ordinary(user, folder) else r"\b{0}\b"
-        people = {"your user name": pattern.replace("{0}", re.escape(user))}
-    token = get_token()
-    secrets = SECRETS | ({"your token": re.escape(token)} if token else {})
-    home = str(Path.home())
-    own = {"a local path": re.escape(home)} if home.count("/") + home.count("\\") > 1 else {}
+        private["your user name"] = pattern.replace("{0}", re.escape(user))
+    home = Path.home()
+    private["a local path"] = f"{PATH}|{re.escape(str(home))}" if len(home.parts) > 2 else PATH
     for name in names:
-        forbidden = secrets
-        if not matches(name, (*VOCABULARIES, *LEGAL_FILES)):
-            forbidden = {**secrets, **people, **PATHS, **own}
+        forbidden = secrets if matches(name, (*VOCABULARIES, *LEGAL_FILES)) else private
         for number, line in enumerate(lines_of(folder / name, card, name), 1):
             for what, pattern in forbidden.items():
                 if re.search(pattern, line):
@@ -171,7 +169,7 @@ def check_private(folder: Path, names: list[str], card: str, known: set[str]) ->
 
 
 def is_ordinary(user: str, folder: Path) -> bool:
-    """Whether a name is a word of the model's vocabulary or of this package's own files."""
+    """Return whether a name is a word of the vocabulary or of this package's own files."""
     vocabulary = load_tokenizer(folder).get_vocab()
     if user.lower() in {token.strip("\u0120\u2581 ").lower() for token in vocabulary}:
         return True

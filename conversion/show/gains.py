@@ -102,7 +102,7 @@ def gains(
 ) -> dict[str, Any]:
     """Return the table: names of the columns, and rows that have at least one figure.
 
-    A row has a `name`, its `values` (dense, then the models; None where nobody measured), their
+    A row has a `name`, its `values` (dense, then the models; None where not measured), their
     `kind` (number, percent, count or bytes), and which way is `better` (lower, higher or None).
     """
     rows: list[dict[str, Any]] = []

@@ -46,6 +46,7 @@ from ..measure.routing import (
     without_bias,
 )
 from ..options import LoadOptions, with_options
+from ..plan import free_disk
 from ..source.calibration import consecutive_windows, random_windows, read_tokens
 from ..source.checkpoint import load_tokenizer
 from ..source.loading import load_config, load_model, model_folder, window_length
@@ -147,7 +148,7 @@ class Prepared:
 
     @property
     def read(self) -> dict[str, str | Path | None]:
-        """What is read from this machine, by what to call it."""
+        """Return what is read from this machine, by what to call it."""
         return {
             "the carved model": self.folder,
             "the training text": text_file(self.options.training),
@@ -252,8 +253,7 @@ def on_cpus() -> bool:
 def check_disk(folder: Path, work: PartialFolder) -> None:
     """Raise `RequestError` if the result and its checkpoints would not fit on the disk."""
     needed = 1.2 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    place = next(path for path in work.output.parents if path.exists())
-    free = shutil.disk_usage(place).free
+    place, free = free_disk(work)
     if free < needed:
         raise RequestError(
             f"the recovered model and its checkpoints need {needed / 1e9:.2f} GB, but {place} has "
@@ -285,7 +285,7 @@ class RecoveryFolder(PartialFolder):
 
     @property
     def finished(self) -> str:
-        """The last checkpoint, or which model is ready, in words."""
+        """Return the last checkpoint, or which model is ready, in words."""
         if "carved" in self.stages:
             return "The carved model is trained"
         checkpoint = last_checkpoint(self.private / "carved")

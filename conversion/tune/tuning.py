@@ -335,7 +335,7 @@ class BalanceBias(TrainerCallback):
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Move them by the loads of all micro-batches and processes."""
+        """Move the biases by the loads of all micro-batches and processes."""
         assert self.trainer.model is not None
         loads, self.trainer.loads = self.trainer.loads, []
         speed = self.trainer.tuning.bias_speed * (1 - (state.global_step - 1) / state.max_steps)
