@@ -140,7 +140,7 @@ def test_a_name_that_is_too_long(dense, carved, tmp_path, name):
         ["demo", out],
         ["export", carved, out],
         ["export", carved, "--gguf", out.with_name(out.name + ".gguf")],
-        ["recover", carved, out, "--training", HELD_OUT, *texts[:2]],
+        ["recover", carved, out, *("--training", CALIBRATION, "--text", HELD_OUT, "--samples", 2)],
         ["recover", out, "--resume"],
         ["sweep", dense, out, *texts],
         ["report", carved, "--output", out, *texts[:2], "--no-figures"],
