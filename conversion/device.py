@@ -100,7 +100,7 @@ def best_seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told."""
+    """Wait until the device has done its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 

@@ -23,6 +23,7 @@ from .device import DTYPES, best_seconds, find_device
 from .errors import RequestError
 from .folder.auxiliary_files import AuxiliaryFiles, read_auxiliary_files
 from .folder.layerwise import WorkFolder
+from .folder.paths import existing_parent
 from .folder.unfinished import PartialFolder
 from .options import narrowed, with_options
 from .source.calibration import (
@@ -102,7 +103,7 @@ class Prepared:
 
     @property
     def read(self) -> dict[str, str | Path | None]:
-        """The paths that are read, by what messages call them."""
+        """Return the paths that are read, by what messages call them."""
         return {
             "the source checkpoint": self.source.folder,
             "the calibration text": text_file(self.settings.calibration),
@@ -221,7 +222,7 @@ def calibration_windows(
 
 def free_disk(work: PartialFolder) -> tuple[Path, int]:
     """Return the nearest existing folder above the output, and the bytes free there."""
-    parent = next(path for path in work.output.parents if path.exists())
+    parent = existing_parent(work.output)
     return parent, shutil.disk_usage(parent).free
 
 

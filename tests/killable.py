@@ -60,12 +60,6 @@ def interrupted_at(name: str, count: int = 1) -> Iterator[None]:
     assert len(seen) >= count, f"{name} was written {len(seen)} times"
 
 
-def convert_it(begun, arguments):
-    """Say that it begins, then convert, or go on."""
-    begun.set()
-    go_on(arguments)
-
-
 def die_at_something_new(seen, arguments):
     """Convert, or go on, and die (as of kill -9) at a file that `seen`, a file, does not name."""
 

@@ -12,7 +12,7 @@ from test_bad_input import run
 from typer.testing import CliRunner
 
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
 
 
 def command(*arguments):
@@ -85,12 +85,11 @@ def test_a_text_in_the_folder_to_be_replaced(dense, carved, tmp_path):
     assert text.read_bytes() == CALIBRATION.read_bytes()
 
 
-def test_other_verbs_refuse_the_same(dense, carved, tmp_path):
+def test_other_commands_refuse_what_they_read(dense, carved, tmp_path):
     model = Path(shutil.copytree(carved, tmp_path / "model"))
     teacher = Path(shutil.copytree(dense, tmp_path / "teacher"))
     (tmp_path / "link").symlink_to(model)
-    before = contents(tmp_path)
-    texts = ["--training", CALIBRATION, "--text", CALIBRATION.with_name("heldout.txt")]
+    texts = ["--training", CALIBRATION, "--text", HELD_OUT]
     texts += ["--samples", 2, "--sequence-length", 32]
     for out in (tmp_path / "link", tmp_path / "x" / ".." / "model"):
         refused(command("export", model, out, "--overwrite"), 2, "is the carved model itself")
@@ -141,7 +140,7 @@ def test_a_name_that_is_too_long(dense, carved, tmp_path, name):
         ["demo", out],
         ["export", carved, out],
         ["export", carved, "--gguf", out.with_name(out.name + ".gguf")],
-        ["recover", carved, out, "--training", CALIBRATION, *texts[:2]],
+        ["recover", carved, out, *("--training", CALIBRATION, "--text", HELD_OUT, "--samples", 2)],
         ["recover", out, "--resume"],
         ["sweep", dense, out, *texts],
         ["report", carved, "--output", out, *texts[:2], "--no-figures"],

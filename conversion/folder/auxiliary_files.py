@@ -47,15 +47,13 @@ class AuxiliaryFiles:
 
     @property
     def licence(self) -> dict[str, Any]:
-        """Licence fields of the card; empty if it states none."""
-        data = metadata(self.card)
-        return {
-            key: data[key] for key in ("license", "license_name", "license_link") if key in data
-        }
+        """Return the licence fields of the card; empty if it states none."""
+        data, fields = metadata(self.card), ("license", "license_name", "license_link")
+        return {key: data[key] for key in fields if key in data}
 
     @property
     def nbytes(self) -> int:
-        """Size of all files."""
+        """Return the size of all files."""
         return sum(map(len, self.files.values()))
 
     def beside(
@@ -117,7 +115,7 @@ def read_auxiliary_files(folder: Path, *others: str) -> AuxiliaryFiles:
 def changed_files(
     stated: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, bytes]]:
-    """Files to try one after the other until they serve: the least change first."""
+    """Yield files to try one after the other until they serve: the least change first."""
     yield {}
     wanted = type(tokenizer).__name__
     said = {**stated, "tokenizer_class": _OLD_NAMES.get(wanted, wanted)}
@@ -129,7 +127,7 @@ def changed_files(
 
 
 def serves(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether what loads from a folder does the same as a tokenizer."""
+    """Return whether the tokenizer that loads from a folder does what this one does."""
 
     def function(of: PreTrainedTokenizerBase) -> tuple[Any, ...]:
         backend = getattr(of, "backend_tokenizer", None)
@@ -143,7 +141,7 @@ def serves(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _content(path: Path) -> bytes:
-    """What is in a file, without what tells a local path."""
+    """Return the content of a file, without JSON entries that name a local path."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -163,14 +161,14 @@ def _as_json(entries: dict[str, Any]) -> bytes:
 
 
 def is_place(name: str, value: object) -> bool:
-    """Whether an entry tells where something was on a machine: a path, and not a Hub id."""
+    """Return whether a JSON entry names a local path, and not a Hub id."""
     if not isinstance(value, str) or not _PLACE.search(name) or HUB_ID.fullmatch(value):
         return False
     return "/" in value or "\\" in value or bool(PureWindowsPath(value).drive)
 
 
 def tokenizer_code(folder: Path) -> Iterator[Path]:
-    """The Python files of a tokenizer that brings its own; whoever asks has trusted them."""
+    """Yield the Python files of a tokenizer with trusted remote code."""
     entries = read_json(folder / TOKENIZER_CONFIG).get("auto_map") or {}
     classes = entries.get("AutoTokenizer") if isinstance(entries, dict) else entries
     classes = [classes] if isinstance(classes, str) else classes or []

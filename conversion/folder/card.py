@@ -2,6 +2,7 @@
 """The model card of a carved repository."""
 
 import re
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,80 +17,15 @@ from ..source.checkpoint import Source
 
 CARD_FILE = "README.md"
 ASSETS = Path(__file__).parent.parent / "assets"
-_BODY, _CODE, _RECOVERY, _NATIVE = (
-    (ASSETS / name).read_text(encoding="utf-8")
-    for name in ("card.md", "card-code.md", "card-recovery.md", "card-native.md")
-)
-"""Templates; the fields in braces are those of the report, and others."""
-
-_MEASURED = """\
-On the calibration tokens, with all earlier layers carved: error of the carved FFN's output
-relative to the dense FFN's (norm of the difference over norm), share of the marks that the shared
-expert holds, routed experts that always run, and the busiest and idlest routed expert's share of
-tokens.
-
-| layer | relative error | marks on shared | always run | busiest expert | idlest expert |
-|---|---|---|---|---|---|
-{rows}"""
-
-_MEASURED_PARENTS = """\
-On the calibration tokens, with all earlier layers carved: error of the layer's output relative to
-the source's (norm of the difference over norm), how many calibration tokens its rarest and its
-busiest expert saw, and which experts saw too few and are kept whole.
-
-| layer | relative error | fewest tokens | most tokens | kept whole |
-|---|---|---|---|---|
-{rows}"""
-
-_PARENTS = """
-The source is a mixture of {parents} experts itself, of which {picked} run for a token. Its router
-is kept, each of its experts is carved, and the figures above are those within one of them{flat}. Of
-those kept whole, which are listed below if there are any, everything runs.
-"""
-
-_FLAT = """ on
-average: what was carved from the {picked} experts of a token competes for the same places"""
-
-_SPLIT = """ In each layer
-a number of the routed experts, listed below, always run: the others were better left to the router
-on held-out calibration tokens."""
-
-_DENSE = " Of the decoder's layers {} stay dense."
-_REFITTED = " Their down projections were\nrefitted to the calibration text by least squares."
-
-
-_HEADLINE = """\
-| perplexity | FFN neurons run for a token | parameters run for a token |
-|---|---|---|
-| {perplexity} | {activation:.1%} | {active} of {parameters} |"""
-_UNMEASURED = "not measured yet: `cmoe evaluate --baseline DENSE --card`"
-
+TEXTS = tomllib.loads((ASSETS / "card.toml").read_text(encoding="utf-8"))
 HEADLINE, FIGURES, CODE = "headline", "cmoe report", "remote code"
 """Sections that can be replaced, between comments of these names."""
 
-_NO_LICENCE = "The source states no licence; its terms, whatever they are, apply to this model."
-_UNTRAINED = "No gradient\ndescent was used."
-_RANKED = "Nothing but the\nrouters descended a gradient, each by itself."
-_POLISHED = """\
-Each layer was then trained by itself towards the dense one's output on these tokens, without labels
-and without gradients between layers."""
-_TRAINED = "Afterwards the\nmodel was [fine-tuned](#recovery)."
-
-
-_REFITTED_ROUTER = """ Its routers are not those described above: they
-were replaced by linear ones, fitted to a calibration text."""
-
 
 def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -> str:
-    """Return the card of a carved repository after a recovery.
+    """Return the card of a carved repository after a recovery, without older results and figures.
 
-    Results and figures of the model before are left out. In a card that `model_card` has not made,
-    the section is added at the end.
-
-    Args:
-        card: The card before.
-        report: The content of recovery.json.
-        code: SHA-256 of the Python files by name.
+    `report` is the content of recovery.json, and `code` has the SHA-256 of the Python files.
     """
     result = report["result"]
     rows = [("carved", f"{result['perplexity_before']:.2f}", result["perplexity_after"])]
@@ -98,7 +34,7 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
     if report["control"] is not None:
         name = f"dense `{report['control']}`, tuned by the same recipe"
         rows.append((name, f"{result['control_before']:.2f}", result["control_after"]))
-    section = _RECOVERY.format(
+    section = TEXTS["recovery"].format(
         **report,
         distilled=f", distilled from `{report['teacher']}`" if report["teacher"] else "",
         rows="\n".join(f"| {name} | {before} | {after:.2f} |" for name, before, after in rows),
@@ -106,21 +42,21 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
     card = without_section(_without_results(card), FIGURES)
     perplexity = f"{result['perplexity_after']:.2f} on `{report['text']}`"
     card = with_perplexity(card, f"{perplexity}, {result['perplexity_before']:.2f} before recovery")
-    card = card.replace(_UNTRAINED, _TRAINED)
-    for sentence in (_RANKED, _POLISHED):
-        card = card.replace(sentence, f"{sentence} {_TRAINED}")
+    card = card.replace(TEXTS["untrained"], TEXTS["trained"])
+    for sentence in (TEXTS["ranked"], TEXTS["polished"]):
+        card = card.replace(sentence, f"{sentence} {TEXTS['trained']}")
     return _before_licence(renewed_card(card, code), section)
 
 
 def native_card(card: str, architecture: str, difference: float, *, refitted: bool) -> str:
     """Return the card of a model exported to a stock architecture."""
     card = without_section(_without_results(card, "custom_code"), FIGURES)
-    section = _NATIVE.format(
+    section = TEXTS["native"].format(
         architecture=architecture,
         difference=difference,
-        refitted=_REFITTED_ROUTER if refitted else "",
+        refitted=TEXTS["refitted_router"] if refitted else "",
     )
-    card = with_perplexity(without_section(card, CODE), _UNMEASURED)
+    card = with_perplexity(without_section(card, CODE), TEXTS["unmeasured"])
     return _before_licence(card.replace(", trust_remote_code=True", ""), section)
 
 
@@ -175,7 +111,7 @@ def with_perplexity(card: str, perplexity: str) -> str:
 def code_section(code: Mapping[str, str]) -> str:
     """Return what the Python files are, their hashes, and what they were tested with."""
     rows = "\n".join(f"| `{name}` | `{code[name]}` |" for name in code)
-    return _CODE.format(rows=rows, lowest=TESTED[0], newest=TESTED[1])
+    return TEXTS["code"].format(rows=rows, lowest=TESTED[0], newest=TESTED[1])
 
 
 def renewed_card(card: str, code: Mapping[str, str]) -> str:
@@ -197,7 +133,7 @@ def stated(card: str, *, licence: str | None, base_model: str | None) -> str:
     text = str(parsed)
     if licence is not None:
         parsed.data.license = licence
-        text = str(parsed).replace(_NO_LICENCE, f"As stated by the publisher: `{licence}`.")
+        text = str(parsed).replace(TEXTS["no_licence"], f"As stated by the publisher: `{licence}`.")
     return text
 
 
@@ -224,13 +160,14 @@ def model_card(
     routed, kept = config.num_experts // config.num_parents, config.dense_layers
     polished = any(layer.get("polish_errors") for layer in report["layers"])
     ranked = recipe["router_epochs"] and source.architecture.router is None
-    headline = _HEADLINE.format(
-        perplexity=_UNMEASURED,
+    headline = TEXTS["headline"].format(
+        perplexity=TEXTS["unmeasured"],
         activation=config.activation_ratio,
         active=in_words(active_parameters(source, config)),
         parameters=in_words(source.parameters),
     )
-    return f"---\n{data.to_yaml()}\n---\n\n" + _BODY.format(
+    terms = [licence[key] for key in ("license_name", "license", "license_link") if key in licence]
+    return f"---\n{data.to_yaml()}\n---\n\n" + TEXTS["body"].format(
         **report,
         title=f"{source.name.rpartition('/')[2]}-CMoE-{report['result']['notation']}",
         link=f"https://huggingface.co/{source.name}" if on_hub else "#how-it-was-made",
@@ -239,17 +176,17 @@ def model_card(
         code=with_section("", CODE, code_section(code)).strip(),
         parents=_parents(config) if isinstance(config, CMoEHierarchicalConfig) else "",
         notation=config.notation,
-        dense=_DENSE.format(", ".join(map(str, kept))) if kept else "",
-        refitted=_REFITTED if recipe["refit"] else "",
-        split=_SPLIT if recipe["adaptive_split"] else "",
-        untrained=_POLISHED if polished else _RANKED if ranked else _UNTRAINED,
+        dense=TEXTS["dense"].format(", ".join(map(str, kept))) if kept else "",
+        refitted=TEXTS["refitted"] if recipe["refit"] else "",
+        split=TEXTS["split"] if recipe["adaptive_split"] else "",
+        untrained=TEXTS["polished" if polished else "ranked" if ranked else "untrained"],
         shared=config.num_shared,
         active=config.num_experts_per_tok // config.num_parents_per_tok,
         routed=routed,
         experts=config.num_shared + routed,
         sparsity=1 - config.activation_ratio,
         measured=_measured(config, report["layers"]),
-        licence=_licence_sentence(licence),
+        licence=f"As the source: `{terms[0]}`." if terms else TEXTS["no_licence"],
     )
 
 
@@ -263,17 +200,17 @@ def in_words(count: int) -> str:
 
 def _parents(config: CMoEHierarchicalConfig) -> str:
     picked = config.num_parents_per_tok
-    flat = _FLAT.format(picked=picked) if config.flat_routing else ""
-    return _PARENTS.format(parents=config.num_parents, picked=picked, flat=flat)
+    flat = TEXTS["flat"].format(picked=picked) if config.flat_routing else ""
+    return TEXTS["parents"].format(parents=config.num_parents, picked=picked, flat=flat)
 
 
 def _measured(config: CMoEConfig, layers: list[dict[str, Any]]) -> str:
-    rows = []
+    rows, of_experts = [], isinstance(config, CMoEHierarchicalConfig)
     for index, layer in enumerate(layers):
         row = f"| {index} | {layer['relative_output_error']:.3f} "
         if layer.get("dense"):
             rows.append(f"| {index} | dense | | | | |")
-        elif isinstance(config, CMoEHierarchicalConfig):
+        elif of_experts:
             counts = layer["tokens_of_parents"]
             kept = ", ".join(map(str, layer["kept_parents"])) or "none"
             rows.append(f"{row}| {min(counts):,} | {max(counts):,} | {kept} |")
@@ -283,12 +220,4 @@ def _measured(config: CMoEConfig, layers: list[dict[str, Any]]) -> str:
                 f"{row}| {layer['marks_on_shared']:.1%} | {layer['pinned_experts']} "
                 f"| {max(loads):.1%} | {min(loads):.1%} |"
             )
-    table = _MEASURED_PARENTS if isinstance(config, CMoEHierarchicalConfig) else _MEASURED
-    return table.format(rows="\n".join(rows))
-
-
-def _licence_sentence(licence: dict[str, Any]) -> str:
-    if not licence:
-        return _NO_LICENCE
-    keys = ("license_name", "license", "license_link")
-    return f"As the source: `{next(licence[key] for key in keys if key in licence)}`."
+    return TEXTS["measured_parents" if of_experts else "measured"].format(rows="\n".join(rows))

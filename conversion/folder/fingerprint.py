@@ -30,7 +30,7 @@ TOLERANCE = 1e-3
 
 
 def fingerprint_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The fingerprint of a repository that was written just now.
+    """Return the fingerprint of a repository that was written just now.
 
     Raises `CMoEError` if it generates something else with a cache or a batch than without.
     """
@@ -48,22 +48,19 @@ def fingerprint_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str
 def write_fingerprint(
     source: Path, work: PartialFolder, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """The `conversion.json` of a folder made from a carved one: its record, another fingerprint."""
+    """Write the `conversion.json` of the source with a fingerprint of the new folder."""
     record = conversion_record(source)
     record["fingerprint"] = fingerprint_of(work.folder, tokenizer)
     work.write_json(CONVERSION, record)
 
 
 def conversion_record(folder: Path) -> dict[str, Any]:
-    """What the folder says of its making; empty if nothing."""
+    """Return the content of the folder's `conversion.json`; empty if there is none."""
     return read_json(folder / CONVERSION) if (folder / CONVERSION).is_file() else {}
 
 
 def stated_fingerprint(folder: Path) -> dict[str, Any] | None:
-    """What the folder says of itself; None for a repository of an older release.
-
-    Raises `RequestError` for a fingerprint that is none.
-    """
+    """Return the recorded fingerprint, None in an older repository. Raises `RequestError`."""
     stated: dict[str, Any] | None = conversion_record(folder).get("fingerprint")
     if stated is not None and not {"prompts", *COMPUTED} <= stated.keys():
         raise RequestError(f"the fingerprint in {CONVERSION} of {folder.name} is damaged.")
@@ -71,7 +68,7 @@ def stated_fingerprint(folder: Path) -> dict[str, Any] | None:
 
 
 def prompts_for(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of two sentences of different lengths, within the model's context."""
+    """Return token ids of two prompts of different lengths, within the model's context."""
     context = AutoConfig.from_pretrained(folder).max_position_embeddings
     longest = max(LENGTHS[0], min(LENGTHS[1], context - outputs.GENERATED))
     ids = [tokenizer(prompt)["input_ids"][:longest] for prompt in PROMPTS]
@@ -90,7 +87,7 @@ def computed(
 
 
 def unloadable(name: str, reason: str) -> CMoEError:
-    """That a model cannot be run at all, with the last line of the reason."""
+    """Return the error for a model that cannot be run, with the last line of the reason."""
     lines = [line for line in reason.strip().splitlines() if line.strip()] or ["no reason given"]
     return CMoEError(
         f"{name} cannot be run under transformers {versions()['transformers']}: {lines[-1]}"
@@ -98,7 +95,7 @@ def unloadable(name: str, reason: str) -> CMoEError:
 
 
 def inconsistencies(found: dict[str, Any]) -> list[str]:
-    """Ways to generate that differ from the plain forward pass, in words."""
+    """Return in words which ways to generate differ from the plain forward pass."""
     differences = found["differences"]
     if not math.isfinite(differences["cached"]):
         return ["its logits are not finite numbers"]
@@ -107,8 +104,8 @@ def inconsistencies(found: dict[str, Any]) -> list[str]:
         "padded": "a batch padded on the left gives something else than its sequences alone",
     }
     return [  # `not <=`: a NaN is no agreement either
-        f"{told} (log-probabilities differ by {differences[name]:.2g})"
-        for name, told in words.items()
+        f"{text} (log-probabilities differ by {differences[name]:.2g})"
+        for name, text in words.items()
         if not differences[name] <= TOLERANCE
     ]
 

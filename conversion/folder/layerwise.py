@@ -66,7 +66,7 @@ def planned_tensors(
 
 
 class WorkFolder(PartialFolder):
-    """A conversion's folder."""
+    """Hold the folder of a conversion."""
 
     command = "convert"
     noun = "conversion"
@@ -85,12 +85,12 @@ class WorkFolder(PartialFolder):
 
     @property
     def layers_done(self) -> int:
-        """Finished layers."""
+        """Return the number of finished layers."""
         return len(self.figures)
 
     @property
     def finished(self) -> str:
-        """The finished layers, in words."""
+        """Return the number of finished layers in words."""
         return f"Layers finished: {self.layers_done}" if self.figures else ""
 
     def read_finished(self) -> None:

@@ -76,7 +76,7 @@ def model_outputs(
 
 
 def load(folder: Path, offloaded: str, *, trust_remote_code: bool) -> Any:
-    """The model in float32, loaded without a bar. Raises `ValueError` if tensors are missing."""
+    """Load the model in float32, without a bar. Raises `ValueError` if tensors are missing."""
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -98,7 +98,7 @@ def load(folder: Path, offloaded: str, *, trust_remote_code: bool) -> Any:
 
 
 def placement(folder: Path) -> dict[str, str] | None:
-    """Where the parts of a model go: None for all into memory, or the layers onto the disk."""
+    """Return a device map with the layers on the disk, or None if all fits into memory."""
     sizes: dict[str, int] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt", backend="pread") as file:
@@ -113,7 +113,7 @@ def placement(folder: Path) -> dict[str, str] | None:
 
 
 def generate(model: Any, prompts: list[list[int]]) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """For each prompt of a batch the greedy tokens, and the logits (G, V) that chose them."""
+    """Return the greedy tokens after each prompt of a batch, and their logits (G, V)."""
     longest = max(map(len, prompts))
     ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -129,25 +129,25 @@ def generate(model: Any, prompts: list[list[int]]) -> tuple[list[list[int]], lis
 
 
 def logits_of(model: Any, ids_L: list[int]) -> torch.Tensor:
-    """The oracle: logits (L, V) of one sequence, without a cache."""
+    """Return the oracle: logits (L, V) of one sequence, without a cache."""
     return model(torch.tensor([ids_L]), use_cache=False).logits[0].float()
 
 
 def difference(got_GV: torch.Tensor, oracle_GV: torch.Tensor) -> float:
-    """How much the log-probabilities of the oracle's likeliest tokens differ."""
+    """Return how much the log-probabilities of the oracle's likeliest tokens differ."""
     wanted_GK, index_GK = oracle_GV.log_softmax(-1).topk(LIKELIEST)
     return usual((got_GV.log_softmax(-1).gather(1, index_GK) - wanted_GK).abs().amax(-1))
 
 
 def shortfall(model: Any, prompt_L: list[int], tokens_G: list[int]) -> float:
-    """By how much log-probability the tokens after a prompt miss the likeliest ones."""
+    """Return by how much log-probability the tokens after a prompt miss the likeliest ones."""
     oracle_GV = logits_of(model, prompt_L + tokens_G)[len(prompt_L) - 1 : -1].log_softmax(-1)
     chosen_G = oracle_GV.gather(1, torch.tensor(tokens_G)[:, None])[:, 0]
     return usual(oracle_GV.amax(-1) - chosen_G)
 
 
 def usual(difference_G: torch.Tensor) -> float:
-    """What three quarters of the steps stay within; NaN if any is.
+    """Return what three quarters of the steps stay within; NaN if any is.
 
     Not the largest: where two experts are almost equal, rounding may choose the other for a token.
     What is wrong with a cache or a mask is wrong at most steps.

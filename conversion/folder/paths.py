@@ -56,15 +56,10 @@ def existing_parent(path: Path) -> Path:
 
 
 def check_apart(output: Path, inputs: Mapping[str, str | Path | None], *others: Path) -> None:
-    """Refuse an output that is, holds or lies in something that the work reads.
+    """Raise `RequestError` for an output that is, holds or lies in something that the work reads.
 
-    Args:
-        output: The folder to create, resolved.
-        inputs: What is read, by what to call it. What is not on this disk is passed over.
-        others: Further folders that the work empties or removes.
-
-    Raises:
-        RequestError: The work would destroy what it reads.
+    `inputs` are by what to call them, and may be elsewhere than on this disk; `others` are further
+    folders that the work empties or removes.
     """
     for what, name in inputs.items():
         path = None if name is None else Path(name).expanduser()

@@ -24,7 +24,7 @@ NAMES = {dtype: name for name, dtype in CARVABLE.items()}
 
 
 class Shards:
-    """The weight files in `folder`.
+    """Write the weight files in `folder`.
 
     `parts` are tensors by name that belong together, for example those of a layer; their types and
     shapes count, so they can be on the meta device. `limit` is the size of a file, see `packed`.

@@ -38,16 +38,16 @@ WINDOWS = "windows.safetensors"
 
 
 class PartialFolder:
-    """The folder of one command; use it in a `with` block, see `create` and `reopen`.
+    """Hold the folder of one command in a `with` block, see `create` and `reopen`.
 
     When the block fails, a folder with anything finished stays and can be resumed; another is
     removed. When it ends well, the folder becomes OUT.
     """
 
-    command: ClassVar[str]
-    """Which one resumes it, for example `convert`."""
     noun: ClassVar[str]
     """What happens in it, for example `conversion`; also the name of the log."""
+    command: ClassVar[str] = ""
+    """Which command resumes it, for example `convert`; empty for work that starts again."""
 
     def __init__(self, output: str | Path, *, overwrite: bool = False) -> None:
         self.output = resolved(output)
@@ -62,20 +62,18 @@ class PartialFolder:
 
     @property
     def finished(self) -> str:
-        """What a resumed run need not do again, in words; empty for nothing."""
-        raise NotImplementedError
+        """Return in words what a resumed run need not do again; empty for nothing."""
+        return ""
 
     def read_finished(self) -> None:
         """Take up what an earlier session finished. Raises `CMoEError` if it is damaged."""
-        raise NotImplementedError
 
     @property
-    def resume_hint(self) -> str:
-        """How to go on; empty for work that starts again."""
+    def _resume_hint(self) -> str:
         return f"go on with: cmoe {self.command} {shlex.quote(str(self.output))} --resume"
 
     def check(self, inputs: Mapping[str, str | Path | None]) -> None:
-        """Refuse an output folder that cannot be made, or that holds something already.
+        """Raise `RequestError` for an output folder that cannot be made or is not empty.
 
         `inputs` is what the work reads, by what to call it: it must lie elsewhere.
         """
@@ -118,7 +116,7 @@ class PartialFolder:
             self._acquire(make=False)
             self._lock.release()
             if not self.overwrite:
-                hint = self.resume_hint or "choose another output folder"
+                hint = self._resume_hint if self.command else "choose another output folder"
                 raise RequestError(f"{beside}: {hint}, or pass --overwrite to start again.")
 
     def _holds_only_work(self) -> bool:
@@ -225,7 +223,7 @@ class PartialFolder:
                 shutil.rmtree(self.partial, ignore_errors=True)
             else:
                 self.log(f"stopped: {kind.__name__ if kind else ''} {error}")
-                error.add_note(f"{self.finished}; {self.resume_hint}")
+                error.add_note(f"{self.finished}; {self._resume_hint}")
         finally:
             self._lock.release()
         with suppress(OSError):  # they are gone, unless a locked file could not be removed
@@ -246,7 +244,7 @@ class PartialFolder:
         replace_file(path, content)
 
     def keep_windows(self, **windows: torch.Tensor) -> None:
-        """Write the token windows that the work began with: no text is read a second time."""
+        """Write the token windows, so that no text is read a second time."""
         kept = {name: window_WL.contiguous() for name, window_WL in windows.items()}
         self.replace(self.private / WINDOWS, lambda new: save_file(kept, new))
 
@@ -272,10 +270,7 @@ class PartialFolder:
         self.replace(self.folder / name, text)
 
     def write_code(self, family: type[CMoEConfig]) -> dict[str, str]:
-        """Write the two Python files that make the repository loadable without this package.
-
-        Returns their names and SHA-256 hashes.
-        """
+        """Write the Python files of the repository and return their SHA-256 by name."""
         code = repository_code(family)
         for name, text in code.items():
             self.write_text(name, text)
@@ -288,17 +283,7 @@ class PartialFolder:
             self.replace(self.folder / name, content)
 
 
-class BriefFolder(PartialFolder):
-    """A folder of work that takes a moment: interrupted, it starts again."""
-
-    finished = ""
-    resume_hint = ""
-
-    def read_finished(self) -> None:
-        """There is nothing to take up."""
-
-
 def sha256_of(path: Path) -> str:
-    """Hash of a file's contents."""
+    """Return the hash of a file's contents."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

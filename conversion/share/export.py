@@ -25,7 +25,7 @@ from ..folder.auxiliary_files import read_auxiliary_files
 from ..folder.card import CARD_FILE, native_card
 from ..folder.fingerprint import write_fingerprint
 from ..folder.shards import Shards
-from ..folder.unfinished import BriefFolder
+from ..folder.unfinished import PartialFolder
 from ..measure.routing import collected
 from ..options import with_options
 from ..source.architectures import Architecture, architecture_of
@@ -162,10 +162,9 @@ def export(options: ExportOptions) -> Export:
     )
 
 
-class ExportFolder(BriefFolder):
+class ExportFolder(PartialFolder):
     """An export's folder."""
 
-    command = "export"
     noun = "export"
 
 

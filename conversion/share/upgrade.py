@@ -35,7 +35,7 @@ from ..folder.fingerprint import (
 from ..folder.json_utils import as_json
 from ..folder.paths import replace_file
 from ..folder.remote_code import REMOTE_CODE
-from ..folder.unfinished import SETTINGS, BriefFolder, sha256_of
+from ..folder.unfinished import SETTINGS, PartialFolder, sha256_of
 from ..measure.routing import stored_always_on
 from ..options import with_options
 from ..source.checkpoint import find_model, from_hub, load_tokenizer
@@ -60,10 +60,9 @@ class Upgrade:
     """What `verify` says of the result, in one line."""
 
 
-class UpgradeFolder(BriefFolder):
+class UpgradeFolder(PartialFolder):
     """The unfinished folder of an upgrade."""
 
-    command = "upgrade"
     noun = "upgrade"
 
     def _refuse_contents(self) -> None:
