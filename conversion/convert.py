@@ -30,7 +30,7 @@ from .options import narrowed, with_options
 from .plan import Prepared, prepare, prepare_work
 
 DRIVERS = {"pipeline": carve_model, "hierarchy": carve_moe}
-"""What walks the layers, by the name in the family's row."""
+"""What walks the layers, by the name in the family's architecture."""
 logger = logging.getLogger(__name__)
 
 
@@ -132,7 +132,7 @@ def determinants(prepared: Prepared) -> dict[str, str]:
 def carve(prepared: Prepared, work: WorkFolder) -> Conversion:
     """Carve the layers that are not finished yet, and complete the repository."""
     source, settings, recipe = prepared.source, prepared.settings, prepared.recipe
-    row, total = source.architecture, prepared.config.num_hidden_layers
+    arch, total = source.architecture, prepared.config.num_hidden_layers
     on_disk = settings.activations == "disk"
     storage = Storage(prepared.device, work.private if on_disk else None)
     dtype = DTYPES[settings.dtype] if settings.dtype else None
@@ -143,10 +143,10 @@ def carve(prepared: Prepared, work: WorkFolder) -> Conversion:
     if states := work.read_states():
         streams = Streams.restored(states, storage)
     else:
-        dense = recipe.needs_dense_stream and row.router is None
-        streams = Streams.embedded(rest[row.embedding], prepared.windows_WL, storage, dense=dense)
+        dense = recipe.needs_dense_stream and arch.router is None
+        streams = Streams.embedded(rest[arch.embedding], prepared.windows_WL, storage, dense=dense)
     del rest, states
-    carved = DRIVERS[row.driver](
+    carved = DRIVERS[arch.driver](
         source,
         streams,
         prepared.config,
