@@ -63,27 +63,27 @@ class Architecture:
 
     @property
     def dense_config(self) -> type[PreTrainedConfig]:
-        """The configuration class of the dense family."""
+        """Return the configuration class of the dense family."""
         return self.dense_model.config_class
 
     @property
     def cmoe_config(self) -> type[cmoe_hf.CMoEConfig]:
-        """The configuration class of the carved family."""
+        """Return the configuration class of the carved family."""
         return cmoe_hf.carved_classes(self.dense_config.model_type)[0]
 
     @property
     def cmoe_model(self) -> type[PreTrainedModel]:
-        """The class of the carved causal model."""
+        """Return the class of the carved causal model."""
         return cmoe_hf.carved_classes(self.dense_config.model_type)[2]
 
     @property
     def decoder_layer(self) -> type[nn.Module]:
-        """The class of a layer, of which `mlp` is the FFN."""
+        """Return the class of a layer, of which `mlp` is the FFN."""
         return self._beside_model(*self.dense_model._no_split_modules)
 
     @property
     def rotary_embedding(self) -> type[nn.Module]:
-        """The class of the position embeddings."""
+        """Return the class of the position embeddings."""
         stem = self.dense_model.__name__.removesuffix("ForCausalLM")
         return self._beside_model(f"{stem}RotaryEmbedding")
 
@@ -99,31 +99,14 @@ MOE: dict[str, Any] = {
     "down": "down_proj.weight",
 }
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(
-        dense_model=LlamaForCausalLM,
-        differs=(),
-    ),
-    "mistral": Architecture(
-        dense_model=MistralForCausalLM,
-        differs=(),
-    ),
-    "qwen2": Architecture(
-        dense_model=Qwen2ForCausalLM,
-        differs=("biases",),
-    ),
-    "qwen3": Architecture(
-        dense_model=Qwen3ForCausalLM,
-        differs=("norms",),
-    ),
+    "llama": Architecture(dense_model=LlamaForCausalLM, differs=()),
+    "mistral": Architecture(dense_model=MistralForCausalLM, differs=()),
+    "qwen2": Architecture(dense_model=Qwen2ForCausalLM, differs=("biases",)),
+    "qwen3": Architecture(dense_model=Qwen3ForCausalLM, differs=("norms",)),
     "qwen3_moe": Architecture(
-        dense_model=Qwen3MoeForCausalLM,
-        **MOE,
-        expert_width="moe_intermediate_size",
+        dense_model=Qwen3MoeForCausalLM, **MOE, expert_width="moe_intermediate_size"
     ),
-    "olmoe": Architecture(
-        dense_model=OlmoeForCausalLM,
-        **MOE,
-    ),
+    "olmoe": Architecture(dense_model=OlmoeForCausalLM, **MOE),
     "gpt_neox": Architecture(
         dense_model=GPTNeoXForCausalLM,
         layer_prefix="gpt_neox.layers.{}.",

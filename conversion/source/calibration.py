@@ -36,7 +36,7 @@ class Tokens:
     """What was read of a text, as a model sees it."""
 
     ids: torch.Tensor
-    """One row, int64."""
+    """Of shape (T,), int64."""
     characters: int
     """How many they are made of."""
     is_whole: bool
@@ -105,7 +105,7 @@ def cut(chunks: Iterator[str], whole: int, most: int = sys.maxsize) -> Iterator[
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, begins: bool = True) -> torch.Tensor:
-    """Return a string as one row of token ids, int64; with special tokens where a text begins."""
+    """Return the token ids of a string, (T,) int64; with special tokens where a text begins."""
     # verbose=False: a text longer than the model's context is what we want here.
     ids = tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=begins)
     return ids["input_ids"][0].to(torch.int64)

@@ -6,7 +6,7 @@ Weights are only ever read from safetensors, by the names that the library has f
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from glob import escape
@@ -94,7 +94,7 @@ class Source:
     """Where the dense model's tensors lie, by the library's names; experts one by one."""
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The named tensors, as stored. Raises `CMoEError` for one that is not finite."""
+        """Return the named tensors, as stored. Raises `CMoEError` for one that is not finite."""
         tensors = {}
         for name, tensor in read_tensors({name: self.tensors[name] for name in names}):
             if not torch.isfinite(tensor).all():
@@ -106,43 +106,42 @@ class Source:
         return tensors
 
     def read_layer(self, index: int, *, without_experts: bool = False) -> dict[str, torch.Tensor]:
-        """The tensors of one decoder layer, named relative to the layer."""
+        """Return the tensors of one decoder layer, named relative to the layer."""
         prefix = self.architecture.layer_prefix.format(index)
         experts = prefix + self.architecture.expert_prefix.partition("{")[0]
-        tensors = self.read(
-            name
-            for name in self.tensors
-            if name.startswith(prefix) and not (without_experts and name.startswith(experts))
+        names = [name for name in self.tensors if name.startswith(prefix)]
+        return self._read_relative(
+            prefix, [it for it in names if not (without_experts and it.startswith(experts))]
         )
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     def read_expert(self, index: int, number: int) -> dict[str, torch.Tensor]:
-        """The tensors of one expert of a MoE's layer, named relative to the expert."""
-        row = self.architecture
-        prefix = row.layer_prefix.format(index) + row.expert_prefix.format(number)
-        names = [name for name in (row.gate, row.up, row.down) if name is not None]
-        tensors = self.read(prefix + name for name in names)
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        """Return the tensors of one expert of a MoE's layer, named relative to the expert."""
+        arch = self.architecture
+        prefix = arch.layer_prefix.format(index) + arch.expert_prefix.format(number)
+        return self._read_relative(prefix, [it for it in self.tensors if it.startswith(prefix)])
+
+    def _read_relative(self, prefix: str, names: list[str]) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): it for name, it in self.read(names).items()}
 
     def read_rest(self) -> dict[str, torch.Tensor]:
-        """The tensors outside the decoder layers: embedding, final norm, head."""
+        """Return the tensors outside the decoder layers: embedding, final norm, head."""
         prefix = self.architecture.layer_prefix.partition("{")[0]
         return self.read(name for name in self.tensors if not name.startswith(prefix))
 
     def digest(self) -> str:
-        """SHA-256 of all tensors. Reads everything once: a NaN is found now, not hours later."""
+        """Return the SHA-256 of all tensors. A NaN is found now, not hours later."""
         names = sorted(self.tensors, key=lambda name: (self.tensors[name].path, name))
         bar = tqdm(names, desc="checking the weights", unit="tensor", disable=None)
         return digest_of(item for name in bar for item in self.read([name]).items())
 
     @property
     def parameters(self) -> int:
-        """Number of values in all tensors."""
+        """Return the number of values in all tensors."""
         return sum(tensor.numel for tensor in self.tensors.values())
 
     @property
     def layer_parameters(self) -> int:
-        """Number of values in one decoder layer."""
+        """Return the number of values in one decoder layer."""
         prefix = self.architecture.layer_prefix.format(0)
         return sum(it.numel for name, it in self.tensors.items() if name.startswith(prefix))
 
@@ -156,10 +155,7 @@ class Source:
 
     @property
     def ffn_parameters(self) -> int:
-        """Number of values that the neurons of one FFN, or of one expert of a MoE, hold together.
-
-        An output bias belongs to none of them.
-        """
+        """Return the number of values of an FFN's, or an expert's, neurons: no output bias."""
         return sum(tensor.numel for tensor in self.ffn(0))
 
     def nbytes(self, dtype: torch.dtype | None) -> int:
@@ -170,7 +166,7 @@ class Source:
 
 
 def find_model(model: str | Path, *, revision: str | None = None) -> tuple[Path, str, str | None]:
-    """Locate a model: (folder, name, commit). Only `config.json` of a Hub model is fetched.
+    """Return folder, name and commit of a model. Fetches only `config.json` of a Hub model.
 
     Raises `RequestError` if there is no such folder or repository, or it is gated, and
     `CMoEError` if the Hub cannot be reached.
@@ -248,7 +244,7 @@ HUB_ERRORS: dict[type[Exception], tuple[type[CMoEError], str]] = {
 
 
 def from_hub(download: Any, name: str, revision: str | None, **arguments: Any) -> str:
-    """Call a download function of huggingface_hub; its failures become one clear line."""
+    """Call a download function of huggingface_hub. Raises `CMoEError` for all its failures."""
     where = f"{name} at revision {revision}" if revision else name
     try:
         return download(name, revision=revision, **arguments)
@@ -296,22 +292,14 @@ def open_source(
             f"and a carved model would lack it. {MERGE}"
         )
     config = dense_config(architecture, folder, name)
-    shapes = dense_shapes(architecture, config, name)
-    if architecture.router is not None:
-        shapes = one_by_one(architecture, shapes)
+    packed = dense_shapes(architecture, config, name)
+    shapes = {
+        own: part.shape
+        for key, shape in packed.items()
+        for own, part in unpacked(architecture, key, TensorRef(folder, key, "", shape))
+    }
     tensors = named_tensors(architecture, config, read_headers(folder), shapes)
     return Source(folder, name, commit or local_name(folder)[1], architecture, config, tensors)
-
-
-def one_by_one(row: Architecture, shapes: Shapes) -> Shapes:
-    """The experts' tensors as checkpoints have them, where the library packs those of a layer."""
-    inside = row.expert_prefix.partition("{")[0]
-    found = {name: shape for name, shape in shapes.items() if inside not in name}
-    for packed in shapes.keys() - found.keys():
-        _, rows, columns = shapes[packed]
-        for name, _, _, parts in experts_in(row, packed, shapes[packed]):
-            found[name] = [rows // parts, columns]
-    return found
 
 
 def check_code(folder: Path, name: str, trusted: bool) -> None:
@@ -330,7 +318,7 @@ def check_code(folder: Path, name: str, trusted: bool) -> None:
 
 
 def named_tensors(
-    row: Architecture, config: PreTrainedConfig, stored: Mapping[str, TensorRef], shapes: Shapes
+    arch: Architecture, config: PreTrainedConfig, stored: Mapping[str, TensorRef], shapes: Shapes
 ) -> dict[str, TensorRef]:
     """Return the stored tensors by the names that the dense model has for them.
 
@@ -341,91 +329,17 @@ def named_tensors(
     """
     tensors: dict[str, TensorRef] = {}
     for key, tensor in stored.items():
-        if key.endswith(row.ignored_suffixes):
+        if key.endswith(arch.ignored_suffixes):
             continue
-        for own, part in unpacked(row, key, tensor):
-            name = library_name(row, own, shapes)
+        for own, part in unpacked(arch, key, tensor):
+            name = library_name(arch, own, shapes)
             if name in tensors:
                 raise RequestError(
                     f"tensors {tensors[name].key} and {key} both stand for {name}: nobody can say "
                     "which one counts. Remove one, or download again."
                 )
             tensors[name] = part
-    check_wrapping(sorted(tensors.keys() - shapes.keys()))
-    check_types(tensors)
-    if config.tie_word_embeddings:
-        tie_head(row, config, tensors)
-    left_out = (HEAD,) if config.tie_word_embeddings else ()
-    expected = {name: shape for name, shape in shapes.items() if name not in left_out}
-    check_shapes(config, tensors, expected)
-    return tensors
-
-
-def unpacked(row: Architecture, key: str, tensor: TensorRef) -> list[tuple[str, TensorRef]]:
-    """Return a tensor by its name, or the parts of one that has all of a layer's experts."""
-    inside = row.expert_prefix.partition("{")[0]
-    packed = key.endswith((f"{inside}gate_up_proj", f"{inside}down_proj"))
-    if row.router is None or not packed or len(tensor.shape) != 3:
-        return [(key, tensor)]
-    parts = experts_in(row, key, tensor.shape)
-    return [(name, tensor.of_expert(*place)) for name, *place in parts]
-
-
-def experts_in(
-    row: Architecture, packed: str, shape: list[int]
-) -> Iterator[tuple[str, int, int, int]]:
-    """What a packed tensor (experts, rows, columns) holds, as if it were not packed.
-
-    Name, number of the expert, and which of how many parts that lie below each other.
-    """
-    inside = row.expert_prefix.partition("{")[0]
-    layer, _, name = packed.partition(inside)
-    parts = [row.down] if name == "down_proj" else [row.gate, row.up]
-    for number in range(shape[0]):
-        for place, part in enumerate(parts):
-            yield f"{layer}{row.expert_prefix.format(number)}{part}", number, place, len(parts)
-
-
-def library_name(row: Architecture, key: str, known: Collection[str]) -> str:
-    """What the dense model calls a tensor of a file, by the rules of the library's loader.
-
-    A file may have an old name of the head, and the prefix of the model without a head once too
-    often or not at all.
-    """
-    if key == row.head:
-        return HEAD
-    prefix = row.dense_model.base_model_prefix + "."
-    candidates = (key.removeprefix(prefix), prefix + key)
-    return next((name for name in candidates if name in known), key)
-
-
-def tie_head(row: Architecture, config: PreTrainedConfig, tensors: dict[str, TensorRef]) -> None:
-    """Leave out a head that equals the embedding to which the configuration ties it.
-
-    As in the library's loader either may be missing, and if both are there and differ, they are
-    not tied.
-    """
-    if HEAD not in tensors:
-        return
-    if row.embedding not in tensors:
-        tensors[row.embedding] = tensors.pop(HEAD)
-        return
-    both = {name: tensors[name] for name in (row.embedding, HEAD)}
-    alike = both[HEAD].shape == both[row.embedding].shape
-    if alike and torch.equal(*(value for _, value in read_tensors(both))):
-        del tensors[HEAD]
-        return
-    config.tie_word_embeddings = False
-    logger.warning(
-        "%s differs from the embedding, although config.json ties them: both are kept, as the "
-        "library does, and the carved model does not tie them.",
-        tensors[HEAD].key,
-    )
-
-
-def check_wrapping(unknown: list[str]) -> None:
-    """Raise `RequestError` for names that come from a wrapper around the model."""
-    for name in unknown:
+    for name in sorted(tensors.keys() - shapes.keys()):
         for prefix, (wrapper, remedy) in WRAPPERS.items():
             if f".{prefix}" in f".{name}":
                 raise RequestError(
@@ -433,10 +347,6 @@ def check_wrapping(unknown: list[str]) -> None:
                     f"wrapper, {wrapper}, and the library would not find its weights. Unwrap it "
                     f"({remedy}), and save it again with save_pretrained."
                 )
-
-
-def check_types(tensors: Mapping[str, TensorRef]) -> None:
-    """Raise `RequestError` for weights of a type in which neurons cannot be moved and refitted."""
     for tensor in tensors.values():
         if tensor.dtype not in CARVABLE:
             raise RequestError(
@@ -444,6 +354,66 @@ def check_types(tensors: Mapping[str, TensorRef]) -> None:
                 "can be carved. Use the checkpoint from before it was quantised, or save it again "
                 "in one of these types."
             )
+    if config.tie_word_embeddings:
+        tie_head(arch, config, tensors)
+    if config.tie_word_embeddings:
+        shapes = {name: shape for name, shape in shapes.items() if name != HEAD}
+    check_shapes(config, tensors, shapes)
+    return tensors
+
+
+def unpacked(arch: Architecture, key: str, tensor: TensorRef) -> list[tuple[str, TensorRef]]:
+    """Return a tensor by its name, or the parts of one that has all of a layer's experts."""
+    inside = arch.expert_prefix.partition("{")[0]
+    packed = key.endswith((f"{inside}gate_up_proj", f"{inside}down_proj"))
+    if arch.router is None or not packed or len(tensor.shape) != 3:
+        return [(key, tensor)]
+    layer, _, name = key.partition(inside)
+    parts = [arch.down] if name == "down_proj" else [arch.gate, arch.up]
+    return [
+        (
+            f"{layer}{arch.expert_prefix.format(number)}{part}",
+            tensor.of_expert(number, place, len(parts)),
+        )
+        for number in range(tensor.shape[0])
+        for place, part in enumerate(parts)
+    ]
+
+
+def library_name(arch: Architecture, key: str, known: Collection[str]) -> str:
+    """Return the dense model's name for a tensor of a file, by the rules of the library's loader.
+
+    A file may have an old name of the head, and the prefix of the model without a head once too
+    often or not at all.
+    """
+    if key == arch.head:
+        return HEAD
+    prefix = arch.dense_model.base_model_prefix + "."
+    candidates = (key.removeprefix(prefix), prefix + key)
+    return next((name for name in candidates if name in known), key)
+
+
+def tie_head(arch: Architecture, config: PreTrainedConfig, tensors: dict[str, TensorRef]) -> None:
+    """Leave out a head that equals the embedding to which the configuration ties it.
+
+    As in the library's loader, either may be missing, and two that differ are not tied.
+    """
+    if HEAD not in tensors:
+        return
+    head = tensors[HEAD]
+    embedding = tensors.setdefault(arch.embedding, head)
+    if embedding is head or (
+        head.shape == embedding.shape
+        and torch.equal(*(it for _, it in read_tensors({HEAD: head, arch.embedding: embedding})))
+    ):
+        del tensors[HEAD]
+        return
+    config.tie_word_embeddings = False
+    logger.warning(
+        "%s differs from the embedding, although config.json ties them: both are kept, as the "
+        "library does, and the carved model does not tie them.",
+        head.key,
+    )
 
 
 def check_shapes(

@@ -37,14 +37,14 @@ def attention_types(config: PreTrainedConfig) -> list[str]:
     return types
 
 
-def dense_config(row: Architecture, folder: Path, name: str) -> PreTrainedConfig:
-    """The configuration in a folder. Raises `RequestError` if it cannot be one of the family."""
+def dense_config(arch: Architecture, folder: Path, name: str) -> PreTrainedConfig:
+    """Return a folder's configuration. Raises `RequestError` if it is none of the family."""
     raw = read_json(folder / "config.json")
-    fields = {field.name for field in dataclasses.fields(row.dense_config)}
+    fields = {field.name for field in dataclasses.fields(arch.dense_config)}
     # A sliding window that is switched off may be anything.
     check_sizes({key: raw[key] for key in raw.keys() & fields - {"sliding_window"}}, name)
     try:
-        config = row.dense_config.from_pretrained(folder)
+        config = arch.dense_config.from_pretrained(folder)
     except Exception as error:  # the library raises whatever its validators raise
         raise RequestError(f"config.json of {name} is not usable: {error}") from error
     check_sizes({key: getattr(config, key) for key in fields & {"sliding_window"}}, name)
@@ -53,7 +53,7 @@ def dense_config(row: Architecture, folder: Path, name: str) -> PreTrainedConfig
             f"config.json of {name} is not usable: return_dict is false, and the library's models "
             "fail on the tuples that their decoders then return. Remove the field."
         )
-    if row.router is not None and config.num_experts_per_tok > config.num_experts:
+    if arch.router is not None and config.num_experts_per_tok > config.num_experts:
         raise RequestError(
             f"config.json of {name} is not usable: num_experts_per_tok is "
             f"{config.num_experts_per_tok}, but there are only {config.num_experts} experts."
@@ -70,8 +70,8 @@ def check_sizes(fields: Mapping[str, Any], name: str) -> None:
             )
 
 
-def dense_shapes(row: Architecture, config: PreTrainedConfig, name: str) -> dict[str, list[int]]:
-    """Names and shapes of the model's tensors.
+def dense_shapes(arch: Architecture, config: PreTrainedConfig, name: str) -> dict[str, list[int]]:
+    """Return names and shapes of the model's tensors.
 
     Raises `RequestError` naming the fields for a model that cannot be built, or whose attention
     cannot run.
@@ -79,15 +79,15 @@ def dense_shapes(row: Architecture, config: PreTrainedConfig, name: str) -> dict
     with blaming(config, name, "hidden_act"):
         ACT2FN[config.hidden_act]
     with blaming(config, name, "rope_parameters", "rope_scaling"):
-        row.rotary_embedding(config)
+        arch.rotary_embedding(config)
     heads = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     with blaming(config, name, *heads), torch.no_grad():
-        half = AttentionHalf(row, config, 2, torch.device("cpu"))
+        half = AttentionHalf(arch, config, 2, torch.device("cpu"))
         half.position_ids = half.position_ids.to("meta")
         half.position_embeddings = tuple(part.to("meta") for part in half.position_embeddings)
         half(torch.empty(1, 2, config.hidden_size, device="meta"))
     with blaming(config, name, "vocab_size", "pad_token_id"), torch.device("meta"):
-        model = row.dense_model(config)
+        model = arch.dense_model(config)
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -98,23 +98,21 @@ def blaming(config: PreTrainedConfig, name: str, *fields: str) -> Iterator[None]
         yield
     except Exception as error:
         known = {key: getattr(config, key) for key in fields if hasattr(config, key)}
-        told = ", ".join(f"{key} = {value!r}" for key, value in known.items())
+        named = ", ".join(f"{key} = {value!r}" for key, value in known.items())
         raise RequestError(
-            f"config.json of {name} is not usable: the library cannot build a model with {told} "
+            f"config.json of {name} is not usable: the library cannot build a model with {named} "
             f"({type(error).__name__}: {error})."
         ) from error
 
 
 class AttentionHalf(nn.Module):
-    """A decoder layer up to its FFN: called on hidden states (W, L, H), it returns what the FFN
-    is to be added to and what the FFN sees, both (W, L, H).
+    """Return what the FFN is added to and what it sees, both (W, L, H) as the hidden states.
 
-    It is the library's own layer with a recorder in the place of the FFN, so that norms,
-    attention and positions are never written a second time.
+    Runs the library's own decoder layer with a recorder in the place of its FFN.
     """
 
     class Recorder(nn.Module):
-        """Remembers its input; adds nothing to the residual."""
+        """Remember the input, and add nothing to the residual."""
 
         x: torch.Tensor
 
@@ -122,23 +120,22 @@ class AttentionHalf(nn.Module):
             self.x = x
             return torch.zeros_like(x)
 
-    def __init__(self, row: Architecture, config: Any, length: int, device: torch.device) -> None:
+    def __init__(self, arch: Architecture, config: Any, length: int, device: torch.device) -> None:
         super().__init__()
         config = type(config).from_dict(
             config.to_dict() | PLAIN_OUTPUTS, attn_implementation="sdpa"
         )
         with torch.device("meta"):
-            self.layer = row.decoder_layer(config, 0)
+            self.layer = arch.decoder_layer(config, 0)
         self.ffn_input = self.layer.mlp = self.Recorder()
         self.layer.eval()
         self.position_ids = torch.arange(length, device=device).unsqueeze(0)
-        windows = {
-            "full_attention": None,
-            "sliding_attention": getattr(config, "sliding_window", None),
-        }
-        self.windows = [windows[kind] for kind in attention_types(config)]
+        window = getattr(config, "sliding_window", None)
+        self.windows = [
+            window if kind == "sliding_attention" else None for kind in attention_types(config)
+        ]
         self.mask: torch.Tensor | None = None
-        rotary = row.rotary_embedding(config).to(device)
+        rotary = arch.rotary_embedding(config).to(device)
         self.position_embeddings = rotary(torch.empty(0, device=device), self.position_ids)
 
     def load(self, index: int, tensors: dict[str, torch.Tensor]) -> None:

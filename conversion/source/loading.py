@@ -34,16 +34,8 @@ def window_length(
 ) -> int:
     """Return the number of tokens in a sequence: as asked for, or by default what fits the context.
 
-    Args:
-        config: Configuration of the model that reads the sequence.
-        asked: Number that the user asked for.
-        others: Configurations of further models that read it.
-        option: How the user asks for it.
-        usual: Default, where the context is no shorter.
-        new_tokens: Tokens to be generated behind the sequence.
-
-    Raises:
-        RequestError: The sequence is longer than the context of one of the models.
+    `new_tokens` are generated behind it. Raises `RequestError` naming the `option` if all that is
+    longer than the context of one of the models.
     """
     contexts = (getattr(it, "max_position_embeddings", sys.maxsize) for it in (config, *others))
     context = min(contexts)
@@ -57,7 +49,7 @@ def window_length(
 
 
 def model_folder(model: str | Path, *, code: bool = False) -> tuple[Path, str]:
-    """Where the files of a model are, downloaded if need be, and its name: never a path."""
+    """Return the folder of a model's files, downloaded if need be, and its name: never a path."""
     folder, name, commit = find_model(model)
     return (folder if commit is None else fetch_model(name, commit, code=code)), name
 

@@ -43,29 +43,29 @@ class TensorRef:
 
     @property
     def numel(self) -> int:
-        """Number of values."""
+        """Return the number of values."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes, of a type that can be carved."""
+        """Return the size in bytes, of a type that can be carved."""
         return self.numel * CARVABLE[self.dtype].itemsize
 
     def read(self, opened: Any) -> torch.Tensor:
-        """The values, from its open file. No more of a packed tensor is read than asked for."""
+        """Return the values, from the open file. Reads no more of a packed tensor."""
         if self.expert is None:
             return opened.get_tensor(self.key)
         return opened.get_slice(self.key)[self.expert, slice(*self.rows)]
 
     def of_expert(self, number: int, part: int, parts: int) -> "TensorRef":
-        """One of the equal parts that lie below each other in a packed expert."""
+        """Return one of the equal parts that lie below each other in a packed expert."""
         _, rows, columns = self.shape
         first, end = part * rows // parts, (part + 1) * rows // parts
         return replace(self, shape=[end - first, columns], expert=number, rows=(first, end))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of the source. Raises `RequestError` if it is damaged."""
+    """Return a JSON file of the source. Raises `RequestError` if it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -78,7 +78,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The files that the library would load, relative to the folder.
+    """Return the files that the library would load, relative to the folder.
 
     That which the configuration names comes before a single file, and a single file before an
     index, which may be left over from an older save. Raises `RequestError` if there is none.
@@ -123,7 +123,7 @@ def is_inside(name: str) -> bool:
 
 
 def read_headers(folder: Path) -> dict[str, TensorRef]:
-    """Every tensor of the folder's weights, by its name in the files.
+    """Return every tensor of the folder's weights, by its name in the files.
 
     Raises `RequestError` for a file that is missing or damaged, and for a tensor in two files.
     """
@@ -153,7 +153,7 @@ def read_headers(folder: Path) -> dict[str, TensorRef]:
 
 
 def read_tensors(tensors: Mapping[str, TensorRef]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and values of each, file by file. A file is closed when its last one is read."""
+    """Yield name and values of each, file by file. A file is closed when its last one is read."""
     for path in dict.fromkeys(tensor.path for tensor in tensors.values()):
         with safe_open(path, framework="pt", backend="pread") as opened:
             for name, tensor in tensors.items():
