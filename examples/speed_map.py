@@ -290,6 +290,7 @@ def draw(rows: list[dict[str, Any]], output: Path) -> None:
     import matplotlib.pyplot as plt
 
     kinds = sorted({(row["dtype"], row["notation"]) for row in rows})
+    shapes = [shape for shape in PARTS if any(row["shape"] == shape for row in rows)]
     labels = [f"FFN {tokens}" for tokens in TOKENS] + ["decode", "prefill"]
     figure, fields = plt.subplots(
         len(kinds), 1, figsize=(8, 2.2 * len(kinds)), squeeze=False, layout="constrained"
@@ -302,17 +303,17 @@ def draw(rows: list[dict[str, Any]], output: Path) -> None:
         }
         grid = [
             [found.get((shape, *column), {}).get("speedup", float("nan")) for column in COLUMNS]
-            for shape in PARTS
+            for shape in shapes
         ]
         field.imshow([[math.log2(it) for it in line] for line in grid], **COLOURS)
-        for line, shape in enumerate(PARTS):
+        for line, shape in enumerate(shapes):
             for place, column in enumerate(COLUMNS):
                 if row := found.get((shape, *column)):
                     text = f"{row['speedup']:.2f} ({row['roofline_speedup']:.1f})"
                     ink = "white" if abs(math.log2(row["speedup"])) > 1.2 else "black"
                     field.text(place, line, text, ha="center", va="center", fontsize=7, color=ink)
         field.set_xticks(range(len(labels)), labels, fontsize=7)
-        field.set_yticks(range(len(PARTS)), list(PARTS), fontsize=7)
+        field.set_yticks(range(len(shapes)), shapes, fontsize=7)
         field.set_title(f"{notation}, {dtype}: times dense (roofline)", fontsize=8)
     figure.savefig(output, dpi=130)
 
