@@ -36,7 +36,8 @@ from transformers import (
 from cmoe_hf.conversion.demo import CALIBRATION, MODEL
 from cmoe_hf.conversion.measure.shapes import SHAPES
 from cmoe_hf.conversion.source.architectures import ARCHITECTURES
-from cmoe_hf.conversion.source.checkpoint import one_by_one
+from cmoe_hf.conversion.source.checkpoint import unpacked
+from cmoe_hf.conversion.source.stored import TensorRef
 
 MOE_SHAPES = {
     "qwen3-30b-a3b": {
@@ -57,13 +58,15 @@ def write_checkpoint(folder: Path, config: PreTrainedConfig) -> None:
     """Random bfloat16 weights, one layer in memory at a time, one shard a layer."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    names = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    row = ARCHITECTURES[config.model_type]
-    if row.router is not None:
-        names = one_by_one(row, names)
+    arch = ARCHITECTURES[config.model_type]
+    names = {
+        name: part.shape
+        for key, tensor in model.state_dict().items()
+        for name, part in unpacked(arch, key, TensorRef(folder, key, "", list(tensor.shape)))
+    }
     shards = []
     for index in range(config.num_hidden_layers):
-        prefix = row.layer_prefix.format(index)
+        prefix = arch.layer_prefix.format(index)
         shards.append({name: shape for name, shape in names.items() if name.startswith(prefix)})
     inside = {name for shard in shards for name in shard}
     shards.append({name: shape for name, shape in names.items() if name not in inside})
