@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -181,16 +182,16 @@ def share_files(folder: Path, target: Path) -> None:
 def rename_tensors(folder: Path, model_type: str) -> bool:
     """Give the tensors of an earlier release the names that today's code reads.
 
-    Returns whether there were any. Raises `CMoEError` if a file cannot be written.
+    Return whether there were any. Raises `CMoEError` if a file cannot be written.
     """
     renamed = False
     for path in sorted(folder.glob("*.safetensors")):
-        tensors = load_file(path)
-        names = {name: current_name(model_type, name) for name in tensors}
-        if all(name == now for name, now in names.items()):
-            continue
+        with safe_open(path, framework="pt") as file:  # its names alone: files may be large
+            if all(name == current_name(model_type, name) for name in file.keys()):  # noqa: SIM118
+                continue
         renamed = True
-        content = {names[name]: tensor for name, tensor in tensors.items()}
+        tensors = load_file(path).items()
+        content = {current_name(model_type, name): tensor for name, tensor in tensors}
         write = partial(save_file, content, metadata={"format": "pt"})
         replace_file(path, write)
     index = folder / WEIGHTS_INDEX

@@ -577,7 +577,7 @@ class CMoESharedExpert(nn.Module):
         return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.hidden(x))
 
 
 class CMoEPlainSharedExpert(nn.Module):
