@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cmoe_hf import CMoEHierarchicalConfig
 
-from .carve.decoder import Storage, Streams
+from .carve.decoder import Storage, Streams, record_batches
 from .carve.hierarchy import MoEWalk
 from .carve.pipeline import ModelWalk
 from .carve.recipe import Recipe
@@ -29,8 +29,6 @@ from .folder.layerwise import WorkFolder, planned_tensors
 from .options import narrowed, with_options
 from .plan import Prepared, prepare, prepare_work
 
-DRIVERS = {"pipeline": ModelWalk, "hierarchy": MoEWalk}
-"""What walks the layers, by the name in the architecture."""
 logger = logging.getLogger(__name__)
 
 
@@ -132,7 +130,7 @@ def determinants(prepared: Prepared) -> dict[str, str]:
 def carve(prepared: Prepared, work: WorkFolder) -> Conversion:
     """Carve the layers that are not finished yet, and complete the repository."""
     source, settings, recipe = prepared.source, prepared.settings, prepared.recipe
-    arch, total = source.architecture, prepared.config.num_hidden_layers
+    is_moe, total = source.architecture.router is not None, prepared.config.num_hidden_layers
     on_disk = settings.activations == "disk"
     storage = Storage(prepared.device, work.private if on_disk else None)
     dtype = DTYPES[settings.dtype] if settings.dtype else None
@@ -140,14 +138,19 @@ def carve(prepared: Prepared, work: WorkFolder) -> Conversion:
     work.create_weights(planned, shard_bytes(settings.max_shard_size))
     rest = source.read_rest()
     work.write_rest(rest)
+    layers = source.walk(rest, prepared.device)
+    del rest
+    record_batches(layers, *prepared.windows_WL.shape)
     if states := work.read_states():
         streams = Streams.restored(states, storage)
     else:
-        dense = recipe.needs_dense_stream and arch.router is None
-        streams = Streams.embedded(rest[arch.embedding], prepared.windows_WL, storage, dense=dense)
-    del rest, states
-    carved = DRIVERS[arch.driver](
+        dense = recipe.needs_dense_stream and not is_moe
+        streams = Streams.embedded(layers, prepared.windows_WL, storage, dense=dense)
+    layers.forget_rest()
+    del states
+    carved = (MoEWalk if is_moe else ModelWalk)(
         source,
+        layers,
         streams,
         prepared.config,
         recipe,

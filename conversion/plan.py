@@ -154,9 +154,9 @@ def prepare(
     trusted, recipe = settings.trust_remote_code, Recipe.of(settings.recipe)
     source = open_source(model, revision=settings.revision, trust_remote_code=trusted)
     config, _ = carved_as(source, settings)
-    if settings.k_act > config.intermediate_size:
+    if settings.k_act > config.ffn_width:
         raise RequestError(
-            f"k_act is {settings.k_act}, but the FFN has only {config.intermediate_size} neurons. "
+            f"k_act is {settings.k_act}, but the FFN has only {config.ffn_width} neurons. "
             "Lower --k-act."
         )
     tokenizer = load_tokenizer(source.folder, trust_remote_code=trusted)
@@ -185,8 +185,7 @@ def prepare(
 def carved_as(source: Source, settings: Settings) -> tuple[CMoEConfig, Shape]:
     """Return configuration and shape of the carved model. Raises `RequestError`."""
     arch, dense = source.architecture, source.config
-    width = getattr(dense, arch.expert_width)
-    shape, dense_layers = settings.shape_for(dense.num_hidden_layers, width)
+    shape, dense_layers = settings.shape_for(dense.num_hidden_layers, arch.ffn.width)
     recipe, dtype = Recipe.of(settings.recipe), settings.dtype
     config = carved_config(dense, arch, shape, recipe, dtype=dtype, dense_layers=dense_layers)
     return config, shape
@@ -242,22 +241,26 @@ def work_bytes(prepared: Prepared) -> int:
     """Bound the working files: hidden states before two layers, and activations on the disk."""
     config, on_disk = prepared.config, prepared.settings.activations == "disk"
     states = 4 * config.hidden_size  # two layers, in carved and dense stream
-    kept = 3 * config.hidden_size + config.intermediate_size
+    kept = (3 if prepared.source.architecture.ffn.adds else 4) * config.hidden_size
+    kept += config.ffn_width
     return 4 * prepared.windows_WL.numel() * (states + kept * on_disk)
 
 
 def memory_bytes(prepared: Prepared, on_disk: bool) -> int:
     """Bound the memory: a layer, activations kept and the greediest step, or what is outside."""
     source, config, recipe = prepared.source, prepared.config, prepared.recipe
-    hidden, width = config.hidden_size, config.intermediate_size
+    hidden, width = config.hidden_size, config.ffn_width
     tokens = prepared.windows_WL.numel()
     profiled = tokens if recipe.routed_by == "oracle" else min(tokens, PROFILED_TOKENS)
-    kept = 0 if on_disk else tokens * 3 * hidden + profiled * width
+    adds = source.architecture.ffn.adds
+    kept = 0 if on_disk else tokens * (3 if adds else 4) * hidden + profiled * width
     batch = min(tokens, BATCH_TOKENS) * (4 * width + 2 * hidden)
     clusters = 2 * min(tokens, 2 * CLUSTERING_TOKENS) * width
     if recipe.refit:
         batch += (2 * width + held_out(*prepared.windows_WL.shape)) * (width + hidden)
-        batch += 2 * tokens * hidden + 18 * width * hidden * (recipe.polish_epochs > 0)
+        batch += (2 if adds else 5) * tokens * hidden + 18 * width * hidden * (
+            recipe.polish_epochs > 0
+        )
     outside = source.parameters - config.num_hidden_layers * source.layer_parameters
     outside *= round(source.nbytes(None) / source.parameters)
     layer = source.layer_parameters + kept + max(batch, clusters)
@@ -267,7 +270,7 @@ def memory_bytes(prepared: Prepared, on_disk: bool) -> int:
 def estimate(prepared: Prepared, work: WorkFolder) -> Plan:
     """Return the plan of a conversion that can be done."""
     source, config = prepared.source, prepared.config
-    tokens, width = prepared.windows_WL.numel(), config.intermediate_size
+    tokens, width = prepared.windows_WL.numel(), config.ffn_width
     resident = psutil.Process().memory_info().rss
     peak = resident + memory_bytes(prepared, prepared.settings.activations == "disk")
     available = resident + psutil.virtual_memory().available
@@ -321,7 +324,7 @@ def speedup(source: Source, config: CMoEConfig, routing: float = 0) -> float:
 def seconds(prepared: Prepared) -> float:
     """Guess the time from the passes over the tokens, systems to solve and a product's speed."""
     source, config, recipe = prepared.source, prepared.config, prepared.recipe
-    width, tokens = config.intermediate_size, prepared.windows_WL.numel()
+    width, tokens = config.ffn_width, prepared.windows_WL.numel()
     refits = recipe.refit * (1 + recipe.adaptive_split)
     passes = 1 + 2 * refits + 3 * recipe.polish_epochs
     systems = config.num_parents * refits * (len(RIDGES) if recipe.held_out_ridge else 1)

@@ -35,7 +35,7 @@ from transformers import (
 
 from cmoe_hf.conversion.demo import CALIBRATION, MODEL
 from cmoe_hf.conversion.measure.shapes import SHAPES
-from cmoe_hf.conversion.source.architectures import ARCHITECTURES
+from cmoe_hf.conversion.source.architectures import is_moe, moe_architecture
 from cmoe_hf.conversion.source.checkpoint import unpacked
 from cmoe_hf.conversion.source.stored import TensorRef
 
@@ -58,15 +58,15 @@ def write_checkpoint(folder: Path, config: PreTrainedConfig) -> None:
     """Random bfloat16 weights, one layer in memory at a time, one shard a layer."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    arch = ARCHITECTURES[config.model_type]
+    moe = moe_architecture(config, type(model)) if is_moe(config) else None
     names = {
         name: part.shape
         for key, tensor in model.state_dict().items()
-        for name, part in unpacked(arch, key, TensorRef(folder, key, "", list(tensor.shape)))
+        for name, part in unpacked(moe, key, TensorRef(folder, key, "", list(tensor.shape)))
     }
     shards = []
     for index in range(config.num_hidden_layers):
-        prefix = arch.layer_prefix.format(index)
+        prefix = f"model.layers.{index}."
         shards.append({name: shape for name, shape in names.items() if name.startswith(prefix)})
     inside = {name for shard in shards for name in shard}
     shards.append({name: shape for name, shape in names.items() if name not in inside})

@@ -20,7 +20,7 @@ from cmoe_hf.conversion import benchmark_gguf, export_gguf
 from cmoe_hf.conversion.carve.recipe import RECIPES
 from cmoe_hf.conversion.carve.shape import Shape, carved_config
 from cmoe_hf.conversion.demo import MODEL
-from cmoe_hf.conversion.source.architectures import ARCHITECTURES
+from cmoe_hf.conversion.source.architectures import llama_architecture
 
 SHAPES = {
     "TinyLlama": {"intermediate_size": 5632, "num_key_value_heads": 4, "vocab_size": 32000},
@@ -42,7 +42,7 @@ def random_models(name: str, layers: int, shapes: list[str], folder: Path) -> li
         num_hidden_layers=layers,
         max_position_embeddings=2048,
     )
-    row, recipe = ARCHITECTURES["llama"], RECIPES["refined"]
+    row, recipe = llama_architecture(dense), RECIPES["refined"]
     configs = [dense, *(carved_config(dense, row, Shape.parse(it), recipe) for it in shapes)]
     places = []
     for config, kind in zip(configs, ["dense", *shapes], strict=True):

@@ -39,7 +39,7 @@ from cmoe_hf.conversion.device import device_name, versions
 from cmoe_hf.conversion.measure.roofline import ffn_work, measure_rates, model_work
 from cmoe_hf.conversion.measure.shapes import SHAPES
 from cmoe_hf.conversion.measure.timing import Decoder
-from cmoe_hf.conversion.source.architectures import ARCHITECTURES
+from cmoe_hf.conversion.source.architectures import llama_architecture
 
 PARTS = {
     "smollm2-135m": 3,
@@ -170,7 +170,7 @@ class Map:
 
     def models(self, config: LlamaConfig, shape: Shape) -> dict[str, tuple[Any, Any]]:
         """Classes and configuration of the carved model, by ours and the older code."""
-        ours = carved_config(config, ARCHITECTURES["llama"], shape, RECIPES["refined"])
+        ours = carved_config(config, llama_architecture(config), shape, RECIPES["refined"])
         ours._experts_implementation = "cmoe"
         found = {"carved": (cmoe_hf.modeling_cmoe, ours)}
         if self.before is not None:

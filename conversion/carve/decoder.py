@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run one dense decoder layer on the calibration windows and profile its FFN.
 
-Shape suffixes: W windows, L tokens of one window, T = W * L tokens, B tokens of one batch, H hidden
-size, F dense FFN width, V vocabulary.
+Shape suffixes: W windows, L tokens of one window, T = W * L tokens, B windows or tokens of one
+batch, H hidden size, F dense FFN width.
 """
 
 import errno
@@ -10,8 +10,9 @@ import math
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,8 +22,8 @@ from cmoe_hf import CMoEConfig
 
 from ..device import Stopwatch
 from ..errors import CMoEError
-from ..source.checkpoint import Source
-from ..source.library import AttentionHalf
+from ..source.checkpoint import PROOF_TOKENS, Source
+from ..source.walk import LayerWalk
 from .layer import FFN, Profile
 from .recipe import Recipe
 
@@ -32,6 +33,9 @@ PROFILED_TOKENS = 16_384
 """Tokens whose hidden activations are kept: enough for clusters and routers."""
 CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 """Errors of file systems without `fallocate`, and of C libraries that try to do without it."""
+
+Output = Callable[[slice, torch.Tensor], torch.Tensor]
+"""Maps a slice of tokens and their FFN inputs (B, H) to outputs (B, H)."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,10 @@ class Streams:
 
     @classmethod
     def embedded(
-        cls, embedding_VH: torch.Tensor, windows_WL: torch.Tensor, storage: Storage, *, dense: bool
+        cls, layers: LayerWalk, windows_WL: torch.Tensor, storage: Storage, *, dense: bool
     ) -> Self:
         """Return the hidden states before the first layer; with a dense stream if `dense`."""
-        hidden_WLH = embedding_VH[windows_WL].float()
+        hidden_WLH = layers.embed(windows_WL)
         names = ("carved", "dense") if dense else ("carved",)
         return cls.restored(dict.fromkeys(names, hidden_WLH), storage)
 
@@ -128,6 +132,8 @@ class Walk(ABC):
     """
 
     source: Source
+    layers: LayerWalk
+    """The dense model's."""
     streams: Streams
     """Before layer `first`, and after each step before the next one."""
     config: CMoEConfig
@@ -140,8 +146,6 @@ class Walk(ABC):
 
     def __post_init__(self) -> None:
         self.arch = self.source.architecture
-        length, device = self.streams.length, self.storage.device
-        self.attention = AttentionHalf(self.arch, self.source.config, length, device)
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, torch.Tensor], dict[str, Any]]]:
         for index in range(self.first, self.config.num_hidden_layers):
@@ -152,37 +156,64 @@ class Walk(ABC):
         """Carve a layer and advance the streams; return tensors to store, and figures."""
 
 
-def attend(
-    attention: AttentionHalf, hidden_WLH: torch.Tensor
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Run attention on all windows, in place; yield slices of tokens with their FFN inputs."""
+def record_batches(layers: LayerWalk, windows: int, length: int) -> None:
+    """Find out how the layers are called, for the proof of each and for `batches_of` windows."""
+    step = max(1, BATCH_TOKENS // length)
+    for size in {min(step, windows), windows % step} - {0}:
+        layers.record(size, length)
+    layers.record(1, min(PROOF_TOKENS, length))
+
+
+def batches_of(hidden_WLH: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield some windows (B, L, H) at a time, with their tokens."""
     length = hidden_WLH.shape[1]
     step = max(1, BATCH_TOKENS // length)
-    for first, batch_WLH in zip(
+    for first, batch_BLH in zip(
         range(0, len(hidden_WLH), step), hidden_WLH.split(step), strict=True
     ):
-        residual_WLH, x_WLH = attention(batch_WLH)
-        batch_WLH.copy_(residual_WLH)
-        x_BH = x_WLH.flatten(0, 1)
-        yield slice(first * length, first * length + len(x_BH)), x_BH
+        yield slice(first * length, (first + len(batch_BLH)) * length), batch_BLH
+
+
+def attend(
+    layers: LayerWalk, hidden_WLH: torch.Tensor, residual_WLH: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Run a layer without its FFN on all windows; yield slices of tokens with their FFN inputs.
+
+    What leaves the layer is written to `residual_WLH`, which may be the hidden states themselves.
+    """
+    residual_TH = residual_WLH.flatten(0, 1)
+    for tokens, batch_BLH in batches_of(hidden_WLH):
+        residual_BLH, x_TH = layers.ffn_input(batch_BLH)
+        residual_TH[tokens] = residual_BLH.flatten(0, 1)
+        yield tokens, x_TH
+
+
+def run_layer(layers: LayerWalk, hidden_WLH: torch.Tensor, output: Output) -> None:
+    """Run a layer on all windows, in place, with `output(tokens, x)` as what its FFN returns."""
+    for tokens, batch_BLH in batches_of(hidden_WLH):
+        batch_BLH.copy_(layers(batch_BLH, partial(output, tokens)))
+
+
+def run_dense_layer(ffn: FFN, layers: LayerWalk, hidden_WLH: torch.Tensor) -> None:
+    """Run the dense layer on all windows, in place."""
+    run_layer(layers, hidden_WLH, lambda _, x_TH: ffn.output(ffn.hidden(x_TH)))
 
 
 def profile_layer(
     ffn: FFN,
-    attention: AttentionHalf,
-    hidden_WLH: torch.Tensor,
+    inputs: Iterable[tuple[slice, torch.Tensor]],
     profile: Profile,
     *,
     cosine: bool,
     clock: Stopwatch,
 ) -> bool:
-    """Run attention on all windows, in place, and fill `profile` with what the FFN does.
+    """Fill `profile` with what the FFN does on the inputs that `attend` yields.
 
     Returns whether all activations are finite.
     """
     all_finite, k_act = True, profile.marks_TK.shape[1]
     with clock("forward"):
-        for tokens, x_BH in attend(attention, hidden_WLH):
+        for tokens, x_BH in inputs:
             profile.x_TH[tokens] = x_BH
             h_BF, profile.marks_TK[tokens], is_finite = ffn.profile(
                 profile.x_TH[tokens], k_act, cosine=cosine, clock=clock
@@ -198,13 +229,6 @@ def dense_output(ffn: FFN, profile: Profile) -> torch.Tensor:
     if len(profile.h_TF) == len(profile.x_TH):
         return ffn.output(profile.h_TF)
     return torch.cat([ffn.output(ffn.hidden(x_BH)) for x_BH in profile.x_TH.split(BATCH_TOKENS)])
-
-
-def run_dense_layer(ffn: FFN, attention: AttentionHalf, hidden_WLH: torch.Tensor) -> None:
-    """Run the dense layer on all windows, in place."""
-    hidden_TH = hidden_WLH.flatten(0, 1)
-    for tokens, x_BH in attend(attention, hidden_WLH):
-        hidden_TH[tokens] += ffn.output(ffn.hidden(x_BH))
 
 
 def with_totals(seconds: Mapping[str, float], tokens: int) -> dict[str, float]:

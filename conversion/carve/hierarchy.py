@@ -85,15 +85,17 @@ class MoEWalk(Walk):
             layer = {name: tensor.to(device, torch.float32) for name, tensor in rest.items()}
             gate = CMoEHierarchicalRouter(self.config).to(device)
             gate.parent_weight.copy_(layer.pop(router))
-            self.attention.load(index, layer)
+            self.layers.load(index, layer)
+            self.layers.replace_ffn(self.arch.ffn.place)
+        hidden_WLH = self.streams.carved_WLH
         with clock("forward"):
-            for tokens, x_BH in attend(self.attention, self.streams.carved_WLH):
+            for tokens, x_BH in attend(self.layers, hidden_WLH, hidden_WLH):
                 self.x_TH[tokens] = x_BH
         if not bool(torch.isfinite(self.x_TH).all()):
             raise overflowed(index)
         carved, figures, y_TH = self.carve_experts(index, gate, clock)
-        self.streams.carved_WLH.flatten(0, 1).add_(y_TH)
-        self.attention.release()
+        hidden_WLH.flatten(0, 1).add_(y_TH)
+        self.layers.release()
         # The dense down projection ran for all tokens: it is no sample.
         figures["seconds"] = with_totals(clock.seconds, 1)
         rest["mlp.gate.parent_weight"] = rest.pop(router)
@@ -115,7 +117,7 @@ class MoEWalk(Walk):
         def read(number: int) -> SourceExpert:
             with clock("read"):
                 stored = self.source.read_expert(index, number)
-                ffn, _ = take_ffn(self.arch, stored, self.inner, device)
+                ffn, _ = take_ffn(self.arch, stored, device)
                 token_U, slot_U = torch.where(expert_TP == number)
                 return SourceExpert(ffn, token_U, weight_TP[token_U, slot_U], x_TH[token_U])
 

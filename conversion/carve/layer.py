@@ -42,8 +42,8 @@ from .router import (
 
 @dataclass
 class FFN:
-    """A dense FFN in float32: y = h downᵀ + down_bias with h = act(x gateᵀ) * (x upᵀ), or
-    h = act(x upᵀ + up_bias) where there is no gate."""
+    """A dense FFN in float32: y = h downᵀ + down_bias with h = act(x gateᵀ + gate_bias) * (x upᵀ +
+    up_bias), or h = act(x upᵀ + up_bias) where there is no gate."""
 
     gate_FH: torch.Tensor | None
     up_FH: torch.Tensor
@@ -52,6 +52,7 @@ class FFN:
     stored_dtype: torch.dtype
     """Precision of the checkpoint: derived weights are rounded to it before they are used, so that
     calibration sees what inference will see."""
+    gate_bias_F: torch.Tensor | None = None
     up_bias_F: torch.Tensor | None = None
     down_bias_H: torch.Tensor | None = None
     is_polished: bool = False
@@ -75,11 +76,14 @@ class FFN:
         return torch.cat([self.down_HF, self.down_bias_H.unsqueeze(1)], dim=1)
 
     def products(self, x_TH: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Return x gateᵀ and x upᵀ + up_bias, (T, F) each."""
+        """Return x gateᵀ + gate_bias and x upᵀ + up_bias, (T, F) each."""
         up_TF = x_TH @ self.up_FH.T
         if self.up_bias_F is not None:
             up_TF += self.up_bias_F
-        return (None if self.gate_FH is None else x_TH @ self.gate_FH.T), up_TF
+        if self.gate_FH is None:
+            return None, up_TF
+        gate_TF = x_TH @ self.gate_FH.T
+        return (gate_TF if self.gate_bias_F is None else gate_TF + self.gate_bias_F), up_TF
 
     def hidden(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Return the hidden activations, (T, F)."""
@@ -98,7 +102,7 @@ class FFN:
             signal_TF = h_TF
             if cosine:
                 if self.gate_FH is not None and gate_TF is not None:
-                    gate_TF = cosines(gate_TF, x_TH, self.gate_FH)
+                    gate_TF = cosines(gate_TF, x_TH, self.gate_FH, self.gate_bias_F)
                 up_TF = cosines(up_TF, x_TH, self.up_FH, self.up_bias_F)
                 signal_TF = activations(gate_TF, up_TF, self.act)
             marks_TK = activation_marks(signal_TF, k)
@@ -133,21 +137,25 @@ class Profile(NamedTuple):
 
 
 def take_ffn(
-    arch: Architecture, stored: dict[str, torch.Tensor], config: CMoEConfig, device: torch.device
+    arch: Architecture, stored: dict[str, torch.Tensor], device: torch.device
 ) -> tuple[FFN, dict[str, torch.Tensor]]:
-    """Return the FFN in `stored`, which is emptied, and the other tensors, as float32."""
-    stored_dtype = stored[arch.up].dtype
+    """Return the FFN in `stored`, which is emptied, and all of its tensors, as float32."""
+    stored_dtype = stored[f"{arch.ffn.names()['up']}.weight"].dtype
     layer = {}
     for name in list(stored):  # one at a time: no second copy of the whole layer
         layer[name] = stored.pop(name).to(device, torch.float32)
+    weights = arch.ffn.take(dict(layer))
+    up_FH, down_HF = weights["up"], weights["down"]
+    assert up_FH is not None and down_HF is not None  # every FFN has them
     ffn = FFN(
-        gate_FH=layer.pop(arch.gate) if arch.gate else None,
-        up_FH=layer.pop(arch.up),
-        down_HF=layer.pop(arch.down),
-        act=ACT2FN[config.hidden_act],
+        gate_FH=weights["gate"],
+        up_FH=up_FH,
+        down_HF=down_HF,
+        act=ACT2FN[arch.ffn.activation],
         stored_dtype=stored_dtype,
-        up_bias_F=layer.pop(arch.up_bias) if arch.up_bias else None,
-        down_bias_H=layer.pop(arch.down_bias) if arch.down_bias else None,
+        gate_bias_F=weights["gate_bias"],
+        up_bias_F=weights["up_bias"],
+        down_bias_H=weights["down_bias"],
     )
     return ffn, layer
 
@@ -191,6 +199,7 @@ def build_router(
             ffn.gate_FH,
             ffn.up_FH,
             parts.representatives_N,
+            gate_bias_F=ffn.gate_bias_F,
             up_bias_F=ffn.up_bias_F,
             normalise=recipe.normalised_rows,
         )
@@ -273,34 +282,46 @@ class CarvedLayer:
 
 
 def stored_tensors(
-    arch: Architecture, dense: dict[str, torch.Tensor], carved: CarvedLayer
+    arch: Architecture,
+    dense: dict[str, torch.Tensor],
+    carved: CarvedLayer,
+    *,
+    refitted: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of a layer, carved, in the checkpoint's precision."""
-    tensors, parts = dict(dense), carved.partition
-    names = (arch.gate, arch.up, arch.down, arch.up_bias, arch.down_bias)
-    gate_FH, up_FH, down_HF, up_bias_F, down_bias_H = (
-        tensors.pop(name) if name else None for name in names
-    )
-    assert up_FH is not None and down_HF is not None  # every architecture names them
-    if carved.ffn.is_polished:
-        up_FH = carved.ffn.up_FH.to(up_FH)
-        gate_FH = None if carved.ffn.gate_FH is None else carved.ffn.gate_FH.to(up_FH)
-    down_HG = carved.down_HG.to(down_HF)
-    inputs = {"gate_proj.weight": gate_FH, "up_proj.weight": up_FH, "up_proj.bias": up_bias_F}
+    """Return the tensors of a layer, carved, in the checkpoint's precision.
+
+    Without `refitted` all of its experts together are the dense FFN.
+    """
+    tensors, parts, block = dict(dense), carved.partition, arch.block
+    weights = arch.ffn.take(tensors)
+    gate_FH, up_FH, down_HG = weights["gate"], weights["up"], weights["down"]
+    assert up_FH is not None and down_HG is not None  # every FFN has them
+    if refitted:
+        if carved.ffn.is_polished:
+            up_FH = carved.ffn.up_FH.to(up_FH)
+            gate_FH = None if carved.ffn.gate_FH is None else carved.ffn.gate_FH.to(up_FH)
+        down_HG = carved.down_HG.to(down_HG)
+        if weights["down_bias"] is not None:
+            weights["down_bias"] = down_HG[:, -1]
+    inputs = {"gate_proj.weight": gate_FH, "up_proj.weight": up_FH}
+    inputs |= {f"{part}_proj.bias": weights[f"{part}_bias"] for part in ("gate", "up")}
     if len(parts.shared_S):
         for name, rows_F in inputs.items():
             if rows_F is not None:
-                tensors[f"mlp.shared_expert.{name}"] = rows_F[parts.shared_S]
-        tensors["mlp.shared_expert.down_proj.weight"] = down_HG[:, parts.shared_S]
-    tensors |= packed(parts.experts_NM, gate_FH, up_FH, down_HG)
-    if up_bias_F is not None:
-        tensors["mlp.experts.up_proj_bias"] = up_bias_F[parts.experts_NM]
-    if down_bias_H is not None:
-        tensors["mlp.down_bias"] = down_HG[:, -1]
+                tensors[f"{block}shared_expert.{name}"] = rows_F[parts.shared_S]
+        tensors[f"{block}shared_expert.down_proj.weight"] = down_HG[:, parts.shared_S]
+    experts = f"{block}experts"
+    tensors |= packed(parts.experts_NM, gate_FH, up_FH, down_HG, experts)
+    biases = [weights[f"{part}_bias"] for part in ("gate", "up")]
+    if rows := [bias_F[parts.experts_NM] for bias_F in biases if bias_F is not None]:
+        name = "gate_up_proj" if arch.ffn.has_gate else "up_proj"
+        tensors[f"{experts}.{name}_bias"] = torch.cat(rows, dim=1)
+    if weights["down_bias"] is not None:
+        tensors[f"{block}down_bias"] = weights["down_bias"]
     for name, weight in carved.router.items():
         dtype = torch.float32 if name == "balance_bias" else up_FH.dtype
-        tensors[f"mlp.gate.{name}"] = weight.to(dtype)
-    tensors["mlp.gate.scale"] = torch.zeros(len(parts.experts_NM), dtype=up_FH.dtype)
+        tensors[f"{block}gate.{name}"] = weight.to(dtype)
+    tensors[f"{block}gate.scale"] = torch.zeros(len(parts.experts_NM), dtype=up_FH.dtype)
     return tensors
 
 

@@ -14,14 +14,22 @@ import torch
 from cmoe_hf import CMoEConfig
 
 from ..device import Stopwatch
+from ..errors import CMoEError
+from ..source.architectures import Architecture
 from ..source.calibration import held_out
+from ..source.checkpoint import PROOF_TOKENS
+from ..source.ffn import TOLERANCE, difference, prove
+from ..source.library import meta_model
+from ..source.walk import LayerWalk
 from .decoder import (
     BATCH_TOKENS,
     PROFILED_TOKENS,
     Walk,
+    attend,
     dense_output,
     profile_layer,
     run_dense_layer,
+    run_layer,
     with_totals,
 )
 from .layer import (
@@ -39,6 +47,7 @@ from .recipe import Recipe
 from .reconstruct import fit_layer
 from .refit import Samples, sparse_output, token_weights
 from .split import best_split
+from .tail import Tail
 
 
 def carve_layer(
@@ -79,37 +88,50 @@ class ModelWalk(Walk):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        tokens = self.streams.tokens
+        tokens, carved_WLH = self.streams.tokens, self.streams.carved_WLH
         kept = tokens if self.recipe.routed_by == "oracle" else min(tokens, PROFILED_TOKENS)
         # Reused by all layers: the largest thing in memory, and new pages cost time.
         self.profile = Profile(
             x_TH=self.storage.empty("inputs", tokens, self.config.hidden_size),
-            h_TF=self.storage.empty("hidden", kept, self.config.intermediate_size),
+            h_TF=self.storage.empty("hidden", kept, self.config.ffn_width),
             marks_TK=torch.empty(tokens, self.k_act, dtype=torch.int64),
         )
+        self.adds = self.arch.ffn.adds
+        self.residual_WLH = carved_WLH  # the streams' own, where y is just added to it
+        if not self.adds:
+            self.residual_WLH = self.storage.empty("residual", *carved_WLH.shape)
+        self.blocks = AllActive(self.arch, self.config, self.layers)
 
     def carve(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Carve a layer, or run it if it stays dense; return tensors to store, and figures."""
         clock = Stopwatch()
         with clock("read"):
             stored = self.source.read_layer(index)
-            ffn, rest = take_ffn(self.arch, stored, self.config, self.storage.device)
-            self.attention.load(index, rest)
+            ffn, layer = take_ffn(self.arch, stored, self.storage.device)
+            self.layers.load(index, layer)
+        with clock("proof"):
+            entering_BLH = self.streams.carved_WLH[:1, :PROOF_TOKENS].clone()
+            leaving_BLH = prove(self.layers, self.arch.ffn, entering_BLH)
+            self.layers.replace_ffn(self.arch.ffn.place)
         carved: CarvedLayer | None = None
         figures: dict[str, Any] = {"dense": True, "relative_output_error": 0.0}
         if index in (self.config.dense_layers or ()):
             with clock("forward"):
                 for stream in self.streams:
-                    run_dense_layer(ffn, self.attention, stream)
+                    run_dense_layer(ffn, self.layers, stream)
         else:
             carved, figures = self.carve_ffn(index, ffn, clock)
         # Before the layer is read again: weights are the largest thing in memory.
-        self.attention.release()
-        del ffn, rest
+        self.layers.release()
+        del ffn, layer
         with clock("read"):
             tensors = self.source.read_layer(index)
-        with clock("slicing"):
-            if carved is not None:
+        if carved is not None:
+            with clock("proof"):
+                whole = stored_tensors(self.arch, tensors, carved, refitted=False)
+                self.blocks.check(index, whole, entering_BLH, leaving_BLH)
+                del whole
+            with clock("slicing"):
                 tensors = stored_tensors(self.arch, tensors, carved)
         prefix = self.arch.layer_prefix.format(index)
         figures["seconds"] = with_totals(clock.seconds, self.streams.tokens)
@@ -118,13 +140,17 @@ class ModelWalk(Walk):
     def carve_ffn(
         self, index: int, ffn: FFN, clock: Stopwatch
     ) -> tuple[CarvedLayer, dict[str, Any]]:
-        """Profile and carve the FFN of a layer, and add its output to the carved stream."""
+        """Profile and carve the FFN of a layer, and advance the carved stream."""
         hidden_WLH, profile, recipe = self.streams.carved_WLH, self.profile, self.recipe
-        cosine = recipe.cosine_profile
-        if not profile_layer(ffn, self.attention, hidden_WLH, profile, cosine=cosine, clock=clock):
+        inputs = attend(self.layers, hidden_WLH, self.residual_WLH)
+        if not profile_layer(ffn, inputs, profile, cosine=recipe.cosine_profile, clock=clock):
             raise overflowed(index)
         carved = carve_layer(ffn, profile, self.samples(ffn, clock), self.config, recipe, clock)
-        hidden_WLH.flatten(0, 1).add_(carved.y_TH)
+        if self.adds:
+            hidden_WLH.flatten(0, 1).add_(carved.y_TH)
+        else:
+            with clock("tail"):
+                run_layer(self.layers, hidden_WLH, lambda tokens, _: carved.y_TH[tokens])
         with clock("dense_down_sample"):
             sample_TH = ffn.output(profile.h_TF[:BATCH_TOKENS])
         return carved, layer_figures(carved, profile, sample_TH)
@@ -134,18 +160,67 @@ class ModelWalk(Walk):
 
         Advances the dense stream, if there is one.
         """
-        hidden_TH, dense_WLH = self.streams.carved_WLH.flatten(0, 1), self.streams.dense_WLH
+        residual_TH, dense_WLH = self.residual_WLH.flatten(0, 1), self.streams.dense_WLH
+        factor_T = None
         if dense_WLH is not None:
             with clock("dense_stream"):
-                run_dense_layer(ffn, self.attention, dense_WLH)
-                target_TH = dense_WLH.flatten(0, 1) - hidden_TH
+                run_dense_layer(ffn, self.layers, dense_WLH)
+                target_TH = dense_WLH.flatten(0, 1) - residual_TH
+            reached_TH = residual_TH + target_TH
+            if not self.adds:
+                with clock("tail"):
+                    target_TH, factor_T = self.before_tail(ffn, target_TH)
         elif self.recipe.refit:
             with clock("dense_output"):
                 target_TH = dense_output(ffn, self.profile)
+                reached_TH = residual_TH + target_TH
         else:
             return None
         weight_T = target_TH.new_ones(len(target_TH))
         if self.recipe.token_weights == "residual":
-            weight_T = token_weights(hidden_TH + target_TH)
+            weight_T = token_weights(reached_TH)
+        if factor_T is not None:
+            weight_T = weight_T * factor_T
         num_held_out = held_out(len(self.streams.carved_WLH), self.streams.length)
         return Samples(self.profile.x_TH, target_TH, weight_T, num_held_out)
+
+    def before_tail(self, ffn: FFN, target_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the FFN output of which the layer makes the target, (T, H), and weights, (T,)."""
+        y_TH, out_WLH = dense_output(ffn, self.profile), self.streams.carved_WLH.clone()
+        run_layer(self.layers, out_WLH, lambda tokens, _: y_TH[tokens])
+        added_TH = (out_WLH - self.residual_WLH).flatten(0, 1)
+        tail = Tail.measured(y_TH, added_TH)
+        factor_T = tail.token_T.abs()
+        return tail.aim(y_TH, added_TH, target_TH), factor_T / factor_T.median()
+
+
+class AllActive:
+    """The carved family's own layers with all experts running, which is what the dense ones do."""
+
+    def __init__(self, arch: Architecture, config: CMoEConfig, layers: LayerWalk) -> None:
+        fields = {"num_experts_per_tok": config.num_experts, "always_on_experts": None}
+        whole = type(config).from_dict(config.to_dict() | fields)
+        self.layers = LayerWalk(meta_model(arch.cmoe_model, whole), layers.device)
+        self.layers.calls = layers.calls
+        is_scaled = arch.ffn.gate_scale * arch.ffn.scale != 1
+        self.tolerance = 0.02 if is_scaled else TOLERANCE  # folded scales round the weights
+
+    def check(
+        self,
+        index: int,
+        tensors: dict[str, torch.Tensor],
+        entering_BLH: torch.Tensor,
+        leaving_BLH: torch.Tensor,
+    ) -> None:
+        """Raise `CMoEError` unless a layer with these tensors computes what the dense one did."""
+        device = self.layers.device
+        self.layers.load(
+            index, {name: it.to(device, torch.float32) for name, it in tensors.items()}
+        )
+        found_BLH = self.layers(entering_BLH)
+        self.layers.release()
+        if (error := difference(found_BLH, leaving_BLH)) > self.tolerance:
+            raise CMoEError(
+                f"layer {index} with all experts active differs from the dense one by {error:.2g}: "
+                "a carved model of this family would not compute the same. Please report it."
+            )

@@ -39,21 +39,27 @@ def representative_router(
     up_FH: torch.Tensor,
     representatives_N: torch.Tensor,
     *,
+    gate_bias_F: torch.Tensor | None = None,
     up_bias_F: torch.Tensor | None = None,
     normalise: bool,
 ) -> dict[str, torch.Tensor]:
     """Return the gate and up rows of the representative neurons, (N, H) each (eq. 8).
 
-    For an FFN without a gate, their rows and biases (N,). With `normalise`, every row is scaled to
-    length 1, with its bias, as the released code does.
+    Of an FFN without a gate the up rows only; with biases theirs, too, (N,). With `normalise`,
+    every row is scaled to length 1, with its bias, as the released code does.
     """
     scale = unit_rows if normalise else torch.Tensor.clone
-    up_NH = up_FH[representatives_N]
-    if gate_FH is not None:
-        return {"gate_weight": scale(gate_FH[representatives_N]), "up_weight": scale(up_NH)}
-    assert up_bias_F is not None  # such an FFN has one
-    row_NJ = scale(torch.cat([up_NH, up_bias_F[representatives_N, None]], dim=1))
-    return {"up_weight": row_NJ[:, :-1], "up_bias": row_NJ[:, -1]}
+    router = {}
+    for part, weight, bias in (("gate", gate_FH, gate_bias_F), ("up", up_FH, up_bias_F)):
+        if weight is None:
+            continue
+        row_NH = weight[representatives_N]
+        if bias is None:
+            router[f"{part}_weight"] = scale(row_NH)
+        else:
+            row_NJ = scale(torch.cat([row_NH, bias[representatives_N, None]], dim=1))
+            router |= {f"{part}_weight": row_NJ[:, :-1], f"{part}_bias": row_NJ[:, -1]}
+    return router
 
 
 def unit_rows(row_NH: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 from cmoe_hf import CMoEConfig
 
 from ..errors import RequestError
-from ..source.architectures import ARCHITECTURES, Architecture
+from ..source.architectures import Architecture, llama_architecture
 from ..source.checkpoint import Source
 from .recipe import Recipe
 
@@ -137,7 +137,7 @@ def carved_config(
         raise RequestError(f"there is no layer {wrong[0]}: the model has 0 to {layers - 1}.")
     if len(dense_layers) == layers:
         raise RequestError("with every layer dense it is the dense model: name fewer of them.")
-    width = getattr(dense, arch.expert_width)
+    width = arch.ffn.width
     neurons, remainder = divmod(width, shape.experts)
     if remainder:
         fitting = [str(count) for count in range(2, min(width, 256) + 1) if width % count == 0]
@@ -167,6 +167,7 @@ def carved_config(
         kept.pop("num_local_experts", None)  # the library's other name of the same
     kept |= {
         "architectures": [arch.cmoe_model.__name__],
+        "ffn": arch.config_field,
         "num_experts": (shape.experts - shape.shared) * source_experts,
         "num_experts_per_tok": shape.active * picked,
         "moe_intermediate_size": neurons,
@@ -197,15 +198,12 @@ def check_hierarchical(recipe: Recipe, dense_layers: Collection[int]) -> None:
 
 def source_expert_config(config: CMoEConfig, recipe: Recipe) -> CMoEConfig:
     """Return the configuration of one carved expert of a MoE, as if it were a dense FFN."""
-    dense = LlamaConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        hidden_act=config.hidden_act,
-    )
+    fields = ("hidden_size", "intermediate_size", "hidden_act")
+    dense = LlamaConfig(**{name: getattr(config, name) for name in fields})
     routed = config.num_experts // config.num_parents
     active = config.num_experts_per_tok // config.num_parents_per_tok
     shape = Shape(config.num_shared, active, config.num_shared + routed)
-    return carved_config(dense, ARCHITECTURES["llama"], shape, recipe)
+    return carved_config(dense, llama_architecture(dense), shape, recipe)
 
 
 def active_parameters(source: Source, config: CMoEConfig) -> int:
@@ -220,7 +218,7 @@ def width_warning(config: CMoEConfig) -> str | None:
 
     Their grouped products need rows that start at multiples of 16 bytes: 8 neurons in 16 bits.
     """
-    width, neurons = config.intermediate_size, config.moe_intermediate_size
+    width, neurons = config.ffn_width, config.moe_intermediate_size
     if neurons % 8 == 0:
         return None
     experts = width // neurons

@@ -204,7 +204,7 @@ def dense_beside(
     dense, _ = load_model(baseline, name_of(carved.dtype), carved.device, trust_remote_code)
     check_dense(dense, baseline)
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
-        theirs, ours = getattr(dense.config, name, None), getattr(carved.config, name)
+        theirs, ours = (getattr(it.config, name, None) for it in (dense, carved))
         if theirs != ours:
             raise RequestError(
                 f"{baseline} has {name} {theirs}, but the carved model has {ours}: it is not the "

@@ -73,15 +73,15 @@ def stored_always_on(folder: Path, config: PreTrainedConfig) -> list[list[int]] 
         return listed
     stored = read_headers(folder)
     listed = [[] for _ in range(config.num_hidden_layers)]
-    biases = {name: it for name, it in stored.items() if name.endswith("mlp.gate.balance_bias")}
+    biases = {name: it for name, it in stored.items() if name.endswith(".gate.balance_bias")}
     for name, bias_N in read_tensors(biases):
         listed[layer_number(name)] = always_on_mask(bias_N, None).nonzero().flatten().tolist()
     return listed if any(listed) else None
 
 
 def layer_number(name: str) -> int:
-    """Return the layer of a carved model's tensor, from its name `model.layers.3.mlp...`."""
-    return int(name.split(".")[2])
+    """Return the layer of a carved model's tensor, from its name such as `model.layers.3.mlp`."""
+    return int(next(part for part in name.split(".") if part.isdecimal()))
 
 
 def is_biased(router: CMoERouter) -> bool:

@@ -6,11 +6,12 @@ from typing import Any
 import psutil
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..carve.recipe import RECIPES
 from ..carve.shape import Shape, carved_config
 from ..errors import RequestError
-from ..source.architectures import ARCHITECTURES, architecture_of
+from ..source.architectures import dense_type, llama_architecture
 
 
 def _shape(
@@ -49,16 +50,14 @@ def shape_config(name: str, layers: int | None, shape: Shape) -> PreTrainedConfi
     dense = LlamaConfig(**SHAPES[name])
     if layers is not None:
         dense.num_hidden_layers = layers
-    return carved_config(dense, ARCHITECTURES["llama"], shape, RECIPES["refined"])
+    return carved_config(dense, llama_architecture(dense), shape, RECIPES["refined"])
 
 
 def dense_twin(carved: PreTrainedConfig) -> PreTrainedConfig:
     """Return the configuration of the dense model of a carved one's shape."""
-    architecture = architecture_of(carved)
-    assert architecture is not None  # it is carved
-    known = architecture.dense_config().to_dict().keys() - {"model_type", "architectures"}
-    fields = carved.to_dict()
-    return architecture.dense_config(**{name: fields[name] for name in known & fields.keys()})
+    dense, fields = CONFIG_MAPPING[dense_type(carved)], carved.to_dict()
+    known = dense().to_dict().keys() - {"model_type", "architectures"}
+    return dense(**{name: fields[name] for name in known & fields.keys()})
 
 
 def random_carved(

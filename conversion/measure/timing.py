@@ -94,10 +94,14 @@ class Bench:
     ) -> None:
         self.carved, self.ids, self.rounds = carved, ids, rounds
         self.models = (dense.eval(), carved.eval())
-        decoder: Any = dense.base_model
-        kept = carved.config.dense_layers or ()
+        ffn, kept = carved.config.ffn, carved.config.dense_layers or ()
+        layers: Any = dense.base_model.get_submodule(ffn["layers"])
         dense_blocks: list[nn.Module] = [
-            layer.mlp for index, layer in enumerate(decoder.layers) if index not in kept
+            nn.Sequential(*(layer.get_submodule(name) for name in (ffn["module"], *ffn["skipped"])))
+            if ffn["skipped"]
+            else layer.get_submodule(ffn["module"])
+            for index, layer in enumerate(layers)
+            if index not in kept
         ]
         self.blocks = (dense_blocks, list[nn.Module](sparse_blocks(carved)))
         self.device = carved.device
@@ -135,7 +139,9 @@ class Bench:
         def run(blocks: list[nn.Module], tokens: int, turn: int) -> None:
             x_TH = inputs[turn % layers]
             start = turn // layers * tokens % (len(x_TH) - tokens + 1)
-            blocks[turn % layers](x_TH[None, start : start + tokens])
+            x_1TH = x_TH[None, start : start + tokens]
+            residual = (x_1TH,) if self.carved.config.ffn["takes_residual"] else ()
+            blocks[turn % layers](x_1TH, *residual)
 
         for tokens in sizes:
             calls = [partial(run, it, tokens) for it in self.blocks]
@@ -177,7 +183,7 @@ class Bench:
 
     def ffn_inputs(self, tokens: int) -> list[torch.Tensor]:
         """Return what the FFN of each layer sees, at least `tokens` rows (T, H)."""
-        length = min(tokens, 512, self.carved.config.max_position_embeddings)
+        length = min(tokens, 512, getattr(self.carved.config, "max_position_embeddings", 512))
         with collected(self.blocks[1], lambda *call: call[1][0]) as seen:
             for seed in range(-(-tokens // length)):
                 self.carved.base_model(self.sequences(1, length, seed=seed), use_cache=False)

@@ -28,7 +28,7 @@ from ..folder.shards import Shards
 from ..folder.unfinished import PartialFolder
 from ..measure.routing import collected
 from ..options import with_options
-from ..source.architectures import Architecture, architecture_of
+from ..source.architectures import differences
 from ..source.calibration import random_windows, read_tokens
 from ..source.checkpoint import fetch_model, find_model, load_tokenizer
 from ..source.loading import window_length
@@ -111,10 +111,10 @@ def export(options: ExportOptions) -> Export:
         raise RequestError(f"there is no export to {options.to!r}; choose one of {known}.")
     folder, name, commit = find_model(options.model)
     config = AutoConfig.from_pretrained(folder)
-    arch = check_config(config, name, refit=refits)
+    check_config(config, name, refit=refits)
     if commit is not None:
         folder = fetch_model(name, commit)
-    needs = needs_of(config, arch, folder)
+    needs = needs_of(config, folder)
     target, reasons = choose(by_faithfulness(config, needs), config, needs, name, options.to)
     if options.to is None:
         precise = target.float32_router or config.dtype == torch.float32
@@ -168,8 +168,8 @@ class ExportFolder(PartialFolder):
     noun = "export"
 
 
-def check_config(config: PreTrainedConfig, name: str, *, refit: bool) -> Architecture:
-    """Return a carved model's family. Raises `RequestError` for what no target represents."""
+def check_config(config: PreTrainedConfig, name: str, *, refit: bool) -> None:
+    """Raise `RequestError` for a model that no target represents."""
     if not isinstance(config, CMoEConfig):
         raise RequestError(f"{name} is a {config.model_type} model, not a carved one.")
     if isinstance(config, CMoEHierarchicalConfig):
@@ -178,10 +178,9 @@ def check_config(config: PreTrainedConfig, name: str, *, refit: bool) -> Archite
             "code loads wherever trust_remote_code may be given."
         )
     reasons = []
-    arch = architecture_of(config)
     if not config.has_gate:
         reasons.append("no stock architecture has experts with biases and without a gate")
-    elif arch is None or arch.differs is None:
+    elif differences(config) is None:
         reasons.append(f"nobody has said what stock architecture a {config.model_type} can become")
     if config.router_type != "linear" and not refit:
         reasons.append(
@@ -192,9 +191,8 @@ def check_config(config: PreTrainedConfig, name: str, *, refit: bool) -> Archite
         reasons.append("its router takes absolute values")
     if config.num_experts_per_tok == 0:
         reasons.append("it does not route")
-    if reasons or arch is None:
+    if reasons:
         raise RequestError(f"{name} cannot be exported: {'; '.join(reasons)}.")
-    return arch
 
 
 def refitted_tensors(

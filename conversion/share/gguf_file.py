@@ -19,7 +19,7 @@ from cmoe_hf import CMoEConfig
 from ..errors import CMoEError, RequestError, missing
 from ..folder.paths import check_apart, check_place, replace_file, resolved
 from ..options import with_options
-from ..source.architectures import architecture_of
+from ..source.architectures import differences
 from ..source.checkpoint import fetch_model, find_model, load_tokenizer
 from ..source.library import attention_types
 from ..source.texts import text_file
@@ -98,10 +98,10 @@ def export_gguf(options: GGUFOptions) -> GGUFFile:
     path = check_output(output, options.overwrite)
     folder, name, commit = find_model(options.model)
     config = AutoConfig.from_pretrained(folder)
-    arch, routes = architecture_of(config), isinstance(config, CMoEConfig)
+    routes = isinstance(config, CMoEConfig)
     if routes:
         check_config(config, name, refit=options.refit_router is not None)
-    if arch is None or arch.differs is None or arch.router is not None:
+    if differences(config) is None:
         raise RequestError(f"{name} cannot be a GGUF file: a {config.model_type} is not known.")
     if getattr(config, "hidden_act", None) not in ("silu", "swish"):
         raise RequestError(f"{name} cannot be a GGUF file: its activation is {config.hidden_act}.")
@@ -109,7 +109,7 @@ def export_gguf(options: GGUFOptions) -> GGUFFile:
         folder = fetch_model(name, commit)
     texts = {"the model": folder, "the calibration text": text_file(options.refit_router)}
     check_apart(path, texts)
-    needs = needs_of(config, arch, folder)
+    needs = needs_of(config, folder)
     layouts = [it for it in LAYOUTS.values() if it.routes == routes or it.name == to]
     layout, reasons = choose(layouts, config, needs, name, to)
     tokenizer = load_tokenizer(folder)

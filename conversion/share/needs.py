@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from ..carve.router import always_on_mask
 from ..errors import RequestError
 from ..measure.routing import layer_number, stored_always_on
-from ..source.architectures import Architecture
+from ..source.architectures import differences
 from ..source.library import attention_types
 from ..source.stored import read_headers, read_tensors
 
@@ -33,9 +33,9 @@ UNDONE_BY = {"balance": "--bias-speed 0", "scale": "--router-learning-rate 0"}
 """With what option of `recover` a model does without."""
 
 
-def needs_of(config: PreTrainedConfig, arch: Architecture, folder: Path) -> set[str]:
+def needs_of(config: PreTrainedConfig, folder: Path) -> set[str]:
     """Return names from `NEEDS`, from the configuration and the few tensors that decide."""
-    needs = {*(arch.differs or ())}
+    needs = {*(differences(config) or ())}
     if getattr(config, "shared_expert_intermediate_size", 0):
         needs.add("shared")
     if "sliding_attention" in attention_types(config):

@@ -1,148 +1,150 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each model family names its parts. CONTRIBUTING.md says how to add one."""
+"""What is known of a decoder that can be carved: its classes, its layers and its FFNs."""
 
-import re
-import sys
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
 from transformers import (
-    GPTNeoXForCausalLM,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     LlamaForCausalLM,
-    MistralForCausalLM,
-    OlmoeForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-    Qwen3MoeForCausalLM,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import cmoe_hf
+from cmoe_hf.families import MOE_FAMILIES
 
 from ..errors import RequestError
-from .stored import read_headers
+from .ffn import DenseFFN
+from .walk import Place
+
+TESTED = (
+    *("gpt_neox", "llama", "mistral", "qwen2", "qwen3"),
+    *MOE_FAMILIES,
+)
+"""Families that the tests carve, on the lowest and the newest transformers."""
+DIFFERS: dict[str, tuple[str, ...]] = {
+    "llama": (),
+    "mistral": (),
+    "qwen2": ("biases",),
+    "qwen3": ("norms",),
+}
+"""In what decoders differ from Llama's, by the names in `share.needs`, where it can be exported."""
+EXPERT_WIDTHS = {"olmoe": "intermediate_size", "qwen3_moe": "moe_intermediate_size"}
+"""Field of a MoE's configuration that has the width of its experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A dense family that can be carved, and the CMoE classes it becomes."""
+    """A decoder of transformers of which every layer has the same FFN, or the same experts."""
 
-    dense_model: Any
-    """Class of the dense causal model."""
+    dense_model: type[PreTrainedModel]
+    """The causal model."""
+    layers: str = "layers"
+    """Name of the list of layers in the decoder."""
     layer_prefix: str = "model.layers.{}."
-    embedding: str = "model.embed_tokens.weight"
-    head: str = "lm_head.weight"
-    """Not stored when the configuration ties it to the embedding."""
-    gate: str | None = "mlp.gate_proj.weight"
-    """None for an FFN without a gate, of which `up_bias` and `down_bias` are named."""
-    up: str = "mlp.up_proj.weight"
-    up_bias: str | None = None
-    down: str = "mlp.down_proj.weight"
-    down_bias: str | None = None
+    """Of a layer's tensors in the causal model, with braces for its number."""
+    ffn: DenseFFN
+    """Of each layer; of each expert of a MoE, by names relative to the expert."""
     router: str | None = None
-    """Of a MoE. `gate`, `up` and `down` are then those of an expert, behind `expert_prefix`."""
-    expert_prefix: str = "mlp.experts.{}."
-    expert_width: str = "intermediate_size"
-    """Field of the configuration."""
-    lora: tuple[str, ...] = (
-        *("q_proj", "k_proj", "v_proj", "o_proj"),
-        *("gate_proj", "up_proj", "down_proj"),
-    )
-    """Linear layers, dense or carved, that recovery adapts by LoRA."""
-    differs: tuple[str, ...] | None = None
-    """In what its decoder differs from Llama's, by the names in `share.needs`; None if unknown: its
-    carved models cannot be exported."""
-    driver: str = "pipeline"
-    """The module of `carve` that walks its layers."""
-    ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
-    """Tensors of old checkpoints that are recomputed and not stored again."""
+    """Weight of a MoE's router, relative to the layer."""
+    expert_prefix: str = ""
+    """Of an expert's tensors, with braces for its number, relative to the layer."""
 
     @property
-    def dense_config(self) -> type[PreTrainedConfig]:
-        """Return the configuration class of the dense family."""
-        return self.dense_model.config_class
+    def model_type(self) -> str:
+        """Return the name of the dense family."""
+        kind: Any = self.dense_model.config_class
+        return kind.model_type
 
     @property
     def cmoe_config(self) -> type[cmoe_hf.CMoEConfig]:
         """Return the configuration class of the carved family."""
-        return cmoe_hf.carved_classes(self.dense_config.model_type)[0]
+        return cmoe_hf.carved_classes(self.model_type)[0]
 
     @property
     def cmoe_model(self) -> type[PreTrainedModel]:
         """Return the class of the carved causal model."""
-        return cmoe_hf.carved_classes(self.dense_config.model_type)[2]
+        return cmoe_hf.carved_classes(self.model_type)[2]
 
     @property
-    def decoder_layer(self) -> type[nn.Module]:
-        """Return the class of a layer, of which `mlp` is the FFN."""
-        return self._beside_model(*self.dense_model._no_split_modules)
+    def block(self) -> str:
+        """Return what the names of a block's tensors begin with, relative to the layer."""
+        return f"{self.ffn.place.module}."
 
     @property
-    def rotary_embedding(self) -> type[nn.Module]:
-        """Return the class of the position embeddings."""
-        stem = self.dense_model.__name__.removesuffix("ForCausalLM")
-        return self._beside_model(f"{stem}RotaryEmbedding")
-
-    def _beside_model(self, name: str) -> type[nn.Module]:
-        return getattr(sys.modules[self.dense_model.__module__], name)
-
-
-MOE: dict[str, Any] = {
-    "driver": "hierarchy",
-    "router": "mlp.gate.weight",
-    "gate": "gate_proj.weight",
-    "up": "up_proj.weight",
-    "down": "down_proj.weight",
-}
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(dense_model=LlamaForCausalLM, differs=()),
-    "mistral": Architecture(dense_model=MistralForCausalLM, differs=()),
-    "qwen2": Architecture(dense_model=Qwen2ForCausalLM, differs=("biases",)),
-    "qwen3": Architecture(dense_model=Qwen3ForCausalLM, differs=("norms",)),
-    "qwen3_moe": Architecture(
-        dense_model=Qwen3MoeForCausalLM, **MOE, expert_width="moe_intermediate_size"
-    ),
-    "olmoe": Architecture(dense_model=OlmoeForCausalLM, **MOE),
-    "gpt_neox": Architecture(
-        dense_model=GPTNeoXForCausalLM,
-        layer_prefix="gpt_neox.layers.{}.",
-        embedding="gpt_neox.embed_in.weight",
-        head="embed_out.weight",
-        gate=None,
-        up="mlp.dense_h_to_4h.weight",
-        up_bias="mlp.dense_h_to_4h.bias",
-        down="mlp.dense_4h_to_h.weight",
-        down_bias="mlp.dense_4h_to_h.bias",
-        lora=(
-            *("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
-            *("up_proj", "down_proj"),
-        ),
-        ignored_suffixes=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
-    ),
-}
+    def config_field(self) -> dict[str, Any]:
+        """Return the field `ffn` of a carved model's configuration."""
+        ffn = self.ffn
+        return {
+            "layers": self.layers,
+            "module": ffn.place.module,
+            "skipped": list(ffn.place.skipped),
+            "gated": ffn.has_gate,
+            "width": ffn.width,
+            "activation": ffn.activation,
+            "up_bias": ffn.up_bias,
+            "down_bias": ffn.down_bias,
+            "takes_residual": ffn.place.takes_residual,
+        }
 
 
-def find_architecture(config: dict[str, Any], folder: Path) -> Architecture:
-    """Return the architecture of a model, from its raw `config.json`.
+def gated_ffn(width: int, activation: str = "silu") -> DenseFFN:
+    """Return the FFN of Llama and its kin, or of an expert."""
+    return DenseFFN(
+        owner="mlp",
+        kind="gated",
+        gate="gate_proj",
+        up="up_proj",
+        down="down_proj",
+        width=width,
+        activation=activation,
+        place=Place("mlp"),
+    )
 
-    Raises `RequestError` naming what was found if the family, or a variant of it, cannot be
-    carved. `folder` is where its weights may lie.
+
+def llama_architecture(config: PreTrainedConfig) -> Architecture:
+    """Return the architecture of a Llama."""
+    return Architecture(
+        dense_model=LlamaForCausalLM, ffn=gated_ffn(config.intermediate_size, config.hidden_act)
+    )
+
+
+def moe_architecture(config: PreTrainedConfig, model: type[PreTrainedModel]) -> Architecture:
+    """Return the architecture of a MoE of which the experts can be carved."""
+    width = getattr(config, EXPERT_WIDTHS[config.model_type])
+    return Architecture(
+        dense_model=model,
+        ffn=replace(gated_ffn(width, config.hidden_act), owner=""),
+        router="mlp.gate.weight",
+        expert_prefix="mlp.experts.{}.",
+    )
+
+
+def dense_class(config: dict[str, Any]) -> type[PreTrainedConfig]:
+    """Return the configuration class of a dense model, from its raw `config.json`.
+
+    Raises `RequestError` for what cannot be carved, naming what was found.
     """
-    model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    model_type = str(config.get("model_type"))
+    if model_type.startswith("cmoe_"):
+        raise RequestError(f"cannot carve a model of type {model_type!r}: it is carved already.")
+    for part, inner in config.items():
+        if isinstance(inner, dict) and inner.get("model_type") in CONFIG_MAPPING:
+            raise RequestError(
+                f"cannot carve a model of type {model_type!r}: it has a {inner['model_type']} "
+                f"inside ({part}) beside other parts, which a carved model would lose. Save the "
+                "language model by itself, and carve that."
+            )
+    if model_type not in CONFIG_MAPPING or (
+        CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
         named = ", ".join(config.get("architectures") or []) or "no architecture named"
         raise RequestError(
-            f"cannot carve a model of type {model_type!r} ({named}).{reason(config, folder)} "
-            f"Supported model types: {', '.join(sorted(ARCHITECTURES))}."
-        )
-    if config.get("mlp_bias"):
-        raise RequestError(
-            "cannot carve an FFN with biases (mlp_bias is true): the experts have none. "
-            "Use a checkpoint without FFN biases."
+            f"cannot carve a model of type {model_type!r} ({named}): this transformers has no "
+            "causal language model of that type."
         )
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
         raise RequestError(
@@ -155,37 +157,35 @@ def find_architecture(config: dict[str, Any], folder: Path) -> Architecture:
             f"the checkpoint is quantised ({method}): neurons cannot be moved between packed "
             "weights. Carve the unquantised checkpoint and quantise the result."
         )
-    return ARCHITECTURES[model_type]
+    dense = CONFIG_MAPPING[model_type]
+    if clashing := sorted(clashing_fields(dense, config)):
+        raise RequestError(
+            f"cannot carve a model of type {model_type!r}: it has fields that a carved model needs "
+            f"for itself ({', '.join(clashing)})."
+        )
+    return dense
 
 
-def architecture_of(config: PreTrainedConfig) -> Architecture | None:
-    """Return the architecture of a dense or a carved model; None if it is neither."""
-    for arch in ARCHITECTURES.values():
-        if config.model_type in (arch.dense_config.model_type, arch.cmoe_config.model_type):
-            return arch
-    return None
+def clashing_fields(dense: type[PreTrainedConfig], config: dict[str, Any]) -> Iterator[str]:
+    """Yield the fields in use that a dense family calls as carving does."""
+    if dense.model_type in MOE_FAMILIES:
+        return
+    own = cmoe_hf.CMoEConfig.__annotations__.keys() - {"output_router_logits"}
+    for name in own & {*getattr(dense, "__dataclass_fields__", ())}:
+        if config.get(name) is not None:
+            yield name
 
 
-def reason(config: dict[str, Any], folder: Path) -> str:
-    """Return what is known of a model that cannot be carved."""
-    if str(config.get("model_type")).startswith("cmoe_"):
-        return " It is carved already."
-    for part, inner in config.items():
-        if isinstance(inner, dict) and inner.get("model_type") in ARCHITECTURES:
-            return (
-                f" It has a {inner['model_type']} inside ({part}) beside other parts: save the "
-                "language model by itself, and carve that."
-            )
-    found = []
-    with suppress(RequestError):  # a Hub model is not there yet
-        for name, tensor in read_headers(folder).items():
-            layer, _, part = name.partition(".0.")
-            if part and layer and len(tensor.shape) > 1 and not re.search("att|norm", part):
-                found.append(f"{part.removesuffix('.weight')} {tuple(tensor.shape)}")
-    if not found:
-        return ""
-    return (
-        f" The FFN of its first layer has {', '.join(found[:8])}: if that is a gate, an up and a "
-        "down projection, or the last two with biases, an entry in "
-        "conversion/source/architectures.py would do: see CONTRIBUTING.md."
-    )
+def dense_type(config: PreTrainedConfig) -> str:
+    """Return the `model_type` of a dense model, or that which a carved one was carved from."""
+    return config.model_type.removeprefix("cmoe_")
+
+
+def differences(config: PreTrainedConfig) -> tuple[str, ...] | None:
+    """Return in what a dense or carved model's decoder differs from Llama's; None if unknown."""
+    return DIFFERS.get(dense_type(config))
+
+
+def is_moe(config: PreTrainedConfig) -> bool:
+    """Return whether a dense or carved model is of a MoE's family."""
+    return dense_type(config) in MOE_FAMILIES

@@ -26,16 +26,33 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.activations import ACT2FN
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from yaml import YAMLError
 
 from ..errors import CMoEError, RequestError
-from .architectures import Architecture, find_architecture
-from .library import dense_config, dense_shapes
+from .architectures import Architecture, dense_class, is_moe, moe_architecture
+from .ffn import find_ffn
+from .library import blaming, dense_config, meta_model
 from .stored import CARVABLE, TensorRef, digest_of, read_headers, read_json, read_tensors
+from .walk import LayerWalk, entering
 
-HEAD = "lm_head.weight"
-"""What the library calls the head of every family."""
+IGNORED = (
+    r"rotary_emb\.inv_freq$",
+    r"attn\.(bias|masked_bias)$",
+    r"attention\.(bias|masked_bias)$",
+)
+"""Tensors of old checkpoints that are computed again and not stored."""
+PROOF_TOKENS = 16
+"""Tokens on which the formula of an FFN is compared with what it computes."""
 ADAPTER = "adapter_config.json"
 MERGE = (
     "Merge the adapter into its model first: load both with PEFT, call merge_and_unload(), and "
@@ -74,6 +91,7 @@ SOURCE_FILES = (
 )
 logger = logging.getLogger(__name__)
 Shapes = dict[str, list[int]]
+HEADS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SNAPSHOT = re.compile(r"models--(.+)/snapshots/([0-9a-f]{40})")
 """How the path of a Hub model's files in the library's cache ends: its id, and the commit."""
@@ -95,15 +113,7 @@ class Source:
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Return the named tensors, as stored. Raises `CMoEError` for one that is not finite."""
-        tensors = {}
-        for name, tensor in read_tensors({name: self.tensors[name] for name in names}):
-            if not torch.isfinite(tensor).all():
-                raise CMoEError(
-                    f"tensor {name} in {self.tensors[name].path.name} has NaN or infinite values: "
-                    "the source checkpoint is damaged. Download it again or choose another."
-                )
-            tensors[name] = tensor
-        return tensors
+        return read_finite({name: self.tensors[name] for name in names})
 
     def read_layer(self, index: int, *, without_experts: bool = False) -> dict[str, torch.Tensor]:
         """Return the tensors of one decoder layer, named relative to the layer."""
@@ -125,8 +135,13 @@ class Source:
 
     def read_rest(self) -> dict[str, torch.Tensor]:
         """Return the tensors outside the decoder layers: embedding, final norm, head."""
-        prefix = self.architecture.layer_prefix.partition("{")[0]
-        return self.read(name for name in self.tensors if not name.startswith(prefix))
+        return self.read(outside(self.architecture.layer_prefix, self.tensors))
+
+    def walk(self, rest: Mapping[str, torch.Tensor], device: torch.device) -> LayerWalk:
+        """Return the layers, none with its weights, and the decoder around them with `rest`."""
+        walk = LayerWalk(meta_model(self.architecture.dense_model, self.config), device)
+        walk.load_rest(rest)
+        return walk
 
     def digest(self) -> str:
         """Return the SHA-256 of all tensors. A NaN is found now, not hours later."""
@@ -148,10 +163,11 @@ class Source:
     def ffn(self, index: int) -> list[TensorRef]:
         """Return the tensors of a layer's FFN, or first expert, that its neurons share out."""
         arch = self.architecture
-        prefix = arch.layer_prefix.format(index)
-        prefix += arch.expert_prefix.format(0) if arch.router else ""
-        names = (arch.up, arch.gate, arch.up_bias, arch.down)
-        return [self.tensors[prefix + name] for name in names if name is not None]
+        prefix = arch.layer_prefix.format(index) + arch.expert_prefix.format(0)
+        parts = arch.ffn.names()
+        names = [f"{prefix}{name}.weight" for name in parts.values()]
+        names += [f"{prefix}{name}.bias" for part, name in parts.items() if part != "down"]
+        return [self.tensors[name] for name in names if name in self.tensors]
 
     @property
     def ffn_parameters(self) -> int:
@@ -281,7 +297,7 @@ def open_source(
     does not, the model is taken for one of the library's family.
     """
     folder, name, commit = find_model(model, revision=revision)
-    architecture = find_architecture(read_json(folder / "config.json"), folder)
+    dense = dense_class(read_json(folder / "config.json"))
     check_code(folder, name, trust_remote_code)
     if commit is not None:
         folder = fetch_model(name, revision, code=trust_remote_code)
@@ -291,15 +307,74 @@ def open_source(
             f"{name} has {ADAPTER} beside its weights: the library would add the adapter to them, "
             f"and a carved model would lack it. {MERGE}"
         )
-    config = dense_config(architecture, folder, name)
-    packed = dense_shapes(architecture, config, name)
+    config = dense_config(dense, folder, name)
+    with blaming(config, name, "hidden_act"):
+        ACT2FN[getattr(config, "hidden_act", "silu")]
+    with blaming(config, name, "rope_parameters", "vocab_size", "pad_token_id", *HEADS):
+        causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[dense]
+        built = meta_model(causal, config)
+    moe = moe_architecture(config, causal) if is_moe(config) else None
     shapes = {
         own: part.shape
-        for key, shape in packed.items()
-        for own, part in unpacked(architecture, key, TensorRef(folder, key, "", shape))
+        for key, it in built.state_dict().items()
+        for own, part in unpacked(moe, key, TensorRef(folder, key, "", list(it.shape)))
     }
-    tensors = named_tensors(architecture, config, read_headers(folder), shapes)
+    tensors = named_tensors(built, moe, config, read_headers(folder), shapes)
+    with blaming(config, name, "rope_parameters", *HEADS):
+        architecture = found_architecture(built, moe, tensors, name)
     return Source(folder, name, commit or local_name(folder)[1], architecture, config, tensors)
+
+
+@torch.no_grad()
+def found_architecture(
+    model: PreTrainedModel, moe: Architecture | None, tensors: Mapping[str, TensorRef], name: str
+) -> Architecture:
+    """Return what the first layer shows of a decoder. Raises `RequestError` if it has no FFN.
+
+    The model, on the meta device, is used up. Of a MoE it is checked that its layers run.
+    """
+    walk = LayerWalk(model, torch.device("cpu"))
+    prefix = f"{walk.prefix}{{}}."
+    first = prefix.format(0)
+    experts = first + moe.expert_prefix.partition("{")[0] if moe else None
+    inside = {
+        key: it
+        for key, it in tensors.items()
+        if key.startswith(first) and not (experts and key.startswith(experts))
+    }
+    try:
+        walk.load_rest(read_finite({key: tensors[key] for key in outside(prefix, tensors)}))
+        walk.record(1, PROOF_TOKENS)
+        layer = read_finite(inside)
+        walk.load(0, {key.removeprefix(first): it.float() for key, it in layer.items()})
+        hidden_BLH = entering(walk.calls[1, PROOF_TOKENS])
+        if moe is not None:
+            walk.replace_ffn(moe.ffn.place)
+            walk.ffn_input(hidden_BLH)
+            return moe
+        ffn = find_ffn(walk, hidden_BLH)
+    except RequestError as error:
+        raise RequestError(f"cannot carve {name}, a {model.config.model_type}: {error}") from error
+    return Architecture(dense_model=type(model), layers=walk.name, layer_prefix=prefix, ffn=ffn)
+
+
+def outside(layer_prefix: str, names: Iterable[str]) -> list[str]:
+    """Return the names of tensors outside the decoder layers."""
+    prefix = layer_prefix.partition("{")[0]
+    return [name for name in names if not name.startswith(prefix)]
+
+
+def read_finite(tensors: Mapping[str, TensorRef]) -> dict[str, torch.Tensor]:
+    """Return some tensors, as stored. Raises `CMoEError` for one that is not finite."""
+    found = {}
+    for name, tensor in read_tensors(tensors):
+        if not torch.isfinite(tensor).all():
+            raise CMoEError(
+                f"tensor {name} in {tensors[name].path.name} has NaN or infinite values: the "
+                "source checkpoint is damaged. Download it again or choose another."
+            )
+        found[name] = tensor
+    return found
 
 
 def check_code(folder: Path, name: str, trusted: bool) -> None:
@@ -318,7 +393,11 @@ def check_code(folder: Path, name: str, trusted: bool) -> None:
 
 
 def named_tensors(
-    arch: Architecture, config: PreTrainedConfig, stored: Mapping[str, TensorRef], shapes: Shapes
+    model: PreTrainedModel,
+    moe: Architecture | None,
+    config: PreTrainedConfig,
+    stored: Mapping[str, TensorRef],
+    shapes: Shapes,
 ) -> dict[str, TensorRef]:
     """Return the stored tensors by the names that the dense model has for them.
 
@@ -328,11 +407,8 @@ def named_tensors(
     Raises `RequestError` for what the library would not load in full, or carving would lose.
     """
     tensors: dict[str, TensorRef] = {}
-    for key, tensor in stored.items():
-        if key.endswith(arch.ignored_suffixes):
-            continue
-        for own, part in unpacked(arch, key, tensor):
-            name = library_name(arch, own, shapes)
+    for key, own in loaded_names(model, moe, stored, shapes).items():
+        for name, part in unpacked(moe, own, stored[key]):
             if name in tensors:
                 raise RequestError(
                     f"tensors {tensors[name].key} and {key} both stand for {name}: nobody can say "
@@ -354,59 +430,89 @@ def named_tensors(
                 "can be carved. Use the checkpoint from before it was quantised, or save it again "
                 "in one of these types."
             )
+    head, embedding = ends_of(model)
     if config.tie_word_embeddings:
-        tie_head(arch, config, tensors)
+        tie_head(head, embedding, config, tensors)
     if config.tie_word_embeddings:
-        shapes = {name: shape for name, shape in shapes.items() if name != HEAD}
-    check_shapes(config, tensors, shapes)
+        shapes = {name: shape for name, shape in shapes.items() if name != head}
+    check_shapes(config, tensors, shapes, head)
     return tensors
 
 
-def unpacked(arch: Architecture, key: str, tensor: TensorRef) -> list[tuple[str, TensorRef]]:
-    """Return a tensor by its name, or the parts of one that has all of a layer's experts."""
-    inside = arch.expert_prefix.partition("{")[0]
+def loaded_names(
+    model: PreTrainedModel,
+    moe: Architecture | None,
+    keys: Iterable[str],
+    known: Collection[str],
+) -> dict[str, str]:
+    """Return what the library's loader calls the tensors of a file, without those it ignores.
+
+    Raises `RequestError` for tensors that the loader does not only rename but also converts.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    ignored = [*IGNORED, *(model._keys_to_ignore_on_load_unexpected or ())]
+    state = dict.fromkeys(known, True)
+    names: dict[str, str] = {}
+    for key in keys:
+        prefix = model.base_model_prefix
+        name, _ = rename_source_key(key, renamings, [], prefix, state)
+        if name not in known and any(re.search(pattern, key) for pattern in ignored):
+            continue
+        if name not in known and moe is None:
+            found, converter = rename_source_key(key, renamings, converters, prefix, state)
+            if converter is not None and found in known:
+                raise RequestError(
+                    f"tensor {key} is stored in another layout than {found}, to which the library "
+                    "converts it. Load the model with transformers and save it again."
+                )
+        names[key] = name
+    return names
+
+
+def ends_of(model: PreTrainedModel) -> tuple[str, str]:
+    """Return the names of the weights of a causal model's head and embedding."""
+    names = {id(module): name for name, module in model.named_modules()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return f"{names[id(head)]}.weight", f"{names[id(embedding)]}.weight"
+
+
+def unpacked(moe: Architecture | None, key: str, tensor: TensorRef) -> list[tuple[str, TensorRef]]:
+    """Return a tensor by its name, or the parts of one that has all experts of a MoE's layer."""
+    inside = moe.expert_prefix.partition("{")[0] if moe else ""
     packed = key.endswith((f"{inside}gate_up_proj", f"{inside}down_proj"))
-    if arch.router is None or not packed or len(tensor.shape) != 3:
+    if moe is None or not packed or len(tensor.shape) != 3:
         return [(key, tensor)]
     layer, _, name = key.partition(inside)
-    parts = [arch.down] if name == "down_proj" else [arch.gate, arch.up]
+    parts = moe.ffn.names()
+    kept = [parts["down"]] if name == "down_proj" else [parts["gate"], parts["up"]]
     return [
         (
-            f"{layer}{arch.expert_prefix.format(number)}{part}",
-            tensor.of_expert(number, place, len(parts)),
+            f"{layer}{moe.expert_prefix.format(number)}{part}.weight",
+            tensor.of_expert(number, place, len(kept)),
         )
         for number in range(tensor.shape[0])
-        for place, part in enumerate(parts)
+        for place, part in enumerate(kept)
     ]
 
 
-def library_name(arch: Architecture, key: str, known: Collection[str]) -> str:
-    """Return the dense model's name for a tensor of a file, by the rules of the library's loader.
-
-    A file may have an old name of the head, and the prefix of the model without a head once too
-    often or not at all.
-    """
-    if key == arch.head:
-        return HEAD
-    prefix = arch.dense_model.base_model_prefix + "."
-    candidates = (key.removeprefix(prefix), prefix + key)
-    return next((name for name in candidates if name in known), key)
-
-
-def tie_head(arch: Architecture, config: PreTrainedConfig, tensors: dict[str, TensorRef]) -> None:
+def tie_head(
+    head_name: str, embedding_name: str, config: PreTrainedConfig, tensors: dict[str, TensorRef]
+) -> None:
     """Leave out a head that equals the embedding to which the configuration ties it.
 
     As in the library's loader, either may be missing, and two that differ are not tied.
     """
-    if HEAD not in tensors:
+    if head_name not in tensors:
         return
-    head = tensors[HEAD]
-    embedding = tensors.setdefault(arch.embedding, head)
+    head = tensors[head_name]
+    embedding = tensors.setdefault(embedding_name, head)
+    both = {head_name: head, embedding_name: embedding}
     if embedding is head or (
-        head.shape == embedding.shape
-        and torch.equal(*(it for _, it in read_tensors({HEAD: head, arch.embedding: embedding})))
+        head.shape == embedding.shape and torch.equal(*(it for _, it in read_tensors(both)))
     ):
-        del tensors[HEAD]
+        del tensors[head_name]
         return
     config.tie_word_embeddings = False
     logger.warning(
@@ -417,14 +523,14 @@ def tie_head(arch: Architecture, config: PreTrainedConfig, tensors: dict[str, Te
 
 
 def check_shapes(
-    config: PreTrainedConfig, tensors: Mapping[str, TensorRef], expected: Shapes
+    config: PreTrainedConfig, tensors: Mapping[str, TensorRef], expected: Shapes, head: str
 ) -> None:
     """Raise `RequestError` unless the tensors are those expected, of the same shapes."""
     missing = sorted(expected.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - expected.keys())
-    if missing == [HEAD]:
+    if missing == [head]:
         raise RequestError(
-            f"the checkpoint has no head ({HEAD}), and config.json does not tie it to the "
+            f"the checkpoint has no head ({head}), and config.json does not tie it to the "
             "embedding: the library would make one up at random. Save the whole model, or set "
             "tie_word_embeddings to true if it shares the embedding."
         )

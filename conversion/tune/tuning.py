@@ -31,13 +31,14 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.pytorch_utils import Conv1D
 
 from cmoe_hf.modeling_cmoe import CMoERouter, ExpertsLoop
 
 from ..carve.router import HIGHEST_BIAS
 from ..errors import CMoEError, RequestError, missing
 from ..measure.routing import active_routers, always_on, count_loads
-from ..source.architectures import architecture_of
+from ..source.walk import decoder_layers
 
 POSITIVE = ("samples", "batch_size", "rank", "alpha", "epochs", "learning_rate")
 NOT_NEGATIVE = ("router_learning_rate", "bias_speed", "warmup_steps")
@@ -238,12 +239,16 @@ def with_adapters(model: PreTrainedModel, tuning: Tuning) -> nn.Module:
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3
     }
-    architecture = architecture_of(model.config)
-    assert architecture is not None  # nothing else is tuned
+    _, layers = decoder_layers(model.base_model)
+    linears = {
+        path.rpartition(".")[2]
+        for path, module in layers.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
     config = LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha,
-        target_modules=list(architecture.lora),
+        target_modules=sorted(linears),
         target_parameters=sorted(packed) or None,
         modules_to_save=["gate"] if routed else None,
         task_type="CAUSAL_LM",
