@@ -5,6 +5,7 @@ Likeliest tokens, log-probabilities and greedy tokens, computed by `model_output
 """
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def stated_fingerprint(folder: Path) -> dict[str, Any] | None:
 
 def prompts_for(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Return token ids of two prompts of different lengths, within the model's context."""
-    context = AutoConfig.from_pretrained(folder).max_position_embeddings
+    context = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", sys.maxsize)
     longest = max(LENGTHS[0], min(LENGTHS[1], context - outputs.GENERATED))
     ids = [tokenizer(prompt)["input_ids"][:longest] for prompt in PROMPTS]
     ids[1] = ids[1][: len(ids[0]) - 1]

@@ -185,7 +185,7 @@ def sample_ids(
     if not sample.strip():
         raise RequestError("--sample is empty: give a sentence.")
     ids_T = tokenize(tokenizer, sample)
-    most = min(MAX_SAMPLE, model.config.max_position_embeddings)
+    most = min(MAX_SAMPLE, getattr(model.config, "max_position_embeddings", MAX_SAMPLE))
     if len(ids_T) > most:
         raise RequestError(f"--sample has {len(ids_T)} tokens; at most {most} can be shown.")
     return ids_T

@@ -161,7 +161,8 @@ def dense_class(config: dict[str, Any]) -> type[PreTrainedConfig]:
     if clashing := sorted(clashing_fields(dense, config)):
         raise RequestError(
             f"cannot carve a model of type {model_type!r}: it has fields that a carved model needs "
-            f"for itself ({', '.join(clashing)})."
+            f"for itself ({', '.join(clashing)}). Of MoEs only {' and '.join(MOE_FAMILIES)} can be "
+            "carved."
         )
     return dense
 

@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 from tqdm import tqdm
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -313,6 +314,10 @@ def open_source(
     with blaming(config, name, "rope_parameters", "vocab_size", "pad_token_id", *HEADS):
         causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[dense]
         built = meta_model(causal, config)
+    if type(built.base_model) is not MODEL_MAPPING.get(dense):
+        raise RequestError(
+            f"cannot carve {name}, a {config.model_type}: its causal model is a part of another."
+        )
     moe = moe_architecture(config, causal) if is_moe(config) else None
     shapes = {
         own: part.shape
@@ -434,7 +439,8 @@ def named_tensors(
     if config.tie_word_embeddings:
         tie_head(head, embedding, config, tensors)
     if config.tie_word_embeddings:
-        shapes = {name: shape for name, shape in shapes.items() if name != head}
+        tied = {head, *(model._tied_weights_keys or ())}
+        shapes = {name: shape for name, shape in shapes.items() if name not in tied}
     check_shapes(config, tensors, shapes, head)
     return tensors
 

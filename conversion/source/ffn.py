@@ -8,6 +8,7 @@ down(act(gate x) * up x), or into down(act(up x)).
 Shape suffixes: B windows, L tokens of one window, T tokens, H hidden size, F FFN width.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -120,6 +121,8 @@ class Seen(NamedTuple):
 
 def find_ffn(walk: LayerWalk, hidden_BLH: torch.Tensor) -> DenseFFN:
     """Return the FFN of the layer that has its weights. Raises `RequestError` if none is proven."""
+    if packed := packed_experts(walk.layer):
+        raise RequestError(f"layer {walk.index} has experts of its own ({packed}): it is a MoE.")
     tried = []
     for found in candidates(walk.layer):
         seen = observe(walk, found, hidden_BLH)
@@ -132,8 +135,6 @@ def find_ffn(walk: LayerWalk, hidden_BLH: torch.Tensor) -> DenseFFN:
             if is_proven(ffn, walk, seen):
                 return replace(ffn, adds=is_added(walk, ffn, hidden_BLH, seen.out_BLH))
         tried.append(f"{found.owner or 'the layer'} ({found.up}, {found.down})")
-    if packed := [name for name, it in walk.layer.named_parameters() if it.ndim == 3]:
-        raise RequestError(f"layer {walk.index} has experts of its own ({packed[0]}): it is a MoE.")
     raise RequestError(
         f"layer {walk.index} has no FFN of a known formula"
         + (f": {', '.join(dict.fromkeys(tried))} compute something else." if tried else ".")
@@ -164,6 +165,12 @@ def is_proven(ffn: DenseFFN, walk: LayerWalk, seen: Seen) -> bool:
     """Return whether the formula turns what entered an FFN into what left it."""
     weights = ffn.take(dict(walk.layer.state_dict()))
     return difference(ffn.output(weights, seen.x_TH), seen.y_TH) < TOLERANCE
+
+
+def packed_experts(layer: nn.Module) -> str | None:
+    """Return the name of a parameter that holds the weights of several experts, if any."""
+    names = (name for name, weight in layer.named_parameters() if weight.ndim == 3)
+    return next((name for name in names if re.search("expert|moe", name)), None)
 
 
 def candidates(layer: nn.Module) -> list[DenseFFN]:

@@ -21,6 +21,12 @@ FFNFunction = Callable[[torch.Tensor], torch.Tensor]
 """Maps inputs (T, H) to outputs (T, H)."""
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 """Arguments of each layer's forward method."""
+RETURNED: tuple[Callable[[torch.Tensor], Any], ...] = (
+    lambda hidden: hidden,
+    lambda hidden: (hidden, None, None),
+    lambda hidden: (hidden, None),
+)
+"""What the layers of families return: hidden states, alone or with what is not needed here."""
 
 
 class Place(NamedTuple):
@@ -71,7 +77,7 @@ class LayerWalk:
         """By the number of windows and of their tokens."""
         self.index = 0
         """The layer that has its weights."""
-        self._returns_tuple = False
+        self._returned = RETURNED[0]
         self._replaced: dict[str, Any] = {}
 
     def load_rest(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -146,7 +152,7 @@ class LayerWalk:
         else:
             kwargs = {**kwargs, "hidden_states": hidden_BLH}
         out = self.layer(*args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, tuple | list) else out
 
     def ffn_input(self, hidden_BLH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the hidden states behind the layer without its FFN, (B, L, H), and x, (T, H)."""
@@ -161,29 +167,29 @@ class LayerWalk:
 
     def _called(self, ids_BL: torch.Tensor) -> Calls:
         """Return how the decoder calls its layers for these tokens."""
-        for returns_tuple in (self._returns_tuple, not self._returns_tuple):
-            calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        reason: Exception | None = None
+        for returned in (self._returned, *RETURNED):
+            calls: Calls = []
             try:
                 for index, layer in enumerate(self.layers):
-                    layer.forward = recording(calls, index, returns_tuple)
+                    layer.forward = recording(calls, index, returned)
                 self.decoder(input_ids=ids_BL, use_cache=False)
-                self._returns_tuple = returns_tuple
             except RequestError:
                 raise
-            except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
-                if returns_tuple != self._returns_tuple:  # it is no matter of what they return
-                    raise
+            except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+                reason = reason or error  # that of what most families return
                 continue
             finally:
                 for layer in self.layers:
                     del layer.forward
-            found = list(calls.values())
-            if list(calls) != list(range(len(self.layers))):
-                raise RequestError("its layers are not called once each, one after the other.")
-            if not all(torch.equal(entering([it]), entering(found)) for it in found):
+            self._returned = returned
+            if len(calls) != len(self.layers):
+                raise RequestError(f"of its {len(self.layers)} layers {len(calls)} are called.")
+            if not all(torch.equal(entering([it]), entering(calls)) for it in calls):
                 raise RequestError("its hidden states are changed between the layers.")
-            return found
-        raise AssertionError("unreachable")
+            return calls
+        assert reason is not None
+        raise reason
 
     def _initialise(self, modules: list[nn.Module]) -> None:
         """Compute the buffers that no checkpoint holds, by the library's own `_init_weights`."""
@@ -203,15 +209,14 @@ class LayerWalk:
             self.model._init_weights(module)
 
 
-def recording(calls: dict[int, Any], index: int, returns_tuple: bool) -> Callable[..., Any]:
+def recording(calls: Calls, index: int, returned: Callable[..., Any]) -> Callable[..., Any]:
     """Return a forward method that records its arguments and returns the hidden states."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if index in calls:
-            raise RequestError(f"layer {index} is called more than once.")
-        calls[index] = (args, kwargs)
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, None, None) if returns_tuple else hidden
+        if len(calls) != index:
+            raise RequestError(f"layer {index} is called out of turn, as number {len(calls)}.")
+        calls.append((args, kwargs))
+        return returned(args[0] if args else kwargs["hidden_states"])
 
     return forward
 
