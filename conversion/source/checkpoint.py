@@ -314,7 +314,8 @@ def open_source(
     with blaming(config, name, "rope_parameters", "vocab_size", "pad_token_id", *HEADS):
         causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[dense]
         built = meta_model(causal, config)
-    if type(built.base_model) is not MODEL_MAPPING.get(dense):
+    decoder: Any = MODEL_MAPPING.get(dense, None)
+    if type(built.base_model) is not decoder:
         raise RequestError(
             f"cannot carve {name}, a {config.model_type}: its causal model is a part of another."
         )
