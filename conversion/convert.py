@@ -20,14 +20,14 @@ from .carve.hierarchy import MoEWalk
 from .carve.pipeline import ModelWalk
 from .carve.recipe import Recipe
 from .carve.settings import NORMAL, ConvertOptions, Settings, absolute, shard_bytes
-from .carve.shape import Shape, width_warning
+from .carve.shape import Shape
 from .device import DTYPES, peak_memory_bytes, versions
 from .errors import RequestError
 from .folder.card import model_card
 from .folder.fingerprint import CONVERSION, fingerprint_of
 from .folder.layerwise import WorkFolder, planned_tensors
 from .options import narrowed, with_options
-from .plan import Prepared, prepare, prepare_work
+from .plan import Prepared, prepare, prepare_work, warnings_of
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def convert(options: ConvertOptions) -> Conversion:
     """
     settings = narrowed(options, Settings)
     prepared, work = prepare_work(options.model, options.output, settings)
-    if warning := width_warning(prepared.config):
+    for warning in warnings_of(prepared):
         logger.warning("%s", warning)
     frozen = {
         "model": absolute(options.model),

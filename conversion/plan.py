@@ -26,6 +26,7 @@ from .folder.layerwise import WorkFolder
 from .folder.paths import existing_parent
 from .folder.unfinished import PartialFolder
 from .options import narrowed, with_options
+from .source.architectures import TESTED
 from .source.calibration import (
     CHARACTERS_PER_TOKEN,
     WHOLE_CHARACTERS,
@@ -261,8 +262,8 @@ def memory_bytes(prepared: Prepared, on_disk: bool) -> int:
         batch += (2 if adds else 5) * tokens * hidden + 18 * width * hidden * (
             recipe.polish_epochs > 0
         )
-    outside = source.parameters - config.num_hidden_layers * source.layer_parameters
-    outside *= round(source.nbytes(None) / source.parameters)
+    # As stored, to be written, and in float32, to compute the first hidden states.
+    outside = source.outside_parameters * (4 + round(source.nbytes(None) / source.parameters))
     layer = source.layer_parameters + kept + max(batch, clusters)
     return max(4 * layer, outside + 12 * tokens * hidden)
 
@@ -274,7 +275,7 @@ def estimate(prepared: Prepared, work: WorkFolder) -> Plan:
     resident = psutil.Process().memory_info().rss
     peak = resident + memory_bytes(prepared, prepared.settings.activations == "disk")
     available = resident + psutil.virtual_memory().available
-    warnings = [warning] if (warning := width_warning(config)) else []
+    warnings = warnings_of(prepared)
     if prepared.device.type == "cpu" and peak > available:
         warnings.append(
             f"the conversion may need {peak / 1e9:.1f} GB of memory, but {available / 1e9:.1f} GB "
@@ -305,6 +306,18 @@ def estimate(prepared: Prepared, work: WorkFolder) -> Plan:
         seconds=seconds(prepared),
         warnings=warnings,
     )
+
+
+def warnings_of(prepared: Prepared) -> list[str]:
+    """Return what should be known of a conversion that can be done."""
+    family = prepared.source.architecture.model_type
+    untested = (
+        f"no test of cmoe-hf carves a {family}: what its FFN computes is proven on the weights of "
+        "every layer, and each carved layer is compared with the dense one. Please compare the "
+        "models with `cmoe evaluate`, too."
+    )
+    found = [width_warning(prepared.config), None if family in TESTED else untested]
+    return [warning for warning in found if warning]
 
 
 def speedup(source: Source, config: CMoEConfig, routing: float = 0) -> float:

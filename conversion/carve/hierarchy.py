@@ -23,13 +23,13 @@ from cmoe_hf import CMoEHierarchicalConfig
 from cmoe_hf.modeling_cmoe import CMoEHierarchicalRouter
 
 from ..device import Stopwatch
+from ..source.ffn import overflowed
 from .decoder import Walk, attend, with_totals
 from .layer import (
     FFN,
     Profile,
     build_router,
     divide,
-    overflowed,
     packed,
     relative_error,
     take_ffn,

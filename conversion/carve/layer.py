@@ -17,7 +17,6 @@ from cmoe_hf import CMoEConfig
 from cmoe_hf.modeling_cmoe import CMoERouter
 
 from ..device import Stopwatch
-from ..errors import CMoEError
 from ..source.architectures import Architecture
 from .partition import Partition, partition_by_contributions, partition_by_marks, reassigned
 from .profile import (
@@ -52,9 +51,9 @@ class FFN:
     stored_dtype: torch.dtype
     """Precision of the checkpoint: derived weights are rounded to it before they are used, so that
     calibration sees what inference will see."""
-    gate_bias_F: torch.Tensor | None = None
     up_bias_F: torch.Tensor | None = None
     down_bias_H: torch.Tensor | None = None
+    gate_bias_F: torch.Tensor | None = None
     is_polished: bool = False
     """Whether gate and up are no longer the checkpoint's."""
 
@@ -365,11 +364,3 @@ def layer_figures(carved: CarvedLayer, profile: Profile, sample_TH: torch.Tensor
 def relative_error(got_TH: torch.Tensor, target_TH: torch.Tensor) -> float:
     """Return the length of the difference over that of the target; 0 if both are zero."""
     return ((got_TH - target_TH).norm() / target_TH.norm().clamp_min(1e-30)).item()
-
-
-def overflowed(index: int) -> CMoEError:
-    """Return the error for finite weights with activations that are not."""
-    return CMoEError(
-        f"layer {index} produces NaN or infinite activations on the calibration text, from finite "
-        "weights: the checkpoint overflows. Try another one."
-    )

@@ -18,7 +18,7 @@ from ..errors import CMoEError
 from ..source.architectures import Architecture
 from ..source.calibration import held_out
 from ..source.checkpoint import PROOF_TOKENS
-from ..source.ffn import TOLERANCE, difference, prove
+from ..source.ffn import TOLERANCE, difference, overflowed, prove
 from ..source.library import meta_model
 from ..source.walk import LayerWalk
 from .decoder import (
@@ -38,7 +38,6 @@ from .layer import (
     Profile,
     divide_and_route,
     layer_figures,
-    overflowed,
     running_experts,
     stored_tensors,
     take_ffn,

@@ -13,11 +13,8 @@ from typing import NamedTuple, Self
 
 import torch
 
-SWEEPS = 4
-"""Of the alternating least squares, which converges at once where the tail is a product."""
-FLOOR = 1e-2
-"""Channels whose factor is below this share of the root mean square are left nearly alone: they
-reach the residual stream as little as they could be corrected."""
+SWEEPS = 12
+"""Of the alternating least squares that measures the factors."""
 
 
 class Tail(NamedTuple):
@@ -38,17 +35,31 @@ class Tail(NamedTuple):
             channel_H = token_T @ product_TH / (weight_T @ square_TH).clamp_min(tiny)
         return cls(token_T, channel_H)
 
+    @property
+    def normalises(self) -> bool:
+        """Return whether tokens have factors of their own, as behind a norm."""
+        return bool(self.token_T.std() > 1e-3 * self.token_T.mean().abs())
+
     def aim(
         self, y_TH: torch.Tensor, added_TH: torch.Tensor, target_TH: torch.Tensor
     ) -> torch.Tensor:
-        """Return the output, near `y`, of which the layer would make the target.
+        """Return the output, near `y`, of which the layer would make nearly the target.
+
+        A norm divides all channels by what each of them becomes. One that would have to change
+        much, because little of it reaches the residual stream, would so do harm to the others:
+        its change is divided by 1 + r / 2, with the mean square r of the change over that of y.
 
         Args:
             y_TH: Outputs of the dense FFN.
             added_TH: What the layer makes of them.
             target_TH: What it should add to the residual stream.
         """
-        floor = FLOOR * self.channel_H.square().mean().sqrt()
-        inverse_H = self.channel_H / (self.channel_H.square() + floor.square())
-        scale_T = self.token_T / (self.token_T.square() + torch.finfo(y_TH.dtype).tiny)
-        return y_TH + (target_TH - added_TH) * inverse_H * scale_T[:, None]
+        tiny = torch.finfo(y_TH.dtype).tiny
+        square_H, square_T = self.channel_H.square(), self.token_T.square()
+        inverse_H = self.channel_H / (square_H + 1e-12 * square_H.max())
+        inverse_T = self.token_T / (square_T + tiny)
+        change_TH = (target_TH - added_TH) * inverse_H * inverse_T[:, None]
+        if self.normalises:
+            length_T1 = y_TH.square().mean(dim=1, keepdim=True).sqrt().clamp_min(tiny)
+            change_TH /= 1 + (change_TH / length_T1).square().mean(dim=0) / 2
+        return y_TH + change_TH

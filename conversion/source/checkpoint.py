@@ -6,6 +6,7 @@ Weights are only ever read from safetensors, by the names that the library has f
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -92,7 +93,11 @@ SOURCE_FILES = (
 )
 logger = logging.getLogger(__name__)
 Shapes = dict[str, list[int]]
-HEADS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+SIZES = (
+    *("rope_parameters", "rope_scaling", "hidden_size", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "pad_token_id"),
+)
+"""Fields of a configuration to look at if the library cannot build a model, or run its layers."""
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SNAPSHOT = re.compile(r"models--(.+)/snapshots/([0-9a-f]{40})")
 """How the path of a Hub model's files in the library's cache ends: its id, and the commit."""
@@ -157,9 +162,19 @@ class Source:
 
     @property
     def layer_parameters(self) -> int:
-        """Return the number of values in one decoder layer."""
-        prefix = self.architecture.layer_prefix.format(0)
-        return sum(it.numel for name, it in self.tensors.items() if name.startswith(prefix))
+        """Return the number of values in the largest decoder layer."""
+        start, _, rest = self.architecture.layer_prefix.partition("{}")
+        sizes = Counter[str]()
+        for name, tensor in self.tensors.items():
+            if name.startswith(start):
+                sizes[name.removeprefix(start).partition(rest)[0]] += tensor.numel
+        return max(sizes.values())
+
+    @property
+    def outside_parameters(self) -> int:
+        """Return the number of values outside the decoder layers."""
+        names = outside(self.architecture.layer_prefix, self.tensors)
+        return sum(self.tensors[name].numel for name in names)
 
     def ffn(self, index: int) -> list[TensorRef]:
         """Return the tensors of a layer's FFN, or first expert, that its neurons share out."""
@@ -300,6 +315,17 @@ def open_source(
     folder, name, commit = find_model(model, revision=revision)
     dense = dense_class(read_json(folder / "config.json"))
     check_code(folder, name, trust_remote_code)
+    config = dense_config(dense, folder, name)
+    with blaming(config, name, "hidden_act"):
+        ACT2FN[getattr(config, "hidden_act", "silu")]
+    with blaming(config, name, *SIZES):
+        causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[dense]
+        built = meta_model(causal, config)
+    decoder: Any = MODEL_MAPPING.get(dense, None)
+    if type(built.base_model) is not decoder:
+        raise RequestError(
+            f"cannot carve {name}, a {config.model_type}: its causal model is a part of another."
+        )
     if commit is not None:
         folder = fetch_model(name, revision, code=trust_remote_code)
         check_code(folder, name, trust_remote_code)
@@ -308,17 +334,6 @@ def open_source(
             f"{name} has {ADAPTER} beside its weights: the library would add the adapter to them, "
             f"and a carved model would lack it. {MERGE}"
         )
-    config = dense_config(dense, folder, name)
-    with blaming(config, name, "hidden_act"):
-        ACT2FN[getattr(config, "hidden_act", "silu")]
-    with blaming(config, name, "rope_parameters", "vocab_size", "pad_token_id", *HEADS):
-        causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[dense]
-        built = meta_model(causal, config)
-    decoder: Any = MODEL_MAPPING.get(dense, None)
-    if type(built.base_model) is not decoder:
-        raise RequestError(
-            f"cannot carve {name}, a {config.model_type}: its causal model is a part of another."
-        )
     moe = moe_architecture(config, causal) if is_moe(config) else None
     shapes = {
         own: part.shape
@@ -326,7 +341,7 @@ def open_source(
         for own, part in unpacked(moe, key, TensorRef(folder, key, "", list(it.shape)))
     }
     tensors = named_tensors(built, moe, config, read_headers(folder), shapes)
-    with blaming(config, name, "rope_parameters", *HEADS):
+    with blaming(config, name, *SIZES):
         architecture = found_architecture(built, moe, tensors, name)
     return Source(folder, name, commit or local_name(folder)[1], architecture, config, tensors)
 
@@ -349,7 +364,11 @@ def found_architecture(
         if key.startswith(first) and not (experts and key.startswith(experts))
     }
     try:
-        walk.load_rest(read_finite({key: tensors[key] for key in outside(prefix, tensors)}))
+        _, embedding = ends_of(model)
+        rest = {key: tensors[key] for key in outside(prefix, tensors)}
+        del rest[embedding]  # which may be large
+        walk.load_rest(read_finite(rest))
+        walk.invent_embedding()
         walk.record(1, PROOF_TOKENS)
         layer = read_finite(inside)
         walk.load(0, {key.removeprefix(first): it.float() for key, it in layer.items()})
@@ -460,7 +479,7 @@ def loaded_names(
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     ignored = [*IGNORED, *(model._keys_to_ignore_on_load_unexpected or ())]
-    state = dict.fromkeys(known, True)
+    state = dict.fromkeys([*known, *model.state_dict()], True)
     names: dict[str, str] = {}
     for key in keys:
         prefix = model.base_model_prefix

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import RequestError
+from ..errors import CMoEError, RequestError
 from .walk import LayerWalk, Place
 
 TOLERANCE = 1e-4
@@ -107,6 +107,14 @@ class DenseFFN:
         return F.linear(z_TF, down, weights["down_bias"])
 
 
+def overflowed(index: int) -> CMoEError:
+    """Return the error for finite weights with activations that are not."""
+    return CMoEError(
+        f"layer {index} produces NaN or infinite activations from finite weights: the checkpoint "
+        "overflows. Try another one."
+    )
+
+
 class Seen(NamedTuple):
     """What one run of a layer showed of an FFN."""
 
@@ -129,9 +137,7 @@ def find_ffn(walk: LayerWalk, hidden_BLH: torch.Tensor) -> DenseFFN:
         if seen is None:
             continue
         found = replace(found, place=seen.place)
-        choices = product(activations(walk.model.config), scales_of(walk.layer, found))
-        for activation, scales in choices:
-            ffn = replace(found, activation=activation, **scales)
+        for ffn in formulas(found, walk):
             if is_proven(ffn, walk, seen):
                 return replace(ffn, adds=is_added(walk, ffn, hidden_BLH, seen.out_BLH))
         tried.append(f"{found.owner or 'the layer'} ({found.up}, {found.down})")
@@ -164,7 +170,9 @@ def prove(walk: LayerWalk, ffn: DenseFFN, hidden_BLH: torch.Tensor) -> torch.Ten
 def is_proven(ffn: DenseFFN, walk: LayerWalk, seen: Seen) -> bool:
     """Return whether the formula turns what entered an FFN into what left it."""
     weights = ffn.take(dict(walk.layer.state_dict()))
-    return difference(ffn.output(weights, seen.x_TH), seen.y_TH) < TOLERANCE
+    down_HF = weights["down"]
+    is_as_wide = down_HF is not None and down_HF.shape[1] == ffn.width
+    return is_as_wide and difference(ffn.output(weights, seen.x_TH), seen.y_TH) < TOLERANCE
 
 
 def packed_experts(layer: nn.Module) -> str | None:
@@ -174,7 +182,7 @@ def packed_experts(layer: nn.Module) -> str | None:
 
 
 def candidates(layer: nn.Module) -> list[DenseFFN]:
-    """Return whatever has the shapes of an FFN, the widest first."""
+    """Return whatever has the shapes of an FFN: the widest first, and those with a gate."""
     found = []
     for owner, module in layer.named_modules():
         linears = {
@@ -201,7 +209,7 @@ def candidates(layer: nn.Module) -> list[DenseFFN]:
             for up, first in product(both, (True, False)):
                 parts = {"gate": up, "up": up, "up_bias": has_bias(module, up)}
                 found.append(DenseFFN(kind="fused", gate_first=first, **parts, **common))
-    return sorted(found, key=lambda ffn: -ffn.width)
+    return sorted(found, key=lambda ffn: (-ffn.width, not ffn.has_gate))
 
 
 def has_bias(module: nn.Module, name: str) -> bool:
@@ -209,17 +217,20 @@ def has_bias(module: nn.Module, name: str) -> bool:
     return module.get_submodule(name).bias is not None
 
 
-def activations(config: Any) -> list[str]:
-    """Return the names of activations without parameters, those of the configuration first."""
-    named = [value for value in config.to_dict().values() if isinstance(value, str)]
-    known = [name for name in ACT2FN if not list(ACT2FN[name].parameters())]
-    return [name for name in dict.fromkeys([*named, *known]) if name in known]
+def formulas(found: DenseFFN, walk: LayerWalk) -> Iterator[DenseFFN]:
+    """Yield the formulas to try, those with an activation that the configuration names first.
 
-
-def scales_of(layer: nn.Module, found: DenseFFN) -> list[dict[str, Any]]:
-    """Return scales to try: none, and those that the FFN has as numbers."""
-    numbers = [it for it in vars(layer.get_submodule(found.owner)).values() if type(it) is float]
-    return [{}, *({"gate_scale": g, "scale": s} for g, s in product(numbers, numbers))]
+    Scales are none, or numbers that the FFN has as attributes. Activations with parameters are not
+    supported; the others are made one by one, because some warn.
+    """
+    values = vars(walk.layer.get_submodule(found.owner)).values()
+    numbers = [value for value in values if type(value) is float]
+    scales: list[dict[str, Any]] = [{}]
+    scales += [{"gate_scale": g, "scale": s} for g, s in product(numbers, numbers)]
+    named = [value for value in walk.model.config.to_dict().values() if isinstance(value, str)]
+    for name in dict.fromkeys([*(name for name in named if name in ACT2FN), *ACT2FN]):
+        if not list(ACT2FN[name].parameters()):
+            yield from (replace(found, activation=name, **factors) for factors in scales)
 
 
 def observe(walk: LayerWalk, found: DenseFFN, hidden_BLH: torch.Tensor) -> Seen | None:
@@ -249,6 +260,8 @@ def observe(walk: LayerWalk, found: DenseFFN, hidden_BLH: torch.Tensor) -> Seen 
     if [len(seen["x"]), len(seen["y"])] != [1, 1] or len(seen["given"]) > 1:
         return None
     [(x, *_)], [y] = seen["x"], seen["y"]
+    if not bool(torch.isfinite(y).all()):
+        raise overflowed(walk.index)
     if not found.owner:
         place = Place(found.up, (*inline_activation(layer), found.down))
         return Seen(x.flatten(0, -2), y.flatten(0, -2), out_BLH, place)

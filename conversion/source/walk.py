@@ -21,6 +21,8 @@ FFNFunction = Callable[[torch.Tensor], torch.Tensor]
 """Maps inputs (T, H) to outputs (T, H)."""
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 """Arguments of each layer's forward method."""
+FEW_TOKENS = 97
+"""Different tokens on which calls of layers are recorded."""
 RETURNED: tuple[Callable[[torch.Tensor], Any], ...] = (
     lambda hidden: hidden,
     lambda hidden: (hidden, None, None),
@@ -90,12 +92,21 @@ class LayerWalk:
         inside = {id(module) for module in self.layers.modules()}
         self._initialise([module for module in self.decoder.modules() if id(module) not in inside])
 
+    def invent_embedding(self) -> None:
+        """Give some tokens random embeddings, where no text will be read."""
+        embedding: Any = self.model.get_input_embeddings()
+        chance = torch.Generator().manual_seed(0)
+        rows_VH = torch.randn(FEW_TOKENS, embedding.weight.shape[1], generator=chance)
+        embedding.weight = nn.Parameter(rows_VH.to(self.device))
+        embedding.padding_idx = None
+
     def record(self, windows: int, length: int) -> None:
         """Find out how the layers are called for so many windows of `length` tokens.
 
         Raises whatever the library raises, and `RequestError`.
         """
-        ids_BL = torch.arange(windows * length, device=self.device).view(windows, length) % 97
+        rows = min(FEW_TOKENS, len(self.model.get_input_embeddings().weight))
+        ids_BL = torch.arange(windows * length, device=self.device).view(windows, length) % rows
         calls, others = (self._called(ids) for ids in (ids_BL, ids_BL.flip(1)))
         if not alike(calls, others):
             raise RequestError(
