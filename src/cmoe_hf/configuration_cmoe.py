@@ -142,15 +142,16 @@ class CMoEConfig(PreTrainedConfig):
             self.auto_map = self.local_auto_map()
 
     def ffn_before(self) -> dict[str, Any]:
-        """Return the FFN of a model of cmoe-hf 0.2 and before."""
+        """Return the FFN of a model of cmoe-hf 0.2 and before, or of a default configuration."""
         plain = self.model_type == "cmoe_gpt_neox"
+        width = getattr(self, "intermediate_size", None)
         return {
             "layers": "layers",
             "module": "mlp",
             "skipped": [],
             "gated": not plain,
-            "width": self.intermediate_size,
-            "activation": self.hidden_act,
+            "width": width if isinstance(width, int) else 4 * self.hidden_size,
+            "activation": getattr(self, "hidden_act", "silu"),
             "up_bias": plain,
             "down_bias": plain,
             "takes_residual": False,
