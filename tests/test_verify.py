@@ -223,6 +223,23 @@ def test_the_tested_range_is_what_the_package_declares():
     assert declared == f"transformers>={low},<{major}.{minor + 1}"
 
 
+def test_a_repository_with_names_of_before_loads_verifies_and_is_renamed(tmp_path):
+    """Carved by commit 601a904: GPT-NeoX, whose tensors had Llama's names."""
+    old = Path(shutil.copytree(OLD.with_name("carved-0.2.0"), tmp_path / "old"))
+    ids = torch.arange(2, 34).view(2, 16)
+    before = load_file(old / "model.safetensors")
+    model, info = AutoModelForCausalLM.from_pretrained(old, output_loading_info=True)
+    assert "model.embed_tokens.weight" in before and not any(info.values())
+    expected = model(ids).logits
+    assert verify(old).as_carved
+    upgrade(old)
+    after = load_file(old / "model.safetensors")
+    assert "gpt_neox.embed_in.weight" in after and len(after) == len(before)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(old)(ids).logits, expected)
+    assert verify(old).as_carved
+    assert json.loads((old / "config.json").read_text())["ffn"]["up_bias"]
+
+
 @pytest.mark.thorough
 def test_a_hub_id_is_verified_and_upgraded_by_a_pull_request(hub, old, monkeypatch):
     hub.reset()

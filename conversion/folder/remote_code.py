@@ -26,8 +26,8 @@ def code_of_type(model_type: str | None) -> dict[str, str]:
 
 if __name__ == "__main__":  # a release adds what it puts into repositories
     hashes = json.loads(RELEASED.read_text(encoding="utf-8"))
-    for config, *_ in cmoe_hf.FAMILIES:
-        for name, text in repository_code(config).items():
+    for model_type in TESTED:
+        for name, text in repository_code(carved_classes(model_type)[0]).items():
             hashes[hashlib.sha256(text.encode()).hexdigest()] = name
     RELEASED.write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
     print(f"{len(hashes)} hashes in {RELEASED}", file=sys.stderr)

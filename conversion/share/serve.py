@@ -20,6 +20,7 @@ from ..measure.llama_cpp import find_server, stop
 from ..options import with_options
 from ..source.checkpoint import load_tokenizer
 from ..source.loading import model_folder
+from ..source.stored import read_json
 from .gguf_file import export_gguf
 
 ENGINES = ("transformers", "llama.cpp")
@@ -65,7 +66,10 @@ def serve(asked: ServeOptions) -> None:
     from transformers.cli.serve import Serve  # they need the extra
     from transformers.cli.serving.model_manager import ModelManager
 
-    for *_, causal in cmoe_hf.FAMILIES:  # it looks a model's class up among the library's own
+    families, model_type = [*cmoe_hf.FAMILIES], read_json(folder / "config.json")["model_type"]
+    if model_type.startswith("cmoe_"):
+        families.append(cmoe_hf.carved_classes(model_type))
+    for *_, causal in families:  # it looks a model's class up among the library's own
         setattr(transformers, causal.__name__, causal)
     if hasattr(ModelManager, "get_gen_models"):
         # Before 5.24 it lists what is in the cache, which a local folder is not.

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import torch
+import transformers
 from huggingface_hub import hf_hub_download, metadata_load, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -39,6 +40,8 @@ from transformers.activations import ACT2FN
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from yaml import YAMLError
+
+from cmoe_hf import carved_classes
 
 from ..errors import CMoEError, RequestError
 from .architectures import Architecture, dense_class, is_moe, moe_architecture
@@ -200,6 +203,8 @@ class Source:
 def find_model(model: str | Path, *, revision: str | None = None) -> tuple[Path, str, str | None]:
     """Return folder, name and commit of a model. Fetches only `config.json` of a Hub model.
 
+    The classes of a carved model's family are made and registered with the Auto classes.
+
     Raises `RequestError` if there is no such folder or repository, or it is gated, and
     `CMoEError` if the Hub cannot be reached.
     """
@@ -210,11 +215,28 @@ def find_model(model: str | Path, *, revision: str | None = None) -> tuple[Path,
                 f"folder {folder} has no config.json: it is not a model."
                 + (f" It holds {ADAPTER}. {MERGE}" if (folder / ADAPTER).is_file() else "")
             )
+        register_family(folder)
         return folder, local_name(folder)[0], None
     if folder.exists() or not HUB_ID.fullmatch(str(model)):
         raise RequestError(f"{model} is neither a folder nor the id of a Hub repository.")
     config = Path(from_hub(hf_hub_download, str(model), revision, filename="config.json"))
+    register_family(config.parent)
     return config.parent, str(model), config.parent.name
+
+
+def register_family(folder: Path) -> None:
+    """Register the classes of a folder's family, if it is carved. Raises `RequestError`."""
+    model_type = str(read_json(folder / "config.json").get("model_type"))
+    if not model_type.startswith("cmoe_"):
+        return
+    try:
+        carved_classes(model_type)
+    except KeyError as error:
+        raise RequestError(
+            f"{folder.name} is a {model_type}, and this transformers ({transformers.__version__}) "
+            f"has no {model_type.removeprefix('cmoe_')}. Install the version that it was carved "
+            "with, or a newer one."
+        ) from error
 
 
 def local_name(folder: Path) -> tuple[str, str | None]:
