@@ -6,8 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-import cmoe_hf
 from cmoe_hf.families import carved_classes, repository_code
+
+from ..source.architectures import TESTED
 
 REMOTE_CODE = ("configuration_cmoe.py", "modeling_cmoe.py")
 RELEASED = Path(__file__).parent.parent / "assets" / "released.json"
