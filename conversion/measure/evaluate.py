@@ -26,7 +26,8 @@ from ..source.texts import Text, open_text, text_name
 from .routing import replace_router, routing_blocks, watch_router
 
 ROUTERS = ("own", "oracle", "random")
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE, LOGITS_AT_ONCE = 4096, 2**28
+"""Bounds of a batch; of a vocabulary as large as Gemma's the second counts."""
 HIGHEST_LOSS = math.log(sys.float_info.max)
 
 
@@ -197,12 +198,14 @@ def perplexity(
     """
     windows, length = windows_WL.shape
     total = 0.0
-    batches = windows_WL.split(max(1, TOKENS_AT_ONCE // length))
+    most = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // model.config.vocab_size)
+    batches = windows_WL.split(max(1, most // length))
     for ids_BL in tqdm(batches, desc=description, disable=None):
         ids_BL = ids_BL.to(model.device)
-        logits = model(input_ids=ids_BL, use_cache=False).logits[:, :-1].float()
-        nll = F.cross_entropy(logits.flatten(0, 1), ids_BL[:, 1:].flatten(), reduction="sum")
-        total += nll.item()
+        logits_BLV = model(input_ids=ids_BL, use_cache=False).logits[:, :-1]
+        for logits_LV, next_L in zip(logits_BLV, ids_BL[:, 1:], strict=True):
+            nll = F.cross_entropy(logits_LV.float(), next_L, reduction="sum")
+            total += nll.item()
     if not math.isfinite(total):
         raise CMoEError(
             "the model yields NaN on this text: its weights are damaged or its precision "
