@@ -248,6 +248,8 @@ def observe(walk: LayerWalk, found: DenseFFN, hidden_BLH: torch.Tensor) -> Seen 
             return None
     if [len(seen["x"]), len(seen["y"])] != [1, 1] or len(seen["given"]) > 1:
         return None
+    if () in seen["given"]:  # called by keywords, as attention is
+        return None
     [(x, *_)], [y] = seen["x"], seen["y"]
     if not found.owner:
         place = Place(found.up, (*inline_activation(layer), found.down))

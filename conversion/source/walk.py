@@ -206,7 +206,7 @@ class LayerWalk:
             for value in module.parameters(recurse=False):
                 value._is_hf_initialized = True  # type: ignore[attr-defined] # it is left alone
         for module in (*modules, self.decoder):  # which fills buffers of its layers in Falcon-H1
-            self.model._init_weights(module)
+            self.decoder._init_weights(module)
 
 
 def recording(calls: Calls, index: int, returned: Callable[..., Any]) -> Callable[..., Any]:
