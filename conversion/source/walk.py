@@ -182,11 +182,13 @@ class LayerWalk:
             finally:
                 for layer in self.layers:
                     del layer.forward
+            if not all(torch.equal(entering([it]), entering(calls)) for it in calls):
+                changed = RequestError("its hidden states are changed between the layers.")
+                reason = reason or changed  # also where the decoder takes a tensor for a tuple
+                continue
             self._returned = returned
             if len(calls) != len(self.layers):
                 raise RequestError(f"of its {len(self.layers)} layers {len(calls)} are called.")
-            if not all(torch.equal(entering([it]), entering(calls)) for it in calls):
-                raise RequestError("its hidden states are changed between the layers.")
             return calls
         assert reason is not None
         raise reason
