@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
@@ -113,6 +114,8 @@ DECODERS: dict[str, dict[str, Any]] = {
     "starcoder2": {},
 }
 """Pico configurations of other families, by their `model_type`: what they do not share."""
+SINCE: dict[str, str] = {}
+"""The first transformers in which one of them works, where that is not the lowest supported."""
 RELATIVES = {"llama-3", "tinyllama", "mistral", "qwen2-sliding", "olmoe", "gpt-neox-sequential"}
 """They share classes with another of the families."""
 
@@ -125,6 +128,22 @@ def relatives_last(cases: Iterable[Any]) -> list[Any]:
         pytest.param(case, marks=thorough if family in RELATIVES else [])
         for family, case in families
     ]
+
+
+MISSING = {
+    name: since
+    for name, since in SINCE.items()
+    if [*map(int, since.split("."))] > [*map(int, transformers.__version__.split(".")[:2])]
+}
+"""What this transformers lacks of them."""
+
+
+def decoders() -> list[Any]:
+    """`DECODERS` as parameters; those that this transformers lacks are skipped."""
+    skipped = {
+        name: [pytest.mark.skip(f"needs transformers {since}")] for name, since in MISSING.items()
+    }
+    return [pytest.param(name, marks=skipped.get(name, [])) for name in DECODERS]
 
 
 SHORT = Path(__file__).parent / "fixtures" / "short.txt"
@@ -147,7 +166,7 @@ def pico_config(family: str = "llama-2", **changes: object) -> PreTrainedConfig:
     if family in FAMILIES:
         kind, own = FAMILIES[family]
         return kind(**{**fields, **own, **changes})
-    kind, own = CONFIG_MAPPING[family], DECODERS[family]
+    kind, own = CONFIG_MAPPING[family], DECODERS.get(family, {})
     known = {*kind.attribute_map, *(field.name for field in dataclasses.fields(kind))}
     common = {**fields, "num_key_value_heads": 2, "original_max_position_embeddings": 128}
     return kind(**{name: it for name, it in common.items() if name in known} | own | changes)
