@@ -171,13 +171,14 @@ def test_calibration_sees_what_the_dense_model_computes(make_dense, token_ids, f
     model(token_ids, use_cache=False)
     walk = LayerWalk(meta_model(architecture.dense_model, source.config), torch.device("cpu"))
     walk.load_rest(source.read(outside(architecture.layer_prefix, source.tensors)))
-    read = partial(source.read_layer, without_experts=True)
+    is_dense = architecture.router is None
+    read = partial(source.read_layer, without_experts=not is_dense)
     walk.record(*token_ids.shape)
     walk.record(1, token_ids.shape[1])
     torch.testing.assert_close(walk.embed(token_ids), entering[0], atol=1e-5, rtol=1e-5)
     for index in range(2):
         walk.load(index, {key: it.float() for key, it in read(index).items()})
-        if architecture.router is None:
+        if is_dense:
             out_BLH = walk(entering[index])
             torch.testing.assert_close(out_BLH, leaving[index], atol=1e-5, rtol=1e-5)
         walk.replace_ffn(place)

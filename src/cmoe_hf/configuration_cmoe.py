@@ -142,15 +142,18 @@ class CMoEConfig(PreTrainedConfig):
             self.auto_map = self.local_auto_map()
 
     def ffn_before(self) -> dict[str, Any]:
-        """Return the FFN of a model of cmoe-hf 0.2 and before."""
+        """Return the FFN of a model of cmoe-hf 0.2 and before, and of a configuration's defaults.
+
+        The library compares with them, in families that have other names for width and activation.
+        """
         plain = self.model_type == "cmoe_gpt_neox"
         return {
             "layers": "layers",
             "module": "mlp",
             "skipped": [],
             "gated": not plain,
-            "width": self.intermediate_size,
-            "activation": self.hidden_act,
+            "width": getattr(self, "intermediate_size", None) or 4 * self.hidden_size,
+            "activation": getattr(self, "hidden_act", "silu"),
             "up_bias": plain,
             "down_bias": plain,
             "takes_residual": False,
