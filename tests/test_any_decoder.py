@@ -85,7 +85,8 @@ def test_a_batch_padded_on_the_left_is_as_with_the_dense_model(models, token_ids
         """How much padding changes, in the row that has it and the other one."""
         padded = logits(model, ids, attention_mask=mask)
         alone = logits(model, ids[:1, 5:])[0], logits(model, ids[1:])[0]
-        return [(a - b).abs().max().item() for a, b in zip((padded[0, 5:], padded[1]), alone)]
+        pairs = zip((padded[0, 5:], padded[1]), alone, strict=True)
+        return [(a - b).abs().max().item() for a, b in pairs]
 
     dense, whole, sparse = map(by_padding, models)
     assert whole == pytest.approx(dense, abs=1e-4)

@@ -114,7 +114,8 @@ def check_loaded(family, tensors):
             loaded.append(model(torch.arange(2, 66).view(2, 32)).logits)
     for logits in loaded:
         # Not bit for bit: where a file's tensors lie in memory can change the BLAS kernel.
-        torch.testing.assert_close(logits, loaded[0], atol=1e-5, rtol=1e-5)
+        error = (logits - loaded[0]).abs().max().item()
+        assert error < 1e-4, family.name
     before, after = tensors(carved), tensors(third)
     assert before.keys() - after.keys() <= {"lm_head.weight"} and after.keys() <= before.keys()
     assert all(torch.equal(before[name], after[name]) for name in after)
