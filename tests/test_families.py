@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from families import DECODERS, FAMILIES, MISSING, decoders, relatives_last
 from refusal import refused
 from test_bad_input import run
@@ -79,7 +81,11 @@ def alone(request, make_dense, carve, tmp_path_factory):
         shutil.copytree(carve(make_dense(family)), root / family / "carved")
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_PACKAGE, *map(str, root.iterdir())],
-        env={**os.environ, "HF_MODULES_CACHE": str(root / "modules")},
+        env={
+            **os.environ,
+            "HF_MODULES_CACHE": str(root / "modules"),
+            "PYTHONPATH": str(Path(transformers.__file__).parents[1]),  # the version under test
+        },
         capture_output=True,
         text=True,
         timeout=300,
