@@ -104,7 +104,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {
         "head_dim": 16,
         "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
+        "linear_num_value_heads": 8,  # its projections are wider than the FFN, and found first
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 16,
         "layer_types": ["linear_attention", "full_attention"],

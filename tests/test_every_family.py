@@ -7,7 +7,6 @@
 import dataclasses
 import json
 import re
-import resource
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -147,6 +146,8 @@ def too_slow(*_):
 
 def state_of(model_type, folder):
     """State of a family, and why. Runs in a process of its own."""
+    import resource  # not on Windows
+
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (GIBIBYTES * 2**30,) * 2)
     signal.signal(signal.SIGALRM, too_slow)

@@ -70,7 +70,7 @@ class LayerWalk:
 
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self.model, self.device = model.eval(), device
-        self.decoder = model.base_model
+        self.decoder: Any = model.base_model
         self.name, self.layers = decoder_layers(self.decoder)
         self.prefix = f"{name_of(model, self.layers)}."
         self.calls: dict[tuple[int, ...], Calls] = {}
