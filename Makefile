@@ -22,19 +22,24 @@ NEWEST := $(VENV)-newest
 DOCS := $(VENV)-docs
 DIST := $(VENV)-dist
 
-.PHONY: demo test thorough check lowest newest lint types results docs dist lock clean
+.PHONY: demo test thorough families check lowest newest lint types results docs dist lock clean
 
 demo: $(VENV)/installed
 	$(BIN)/cmoe demo demo --overwrite
 
 # All tests but the long ones.
 test: $(VENV)/installed-dev
-	$(BIN)/python $(PYTEST) -m "not thorough" $(TESTS)
+	$(BIN)/python $(PYTEST) -m "not thorough and not families" $(TESTS)
 	@echo "Tests marked thorough (trainings, killed and parallel processes) run with \`make thorough\`."
 
 # The long tests.
 thorough: $(VENV)/installed-dev
 	$(BIN)/python $(PYTEST) -m thorough $(TESTS)
+
+# Carve a small model of every family that transformers has; build/families.json says what became
+# of each.
+families: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -s -m families tests/test_every_family.py
 
 check: lint types test thorough lowest
 

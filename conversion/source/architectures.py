@@ -23,6 +23,10 @@ from .walk import Place
 TESTED = (
     *("gpt_neox", "llama", "mistral", "qwen2", "qwen3"),
     *MOE_FAMILIES,
+    *("arcee", "bloom", "cohere", "cohere2", "exaone4", "falcon", "falcon_h1", "gemma", "gemma2"),
+    *("gemma3_text", "gemma4_text", "glm", "glm4", "gpt2", "gptj", "granite", "lfm2", "ministral"),
+    *("nemotron", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen3_5_text", "smollm3", "stablelm"),
+    "starcoder2",
 )
 """Families that the tests carve, on the lowest and the newest transformers."""
 DIFFERS: dict[str, tuple[str, ...]] = {

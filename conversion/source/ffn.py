@@ -259,6 +259,8 @@ def observe(walk: LayerWalk, found: DenseFFN, hidden_BLH: torch.Tensor) -> Seen 
             return None
     if [len(seen["x"]), len(seen["y"])] != [1, 1] or len(seen["given"]) > 1:
         return None
+    if () in seen["given"]:  # called by keywords, as attention is
+        return None
     [(x, *_)], [y] = seen["x"], seen["y"]
     if not bool(torch.isfinite(y).all()):
         raise overflowed(walk.index)

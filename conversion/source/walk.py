@@ -72,7 +72,7 @@ class LayerWalk:
 
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self.model, self.device = model.eval(), device
-        self.decoder = model.base_model
+        self.decoder: Any = model.base_model
         self.name, self.layers = decoder_layers(self.decoder)
         self.prefix = f"{name_of(model, self.layers)}."
         self.calls: dict[tuple[int, ...], Calls] = {}
@@ -193,11 +193,13 @@ class LayerWalk:
             finally:
                 for layer in self.layers:
                     del layer.forward
+            if not all(torch.equal(entering([it]), entering(calls)) for it in calls):
+                changed = RequestError("its hidden states are changed between the layers.")
+                reason = reason or changed  # also where the decoder takes a tensor for a tuple
+                continue
             self._returned = returned
             if len(calls) != len(self.layers):
                 raise RequestError(f"of its {len(self.layers)} layers {len(calls)} are called.")
-            if not all(torch.equal(entering([it]), entering(calls)) for it in calls):
-                raise RequestError("its hidden states are changed between the layers.")
             return calls
         assert reason is not None
         raise reason
@@ -217,7 +219,7 @@ class LayerWalk:
             for value in module.parameters(recurse=False):
                 value._is_hf_initialized = True  # type: ignore[attr-defined] # it is left alone
         for module in (*modules, self.decoder):  # which fills buffers of its layers in Falcon-H1
-            self.model._init_weights(module)
+            self.decoder._init_weights(module)
 
 
 def recording(calls: Calls, index: int, returned: Callable[..., Any]) -> Callable[..., Any]:

@@ -229,6 +229,13 @@ class CMoEConfig(PreTrainedConfig):
         self.auto_map = self.local_auto_map()
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
+    def validate_layer_type(self) -> None:
+        """Check the types of layers. transformers 5.16 renames some of them in custom code."""
+        types = getattr(self, "layer_types", None)
+        super().validate_layer_type()
+        if getattr(self, "layer_types", None) != types:
+            self.layer_types = types
+
     def validate_architecture(self) -> None:
         """Check, as part of the validation, that the parts add up to the dense FFN."""
         super().validate_architecture()

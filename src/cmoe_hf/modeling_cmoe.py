@@ -776,6 +776,9 @@ def put_blocks(decoder: PreTrainedModel, config: CMoEConfig) -> None:
         layer.get_submodule(owner).register_module(name, kind(config, index))
         for part in config.ffn["skipped"]:
             layer.register_module(part, nn.Identity())
+    for inner in list(decoder.modules())[1:]:
+        if isinstance(inner, PreTrainedModel):  # would leave out the blocks inside it (OPT)
+            vars(inner)["_initialize_weights"] = decoder._initialize_weights
 
 
 def with_router_logits(forward: Any) -> Any:
