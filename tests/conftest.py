@@ -42,6 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from cmoe_hf.conversion import convert  # noqa: E402
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT, MODEL  # noqa: E402
+from cmoe_hf.conversion.source.checkpoint import register_family  # noqa: E402
 
 
 def pytest_sessionfinish() -> None:
@@ -166,7 +167,9 @@ def carve(
             convert(model, output, shared=shared, active=active, experts=experts, **settings)
 
         if model == MODEL or once.root in Path(model).parents:
-            return once(build, "out", model, notation, sorted(settings.items()))
+            output = once(build, "out", model, notation, sorted(settings.items()))
+            register_family(output)  # another process may have carved it
+            return output
         output = tmp_path_factory.mktemp("carved") / "out"
         build(output)
         return output

@@ -751,9 +751,21 @@ class Carved(PreTrainedModel):
         # initialise those of others (Falcon-H1).
         super()._initialize_weights(module, is_custom_code=False)
 
-    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        # The library leaves what is inside another of its models to that (OPT's decoder).
+        for model in self.modules():
+            if isinstance(model, PreTrainedModel) and not isinstance(model, Carved):
+                for module in model.modules():
+                    self.init_block(module)
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        self.init_block(module)
+
+    @torch.no_grad()
+    def init_block(self, module: nn.Module) -> None:
+        """Initialise a part of a sparse block; leave any other module alone."""
         if not isinstance(module, CMoERouter | CMoESparseMoeBlock | ExpertsLoop):
             return
         std = getattr(self.config, "initializer_range", None) or 0.02
@@ -776,9 +788,6 @@ def put_blocks(decoder: PreTrainedModel, config: CMoEConfig) -> None:
         layer.get_submodule(owner).register_module(name, kind(config, index))
         for part in config.ffn["skipped"]:
             layer.register_module(part, nn.Identity())
-    for inner in list(decoder.modules())[1:]:
-        if isinstance(inner, PreTrainedModel):  # would leave out the blocks inside it (OPT)
-            vars(inner)["_initialize_weights"] = decoder._initialize_weights
 
 
 def with_router_logits(forward: Any) -> Any:
