@@ -4,10 +4,12 @@
 import pytest
 import torch
 from torch.nn.functional import rms_norm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoTokenizer
 
 from cmoe_hf.conversion.carve.recipe import Recipe
 from cmoe_hf.conversion.carve.tail import Tail
+from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.source.calibration import apart_windows, tokenize
 
 TOKENS, HIDDEN = 200, 24
 OWN = Recipe.of("refined", error_correction=False)
@@ -77,16 +79,19 @@ def test_a_channel_that_the_norm_shuts_is_left_alone(y_TH, weight_H):
     assert aim_TH.isfinite().all()
 
 
-@pytest.mark.parametrize("family", ["gemma3", "granite"])
-def test_the_hidden_states_are_nearer_to_the_dense_ones_than_without_it(
-    make_dense, carve, token_ids, family
+@pytest.mark.parametrize("family", ["gemma3_text", "granite"])
+def test_the_calibration_tokens_leave_the_layers_nearer_to_the_dense_ones(
+    make_dense, carve, family
 ):
-    """Beside a refit to the FFN's own output, on tokens that neither has seen."""
-    source = make_dense(family)
-    dense, through, own = (
-        AutoModelForCausalLM.from_pretrained(folder).eval()
-        for folder in (source, carve(source), carve(source, recipe=OWN))
-    )
-    with torch.no_grad():
-        states = [model.base_model(token_ids).last_hidden_state for model in (dense, through, own)]
-    assert (states[1] - states[0]).norm() < (states[2] - states[0]).norm()
+    """Than behind a refit to the FFN's own output."""
+    source, many = make_dense(family), {"samples": 32}
+    ids = tokenize(AutoTokenizer.from_pretrained(source), CALIBRATION.read_text("utf-8"))
+    windows_WL = apart_windows(ids, samples=32, length=64, seed=0)
+    leaving = []
+    for place in (source, carve(source, **many), carve(source, recipe=OWN, **many)):
+        model = AutoModel.from_pretrained(place).eval()
+        model.layers[-1].register_forward_hook(lambda layer, args, out: leaving.append(out))
+        with torch.no_grad():
+            model(windows_WL)
+    dense, through, own = leaving
+    assert (through - dense).norm() < (own - dense).norm()
