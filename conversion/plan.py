@@ -35,7 +35,8 @@ from .source.calibration import (
     random_windows,
     read_tokens,
 )
-from .source.checkpoint import Source, load_tokenizer, open_source
+from .source.checkpoint import Source, open_source
+from .source.hub import load_tokenizer
 from .source.loading import window_length
 from .source.texts import open_text, text_file
 

@@ -42,7 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from cmoe_hf.conversion import convert  # noqa: E402
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT, MODEL  # noqa: E402
-from cmoe_hf.conversion.source.checkpoint import register_family  # noqa: E402
+from cmoe_hf.conversion.source.hub import register_family  # noqa: E402
 
 
 def pytest_sessionfinish() -> None:

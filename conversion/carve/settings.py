@@ -10,7 +10,7 @@ from typing import Any
 
 from ..device import check_dtype
 from ..errors import RequestError, check_at_least
-from ..source.checkpoint import local_name
+from ..source.hub import local_name
 from ..source.texts import absolute_text
 from .polish import Schedule
 from .recipe import Recipe

@@ -22,7 +22,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..errors import RequestError
-from ..source.checkpoint import HUB_ID, LEGAL_FILES, TOKENIZER_FILES, linked_file
+from ..source.hub import HUB_ID, LEGAL_FILES, TOKENIZER_FILES, linked_file
 from ..source.stored import is_inside, read_json
 from .card import CARD_FILE, parsed_card
 

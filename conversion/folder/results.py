@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from ..device import versions
 from ..errors import RequestError
-from ..source.checkpoint import find_model
+from ..source.hub import find_model
 from .card import CARD_FILE, with_perplexity
 from .json_utils import to_json
 from .paths import replace_file

@@ -15,7 +15,7 @@ from ..device import DTYPES, check_dtype, device_name, find_device, name_of, ver
 from ..errors import RequestError, check_at_least
 from ..options import LoadOptions, with_options
 from ..source.calibration import WHOLE_CHARACTERS, read_tokens
-from ..source.checkpoint import find_model
+from ..source.hub import find_model
 from ..source.loading import load_config, load_model, window_length
 from ..source.texts import open_text
 from .routing import check_dense, check_flat, sparse_blocks

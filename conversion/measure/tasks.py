@@ -24,7 +24,7 @@ from ..device import check_dtype, find_device
 from ..errors import CMoEError, RequestError, check_at_least, missing
 from ..folder.results import results_folder, write_results
 from ..options import LoadOptions, with_options
-from ..source.checkpoint import find_model
+from ..source.hub import find_model
 from ..source.loading import load_model
 
 logger = logging.getLogger(__name__)

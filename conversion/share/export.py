@@ -30,7 +30,7 @@ from ..measure.routing import collected
 from ..options import with_options
 from ..source.architectures import differences
 from ..source.calibration import random_windows, read_tokens
-from ..source.checkpoint import fetch_model, find_model, load_tokenizer
+from ..source.hub import fetch_model, find_model, load_tokenizer
 from ..source.loading import window_length
 from ..source.stored import read_headers, read_json
 from ..source.texts import open_text, text_file

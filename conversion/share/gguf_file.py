@@ -20,7 +20,7 @@ from ..errors import CMoEError, RequestError, missing
 from ..folder.paths import check_apart, check_place, replace_file, resolved
 from ..options import with_options
 from ..source.architectures import differences
-from ..source.checkpoint import fetch_model, find_model, load_tokenizer
+from ..source.hub import fetch_model, find_model, load_tokenizer
 from ..source.library import attention_types
 from ..source.texts import text_file
 from .export import RefitOptions, check_config, refitted_tensors

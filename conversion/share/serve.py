@@ -18,7 +18,7 @@ import cmoe_hf
 from ..errors import CMoEError, RequestError, missing
 from ..measure.llama_cpp import find_server, stop
 from ..options import with_options
-from ..source.checkpoint import load_tokenizer
+from ..source.hub import load_tokenizer
 from ..source.loading import model_folder
 from ..source.stored import read_json
 from .gguf_file import export_gguf

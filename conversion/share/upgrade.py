@@ -39,7 +39,7 @@ from ..folder.remote_code import REMOTE_CODE
 from ..folder.unfinished import SETTINGS, PartialFolder, sha256_of
 from ..measure.routing import stored_always_on
 from ..options import with_options
-from ..source.checkpoint import find_model, from_hub, load_tokenizer
+from ..source.hub import find_model, from_hub, load_tokenizer
 from ..source.stored import WEIGHTS_INDEX, read_json
 from .publish import publish
 from .verify import VerifyOptions, computed_elsewhere, runs_here, verify

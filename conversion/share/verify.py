@@ -30,7 +30,7 @@ from ..folder.fingerprint import (
 from ..folder.remote_code import RELEASED, code_of_type
 from ..folder.unfinished import sha256_of
 from ..options import with_options
-from ..source.checkpoint import load_tokenizer
+from ..source.hub import load_tokenizer
 from ..source.loading import model_folder
 from ..source.stored import read_json
 

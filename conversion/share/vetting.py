@@ -19,7 +19,7 @@ from ..folder.card import CARD_FILE, parsed_card, stated, stated_hashes
 from ..folder.paths import SUFFIX
 from ..folder.shards import read_header
 from ..folder.unfinished import SETTINGS, sha256_of
-from ..source.checkpoint import LEGAL_FILES, load_tokenizer
+from ..source.hub import LEGAL_FILES, load_tokenizer
 from ..source.stored import WEIGHTS_FILE, WEIGHTS_INDEX, read_headers, read_json
 
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")

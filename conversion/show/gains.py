@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..errors import RequestError
 from ..folder.results import recorded
 from ..measure.routing import check_flat, sparse_blocks
-from ..source.checkpoint import fetch_model, find_model
+from ..source.hub import fetch_model, find_model
 from .observe import Observation
 
 

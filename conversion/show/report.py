@@ -24,7 +24,7 @@ from ..measure.evaluate import check_same_vocabulary, common_length, perplexity,
 from ..measure.routing import check_dense, sparse_blocks
 from ..options import LoadOptions, narrowed, with_options
 from ..source.calibration import tokenize
-from ..source.checkpoint import find_model
+from ..source.hub import find_model
 from ..source.loading import load_model
 from ..source.texts import open_text
 from .figures import CARD_FIGURES, check_drawing, draw_figures

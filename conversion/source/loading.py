@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from ..errors import CMoEError, RequestError
-from .checkpoint import fetch_model, find_model, load_tokenizer
+from .hub import fetch_model, find_model, load_tokenizer
 from .library import PLAIN_OUTPUTS
 from .stored import weight_files
 

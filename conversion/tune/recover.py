@@ -48,7 +48,7 @@ from ..measure.routing import (
 from ..options import LoadOptions, with_options
 from ..plan import free_disk
 from ..source.calibration import consecutive_windows, random_windows, read_tokens
-from ..source.checkpoint import load_tokenizer
+from ..source.hub import load_tokenizer
 from ..source.loading import load_config, load_model, model_folder, window_length
 from ..source.texts import absolute_text, open_text, text_file
 from .tuning import Tuning, check_peft, check_sharding, last_checkpoint, tune
