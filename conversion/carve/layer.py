@@ -14,7 +14,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from cmoe_hf import CMoEConfig
-from cmoe_hf.modeling_cmoe import CMoERouter
+from cmoe_hf.modeling_cmoe import SILU, CMoERouter
 
 from ..device import Stopwatch
 from ..source.architectures import Architecture
@@ -317,6 +317,8 @@ def stored_tensors(
         tensors[f"{experts}.{name}_bias"] = torch.cat(rows, dim=1)
     if weights["down_bias"] is not None:
         tensors[f"{block}down_bias"] = weights["down_bias"]
+    if arch.ffn.has_gate and arch.ffn.activation not in SILU:
+        tensors[f"{experts}.other_activation"] = torch.zeros(1, dtype=up_FH.dtype)
     for name, weight in carved.router.items():
         dtype = torch.float32 if name == "balance_bias" else up_FH.dtype
         tensors[f"{block}gate.{name}"] = weight.to(dtype)

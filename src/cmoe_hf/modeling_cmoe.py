@@ -300,6 +300,9 @@ def gemv(x_1H: Tensor, weight_QH: Tensor) -> Tensor:
     return torch.bmm(weight_PRH, x_1H.T.expand(pieces, -1, 1)).view(1, rows)
 
 
+SILU = ("silu", "swish")
+
+
 class ExpertsLoop(nn.Module):
     """The readable reference, backend `"eager"`: loop over the experts that were chosen.
 
@@ -329,6 +332,9 @@ class ExpertsLoop(nn.Module):
             # The backends add one for each expert that runs, weighted. The FFN's is the block's.
             self.register_buffer("down_proj_bias", torch.zeros(count, hidden), persistent=False)
         self.down_proj = nn.Parameter(torch.empty(count, hidden, width))
+        if self.gated and config.ffn["activation"] not in SILU:
+            # vLLM 0.32 replaces experts that have nothing but packed weights, and takes SiLU.
+            self.other_activation = nn.Parameter(torch.zeros(1), requires_grad=False)
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor | None]:
@@ -713,6 +719,7 @@ class Carved(PreTrainedModel):
     """The carved decoder of a causal model; None in a decoder."""
     is_made = True
     _keep_in_fp32_modules_strict = ["balance_bias"]
+    _keys_to_ignore_on_load_missing = ["other_activation"]  # in models of cmoe-hf 0.2 and before
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Let the forward method return router scores."""
@@ -771,7 +778,7 @@ class Carved(PreTrainedModel):
         std = getattr(self.config, "initializer_range", None) or 0.02
         parameters, buffers = module.named_parameters, module.named_buffers
         for name, value in (*parameters(recurse=False), *buffers(recurse=False)):
-            if name.endswith(("bias", "scale")):
+            if name.endswith(("bias", "scale", "other_activation")):
                 init.zeros_(value)
             else:
                 init.normal_(value, mean=0.0, std=std)
