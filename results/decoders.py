@@ -45,7 +45,7 @@ def main() -> None:
         groups[state_of(model_type, found["state"], found.get("reason", ""))].append(model_type)
     order = ["tested", "proven at conversion", *dict.fromkeys(REFUSALS.values())]
     order += sorted(groups.keys() - {*order})
-    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     table = {
         "title": "Families of causal language models",
         "machine": sys.argv[1],

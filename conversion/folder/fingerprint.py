@@ -15,6 +15,7 @@ from ..device import versions
 from ..errors import CMoEError, RequestError
 from ..source.stored import read_json
 from . import outputs
+from .outputs import TOLERANCE
 from .unfinished import PartialFolder
 
 CONVERSION = "conversion.json"
@@ -26,8 +27,6 @@ LENGTHS = (8, 48)
 """Tokens of a prompt at least, in a model with a tiny context, and at most."""
 COMPUTED = ("likeliest", "log_probabilities", "generated")
 """What of `model_outputs` a fingerprint holds."""
-TOLERANCE = 1e-3
-"""Of log-probabilities in float32. A cache that is forgotten changes them by more than 1."""
 
 
 def fingerprint_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
