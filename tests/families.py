@@ -12,6 +12,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     OlmoeConfig,
     PreTrainedConfig,
     Qwen2Config,
@@ -61,6 +62,10 @@ FAMILIES = {
         },
     ),
     "olmoe": (OlmoeConfig, {"num_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral": (
+        MixtralConfig,
+        {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "pythia": (GPTNeoXConfig, {"tie_word_embeddings": False}),
     "gpt-neox-sequential": (GPTNeoXConfig, {"use_parallel_residual": False}),
 }
@@ -116,7 +121,8 @@ DECODERS: dict[str, dict[str, Any]] = {
 """Pico configurations of other families, by their `model_type`: what they do not share."""
 SINCE: dict[str, str] = {}
 """The first transformers in which one of them works, where that is not the lowest supported."""
-RELATIVES = {"llama-3", "tinyllama", "mistral", "qwen2-sliding", "olmoe", "gpt-neox-sequential"}
+RELATIVES = {"llama-3", "tinyllama", "mistral", "qwen2-sliding", "olmoe", "mixtral"}
+RELATIVES |= {"gpt-neox-sequential"}
 """They share classes with another of the families."""
 
 

@@ -88,7 +88,7 @@ def neurons(tensors, hidden, axis):
     """How often each vector of a neuron's weights occurs in a layer, whatever holds it."""
     found = Counter()
     for name, tensor in tensors.items():
-        layer, _, part = name.partition(".mlp.")
+        layer, _, part = name.replace("block_sparse_moe", "mlp").partition(".mlp.")
         is_router = part.startswith("gate.")
         if part and not is_router and tensor.dim() > 1 and tensor.shape[axis] == hidden:
             rows = tensor.movedim(axis, -1).reshape(-1, hidden)

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 from cmoe_hf import CMoEConfig
 
 from ..errors import RequestError
-from ..source.architectures import Architecture, llama_architecture
+from ..source.architectures import NORMALISED, Architecture, llama_architecture
 from ..source.checkpoint import Source
 from .recipe import Recipe
 
@@ -160,7 +160,7 @@ def carved_config(
         kept |= {
             "num_parents": source_experts,
             "num_parents_per_tok": picked,
-            "norm_parent_prob": kept.pop("norm_topk_prob", False),
+            "norm_parent_prob": kept.pop("norm_topk_prob", arch.model_type in NORMALISED),
             "flat_routing": recipe.competition == "token",
             "intermediate_size": width,
         }

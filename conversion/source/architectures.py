@@ -36,8 +36,12 @@ DIFFERS: dict[str, tuple[str, ...]] = {
     "qwen3": ("norms",),
 }
 """In what decoders differ from Llama's, by the names in `share.needs`, where it can be exported."""
-EXPERT_WIDTHS = {"olmoe": "intermediate_size", "qwen3_moe": "moe_intermediate_size"}
-"""Field of a MoE's configuration that has the width of its experts."""
+EXPERT_WIDTHS = {"qwen3_moe": "moe_intermediate_size"}
+"""Field of a MoE's configuration that has the width of its experts, if not `intermediate_size`."""
+EXPERT_PARTS = {"mixtral": ("w1", "w3", "w2")}
+"""Gate, up and down projection of an expert, if they have other names than Llama's."""
+NORMALISED = ("mixtral",)
+"""MoEs whose routers give weights that sum to 1, and have no field that says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +99,17 @@ class Architecture:
         }
 
 
-def gated_ffn(width: int, activation: str = "silu") -> DenseFFN:
-    """Return the FFN of Llama and its kin, or of an expert."""
+def gated_ffn(
+    width: int, activation: str, parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> DenseFFN:
+    """Return the FFN of Llama and its kin, or of an expert with other names for its `parts`."""
+    gate, up, down = parts
     return DenseFFN(
         owner="mlp",
         kind="gated",
-        gate="gate_proj",
-        up="up_proj",
-        down="down_proj",
+        gate=gate,
+        up=up,
+        down=down,
         width=width,
         activation=activation,
         place=Place("mlp"),
@@ -118,10 +125,11 @@ def llama_architecture(config: PreTrainedConfig) -> Architecture:
 
 def moe_architecture(config: PreTrainedConfig, model: type[PreTrainedModel]) -> Architecture:
     """Return the architecture of a MoE of which the experts can be carved."""
-    width = getattr(config, EXPERT_WIDTHS[config.model_type])
+    width = getattr(config, EXPERT_WIDTHS.get(config.model_type, "intermediate_size"))
+    parts = EXPERT_PARTS.get(config.model_type, ("gate_proj", "up_proj", "down_proj"))
     return Architecture(
         dense_model=model,
-        ffn=replace(gated_ffn(width, config.hidden_act), owner=""),
+        ffn=replace(gated_ffn(width, config.hidden_act, parts), owner=""),
         router="mlp.gate.weight",
         expert_prefix="mlp.experts.{}.",
     )

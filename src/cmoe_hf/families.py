@@ -62,7 +62,7 @@ NAMES_BEFORE = {
     }
 }
 """Names of tensors in repositories of cmoe-hf 0.2 and before, and those of the library."""
-MOE_FAMILIES = ("olmoe", "qwen3_moe")
+MOE_FAMILIES = ("mixtral", "olmoe", "qwen3_moe")
 """MoEs whose experts can be carved."""
 Classes = tuple[type[CMoEConfig], type[PreTrainedModel], type[PreTrainedModel]]
 """Configuration, decoder and causal model."""
