@@ -28,7 +28,7 @@ from ..folder.shards import Shards
 from ..folder.unfinished import PartialFolder
 from ..measure.routing import collected
 from ..options import with_options
-from ..source.architectures import differences
+from ..source.architectures import dense_type, differences
 from ..source.calibration import random_windows, read_tokens
 from ..source.hub import fetch_model, find_model, load_tokenizer
 from ..source.loading import window_length
@@ -179,9 +179,12 @@ def check_config(config: PreTrainedConfig, name: str, *, refit: bool) -> None:
         )
     reasons = []
     if not config.has_gate:
-        reasons.append("no stock architecture has experts with biases and without a gate")
+        reasons.append("no stock architecture has experts without a gate")
     elif differences(config) is None:
-        reasons.append(f"nobody has said what stock architecture a {config.model_type} can become")
+        reasons.append(
+            f"no stock MoE architecture is known to have the layers of a {dense_type(config)} "
+            "around its FFN"
+        )
     if config.router_type != "linear" and not refit:
         reasons.append(
             f"its router is {config.router_type}, products of neurons, where stock architectures "
