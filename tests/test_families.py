@@ -214,7 +214,7 @@ def test_models_with_other_parts_inside_are_named(dense_copy, no_leftovers, edit
     "fields, phrase",
     [
         ({"model_type": "nonesuch"}, "this transformers has no causal language model of that type"),
-        ({"model_type": "mixtral", "num_experts_per_tok": 2}, "for itself (num_experts_per_tok)"),
+        ({"model_type": "gpt_oss", "num_experts_per_tok": 2}, "for itself (num_experts_per_tok)"),
         ({"model_type": "cmoe_llama"}, "it is carved already"),
     ],
     ids=["unknown", "moe", "carved"],
