@@ -156,10 +156,15 @@ class Walk(ABC):
         """Carve a layer and advance the streams; return tensors to store, and figures."""
 
 
+def windows_at_once(length: int) -> int:
+    """Return how many windows of `length` tokens pass through a layer at once."""
+    return max(1, BATCH_TOKENS // length)
+
+
 def record_batches(layers: LayerWalk, windows: int, length: int) -> None:
     """Find out how the layers are called, for the proof of each and for `batches_of` windows."""
-    step = max(1, BATCH_TOKENS // length)
-    for size in {min(step, windows), windows % step} - {0}:
+    batches = torch.empty(windows, device="meta").split(windows_at_once(length))
+    for size in {len(batch) for batch in batches}:
         layers.record(size, length)
     layers.record(1, min(PROOF_TOKENS, length))
 
@@ -167,7 +172,7 @@ def record_batches(layers: LayerWalk, windows: int, length: int) -> None:
 def batches_of(hidden_WLH: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield some windows (B, L, H) at a time, with their tokens."""
     length = hidden_WLH.shape[1]
-    step = max(1, BATCH_TOKENS // length)
+    step = windows_at_once(length)
     for first, batch_BLH in zip(
         range(0, len(hidden_WLH), step), hidden_WLH.split(step), strict=True
     ):

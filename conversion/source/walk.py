@@ -107,8 +107,8 @@ class LayerWalk:
         """
         rows = min(FEW_TOKENS, len(self.model.get_input_embeddings().weight))
         ids_BL = torch.arange(windows * length, device=self.device).view(windows, length) % rows
-        calls, others = (self._called(ids) for ids in (ids_BL, ids_BL.flip(1)))
-        if not alike(calls, others):
+        calls, of_other_tokens = (self._called(ids) for ids in (ids_BL, ids_BL.flip(1)))
+        if not alike(calls, of_other_tokens):
             raise RequestError(
                 "its layers are called with inputs of their own for each token, besides the hidden "
                 "states: that is not supported yet."
