@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from families import decoders
+from test_model import Logits
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 pytestmark = pytest.mark.library
@@ -110,15 +111,6 @@ def test_either_assists_the_other(models, token_ids):
     assert greedy(models.dense, ids, assistant_model=models.sparse) == by_itself
     assisted = greedy(models.sparse, ids, assistant_model=models.dense)
     assert assisted == (greedy(models.sparse, ids) if isinstance(by_itself, list) else by_itself)
-
-
-class Logits(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids):
-        return self.model(ids, use_cache=False).logits
 
 
 def recorded(how, model, ids):

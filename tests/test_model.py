@@ -124,22 +124,23 @@ def test_every_backend_computes_what_a_loop_over_experts_does(router_type, shape
     check_block(partial(random_model, router_type=router_type), shape)
 
 
+class Logits(torch.nn.Module):
+    """What a trace can return."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(ids, use_cache=False).logits
+
+
 @pytest.mark.parametrize(
     ("family", "shape"), [("llama-2", (2, 2, 8)), ("pythia", (2, 2, 8)), ("qwen3-moe", (1, 1, 4))]
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @torch.no_grad()
 def test_a_trace_of_one_token_serves_others(make_dense, carve, family, shape):
-    class Logits(torch.nn.Module):
-        """What a trace can return."""
-
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids):
-            return self.model(ids, use_cache=False).logits
-
     model = AutoModelForCausalLM.from_pretrained(carve(make_dense(family), shape)).eval()
     if family == "qwen3-moe":
         for layer in model.model.layers:
