@@ -152,9 +152,6 @@ def run_split(folder, layout, backends, saved):
     for backend in backends:
         model.set_experts_implementation(backend)
         found[backend] = outputs(model)
-    with patch("cmoe_hf.modeling_cmoe.LARGE", 0):  # what the default does to large weights
-        model.set_experts_implementation("cmoe")
-        found["large"] = outputs(model)
     model.save_pretrained(saved)
     return found
 

@@ -13,6 +13,12 @@ K active experts, M neurons of one routed expert.
 
 import functools
 import inspect
+import math
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -257,47 +263,157 @@ class CMoEHierarchicalRouter(CMoERouter):
         )
 
 
-LARGE = 2**19
-"""Elements of a float32 weight that a few rows read faster by `small_batch_linear`."""
-GEMV_LARGE = 2**16
-"""Elements of a float32 weight that one row reads faster by `gemv`."""
+class Tuner:
+    """Chooses between ways of computing the same, by the time that each takes on this machine.
 
-
-def small_batch_linear(x_TH: Tensor, weight_QH: Tensor) -> Tensor:
-    """Return `torch.nn.functional.linear(x, W)`, faster for a few float32 rows on a CPU.
-
-    The library reads a large weight there much slower than memory allows, and with two to eight
-    rows once for each of them.
+    The first calls of a kind run one way after the other and are timed. So nothing is computed for
+    the measurement alone, and weights come from where they will come from later. A way takes the
+    place of the first one if its median time is at least a tenth shorter. `CMOE_TUNE=0` in the
+    environment, or `torch.use_deterministic_algorithms`, keeps to the first.
     """
-    rows = len(x_TH)
-    with_gradients = x_TH.requires_grad or weight_QH.requires_grad
-    if (
-        rows > 512
-        or weight_QH.numel() < (GEMV_LARGE if rows == 1 else LARGE)
-        or not x_TH.dtype == weight_QH.dtype == torch.float32
-        or not weight_QH.is_cpu
-        or (with_gradients and torch.is_grad_enabled())
-        or is_traced()
-    ):
-        return F.linear(x_TH, weight_QH)
-    if rows == 1:
-        return gemv(x_TH, weight_QH)
-    # MKL is faster at W xᵀ than at x Wᵀ, if the product has a multiple of eight columns.
-    padded_TH = F.pad(x_TH, (0, 0, 0, -rows % 8)) if rows > 4 else x_TH
-    return (weight_QH @ padded_TH.T).T[:rows]
+
+    ROUNDS = 7
+    lock = threading.RLock()
+    """One trial at a time, of all tuners; one within another is of the same thread."""
+    trials = 0
+
+    def __init__(self) -> None:
+        self.chosen: dict[Any, str] = {}
+        """Names of the ways by kinds of calls."""
+        self.times: dict[Any, dict[str, list[float]]] = {}
+        """Seconds, of kinds that are not decided yet."""
+
+    def run(self, kind: Any, ways: dict[str, Callable[..., Tensor]], *inputs: Any) -> Tensor:
+        """Compute by the way that is chosen for `kind`, or by one that is to be tried."""
+        name = self.chosen.get(kind)
+        if name is None or torch.are_deterministic_algorithms_enabled():
+            name = next(iter(ways))
+            if may_try() and self.lock.acquire(blocking=False):
+                try:
+                    return self.try_one(kind, ways, inputs)
+                finally:
+                    self.lock.release()
+        return ways[name](*inputs)
+
+    def try_one(self, kind: Any, ways: dict[str, Any], inputs: tuple[Any, ...]) -> Tensor:
+        """Time the way that was tried least; choose when all were tried often enough."""
+        times = self.times.setdefault(kind, {name: [] for name in ways})
+        name = min(times, key=lambda name: len(times[name]))
+        trials, start = Tuner.trials, time.perf_counter()
+        result = ways[name](*inputs)
+        seconds = time.perf_counter() - start
+        if trials == Tuner.trials:  # else another trial was part of it
+            times[name].append(seconds)
+            self.decide(kind, times)
+        Tuner.trials += 1
+        return result
+
+    def decide(self, kind: Any, times: dict[str, list[float]]) -> None:
+        """Drop what is far too slow; if nothing is left to be tried, choose."""
+        shortest = {name: min(tried[1:]) for name, tried in times.items() if len(tried) > 2}
+        for name, seconds in shortest.items():
+            if seconds > 2 * min(shortest.values()):
+                del times[name]
+        if min(map(len, times.values())) == self.ROUNDS:
+            # The first calls are left out: libraries prepare themselves in them.
+            first, *others = {n: statistics.median(tried[2:]) for n, tried in times.items()}.items()
+            name, seconds = min(others, key=lambda it: it[1], default=first)
+            self.chosen[kind] = name if seconds < 0.9 * first[1] else first[0]
+            del self.times[kind]
 
 
-def gemv(x_1H: Tensor, weight_QH: Tensor) -> Tensor:
-    """Return `torch.nn.functional.linear(x, W)` of one row, computed on all cores.
+def may_try() -> bool:
+    """Return whether ways may be tried and chosen, or are fixed."""
+    return os.environ.get("CMOE_TUNE") != "0" and not torch.are_deterministic_algorithms_enabled()
 
-    The library multiplies one float32 row on one core, and the matrices of a batch on all.
+
+def can_choose(x_TH: Tensor, weight: Tensor) -> bool:
+    """Return whether a CPU multiplies x by a plain weight, for inference, and nothing records it.
+
+    Everything else, gradients, compilers, other devices and quantised weights, has a fixed way.
     """
-    rows = len(weight_QH)
-    pieces = min(rows & -rows, 16)  # the largest power of two that divides it
-    if not weight_QH.is_contiguous():
-        return F.linear(x_1H, weight_QH)
+    return (
+        weight.is_cpu
+        and type(x_TH) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
+        and x_TH.dtype == weight.dtype
+        and weight.is_contiguous()
+        and not (torch.is_grad_enabled() and (x_TH.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and not is_traced()
+    )
+
+
+def size_of(tokens: int) -> int:
+    """Return the power of two up to which the number of tokens goes: calls of it are one kind."""
+    return (tokens - 1).bit_length()
+
+
+def linear_in_pieces(x_TH: Tensor, weight_QH: Tensor) -> Tensor:
+    """Return x Wᵀ as a batch of products, by pieces of W.
+
+    On some processors the library multiplies a float32 row on one core, and a batch on all.
+    """
+    rows, pieces = len(weight_QH), math.gcd(len(weight_QH), 16)
     weight_PRH = weight_QH.view(pieces, rows // pieces, -1)
-    return torch.bmm(weight_PRH, x_1H.T.expand(pieces, -1, 1)).view(1, rows)
+    y_PRT = torch.bmm(weight_PRH, x_TH.T.expand(pieces, -1, -1))
+    return y_PRT.view(rows, -1).T
+
+
+def linear_by_rows(x_TH: Tensor, weight_QH: Tensor) -> Tensor:
+    """Return x Wᵀ as products of W with a vector."""
+    return torch.stack([torch.mv(weight_QH, x_H) for x_H in x_TH])
+
+
+def linear_by_onednn(x_TH: Tensor, weight_QH: Tensor) -> Tensor:
+    """Return x Wᵀ in float32 by oneDNN, in place of the MKL that `torch` prefers."""
+    return torch.ops.mkldnn._linear_pointwise(x_TH, weight_QH, None, "none", [], "")
+
+
+@functools.cache
+def has_onednn() -> bool:
+    """Return whether `linear_by_onednn` works: its operator is one of the compiler's."""
+    one_11 = torch.ones(1, 1)
+    try:
+        return linear_by_onednn(one_11, one_11).item() == 1
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+LINEAR_TUNER = Tuner()
+
+
+def tuned_linear(x_TH: Tensor, weight_QH: Tensor) -> Tensor:
+    """Return `torch.nn.functional.linear(x, W)`, of which `can_choose` holds, the fastest way."""
+    tokens = len(x_TH)
+    if tokens == 0 or weight_QH.numel() < 2**14:  # it is read in the time of one more call
+        return F.linear(x_TH, weight_QH)
+    kind = (weight_QH.shape, weight_QH.dtype, size_of(tokens))
+    return LINEAR_TUNER.run(kind, ways_to_multiply(*kind[1:]), x_TH, weight_QH)
+
+
+@functools.cache
+def ways_to_multiply(dtype: torch.dtype, size: int) -> dict[str, Callable[..., Tensor]]:
+    """Return what is tried for up to 2 to the power of `size` rows, the library's way first."""
+    ways: dict[str, Callable[..., Tensor]] = {"linear": F.linear}
+    if dtype == torch.float32:
+        if size <= 4:
+            ways["in pieces"] = linear_in_pieces
+        if has_onednn():
+            ways["oneDNN"] = linear_by_onednn
+    elif size == 0:
+        ways["by rows"] = linear_by_rows
+    return ways
+
+
+class CMoELinear(nn.Linear):
+    """A linear layer of the fastest way to multiply."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if x.ndim != 2 or not can_choose(x, weight):
+            return super().forward(x)
+        return tuned_linear(x, weight) if bias is None else tuned_linear(x, weight) + bias
 
 
 SILU = ("silu", "swish")
@@ -349,7 +465,6 @@ class ExpertsLoop(nn.Module):
         hidden_states: Tensor,
         top_k_index: Tensor,
         top_k_weights: Tensor,
-        linear: Any = F.linear,
     ) -> Tensor:
         """Map tokens (T, H), chosen experts (T, K) and their weights (T, K) to (T, H)."""
         out_TH = torch.zeros_like(hidden_states)
@@ -357,7 +472,7 @@ class ExpertsLoop(nn.Module):
             token, slot = torch.where(top_k_index == expert)
             if not is_traced() and token.numel() == 0:
                 continue
-            y_UH = self.run_expert(expert, hidden_states[token], linear)
+            y_UH = self.run_expert(expert, hidden_states[token])
             y_UH = y_UH * top_k_weights[token, slot, None]
             out_TH.index_add_(0, token, y_UH.to(out_TH.dtype).contiguous())
         return out_TH
@@ -371,14 +486,6 @@ class ExpertsLoop(nn.Module):
         weight_NQH, bias_NQ = self.inputs
         z_UQ = linear(x_UH, weight_NQH[expert])
         return self.activate(z_UQ if bias_NQ is None else z_UQ + bias_NQ[expert])
-
-    def hidden_of_all(self, x_TH: Tensor) -> Tensor:
-        """Return the hidden activations of every expert, (T, N, M)."""
-        weight_NQH, bias_NQ = self.inputs
-        z_TR = small_batch_linear(x_TH, weight_NQH.flatten(0, 1))
-        if bias_NQ is not None:
-            z_TR = z_TR + bias_NQ.flatten()
-        return self.activate(z_TR.unflatten(1, (self.num_experts, -1)))
 
     def activate(self, z: Tensor) -> Tensor:
         """Return the hidden activations of the first product, (..., M)."""
@@ -421,67 +528,60 @@ EXPERTS = {
 """Classes of experts by what the FFN had: a gate, and biases."""
 
 
+EXPERTS_TUNER = Tuner()
+
+
 def cmoe_experts_forward(
     self: ExpertsLoop,
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
 ) -> Tensor:
-    """Run the default backend, `"cmoe"`: the fastest of its own ways and the library's."""
-    backend = fastest_backend(self, *top_k_index.shape)
-    run = OWN_BACKENDS.get(backend) or ALL_EXPERTS_FUNCTIONS[backend]
-    return run(self, hidden_states, top_k_index, top_k_weights)
+    """Run the default backend, `"cmoe"`: on a CPU the fastest way, as the first calls show."""
+    tokens, top_k = top_k_index.shape
+    arguments = (self, hidden_states, top_k_index, top_k_weights)
+    if tokens == 0 or not can_choose(hidden_states, self.down_proj):
+        return named_backend(fixed_backend(self, tokens, top_k))(*arguments)
+    kind = kind_of_call(self, tokens, top_k)
+    return EXPERTS_TUNER.run(kind, ways_to_run(*kind), *arguments)
 
 
-def fastest_backend(experts: ExpertsLoop, tokens: int, top_k: int) -> str:
-    """Name the fastest way to run `top_k` experts for each of `tokens` tokens.
+def kind_of_call(experts: ExpertsLoop, tokens: int, top_k: int) -> tuple[Any, ...]:
+    """Return what decides how long the experts take."""
+    weight_NHM = experts.down_proj
+    return type(experts), weight_NHM.shape, weight_NHM.dtype, top_k, size_of(tokens)
 
-    The limits were measured on CPUs, see results/ of cmoe-hf. They depend on shapes and types
-    only, so that a compiler can decide while it traces.
+
+@functools.cache
+def ways_to_run(
+    kind: type[ExpertsLoop], shape: torch.Size, dtype: torch.dtype, top_k: int, size: int
+) -> dict[str, Callable[..., Tensor]]:
+    """Return what is tried for up to 2 to the power of `size` tokens, the library's way first."""
+    names = [grouped_backend(shape, dtype), "sorted"]
+    if size <= 7 or 2 * top_k >= shape[0]:  # idle experts cost arithmetic and memory
+        names.append("all_experts")
+    return {name: named_backend(name) for name in names}
+
+
+def named_backend(name: str) -> Callable[..., Tensor]:
+    """Return one of our ways to run experts, or of the library's."""
+    return OWN_BACKENDS.get(name) or ALL_EXPERTS_FUNCTIONS[name]
+
+
+def fixed_backend(experts: ExpertsLoop, tokens: int, top_k: int) -> str:
+    """Name the way to run `top_k` experts for each of `tokens` tokens where none is measured.
+
+    It depends on shapes and types only, so that a compiler can decide while it traces.
     """
-    weight_NHM, pairs, traced = experts.down_proj, tokens * top_k, is_traced()
+    weight_NHM, traced = experts.down_proj, is_traced()
     if not traced and type(weight_NHM).__module__.startswith("torchao"):
         return "eager"  # the products of a quantised weight know one expert at a time
     if weight_NHM.is_cuda:
         return fastest_backend_on_a_gpu(weight_NHM, experts.num_experts, tokens, top_k)
-    grouped = grouped_backend(weight_NHM)
-    expert_size = experts.hidden_dim * experts.intermediate_dim
-    if not weight_NHM.is_cpu:
-        return grouped
-    if traced:  # by a compiler to one loop that gathers and multiplies
-        return "batched_mm" if pairs * expert_size <= 500_000 else grouped
-    if weight_NHM.requires_grad and torch.is_grad_enabled():
-        return grouped  # a view of one expert has a gradient of the size of all
-    if is_all_experts_faster(experts, tokens, top_k):
-        return "all_experts"
-    if tokens == 1 or (expert_size >= LARGE and weight_NHM.dtype == torch.float32):
-        return "direct"
-    in_place = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-    if pairs >= 16 * experts.num_experts and type(experts) is CMoEExperts and in_place:
-        return "sorted"
-    if pairs >= 64 * experts.num_experts and pairs * experts.hidden_dim >= 300_000:
-        return "eager"  # the others copy every token top_k times, here beyond the caches
-    return grouped
-
-
-def is_all_experts_faster(experts: ExpertsLoop, tokens: int, top_k: int) -> bool:
-    """Return whether running all experts takes less time than choosing, on a CPU, as measured.
-
-    Each chosen expert costs some calls, as long as reading so many weights of an idle one, more
-    where tokens must be sorted. With few tokens the idle ones are only read. Narrow experts
-    multiply slower than all of them as one wide matrix, the more so the narrower they are.
-    """
-    if experts.down_proj.dtype != torch.float32:
-        return False  # many CPUs convert each number of 16 bits that they multiply
-    count, width = experts.num_experts, experts.intermediate_dim
-    hit = count * (1 - (1 - top_k / count) ** tokens)
-    idle = (count - hit) * experts.hidden_dim * width
-    if tokens == 1:  # three experts one by one take as long as the calls for all of them
-        return idle < 75_000 * (top_k - 3)
-    if count * width <= 100 * top_k:
-        return True
-    few = tokens * count <= (200 if width <= 64 else 64) * top_k
-    return few and idle <= 100_000 * hit
+    # A compiler makes one loop that gathers and multiplies.
+    if traced and weight_NHM.is_cpu and tokens * top_k * weight_NHM[0].numel() <= 500_000:
+        return "batched_mm"
+    return grouped_backend(weight_NHM.shape, weight_NHM.dtype)
 
 
 def fastest_backend_on_a_gpu(weight_NHM: Tensor, experts: int, tokens: int, top_k: int) -> str:
@@ -499,67 +599,76 @@ def fastest_backend_on_a_gpu(weight_NHM: Tensor, experts: int, tokens: int, top_
     most = 128 if torch.is_grad_enabled() else 2**26 / (experts * weight_NHM.shape[2])
     if tokens <= most and tokens * idle <= 30_000_000_000:
         return "all_experts"
-    return grouped_backend(weight_NHM)
+    return grouped_backend(weight_NHM.shape, weight_NHM.dtype)
 
 
-def grouped_backend(weight_NHM: Tensor) -> str:
+def grouped_backend(shape_NHM: torch.Size, dtype: torch.dtype) -> str:
     """Name what multiplies groups of tokens: a grouped kernel wants rows of 16 bytes."""
-    if all(size * weight_NHM.element_size() % 16 == 0 for size in weight_NHM.shape[1:]):
+    if all(size * dtype.itemsize % 16 == 0 for size in shape_NHM[1:]):
         return "grouped_mm"
     return "batched_mm" if is_traced() else "eager"  # a loop depends on data
 
 
-def direct_experts(self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """Loop over the chosen experts with products for few rows, on views of the packed weights."""
-    if len(x_TH) > 1:
-        arguments = (x_TH, index_TK, weight_TK, small_batch_linear)
-        return ExpertsLoop.forward(self, *arguments)
-    y_KH = [
-        self.run_expert(expert, x_TH, small_batch_linear)
-        if expert < self.num_experts  # else it is on another rank
-        else torch.zeros_like(x_TH)
-        for expert in index_TK[0].tolist()
-    ]
-    return weight_TK @ torch.cat(y_KH)
+def sorted_experts(self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """Sort pairs of token and expert by the expert, and run each expert on a view of its weights.
 
-
-def sorted_experts(self: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """Sort the tokens by their experts, once, and write each expert's products where they belong.
-
-    Shape suffixes besides: P pairs of token and expert, Q rows of a weight.
+    Shape suffixes besides: P pairs of token and expert, U tokens of one expert, Q rows of a weight.
     """
-    expert_P = index_TK.flatten()
-    rows = torch.bincount(expert_P, minlength=self.num_experts)[: self.num_experts].tolist()
-    order_P = expert_P.argsort(stable=True)[: sum(rows)]  # without experts on other ranks
+    if len(x_TH) == 1:  # nothing to sort
+        y_KH = [
+            self.run_expert(expert, x_TH, tuned_linear)
+            if expert < self.num_experts  # else it is on another rank
+            else torch.zeros_like(x_TH)
+            for expert in index_TK[0].tolist()
+        ]
+        return weight_TK @ torch.cat(y_KH)
+    expert_P, order_P = index_TK.flatten().sort()
+    sizes = torch.bincount(expert_P, minlength=self.num_experts)[: self.num_experts].tolist()
+    order_P = order_P[: sum(sizes)]  # without experts on other ranks
     token_P = order_P // index_TK.shape[1]
 
     def product(x_PH: Tensor, weight_NQH: Tensor) -> Tensor:
-        out_PQ = x_PH.new_empty(len(x_PH), weight_NQH.shape[1])
-        parts = zip(x_PH.split(rows), weight_NQH.mT, out_PQ.split(rows), strict=True)
-        for x_UH, weight_HQ, out_UQ in parts:
-            torch.mm(x_UH, weight_HQ, out=out_UQ)
-        return out_PQ
+        groups = zip(x_PH.split(sizes), weight_NQH, strict=True)
+        return torch.cat([tuned_linear(x_UH, weight_QH) for x_UH, weight_QH in groups])
 
-    gate_PM, up_PM = product(x_TH[token_P], self.gate_up_proj).chunk(2, dim=-1)
-    z_PM = self.act_fn(gate_PM) * up_PM * weight_TK.flatten()[order_P, None]
+    weight_NQH, bias_NQ = self.inputs
+    z_PQ = product(x_TH.index_select(0, token_P), weight_NQH)
+    if bias_NQ is not None:
+        z_PQ = z_PQ + bias_NQ[expert_P[: len(order_P)]]
+    z_PM = self.activate(z_PQ) * weight_TK.flatten()[order_P, None]
     return torch.zeros_like(x_TH).index_add_(0, token_P, product(z_PM, self.down_proj))
 
 
 def all_experts(self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """Run every expert for every token, with weight 0 where it was not chosen."""
-    tokens = len(x_TH)
     # One column more, which is dropped: of experts that are not on this rank.
-    nothing = weight_TK.new_zeros(tokens, self.num_experts + 1)
+    nothing = weight_TK.new_zeros(len(x_TH), self.num_experts + 1)
     weight_TN = nothing.scatter(1, index_TK, weight_TK)[:, :-1]
-    z_TNM = self.hidden_of_all(x_TH) * weight_TN.unsqueeze(2)
-    if tokens <= 32 or self.down_proj.is_cuda:
-        return torch.bmm(z_TNM.transpose(0, 1), self.down_proj.mT).sum(dim=0)
-    return F.linear(z_TNM.flatten(1), self.down_proj.transpose(0, 1).flatten(1))  # copies weights
+    weight_NQH, bias_NQ = self.inputs
+    is_tuned = can_choose(x_TH, weight_NQH)
+    z_TR = (tuned_linear if is_tuned else F.linear)(x_TH, weight_NQH.flatten(0, 1))
+    if bias_NQ is not None:
+        z_TR = z_TR + bias_NQ.flatten()
+    z_TNM = self.activate(z_TR.unflatten(1, (self.num_experts, -1))) * weight_TN.unsqueeze(2)
+    ways = {"x Wᵀ": batched_linear, "W xᵀ": transposed_batched_linear}
+    if not is_tuned:
+        return batched_linear(z_TNM, self.down_proj)
+    kind = ("all", self.down_proj.shape, x_TH.dtype, size_of(len(x_TH)))
+    return LINEAR_TUNER.run(kind, ways, z_TNM, self.down_proj)
 
 
-OWN_BACKENDS: dict[str, Any] = {
+def batched_linear(z_TNM: Tensor, weight_NHM: Tensor) -> Tensor:
+    """Return the sum over n of z W(n)ᵀ, (T, H)."""
+    return torch.bmm(z_TNM.transpose(0, 1), weight_NHM.mT).sum(dim=0)
+
+
+def transposed_batched_linear(z_TNM: Tensor, weight_NHM: Tensor) -> Tensor:
+    """Return the same from W(n) zᵀ."""
+    return torch.bmm(weight_NHM, z_TNM.permute(1, 2, 0)).sum(dim=0).T
+
+
+OWN_BACKENDS: dict[str, Callable[..., Tensor]] = {
     "eager": ExpertsLoop.forward,
-    "direct": direct_experts,
     "sorted": sorted_experts,
     "all_experts": all_experts,
 }
@@ -573,9 +682,9 @@ class CMoESharedExpert(nn.Module):
     def __init__(self, config: CMoEConfig) -> None:
         super().__init__()
         width, bias = config.shared_expert_intermediate_size, config.ffn["up_bias"]
-        self.gate_proj = nn.Linear(config.hidden_size, width, bias=bias)
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=bias)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.gate_proj = CMoELinear(config.hidden_size, width, bias=bias)
+        self.up_proj = CMoELinear(config.hidden_size, width, bias=bias)
+        self.down_proj = CMoELinear(width, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.ffn["activation"]]
 
     def hidden(self, x: Tensor) -> Tensor:
@@ -592,8 +701,8 @@ class CMoEPlainSharedExpert(nn.Module):
     def __init__(self, config: CMoEConfig) -> None:
         super().__init__()
         width = config.shared_expert_intermediate_size
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.ffn["up_bias"])
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.up_proj = CMoELinear(config.hidden_size, width, bias=config.ffn["up_bias"])
+        self.down_proj = CMoELinear(width, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.ffn["activation"]]
 
     def hidden(self, x: Tensor) -> Tensor:
