@@ -263,15 +263,36 @@ class CMoEHierarchicalRouter(CMoERouter):
         )
 
 
+def can_choose(x_TH: Tensor, weight: Tensor) -> bool:
+    """Return whether a CPU multiplies x by a plain weight, for inference, and nothing records it.
+
+    Everything else, gradients, compilers, other devices and quantised weights, has a fixed way.
+    """
+    return (
+        weight.is_cpu
+        and type(x_TH) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
+        and x_TH.dtype == weight.dtype
+        and len(x_TH) > 0
+        and weight.is_contiguous()
+        and not (torch.is_grad_enabled() and (x_TH.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.are_deterministic_algorithms_enabled()
+        and not is_traced()
+        and Tuner.enabled
+    )
+
+
 class Tuner:
     """Chooses between ways of computing the same, by the time that each takes on this machine.
 
     The first calls of a kind run one way after the other and are timed. So nothing is computed for
     the measurement alone, and weights come from where they will come from later. A way takes the
-    place of the first one if its median time is at least a tenth shorter. `CMOE_TUNE=0` in the
-    environment, or `torch.use_deterministic_algorithms`, keeps to the first.
+    place of the first one if its median time is at least a tenth shorter.
     """
 
+    enabled = os.environ.get("CMOE_TUNE") != "0"
+    """Without, nothing is chosen by time: every run adds in the same order."""
     ROUNDS = 7
     lock = threading.RLock()
     """One trial at a time, of all tuners; one within another is of the same thread."""
@@ -285,28 +306,23 @@ class Tuner:
 
     def run(self, kind: Any, ways: dict[str, Callable[..., Tensor]], *inputs: Any) -> Tensor:
         """Compute by the way that is chosen for `kind`, or by one that is to be tried."""
-        name = self.chosen.get(kind)
-        if name is None or torch.are_deterministic_algorithms_enabled():
-            name = next(iter(ways))
-            if may_try() and self.lock.acquire(blocking=False):
-                try:
-                    return self.try_one(kind, ways, inputs)
-                finally:
-                    self.lock.release()
-        return ways[name](*inputs)
-
-    def try_one(self, kind: Any, ways: dict[str, Any], inputs: tuple[Any, ...]) -> Tensor:
-        """Time the way that was tried least; choose when all were tried often enough."""
-        times = self.times.setdefault(kind, {name: [] for name in ways})
-        name = min(times, key=lambda name: len(times[name]))
-        trials, start = Tuner.trials, time.perf_counter()
-        result = ways[name](*inputs)
-        seconds = time.perf_counter() - start
-        if trials == Tuner.trials:  # else another trial was part of it
-            times[name].append(seconds)
-            self.decide(kind, times)
-        Tuner.trials += 1
-        return result
+        if kind in self.chosen:
+            return ways[self.chosen[kind]](*inputs)
+        if not self.lock.acquire(blocking=False):
+            return next(iter(ways.values()))(*inputs)
+        try:
+            times = self.times.setdefault(kind, {name: [] for name in ways})
+            name = min(times, key=lambda name: len(times[name]))
+            trials, start = Tuner.trials, time.perf_counter()
+            result = ways[name](*inputs)
+            seconds = time.perf_counter() - start
+            if trials == Tuner.trials:  # else another trial was part of it
+                times[name].append(seconds)
+                self.decide(kind, times)
+            Tuner.trials += 1
+            return result
+        finally:
+            self.lock.release()
 
     def decide(self, kind: Any, times: dict[str, list[float]]) -> None:
         """Drop what is far too slow; if nothing is left to be tried, choose."""
@@ -314,34 +330,12 @@ class Tuner:
         for name, seconds in shortest.items():
             if seconds > 2 * min(shortest.values()):
                 del times[name]
-        if min(map(len, times.values())) == self.ROUNDS:
+        if min(map(len, times.values())) >= self.ROUNDS:
             # The first calls are left out: libraries prepare themselves in them.
             first, *others = {n: statistics.median(tried[2:]) for n, tried in times.items()}.items()
             name, seconds = min(others, key=lambda it: it[1], default=first)
             self.chosen[kind] = name if seconds < 0.9 * first[1] else first[0]
             del self.times[kind]
-
-
-def may_try() -> bool:
-    """Return whether ways may be tried and chosen, or are fixed."""
-    return os.environ.get("CMOE_TUNE") != "0" and not torch.are_deterministic_algorithms_enabled()
-
-
-def can_choose(x_TH: Tensor, weight: Tensor) -> bool:
-    """Return whether a CPU multiplies x by a plain weight, for inference, and nothing records it.
-
-    Everything else, gradients, compilers, other devices and quantised weights, has a fixed way.
-    """
-    return (
-        weight.is_cpu
-        and type(x_TH) is Tensor
-        and type(weight) in (Tensor, nn.Parameter)
-        and x_TH.dtype == weight.dtype
-        and weight.is_contiguous()
-        and not (torch.is_grad_enabled() and (x_TH.requires_grad or weight.requires_grad))
-        and not torch.is_autocast_enabled("cpu")
-        and not is_traced()
-    )
 
 
 def size_of(tokens: int) -> int:
@@ -385,10 +379,9 @@ LINEAR_TUNER = Tuner()
 
 def tuned_linear(x_TH: Tensor, weight_QH: Tensor) -> Tensor:
     """Return `torch.nn.functional.linear(x, W)`, of which `can_choose` holds, the fastest way."""
-    tokens = len(x_TH)
-    if tokens == 0 or weight_QH.numel() < 2**14:  # it is read in the time of one more call
+    if weight_QH.numel() < 2**14:  # it is read in the time of one more call
         return F.linear(x_TH, weight_QH)
-    kind = (weight_QH.shape, weight_QH.dtype, size_of(tokens))
+    kind = (weight_QH.shape, weight_QH.dtype, size_of(len(x_TH)))
     return LINEAR_TUNER.run(kind, ways_to_multiply(*kind[1:]), x_TH, weight_QH)
 
 
@@ -540,7 +533,7 @@ def cmoe_experts_forward(
     """Run the default backend, `"cmoe"`: on a CPU the fastest way, as the first calls show."""
     tokens, top_k = top_k_index.shape
     arguments = (self, hidden_states, top_k_index, top_k_weights)
-    if tokens == 0 or not can_choose(hidden_states, self.down_proj):
+    if not can_choose(hidden_states, self.down_proj):
         return named_backend(fixed_backend(self, tokens, top_k))(*arguments)
     kind = kind_of_call(self, tokens, top_k)
     return EXPERTS_TUNER.run(kind, ways_to_run(*kind), *arguments)
@@ -550,6 +543,12 @@ def kind_of_call(experts: ExpertsLoop, tokens: int, top_k: int) -> tuple[Any, ..
     """Return what decides how long the experts take."""
     weight_NHM = experts.down_proj
     return type(experts), weight_NHM.shape, weight_NHM.dtype, top_k, size_of(tokens)
+
+
+def current_backend(experts: ExpertsLoop, tokens: int, top_k: int) -> str:
+    """Name the way in which `"cmoe"` runs `top_k` experts for each of `tokens` tokens."""
+    chosen = EXPERTS_TUNER.chosen.get(kind_of_call(experts, tokens, top_k))
+    return chosen or fixed_backend(experts, tokens, top_k)
 
 
 @functools.cache
