@@ -13,7 +13,9 @@ from cmoe_hf.conversion.folder.remote_code import REMOTE_CODE
 from cmoe_hf.conversion.folder.unfinished import sha256_of
 
 HERE = Path(cmoe_hf.__file__).parent
-LIBRARIES = re.compile(r"(torch|transformers|typing|huggingface_hub\.dataclasses)(\.|$)")
+LIBRARIES = re.compile(
+    r"(torch|transformers|typing|collections\.abc|huggingface_hub\.dataclasses)(\.|$)"
+)
 DANGEROUS = re.compile(r"hub\b|hub_|cpp_extension|dynamic_module|multiprocessing|_dynamo|package")
 """Parts of these libraries that fetch, build or start something."""
 CALLS = {
@@ -24,8 +26,18 @@ CALLS = {
     *("write_text", "write_bytes", "read_text", "read_bytes", "touch", "mkdir"),
 }
 """Functions and methods that read, write, fetch, start or interpret something."""
-PARTLY = {"os": "PathLike", "inspect": "signature", "functools": "wraps"}
-"""Modules of which one thing may be used."""
+PARTLY = {
+    "functools": ("cache", "wraps"),
+    "inspect": ("signature",),
+    "math": ("gcd",),
+    "os": ("PathLike",),
+    "statistics": ("median",),
+    "threading": ("RLock",),
+    "time": ("perf_counter",),
+}
+"""Modules of which some things may be used."""
+VARIABLE = "os.environ.get('CMOE_TUNE')"
+"""What may be read of the environment."""
 HARMLESS_DUNDERS = {"__name__", "__qualname__", "__module__", "__version__", "__annotations__"}
 INDIRECT = {
     *("getattr", "hasattr", "setattr", "delattr", "vars", "dir", "locals", "globals", "eval"),
@@ -49,6 +61,8 @@ def offences(source):
     inspected = [node for node in nodes if is_plain_getattr(node, libraries)]
     allowed = {id(node.func) for node in inspected}
     allowed |= {id(node) for node in nodes if is_definition(node, overridden)}
+    read = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node) == VARIABLE]
+    allowed |= {id(it) for call in read for it in ast.walk(call)}
     found = []
     for node in nodes:
         match node:
@@ -61,7 +75,8 @@ def offences(source):
             case ast.ImportFrom(module=module) if module != "configuration_cmoe":
                 found.append(f".{module}")
             case ast.Attribute(value=ast.Name(id=module), attr=name) if module in PARTLY:
-                found += [f"{module}.{name}"] if name != PARTLY[module] else []
+                is_allowed = name in PARTLY[module] or id(node) in allowed
+                found += [] if is_allowed else [f"{module}.{name}"]
             case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in CALLS:
                 found.append(f"{name}()")
             case ast.Call(func=ast.Attribute(value=owner, attr=name)) if (
@@ -158,6 +173,8 @@ def test_the_remote_code_touches_nothing_but_tensors(name):
         "import torch; torch.float = torch.float64",
         "import torch; del torch.nn.Linear",
         "import os; os.environ['OMP_NUM_THREADS'] = '1'",
+        "import os; os.environ.get('HF_TOKEN')",
+        "import os; os.environ",
         "from transformers.activations import ACT2FN; ACT2FN['silu'] = print",
         "import torch; switch = torch._C._set_mkldnn_enabled",
         "import torch; product = getattr(torch.ops.mkldnn, '_linear_pointwise', None)",
@@ -186,6 +203,7 @@ def test_the_check_would_find_it(line):
 @pytest.mark.parametrize(
     "line",
     [
+        "import os; os.environ.get('CMOE_TUNE')",
         "getattr(config, 'sliding_window', None)",
         "hasattr(config, 'rope_scaling')",
         "class Model:\n    _no_split_modules = ['Layer']",
