@@ -16,6 +16,7 @@ from cmoe_hf import CMoEGPTNeoXConfig, CMoELlamaConfig, CMoELlamaForCausalLM
 from cmoe_hf.modeling_cmoe import (
     EXPERTS_TUNER,
     LINEAR_TUNER,
+    WAYS_TO_SUM,
     CMoELinear,
     ExpertsLoop,
     Tuner,
@@ -140,6 +141,16 @@ def test_every_way_to_multiply_is_a_linear_layer(dtype):
             torch.testing.assert_close(got, expected, atol=near, rtol=near, msg=name)
 
 
+@torch.no_grad()
+def test_every_way_to_sum_over_experts_is_that_sum():
+    for tokens, experts in product((1, 5, 40), (1, 7)):
+        z_TNM, weight_NHM = torch.randn(tokens, experts, 24), torch.randn(experts, 96, 24)
+        expected = torch.einsum("tnm,nhm->th", z_TNM, weight_NHM)
+        for name, way in WAYS_TO_SUM.items():
+            got = way(z_TNM, weight_NHM)
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4, msg=name)
+
+
 def waits(calls, **seconds):
     """Ways that return their name after a while, and note it."""
 
@@ -176,6 +187,15 @@ def test_a_trial_within_a_trial_is_not_counted():
     for _ in range(40):
         outer.run("outer", ways)
     assert outer.chosen and inner.chosen
+
+
+@torch.no_grad()
+def test_an_expert_without_tokens_decides_nothing():
+    module = sparse_block("large", 4, 1)[1].experts
+    index_TK = torch.zeros(2, 1, dtype=torch.int64)
+    for _ in range(100):
+        module(torch.randn(2, 1024), index_TK, torch.ones(2, 1))
+    assert {kind[-1] for kind in LINEAR_TUNER.chosen} == {1}
 
 
 def test_two_threads_never_try_at_once():

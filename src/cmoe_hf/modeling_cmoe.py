@@ -379,7 +379,7 @@ LINEAR_TUNER = Tuner()
 
 def tuned_linear(x_TH: Tensor, weight_QH: Tensor) -> Tensor:
     """Return `torch.nn.functional.linear(x, W)`, of which `can_choose` holds, the fastest way."""
-    if weight_QH.numel() < 2**14:  # it is read in the time of one more call
+    if len(x_TH) == 0 or weight_QH.numel() < 2**14:  # it is read in the time of one more call
         return F.linear(x_TH, weight_QH)
     kind = (weight_QH.shape, weight_QH.dtype, size_of(len(x_TH)))
     return LINEAR_TUNER.run(kind, ways_to_multiply(*kind[1:]), x_TH, weight_QH)
@@ -557,7 +557,7 @@ def ways_to_run(
 ) -> dict[str, Callable[..., Tensor]]:
     """Return what is tried for up to 2 to the power of `size` tokens, the library's way first."""
     names = [grouped_backend(shape, dtype), "sorted"]
-    if size <= 7 or 2 * top_k >= shape[0]:  # idle experts cost arithmetic and memory
+    if size <= 7 or 4 * top_k >= shape[0]:  # idle experts cost arithmetic and memory
         names.append("all_experts")
     return {name: named_backend(name) for name in names}
 
@@ -649,11 +649,10 @@ def all_experts(self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK: Te
     if bias_NQ is not None:
         z_TR = z_TR + bias_NQ.flatten()
     z_TNM = self.activate(z_TR.unflatten(1, (self.num_experts, -1))) * weight_TN.unsqueeze(2)
-    ways = {"x Wᵀ": batched_linear, "W xᵀ": transposed_batched_linear}
     if not is_tuned:
         return batched_linear(z_TNM, self.down_proj)
     kind = ("all", self.down_proj.shape, x_TH.dtype, size_of(len(x_TH)))
-    return LINEAR_TUNER.run(kind, ways, z_TNM, self.down_proj)
+    return LINEAR_TUNER.run(kind, WAYS_TO_SUM, z_TNM, self.down_proj)
 
 
 def batched_linear(z_TNM: Tensor, weight_NHM: Tensor) -> Tensor:
@@ -662,8 +661,20 @@ def batched_linear(z_TNM: Tensor, weight_NHM: Tensor) -> Tensor:
 
 
 def transposed_batched_linear(z_TNM: Tensor, weight_NHM: Tensor) -> Tensor:
-    """Return the same from W(n) zᵀ."""
+    """Return the sum over n of z W(n)ᵀ, (T, H), from W(n) zᵀ."""
     return torch.bmm(weight_NHM, z_TNM.permute(1, 2, 0)).sum(dim=0).T
+
+
+def joined_linear(z_TNM: Tensor, weight_NHM: Tensor) -> Tensor:
+    """Return the sum over n of z W(n)ᵀ, (T, H), as one product with a copy of the weights."""
+    return tuned_linear(z_TNM.flatten(1), weight_NHM.transpose(0, 1).flatten(1))
+
+
+WAYS_TO_SUM = {
+    "x Wᵀ": batched_linear,
+    "W xᵀ": transposed_batched_linear,
+    "copied": joined_linear,
+}
 
 
 OWN_BACKENDS: dict[str, Callable[..., Tensor]] = {
