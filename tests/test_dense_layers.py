@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cmoe_hf.conversion import RequestError, benchmark, convert, evaluate, export, plan, report
+from cmoe_hf.conversion.carve.shape import Shape, engines_of_width
 from cmoe_hf.conversion.demo import CALIBRATION
 
 FEW = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}
@@ -79,6 +80,21 @@ def test_a_budget_alone_chooses_experts_and_what_stays_dense(make_dense, tmp_pat
     assert made.activation_ratio == planned.activation_ratio
     layers = json.loads((tmp_path / "out" / "conversion.json").read_text())["layers"]
     assert [layer.get("dense", False) for layer in layers] == [True] + [False] * 11
+
+
+@pytest.mark.parametrize(
+    ("width", "experts", "fits"),
+    [
+        (1536, 48, "fits Q8_0 and Q4_0, grouped kernels"),
+        (6912, 36, "fits Q8_0 and Q4_0, grouped kernels"),  # not 48 of 144
+        (11008, 43, "fits Q4_K, Q8_0 and Q4_0, grouped kernels"),
+        (128, 16, "fits grouped kernels"),  # not 4 of 32
+    ],
+)
+def test_experts_of_a_budget_are_as_wide_as_engines_like(width, experts, fits):
+    assert Shape.spread(0.5, 26, width, None)[0].experts == experts
+    assert engines_of_width(width // experts) == fits
+    assert engines_of_width(12) == "fits no grouped kernel"
 
 
 @pytest.mark.parametrize("budget", [0.01, 1.0, float("nan")])

@@ -18,7 +18,7 @@ from .recipe import Recipe
 FINEST = 48
 """The most experts to choose by default: twice as many are little better and much slower."""
 QUANTISED_ROWS = 32
-"""Rows of quantised numbers in llama.cpp are multiples of that long."""
+"""Rows of quantised numbers in llama.cpp are multiples of that long, of some types of 256."""
 GROUPED_ROWS = 8
 """Rows of grouped products on GPUs start at multiples of 16 bytes."""
 DEEP, VERY_DEEP, AMPLE = 12, 24, 0.6
@@ -102,8 +102,11 @@ class Shape:
             dense = (0,) if layers >= DEEP else ()
             if budget > AMPLE and layers >= VERY_DEEP:
                 dense = (0, 1, 2, layers - 2, layers - 1)
-        numbers = [numbers_that_fit(width, FINEST, rows) for rows in (QUANTISED_ROWS, GROUPED_ROWS)]
-        experts, running = max(numbers[0] or numbers[1], default=1), 0
+        quantised, grouped = (
+            max(numbers_that_fit(width, FINEST, rows), default=1)
+            for rows in (QUANTISED_ROWS, GROUPED_ROWS)
+        )
+        experts, running = quantised if 2 * quantised >= FINEST else grouped, 0
         if 0 < budget < 1 and len(dense) < layers:
             rest = (budget * layers - len(dense)) / (layers - len(dense))
             running = int(rest * experts + 1e-6)
@@ -223,16 +226,22 @@ def numbers_that_fit(width: int, most: int, rows: int) -> list[int]:
 
 
 def width_warning(config: CMoEConfig) -> str | None:
-    """Return a warning if experts of this width are slow somewhere, and numbers that avoid it."""
+    """Return a warning if GPUs cannot run such experts fast, with numbers that avoid it."""
     width, neurons = config.ffn_width, config.moe_intermediate_size
-    if neurons % QUANTISED_ROWS == 0:
+    if neurons % GROUPED_ROWS == 0:
         return None
-    rows, lacking = QUANTISED_ROWS, "llama.cpp cannot quantise rows of them (it keeps 16 bits)"
-    if neurons % GROUPED_ROWS:
-        rows = GROUPED_ROWS
-        lacking = "the fast grouped kernels of GPUs cannot run them, a slower loop will"
     experts = width // neurons
-    fitting = numbers_that_fit(width, min(width, 512), rows)
+    fitting = numbers_that_fit(width, min(width, 512), GROUPED_ROWS)
     nearest = sorted(sorted(fitting, key=lambda count: abs(count - experts))[:3])
     instead = f" --experts {', '.join(map(str, nearest))} avoids it." if nearest else ""
-    return f"{experts} experts of {neurons} neurons, not a multiple of {rows}: {lacking}.{instead}"
+    return (
+        f"{experts} experts of {neurons} neurons, not a multiple of {GROUPED_ROWS}: the fast "
+        f"grouped kernels of GPUs cannot run them, a slower loop will.{instead}"
+    )
+
+
+def engines_of_width(neurons: int) -> str:
+    """Return in words which engines like experts of this width."""
+    likes = {256: "Q4_K", QUANTISED_ROWS: "Q8_0 and Q4_0", GROUPED_ROWS: "grouped kernels"}
+    found = [name for rows, name in likes.items() if neurons % rows == 0]
+    return f"fits {', '.join(found)}" if found else "fits no grouped kernel"

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..carve.recipe import Recipe
 from ..carve.settings import ConvertOptions, Settings
+from ..carve.shape import engines_of_width
 from ..convert import convert
 from ..convert import resume as resume_conversion
 from ..demo import HELD_OUT, DemoOptions, demo
@@ -123,7 +124,8 @@ def _plan_table(model: str, it: Plan) -> Table:
     peak, available = it.peak_memory_bytes / 1e9, it.memory_available_bytes / 1e9
     rows = {
         "layers": f"{it.layers} of hidden size {it.hidden_size}",
-        "FFN width": f"{it.ffn_width} = experts of {it.expert_width} neurons",
+        "FFN width": f"{it.ffn_width} = experts of {it.expert_width} neurons "
+        f"({engines_of_width(it.expert_width)})",
         "parameters": f"{it.parameters:,}",
         "run for a token": f"{it.active_parameters:,} ({it.activation_ratio:.1%} of the FFN "
         "neurons)",
