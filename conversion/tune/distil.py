@@ -20,6 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from cmoe_hf.modeling_cmoe import CMoEHierarchicalBlock, CMoESparseMoeBlock, ExpertsLoop
 
 from ..device import DTYPES
+from ..folder.card import in_words
 from ..measure.evaluate import divergence
 from ..source.walk import decoder_layers
 from .settings import Tuning
@@ -212,7 +213,7 @@ def plan_training(
     method = tuning.method or ("full" if needed < 0.9 * free else "lora")
     what = {"full": "all weights of experts, routers and norms", "lora": "LoRA factors"}[method]
     reason = (
-        f"training {what}: with {trained / 1e6:,.1f} M of {parameters / 1e6:,.1f} M parameters, "
+        f"training {what}: with {in_words(trained)} of {in_words(parameters)} parameters, "
         f"their gradients and Adam's state, all weights need about {needed / 1e9:.2f} GB, and "
         f"{free / 1e9:.2f} GB are free"
     )
