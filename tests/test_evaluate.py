@@ -104,11 +104,12 @@ def test_bad_requests(embedded, dense_copy, short_text, tmp_path):
         evaluate(embedded, baseline=dense_copy, text=short_text)
 
 
+PAPER = ["--objective", "next-token"]
 CONTEXT = {
     "convert": ["{dense}", "{out}", "--calibration", CALIBRATION, "--budget", 0.5],
     "evaluate": ["{carved}", "--text", SHORT],
     "report": ["{carved}", "--text", SHORT, "--output", "{out}"],
-    "recover": ["{carved}", "{out}", "--training", CALIBRATION, "--text", SHORT],
+    "recover": ["{carved}", "{out}", "--training", CALIBRATION, "--text", SHORT, *PAPER],
     "export": ["{carved}", "{out}", "--refit-router", CALIBRATION],
     "sweep": ["{dense}", "{out}", "--calibration", CALIBRATION, "--text", SHORT],
 }
@@ -125,7 +126,8 @@ def test_windows_longer_than_the_context_are_refused(dense, carve, tmp_path, com
 
 def test_the_shortest_context_of_several_models_counts(dense, make_dense, carve, tmp_path):
     shorter, carved = make_dense(max_position_embeddings=64), carve(dense)
-    recovery = {"training": CALIBRATION, "text": SHORT, "tuning": Tuning(sequence_length=65)}
+    tuning = Tuning(objective="next-token", sequence_length=65)
+    recovery = {"training": CALIBRATION, "text": SHORT, "tuning": tuning}
     for call in (
         partial(evaluate, carved, baseline=shorter, text=SHORT, sequence_length=65),
         partial(recover, carved, tmp_path / "out", control=shorter, **recovery),

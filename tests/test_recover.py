@@ -34,7 +34,7 @@ from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
 from cmoe_hf.conversion.measure.evaluate import divergence, perplexity
 from cmoe_hf.conversion.measure.routing import active_routers, count_loads, imbalance
-from cmoe_hf.conversion.tune.distil import Outputs, distillation_loss
+from cmoe_hf.conversion.tune.distil import TRAINING_BACKEND, Outputs, distillation_loss
 from cmoe_hf.conversion.tune.mixture import read_own, write_own
 from cmoe_hf.conversion.tune.tuning import move_bias
 
@@ -344,6 +344,20 @@ def test_the_loss_in_chunks_is_the_divergence_of_all_logits(
     assert found.keys() == wanted.keys() and len(found) > 10
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama-2", "phi"])
+def test_experts_in_training_compute_what_the_plain_loop_does(family, make_dense, carve, token_ids):
+    """Gradients, too; the experts of Phi have biases and no gate."""
+    model, found = load(carve(make_dense(family), recipe=FIRST_EDITION)), {}
+    for backend in ("eager", TRAINING_BACKEND):
+        model.set_experts_implementation(backend)
+        model.zero_grad()
+        model(token_ids, labels=token_ids).loss.backward()
+        found[backend] = {n: p.grad for n, p in model.named_parameters() if ".experts." in n}
+    for name, gradient in found["eager"].items():
+        assert gradient.any()
+        torch.testing.assert_close(found[TRAINING_BACKEND][name], gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_no_logits_of_all_positions_are_made_where_the_head_is_all(dense, token_ids):

@@ -242,10 +242,8 @@ def quality(
                 ours_L, theirs_L = (it_LV.argmax(dim=1) for it_LV in logits_LV)
                 same += int((ours_L == theirs_L).sum())
     tokens = windows * (length - 1)
-    perplexities = [checked_perplexity(total / tokens) for total in totals]
-    if baseline is None:
-        return Quality(*perplexities)
-    return Quality(*perplexities, apart / tokens, same / tokens)
+    ours, *theirs = (checked_perplexity(total / tokens) for total in totals)
+    return Quality(ours, theirs[0], apart / tokens, same / tokens) if theirs else Quality(ours)
 
 
 def divergence(logits_TV: torch.Tensor, target_TV: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ Shape suffixes: W windows, L tokens of one window, B windows of a batch.
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..carve.settings import public_name
 from ..errors import RequestError
 from ..folder.paths import replace_file
-from ..source.texts import absolute_text, text_name
+from ..source.texts import absolute_text
 
 OWN = "own"
 """The name of the text that the teacher writes."""
@@ -54,7 +56,7 @@ class Portion(NamedTuple):
     @property
     def name(self) -> str:
         """Return its public name."""
-        return self.text if self.text == OWN else text_name(self.text)
+        return public_name(self.text)
 
 
 def shares(portions: Sequence[Portion], samples: int, length: int) -> list[int]:
@@ -101,8 +103,7 @@ def write_own(
                 written: Any = teacher.generate(  # type: ignore[operator] # a mixin's
                     ids_BL, attention_mask=torch.ones_like(ids_BL), **more
                 )
-            kept = {"ids": written.cpu().contiguous()}
-            replace_file(path, lambda new, kept=kept: save_file(kept, new))
+            replace_file(path, partial(save_file, {"ids": written.cpu().contiguous()}))
         done.update(size)
     done.close()
     state.wait_for_everyone()

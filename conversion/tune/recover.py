@@ -54,7 +54,7 @@ from ..source.calibration import consecutive_windows, random_windows, read_token
 from ..source.hub import fetch_model, load_tokenizer
 from ..source.loading import load_config, load_model, model_folder, window_length
 from ..source.stored import read_json
-from ..source.texts import absolute_text, open_text, text_file, text_name
+from ..source.texts import absolute_text, open_text, text_file
 from .distil import TrainingPlan, plan_training
 from .mixture import OWN, Portion, read_own, shares, write_own
 from .settings import WINDOW, Tuning
@@ -345,7 +345,7 @@ def find_teacher(folder: Path) -> str:
         if name and config.is_file() and "cmoe_" not in str(read_json(config).get("model_type")):
             return str(config.parent)
     reason = "its conversion.json does not say where it is" if name else "nothing names it"
-    if revision is not None:
+    if name and revision is not None:
         try:
             return str(fetch_model(name, revision))
         except CMoEError as error:
@@ -535,7 +535,7 @@ def quality_and_loads(
 def summary(prepared: Prepared, work: RecoveryFolder) -> Recovery:
     """Return the figures of all stages as those of the recovery."""
     carved, control = work.stages["carved"], work.stages.get("control")
-    names = [text_name(it) for it in listed(prepared.options.text)]
+    names = [public_name(it) for it in listed(prepared.options.text)]
     length = prepared.tests[0].shape[1]
     figures: dict[str, Any] = {"texts": [{"text": name} for name in names]}
     for when in ("before", "after"):
@@ -585,7 +585,7 @@ def write_beside_weights(prepared: Prepared, work: RecoveryFolder, result: Recov
         "tuning": asdict(prepared.tuning),
         "method_reason": prepared.plan.reason,
         "training": ", ".join(portion.name for portion in portions),
-        "text": text_name(listed(options.text)[0]),
+        "text": public_name(listed(options.text)[0]),
         **{name: source and public_name(source) for name, source in sources.items()},
         "training_text_tokens": prepared.text_tokens,
         "sequence_length": prepared.tests[0].shape[1],

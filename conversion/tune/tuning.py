@@ -84,6 +84,7 @@ def tune(
     dtype = model.dtype
     if tuning.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    use_backend(model, TRAINING_BACKEND)
     is_lora = tuning.method == "lora"
     learner = with_adapters(model, tuning) if is_lora else with_free_weights(model, tuning)
     micro, passes = tuning.split(accelerate.PartialState().num_processes)
@@ -154,7 +155,6 @@ def with_free_weights(model: PreTrainedModel, tuning: Tuning) -> PreTrainedModel
     In a model of 16 bits autocast computes in these nevertheless.
     """
     train_only_what_was_carved(model.float(), tuning.train_attention)
-    use_backend(model, TRAINING_BACKEND)
     return model
 
 
