@@ -170,7 +170,8 @@ def test_the_bias_moves_once_in_each_optimiser_step(recovered):
 def test_the_biases_balance_the_loads(embedded, carve, tmp_path):
     (tmp_path / "test.txt").write_text(HELD_OUT.read_text(encoding="utf-8")[:8_000])
     texts = {"training": CALIBRATION, "text": tmp_path / "test.txt"}
-    tuning = Tuning(samples=64, sequence_length=128, batch_size=4, bias_speed=0.03)
+    sizes = {"samples": 64, "sequence_length": 128, "batch_size": 4}
+    tuning = Tuning(objective="next-token", **sizes, bias_speed=0.03)
     carved = carve(embedded, (1, 1, 8), samples=8, sequence_length=128)
     result = recover(carved, tmp_path / "out", **texts, tuning=tuning)
     assert result.training_imbalance_after < result.training_imbalance_before / 2
@@ -442,6 +443,7 @@ def test_killed_it_resumes_to_the_same_curve(carved, processes, tmp_path, tensor
         "unfinished recovery, not a conversion",
     )
     again = [carved, tmp_path / "killed", "--training", CALIBRATION, "--text", SHORT]
+    again += ["--objective", "next-token"]
     result = CliRunner().invoke(app, ["recover", *map(str, again), "--samples", "4"])
     refused(result, 2, "cmoe recover", "--resume")
     resume_recovery(tmp_path / "killed")
@@ -490,12 +492,16 @@ def launched_with(path):
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("objective", ["next-token", "distil"])
 def test_two_processes_that_share_the_weights_learn_what_one_does_even_if_killed(
-    carved, processes, tmp_path, tensors
+    objective, carved, dense, processes, tmp_path, tensors
 ):
     """FSDP2. That each process holds a part only is seen from what both wrote."""
-    recover(carved, tmp_path / "whole", **TEXTS, tuning=Tuning(**LOUD))
-    output, arguments = tmp_path / "sharded", {"model": carved, "device": "cpu", **TEXTS}
+    tuning, more = LOUD, {}
+    if objective == "distil":
+        tuning, more = {**DISTIL, "samples": 48}, {"teacher": dense}
+    recover(carved, tmp_path / "whole", **TEXTS, **more, tuning=Tuning(**tuning))
+    output, arguments = tmp_path / "sharded", {"model": carved, "device": "cpu", **TEXTS, **more}
 
     def start(attempt, *begun_with):
         shared = (tmp_path / attempt, launched_with(FSDP2), output, *begun_with)
@@ -507,7 +513,7 @@ def test_two_processes_that_share_the_weights_learn_what_one_does_even_if_killed
             process.start()
         return pair
 
-    pair = start("first", arguments, LOUD)
+    pair = start("first", arguments, tuning)
     checkpoints = tmp_path / "sharded.partial" / "work" / "carved"
     kill_after_two_checkpoints(pair, checkpoints)
     assert len(list(checkpoints.glob("checkpoint-*/pytorch_model_fsdp_0/*.distcp"))) >= 4
