@@ -20,7 +20,7 @@ from .share.verify import Verification, verify
 from .show.report import Report, report
 from .show.sweep import Sweep, sweep
 from .tune.recover import Recovery, recover, resume_recovery
-from .tune.tuning import Tuning
+from .tune.settings import Tuning
 
 __all__ = [
     "RECIPES",

@@ -15,7 +15,8 @@ SUMMARIES = {
     "demo": "Carve the embedded default, compare dense and carved, generate a line of text.",
     "convert": "Carve MODEL into a CMoE repository at OUT, or go on with it: "
     "cmoe convert OUT --resume.",
-    "recover": "Fine-tune a carved MODEL with LoRA into OUT, or go on: cmoe recover OUT --resume.",
+    "recover": "Train a carved MODEL to do as the dense one does, into OUT, or go on: "
+    "cmoe recover OUT --resume.",
     "evaluate": "Measure perplexity, or tasks, dense beside carved; the router beside oracle and "
     "chance.",
     "benchmark": "Time FFN, prefill and decoding, dense and carved in turn, beside what is "

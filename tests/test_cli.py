@@ -162,7 +162,14 @@ LOADS = ["--training", CALIBRATION, "--text", SHORT, "--samples", 4, "--sequence
 PRINTED = {
     "convert": ["convert", f"dense{AWKWARD}", f"out{AWKWARD}", *SHAPE, *CHEAP],
     "plan": ["convert", f"dense{AWKWARD}", "planned", *SHAPE, *CHEAP, "--dry-run"],
-    "recover": ["recover", f"carved{AWKWARD}", f"recovered{AWKWARD}", *LOADS],
+    "recover": [
+        "recover",
+        f"carved{AWKWARD}",
+        f"recovered{AWKWARD}",
+        *LOADS,
+        "--objective",
+        "next-token",
+    ],
     "evaluate": ["evaluate", f"carved{AWKWARD}", *TEXT, "--windows", 1],
     "tasks": ["evaluate", f"carved{AWKWARD}", "--tasks", f"topics{AWKWARD}", "--include-path", "."],
     "benchmark": [

@@ -104,11 +104,32 @@ def test_bad_requests(embedded, dense_copy, short_text, tmp_path):
         evaluate(embedded, baseline=dense_copy, text=short_text)
 
 
+def test_divergence_and_agreement_are_what_a_loop_finds(dense, carve, short_text):
+    carved = carve(dense)
+    found = evaluate(carved, baseline=dense, text=short_text, sequence_length=50, windows=3)
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    ids = tokenizer(short_text.read_text(), return_tensors="pt")["input_ids"][0]
+    models = [AutoModelForCausalLM.from_pretrained(it) for it in (carved, dense)]
+    total, same = 0.0, 0
+    for start in (0, 50, 100):
+        window = ids[None, start : start + 50]
+        ours, theirs = (model(window).logits[0].detach().softmax(1) for model in models)
+        for q, p in zip(ours[:-1], theirs[:-1], strict=True):
+            total += float((p * (p / q).log()).sum())
+            same += int(p.argmax() == q.argmax())
+    assert found.divergence == pytest.approx(total / 147, rel=1e-3)
+    assert found.agreement == pytest.approx(same / 147)
+    alone = evaluate(carved, text=short_text, sequence_length=50, windows=3)
+    assert alone.divergence is None and alone.agreement is None
+    assert alone.perplexity == found.perplexity
+
+
+PAPER = ["--objective", "next-token"]
 CONTEXT = {
     "convert": ["{dense}", "{out}", "--calibration", CALIBRATION, "--budget", 0.5],
     "evaluate": ["{carved}", "--text", SHORT],
     "report": ["{carved}", "--text", SHORT, "--output", "{out}"],
-    "recover": ["{carved}", "{out}", "--training", CALIBRATION, "--text", SHORT],
+    "recover": ["{carved}", "{out}", "--training", CALIBRATION, "--text", SHORT, *PAPER],
     "export": ["{carved}", "{out}", "--refit-router", CALIBRATION],
     "sweep": ["{dense}", "{out}", "--calibration", CALIBRATION, "--text", SHORT],
 }
@@ -125,7 +146,8 @@ def test_windows_longer_than_the_context_are_refused(dense, carve, tmp_path, com
 
 def test_the_shortest_context_of_several_models_counts(dense, make_dense, carve, tmp_path):
     shorter, carved = make_dense(max_position_embeddings=64), carve(dense)
-    recovery = {"training": CALIBRATION, "text": SHORT, "tuning": Tuning(sequence_length=65)}
+    tuning = Tuning(objective="next-token", sequence_length=65)
+    recovery = {"training": CALIBRATION, "text": SHORT, "tuning": tuning}
     for call in (
         partial(evaluate, carved, baseline=shorter, text=SHORT, sequence_length=65),
         partial(recover, carved, tmp_path / "out", control=shorter, **recovery),

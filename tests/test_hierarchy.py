@@ -433,7 +433,13 @@ def test_the_plan_of_a_moe(make_dense, carve, tmp_path, tensors, family, recipe)
     assert planned.disk_bytes == pytest.approx(real, rel=0.1)
 
 
-TUNING = {"samples": 8, "sequence_length": 64, "learning_rate": 3e-3, "router_learning_rate": 0.1}
+TUNING = {
+    "objective": "next-token",
+    "samples": 8,
+    "sequence_length": 64,
+    "learning_rate": 3e-3,
+    "router_learning_rate": 0.1,
+}
 
 
 @pytest.fixture(scope="module")

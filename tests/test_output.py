@@ -75,7 +75,7 @@ def test_a_text_in_the_folder_to_be_replaced(dense, carved, tmp_path):
     text = Path(shutil.copy(CALIBRATION, out / "notes.txt"))
     result = run(dense, out, "--overwrite", "--calibration", text)
     refused(result, 2, "the calibration text lies in", "Choose another output folder, or move it")
-    few = ["--samples", 2, "--sequence-length", 32, "--overwrite"]
+    few = ["--samples", 2, "--sequence-length", 32, "--overwrite", "--teacher", dense]
     result = command("recover", carved, out, "--training", CALIBRATION, "--text", text, *few)
     refused(result, 2, "the text to measure on lies in")
     refused(
@@ -91,13 +91,13 @@ def test_other_commands_refuse_what_they_read(dense, carved, tmp_path):
     (tmp_path / "link").symlink_to(model)
     texts = ["--training", CALIBRATION, "--text", HELD_OUT]
     texts += ["--samples", 2, "--sequence-length", 32]
+    paper = ["--objective", "next-token"]
     for out in (tmp_path / "link", tmp_path / "x" / ".." / "model"):
-        refused(command("export", model, out, "--overwrite"), 2, "is the carved model itself")
-        refused(
-            command("recover", model, out, "--overwrite", *texts), 2, "is the carved model itself"
-        )
-    for option in ("--teacher", "--control"):
-        result = command("recover", model, teacher, option, teacher, "--overwrite", *texts)
+        for arguments in (["export", model, out], ["recover", model, out, *texts, *paper]):
+            result = command(*arguments, "--overwrite")
+            refused(result, 2, "is the carved model itself")
+    for option, *more in (["--teacher"], ["--control", *paper]):
+        result = command("recover", model, teacher, option, teacher, "--overwrite", *texts, *more)
         refused(result, 2, f"is the {option[2:]} itself")
     (model / "sweep.json").write_text("{}")
     before = contents(tmp_path)

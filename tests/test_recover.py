@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,24 +19,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recipes import FIRST_EDITION
 from refusal import refused
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from typer.testing import CliRunner
 
 from cmoe_hf.conversion import (
     Recipe,
     Tuning,
+    evaluate,
     recover,
     resume_recovery,
     upgrade,
 )
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
-from cmoe_hf.conversion.measure.evaluate import perplexity
+from cmoe_hf.conversion.measure.evaluate import divergence, perplexity
 from cmoe_hf.conversion.measure.routing import active_routers, count_loads, imbalance
-from cmoe_hf.conversion.tune.tuning import divergence, move_bias
+from cmoe_hf.conversion.tune.distil import TRAINING_BACKEND, Outputs, distillation_loss
+from cmoe_hf.conversion.tune.mixture import read_own, write_own
+from cmoe_hf.conversion.tune.tuning import move_bias
 
 TEXTS = {"training": CALIBRATION, "text": SHORT}
-FEW = {"samples": 16, "sequence_length": 64}
+FEW = {"objective": "next-token", "samples": 16, "sequence_length": 64}
 LOUD = {**FEW, "learning_rate": 3e-3, "router_learning_rate": 0.1, "bias_speed": 0.01}
 """Few steps, but large ones: what learns must be seen to move."""
 
@@ -166,7 +170,8 @@ def test_the_bias_moves_once_in_each_optimiser_step(recovered):
 def test_the_biases_balance_the_loads(embedded, carve, tmp_path):
     (tmp_path / "test.txt").write_text(HELD_OUT.read_text(encoding="utf-8")[:8_000])
     texts = {"training": CALIBRATION, "text": tmp_path / "test.txt"}
-    tuning = Tuning(samples=64, sequence_length=128, batch_size=4, bias_speed=0.03)
+    sizes = {"samples": 64, "sequence_length": 128, "batch_size": 4}
+    tuning = Tuning(objective="next-token", **sizes, bias_speed=0.03)
     carved = carve(embedded, (1, 1, 8), samples=8, sequence_length=128)
     result = recover(carved, tmp_path / "out", **texts, tuning=tuning)
     assert result.training_imbalance_after < result.training_imbalance_before / 2
@@ -201,21 +206,164 @@ def test_a_model_that_does_not_route_recovers_too(dense, carve, tmp_path):
     assert result.perplexity_after != result.perplexity_before
 
 
-def test_distilling_from_its_own_function_starts_at_zero(dense, carve, tmp_path):
-    everything = carve(dense, (2, 6, 8), recipe="paper")  # all experts active: the dense model
-    recover(
-        everything, tmp_path / "out", **TEXTS, teacher=dense, tuning=Tuning(**{**FEW, "samples": 4})
+DISTIL = {"samples": 24, "sequence_length": 64, "learning_rate": 3e-3, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def distilled(carved, dense, tmp_path_factory):
+    """A distillation on the teacher's own text and another, measured on two texts."""
+    output = tmp_path_factory.mktemp("distilled") / "out"
+    arguments = {"training": ["own:2k", CALIBRATION], "text": [SHORT, HELD_OUT], "windows": 8}
+    return output, recover(
+        carved, output, **arguments, teacher=dense, tuning=Tuning(**DISTIL, epochs=4)
     )
-    assert losses(tmp_path / "out")[0] == pytest.approx(0, abs=1e-4)
 
 
-def test_distilling_learns_the_teacher_and_a_teacher_is_no_control(carved, dense, tmp_path):
-    tuning = Tuning(**{**FEW, "epochs": 4, "learning_rate": 3e-3})
-    arguments = {"teacher": dense, "control": dense, "tuning": tuning}
-    result = recover(carved, tmp_path / "out", **TEXTS, **arguments)
-    curve = losses(tmp_path / "out")
-    assert sum(curve[-8:]) < sum(curve[:8])  # the last and the first time that it saw the windows
-    assert result.control_after == result.control_before
+def test_distilling_makes_the_model_more_like_its_teacher(distilled, dense):
+    output, result = distilled
+    assert [row["text"] for row in result.texts] == [SHORT.name, HELD_OUT.name]
+    for row in result.texts:
+        before, after = row["before"], row["after"]
+        assert after["divergence"] < 0.9 * before["divergence"]
+        assert after["agreement"] > before["agreement"]
+        assert after["baseline_perplexity"] == before["baseline_perplexity"]
+    measured = evaluate(output, baseline=dense, text=SHORT, sequence_length=64, windows=8)
+    assert measured.divergence == pytest.approx(result.texts[0]["after"]["divergence"], rel=1e-4)
+    assert measured.agreement == pytest.approx(result.texts[0]["after"]["agreement"])
+    assert result.gap_after == pytest.approx(
+        math.log(result.perplexity_after / result.teacher_perplexity)
+    )
+    assert result.training_tokens == (31 + 24) * 64 * 4  # of 2,000 tokens whole windows
+    assert report(output)["tuning"]["method"] == "full"
+    assert "all weights" in report(output)["method_reason"]
+    assert report(output)["training"] == "own, calibration.txt"
+
+
+def test_experts_routers_and_norms_learn_and_attention_on_request(
+    carved, distilled, tensors, tmp_path
+):
+    before, after = tensors(carved), tensors(distilled[0])
+    learns = ("layernorm.weight", "linear_weight", "scale", "gate_up_proj", "experts.down_proj")
+    for name, tensor in before.items():
+        moved = not torch.equal(tensor, after[name])
+        assert moved == (name.endswith(learns) or "shared_expert" in name), name
+        assert tensor.dtype == after[name].dtype
+    tuning = Tuning(**{**DISTIL, "samples": 8}, train_attention=True)
+    recover(carved, tmp_path / "out", **TEXTS, tuning=tuning, teacher=distilled[0])
+    after = tensors(tmp_path / "out")
+    assert not torch.equal(before[ATTENTION], after[ATTENTION])
+
+
+ATTENTION = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_model_that_is_its_own_teacher_has_nothing_to_learn(carved, tmp_path, dtype, method):
+    tuning = Tuning(**{**DISTIL, "samples": 4}, method=method)
+    options = {"dtype": dtype, "teacher": carved, "tuning": tuning}
+    recover(carved, tmp_path / "out", **TEXTS, **options)
+    assert losses(tmp_path / "out")[0] == pytest.approx(0, abs=1e-4 if dtype == "float32" else 0.02)
+
+
+def test_what_was_pruned_statically_is_distilled_too(dense, carve, tmp_path):
+    pruned = carve(dense, (4, 0, 8))
+    options = {"teacher": dense, "tuning": Tuning(**DISTIL)}
+    result = recover(pruned, tmp_path / "out", **TEXTS, **options)
+    [row] = result.texts
+    assert row["after"]["divergence"] < row["before"]["divergence"]
+    assert result.scale is None
+
+
+def test_interrupted_distillation_goes_on_to_the_same_weights(
+    carved, dense, tmp_path, tensors, monkeypatch
+):
+    """Interrupted twice: while the teacher writes, and between two checkpoints."""
+    monkeypatch.setattr("cmoe_hf.conversion.tune.mixture.OWN_BATCH", 4)
+    options = {"training": ["own"], "text": SHORT, "teacher": dense, "tuning": Tuning(**DISTIL)}
+    recover(carved, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt), killable.interrupted_at("000002.safetensors.new"):
+        recover(carved, tmp_path / "out", **options)
+    own = tmp_path / "out.partial" / "work" / "own"
+    kept = {path.name: path.stat().st_mtime_ns for path in own.iterdir()}
+    assert sorted(kept) == ["000000.safetensors", "000001.safetensors"]
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", interrupting_after(3))
+        resume_recovery(tmp_path / "out")
+    assert all((own / name).stat().st_mtime_ns == written for name, written in kept.items())
+    resume_recovery(tmp_path / "out")
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    whole, resumed = tensors(tmp_path / "whole"), tensors(tmp_path / "out")
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def interrupting_after(count):
+    """Return a training step that presses Ctrl-C when it is called once more than `count` times."""
+    steps, take_step = [], Trainer.training_step
+
+    def step(trainer, *arguments):
+        steps.append(1)
+        if len(steps) > count:
+            raise KeyboardInterrupt
+        return take_step(trainer, *arguments)
+
+    return step
+
+
+def test_the_text_that_the_teacher_writes_is_seeded(dense, tmp_path):
+    model, tokenizer = load(dense), AutoTokenizer.from_pretrained(dense)
+    texts = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_own(model, tokenizer, windows=6, length=20, seed=seed, folder=tmp_path / name)
+        texts.append(read_own(tmp_path / name))
+    assert texts[0].shape == (6, 20)
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+    assert len(texts[0][:, 1].unique()) > 1  # from many starts
+
+
+@pytest.mark.parametrize("family", ["llama-2", "gemma2", "opt", "cohere"])
+def test_the_loss_in_chunks_is_the_divergence_of_all_logits(
+    family, make_dense, token_ids, monkeypatch
+):
+    """Gradients, too; Gemma 2 caps its logits and Cohere scales them."""
+    monkeypatch.setattr("cmoe_hf.conversion.tune.distil.CHUNK_LOGITS", 5 * 1024)
+    student, teacher = load(make_dense(family)), load(make_dense(family))
+    decoder = student.base_model
+    decoder.requires_grad_()
+    student.get_output_embeddings().requires_grad_(False)
+    student.get_input_embeddings().requires_grad_(False)
+    for parameter in decoder.parameters():
+        parameter.data *= 1.1
+    loss = distillation_loss(Outputs(student), Outputs(teacher), token_ids)
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    expected = divergence(*(it(token_ids).logits.flatten(0, 1) for it in (student, teacher)))
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    wanted = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys() and len(found) > 10
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama-2", "phi"])
+def test_experts_in_training_compute_what_the_plain_loop_does(family, make_dense, carve, token_ids):
+    """Gradients, too; the experts of Phi have biases and no gate."""
+    model, found = load(carve(make_dense(family), recipe=FIRST_EDITION)), {}
+    for backend in ("eager", TRAINING_BACKEND):
+        model.set_experts_implementation(backend)
+        model.zero_grad()
+        model(token_ids, labels=token_ids).loss.backward()
+        found[backend] = {n: p.grad for n, p in model.named_parameters() if ".experts." in n}
+    for name, gradient in found["eager"].items():
+        assert gradient.any()
+        torch.testing.assert_close(found[TRAINING_BACKEND][name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_no_logits_of_all_positions_are_made_where_the_head_is_all(dense, token_ids):
+    assert isinstance(Outputs(load(dense)).head, torch.nn.Linear)
+    assert Outputs(load(dense))(token_ids).shape == (token_ids.numel(), 64)
 
 
 def test_divergence_is_the_textbook_sum():
@@ -268,17 +416,8 @@ def test_loads_and_imbalance_are_what_a_loop_counts(recovered, token_ids):
 @pytest.mark.library
 def test_interrupted_it_resumes_to_the_same_curve(carved, recovered, dense, tmp_path, tensors):
     """In this process; the next test kills one."""
-    steps = []
-
-    def step(trainer, *arguments):
-        steps.append(trainer.state.global_step)
-        if len(steps) == 5:
-            raise KeyboardInterrupt
-        return take_step(trainer, *arguments)
-
-    take_step = Trainer.training_step
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "training_step", step)
+        patch.setattr(Trainer, "training_step", interrupting_after(4))
         recover(carved, tmp_path / "out", **TEXTS, control=dense, tuning=Tuning(**LOUD))
     assert not (tmp_path / "out").exists()
     resume_recovery(tmp_path / "out")
@@ -304,6 +443,7 @@ def test_killed_it_resumes_to_the_same_curve(carved, processes, tmp_path, tensor
         "unfinished recovery, not a conversion",
     )
     again = [carved, tmp_path / "killed", "--training", CALIBRATION, "--text", SHORT]
+    again += ["--objective", "next-token"]
     result = CliRunner().invoke(app, ["recover", *map(str, again), "--samples", "4"])
     refused(result, 2, "cmoe recover", "--resume")
     resume_recovery(tmp_path / "killed")
@@ -352,12 +492,16 @@ def launched_with(path):
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("objective", ["next-token", "distil"])
 def test_two_processes_that_share_the_weights_learn_what_one_does_even_if_killed(
-    carved, processes, tmp_path, tensors
+    objective, carved, dense, processes, tmp_path, tensors
 ):
     """FSDP2. That each process holds a part only is seen from what both wrote."""
-    recover(carved, tmp_path / "whole", **TEXTS, tuning=Tuning(**LOUD))
-    output, arguments = tmp_path / "sharded", {"model": carved, "device": "cpu", **TEXTS}
+    tuning, more = LOUD, {}
+    if objective == "distil":
+        tuning, more = {**DISTIL, "samples": 48}, {"teacher": dense}
+    recover(carved, tmp_path / "whole", **TEXTS, **more, tuning=Tuning(**tuning))
+    output, arguments = tmp_path / "sharded", {"model": carved, "device": "cpu", **TEXTS, **more}
 
     def start(attempt, *begun_with):
         shared = (tmp_path / attempt, launched_with(FSDP2), output, *begun_with)
@@ -369,7 +513,7 @@ def test_two_processes_that_share_the_weights_learn_what_one_does_even_if_killed
             process.start()
         return pair
 
-    pair = start("first", arguments, LOUD)
+    pair = start("first", arguments, tuning)
     checkpoints = tmp_path / "sharded.partial" / "work" / "carved"
     kill_after_two_checkpoints(pair, checkpoints)
     assert len(list(checkpoints.glob("checkpoint-*/pytorch_model_fsdp_0/*.distcp"))) >= 4
@@ -402,6 +546,7 @@ def test_bad_requests(carved, dense, make_dense, tmp_path):
 
     def invoke(*arguments, text=SHORT, model=carved):
         options = [model, out, "--training", CALIBRATION, "--text", text, "--samples", 4]
+        options += ["--teacher", dense] * ("--objective" not in arguments)
         return CliRunner().invoke(app, ["recover", *map(str, [*options, *arguments])])
 
     refused(invoke(model=dense), 2, "not a carved one")
@@ -412,7 +557,20 @@ def test_bad_requests(carved, dense, make_dense, tmp_path):
     refused(invoke("--rank", 0), 2, "rank is 0")
     refused(invoke("--bias-speed", -1), 2, "bias_speed is -1")
     refused(invoke("--samples", 10**6), 2, "Give more text")
-    refused(invoke("--control", tmp_path / "nowhere"), 2, "neither a folder")
+    paper = ("--objective", "next-token")
+    refused(invoke(*paper, "--control", tmp_path / "nowhere"), 2, "neither a folder")
+    refused(invoke("--control", dense), 2, "add --objective next-token")
+    refused(invoke(*paper, "--teacher", dense), 2, "has no teacher")
+    refused(invoke(*paper, "--training", "own"), 2, "written by a teacher")
+    refused(invoke(*paper, "--method", "full"), 2, "trains LoRA")
+    refused(invoke("--objective", "fame"), 2, "distil, next-token")
+    refused(invoke("--method", "magic"), 2, "full or lora")
+    refused(invoke("--training", "own:many"), 2, "own:500k")
+    refused(invoke("--windows", 0), 2, "windows")
+    refused(invoke("--teacher", tmp_path / "nowhere"), 2, "neither a folder")
+    alone = Path(shutil.copytree(carved, tmp_path / "alone" / "carved"))
+    arguments = ["recover", alone, out, "--training", CALIBRATION, "--text", SHORT]
+    refused(CliRunner().invoke(app, [*map(str, arguments)]), 2, "cannot be found", "--teacher")
     refused(invoke("--resume"), 2, "cmoe recover OUT")
     refused(CliRunner().invoke(app, ["recover", str(out), "--resume"]), 2, "no unfinished recovery")
     refused(CliRunner().invoke(app, ["recover", str(carved)]), 2, "say where to")

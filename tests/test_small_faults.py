@@ -120,13 +120,16 @@ def beyond(carved, tmp_path):
     return folder
 
 
+PAPER = ["--objective", "next-token", "--samples", 4]
+
+
 @pytest.mark.parametrize(
     ("command", "options"),
     [
         ("evaluate", ["--text", HELD_OUT]),
         ("report", ["--text", HELD_OUT]),
         ("benchmark", ["--text", HELD_OUT, "--rounds", 1, "--prefill", 64, "--context", 64]),
-        ("recover", ["OUT", "--training", CALIBRATION, "--text", HELD_OUT, "--samples", 4]),
+        ("recover", ["OUT", "--training", CALIBRATION, "--text", HELD_OUT, *PAPER]),
         ("export", ["OUT", "--refit-router", CALIBRATION]),
     ],
 )
@@ -182,7 +185,7 @@ def test_a_recovery_is_resumed_without_its_texts(carved, tmp_path):
     texts = {"training": tmp_path / "training.txt", "text": tmp_path / "text.txt"}
     texts["training"].write_text(CALIBRATION.read_text())
     texts["text"].write_text(HELD_OUT.read_text()[:4_000])
-    tuning = Tuning(samples=4, sequence_length=64, batch_size=2)
+    tuning = Tuning(objective="next-token", samples=4, sequence_length=64)
     with pytest.raises(KeyboardInterrupt), interrupted_at("modeling_cmoe.py"):
         recover(carved, tmp_path / "out", **texts, tuning=tuning)
     for path in texts.values():

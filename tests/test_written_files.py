@@ -23,7 +23,7 @@ TEXT = " leading  and  double spaces, def f(x): return 'é'\n"
 
 def recover(model, out, *options):
     few = ["--samples", 2, "--sequence-length", 32, "--rank", 2, "--device", "cpu"]
-    texts = ["--training", CALIBRATION, "--text", HELD_OUT]
+    texts = ["--training", CALIBRATION, "--text", HELD_OUT, "--objective", "next-token"]
     return command("recover", model, out, *texts, *few, *options)
 
 
@@ -296,10 +296,10 @@ def test_a_hub_id_keeps_its_owner_and_a_path_only_its_last_part(hub, dense, carv
     few = ["--samples", 2, "--sequence-length", 32, "--rank", 2, "--device", "cpu"]
     few += ["--training", CALIBRATION, "--text", tmp_path / "jane-doe" / "x" / ".." / "mine.txt"]
     out = tmp_path / "out"
-    result = command("recover", carved, out, *few, "--teacher", "org/pico", "--control", "org/pico")
+    result = command("recover", carved, out, *few, "--teacher", "org/pico")
     assert result.exit_code == 0, result.stderr
     report = json.loads((out / "recovery.json").read_text())
-    assert report["teacher"] == report["control"] == "org/pico"
+    assert report["teacher"] == "org/pico"
     assert (report["training"], report["text"]) == ("calibration.txt", "mine.txt")
     card = (out / "README.md").read_text()
     assert "distilled from `org/pico`" in card and "jane-doe" not in card

@@ -19,7 +19,7 @@ from ..errors import RequestError
 from ..plan import Plan, plan
 from ..show.report import report
 from ..tune.recover import RecoverOptions, Recovery, recover, resume_recovery
-from ..tune.tuning import Tuning
+from ..tune.settings import Tuning
 from .command import command
 from .printing import Printed, agreement, facts, table
 
@@ -168,11 +168,22 @@ def recover_command(
 
 
 WHEN = ("before", "after", "after_without_bias")
+CLOSENESS = {
+    "divergence from the dense model": "divergence",
+    "most likely token as the dense model's": "agreement",
+}
 
 
 def _recovery_table(it: Recovery) -> Table:
     title = f"{it.notation} after {it.steps} steps on {it.training_tokens:,} tokens"
     made = table(title, "", "before", "after", "bias zero", caption=it.output)
+    for row in it.texts:
+        dense = row["before"].get("baseline_perplexity")
+        for name, figure in (("perplexity", "perplexity"), *CLOSENESS.items()):
+            if figure in row["before"]:
+                beside = f" (dense {dense:.3f})" if dense and figure == "perplexity" else ""
+                label = f"{name} on {row['text']}{beside}"
+                made.add_row(label, *(_decimal(row[when][figure]) for when in WHEN[:2]))
     for label, name in (
         ("perplexity", "perplexity"),
         ("perplexity of the dense control", "control"),
@@ -180,9 +191,12 @@ def _recovery_table(it: Recovery) -> Table:
         ("imbalance of the experts' loads", "imbalance"),
         ("the same on the training text", "training_imbalance"),
     ):
-        made.add_row(label, *(_decimal(getattr(it, f"{name}_{when}", None)) for when in WHEN))
+        figures = [getattr(it, f"{name}_{when}", None) for when in WHEN]
+        is_said = name == "perplexity" and figures[2] is None
+        if any(figure is not None for figure in figures) and not is_said:
+            made.add_row(label, *map(_decimal, figures))
     made.add_row("mean |u|", "", _decimal(it.scale))
-    made.add_row("distance to the tuned dense model closed", "", _decimal(it.closed))
+    made.add_row("distance to the dense model closed", "", _decimal(it.closed))
     return made
 
 

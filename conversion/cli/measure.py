@@ -36,6 +36,8 @@ def evaluate_command(model: str, **given: Any) -> Printed:
     rows = {"perplexity": f"{result.perplexity:.3f}"}
     if result.baseline_perplexity is not None:
         rows["perplexity of the baseline"] = f"{result.baseline_perplexity:.3f}"
+        rows["divergence from the baseline"] = f"{result.divergence:.3f}"
+        rows["most likely token as the baseline's"] = f"{result.agreement:.1%}"
     rows["predicted tokens"] = f"{result.tokens:,} in windows of {result.sequence_length}"
     rows["router picks the oracle's experts"] = agreement(
         result.router_oracle_agreement, result.router_chance_agreement

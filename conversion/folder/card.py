@@ -34,8 +34,12 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
     if report["control"] is not None:
         name = f"dense `{report['control']}`, tuned by the same recipe"
         rows.append((name, f"{result['control_before']:.2f}", result["control_after"]))
+    tuning = report["tuning"]
+    if result["teacher_perplexity"] is not None:
+        rows.append(("dense, untouched", "", result["teacher_perplexity"]))
     section = TEXTS["recovery"].format(
         **report,
+        method=TEXTS[f"trained_{tuning['method']}"].format(**tuning),
         distilled=f", distilled from `{report['teacher']}`" if report["teacher"] else "",
         rows="\n".join(f"| {name} | {before} | {after:.2f} |" for name, before, after in rows),
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity, dense beside carved, and how good the router is.
+"""Perplexity and divergence, dense beside carved, and how good the router is.
 
 Shape suffixes: B windows of a batch, W windows, L tokens of one window.
 """
@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,17 @@ TOKENS_AT_ONCE, LOGITS_AT_ONCE = 4096, 2**28
 HIGHEST_LOSS = math.log(sys.float_info.max)
 
 
+class Quality(NamedTuple):
+    """How well a model predicts a text, and how close it is to its baseline, if there is one."""
+
+    perplexity: float
+    baseline_perplexity: float | None = None
+    divergence: float | None = None
+    """Mean KL(baseline || model), in nats per token."""
+    agreement: float | None = None
+    """Share of tokens of which both find the same next token most likely."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What was measured; the keys of `cmoe evaluate --json`."""
@@ -43,6 +55,10 @@ class Evaluation:
     """Only so many, from the beginning of the text; None for all of it."""
     baseline_perplexity: float | None
     """Of the dense model on the same windows, None without `baseline`."""
+    divergence: float | None
+    """Mean KL(baseline || model) of the distributions of the next token, in nats."""
+    agreement: float | None
+    """Share of the predicted tokens of which both models find the same most likely."""
     router: str
     """Who routed: `"own"`, `"oracle"` or `"random"`."""
     router_oracle_agreement: float | None
@@ -103,23 +119,20 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     length = common_length(options.sequence_length, trusted, *models)
     carved, tokenizer = load_model(options.model, options.dtype, where, trusted)
     windows_WL = text_windows(carved, tokenizer, text, length, options.windows)
-    figures = measure_routing(carved, windows_WL, router, options.seed)
-    dense_perplexity = None
+    dense = None
     if options.baseline is not None:
-        del carved  # one model in memory at a time
         dense, other = load_model(options.baseline, options.dtype, where, trusted)
         check_same_vocabulary(options.baseline, other, tokenizer)
         check_vocabulary(windows_WL, dense.config.vocab_size)
-        dense_perplexity = perplexity(dense, windows_WL, description="baseline")
+    measured, own, chance = measure_routing(carved, windows_WL, router, options.seed, dense)
     result = Evaluation(
-        perplexity=figures[0],
         tokens=windows_WL[:, 1:].numel(),
         sequence_length=length,
         windows=options.windows,
-        baseline_perplexity=dense_perplexity,
         router=router,
-        router_oracle_agreement=figures[1],
-        router_chance_agreement=figures[2],
+        router_oracle_agreement=own,
+        router_chance_agreement=chance,
+        **measured._asdict(),
     )
     if folder is not None:
         record = {"task": text_name(options.text), "metric": "perplexity", **asdict(result)}
@@ -165,9 +178,13 @@ def text_windows(
 
 
 def measure_routing(
-    model: PreTrainedModel, windows_WL: torch.Tensor, router: str, seed: int
-) -> tuple[float, float | None, float | None]:
-    """Return perplexity under a router, agreement of the own one with the oracle, and chance.
+    model: PreTrainedModel,
+    windows_WL: torch.Tensor,
+    router: str,
+    seed: int,
+    baseline: PreTrainedModel | None,
+) -> tuple[Quality, float | None, float | None]:
+    """Return quality under a router, agreement of the own one with the oracle, and chance.
 
     The agreement is None for a replaced router; both are None for a model that does not route.
     """
@@ -175,7 +192,7 @@ def measure_routing(
     if not routed:
         if router != "own":
             raise RequestError(f"the model does not route, so it cannot have a router {router!r}.")
-        return perplexity(model, windows_WL, description="model"), None, None
+        return quality(model, windows_WL, baseline), None, None
     agreements = []
     with ExitStack() as stack:
         for index, block in enumerate(routed):
@@ -183,12 +200,11 @@ def measure_routing(
                 agreements += stack.enter_context(watch_router(block))
             else:
                 stack.enter_context(replace_router(block, router, seed + index))
-        measured = perplexity(model, windows_WL, description="model")
+        measured = quality(model, windows_WL, baseline)
     own = fmean(fmean(layer) for layer in agreements) if agreements else None
     return measured, own, 1 / math.comb(*routed[0].gate.choice)
 
 
-@torch.no_grad()
 def perplexity(
     model: PreTrainedModel, windows_WL: torch.Tensor, *, description: str = "perplexity"
 ) -> float:
@@ -196,22 +212,58 @@ def perplexity(
 
     Raises `CMoEError` if the model yields NaN.
     """
+    return quality(model, windows_WL, description=description).perplexity
+
+
+@torch.no_grad()
+def quality(
+    model: PreTrainedModel,
+    windows_WL: torch.Tensor,
+    baseline: PreTrainedModel | None = None,
+    *,
+    description: str = "perplexity",
+) -> Quality:
+    """Run the model, and its baseline beside it, on the L - 1 predicted tokens of each window.
+
+    Raises `CMoEError` if one of them yields NaN.
+    """
     windows, length = windows_WL.shape
-    total = 0.0
+    models = [model] if baseline is None else [model, baseline]
+    totals, apart, same = [0.0 for _ in models], 0.0, 0
     most = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // model.config.vocab_size)
-    batches = windows_WL.split(max(1, most // length))
-    for ids_BL in tqdm(batches, desc=description, disable=None):
+    for ids_BL in tqdm(windows_WL.split(max(1, most // length)), desc=description, disable=None):
         ids_BL = ids_BL.to(model.device)
-        logits_BLV = model(input_ids=ids_BL, use_cache=False).logits[:, :-1]
-        for logits_LV, next_L in zip(logits_BLV, ids_BL[:, 1:], strict=True):
-            nll = F.cross_entropy(logits_LV.float(), next_L, reduction="sum")
-            total += nll.item()
-    if not math.isfinite(total):
+        logits = [it(input_ids=ids_BL, use_cache=False).logits[:, :-1] for it in models]
+        for *logits_LV, next_L in zip(*logits, ids_BL[:, 1:], strict=True):
+            for index, it_LV in enumerate(logits_LV):
+                totals[index] += F.cross_entropy(it_LV.float(), next_L, reduction="sum").item()
+            if baseline is not None:
+                apart += divergence(*logits_LV).item() * len(next_L)
+                ours_L, theirs_L = (it_LV.argmax(dim=1) for it_LV in logits_LV)
+                same += int((ours_L == theirs_L).sum())
+    tokens = windows * (length - 1)
+    ours, *theirs = (checked_perplexity(total / tokens) for total in totals)
+    return Quality(ours, theirs[0], apart / tokens, same / tokens) if theirs else Quality(ours)
+
+
+def divergence(logits_TV: torch.Tensor, target_TV: torch.Tensor) -> torch.Tensor:
+    """Return the mean Kullback-Leibler divergence KL(target || model) in nats per token.
+
+    A vocabulary that is padded to another size counts as far as both models have it.
+    """
+    vocabulary = min(logits_TV.shape[1], target_TV.shape[1])
+    log_TV = logits_TV[:, :vocabulary].float().log_softmax(dim=1)
+    target_log_TV = target_TV[:, :vocabulary].float().log_softmax(dim=1)
+    return F.kl_div(log_TV, target_log_TV, reduction="batchmean", log_target=True)
+
+
+def checked_perplexity(mean: float) -> float:
+    """Return exp of a mean loss. Raises `CMoEError` for what is no number, or too large for one."""
+    if not math.isfinite(mean):
         raise CMoEError(
             "the model yields NaN on this text: its weights are damaged or its precision "
             "overflows. Try --dtype float32."
         )
-    mean = total / (windows * (length - 1))
     if mean > HIGHEST_LOSS:
         raise CMoEError(
             f"the model's mean loss on this text is {mean:.3g}: no number is as large as its "

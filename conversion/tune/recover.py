@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A carved model fine-tuned with LoRA and merged (paper, section 5.1).
+"""A carved model that learns from the dense one, or by the paper's fine-tuning (section 5.1).
 
-Tuning makes a dense model better on such text, too. With a control, the dense model is tuned by
-the same recipe, and both are reported.
+Fine-tuning on a text makes a dense model better on it, too: with a control, the dense model is
+tuned by the same recipe, and both are reported. Distillation is measured against its teacher.
 
 Shape suffixes: W windows, L tokens of one window.
 """
@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,20 +24,22 @@ from typing import Any
 import accelerate
 import torch
 from accelerate.utils import parse_flag_from_env
+from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cmoe_hf import CMoEConfig
 
 from ..carve.settings import MAX_SHARD_SIZE, absolute, public_name, shard_bytes
+from ..demo import MODEL
 from ..device import check_dtype, find_device, versions
-from ..errors import RequestError
+from ..errors import CMoEError, RequestError, check_at_least
 from ..folder.auxiliary_files import AuxiliaryFiles, read_auxiliary_files
 from ..folder.card import CARD_FILE, recovered_card
-from ..folder.fingerprint import write_fingerprint
+from ..folder.fingerprint import conversion_record, write_fingerprint
 from ..folder.json_utils import as_json
 from ..folder.paths import resolved
 from ..folder.unfinished import SETTINGS, PartialFolder, sha256_of
-from ..measure.evaluate import check_same_vocabulary, perplexity
+from ..measure.evaluate import Quality, check_same_vocabulary, quality
 from ..measure.routing import (
     active_routers,
     always_on,
@@ -48,10 +51,14 @@ from ..measure.routing import (
 from ..options import LoadOptions, with_options
 from ..plan import free_disk
 from ..source.calibration import consecutive_windows, random_windows, read_tokens
-from ..source.hub import load_tokenizer
+from ..source.hub import fetch_model, load_tokenizer
 from ..source.loading import load_config, load_model, model_folder, window_length
+from ..source.stored import read_json
 from ..source.texts import absolute_text, open_text, text_file
-from .tuning import Tuning, check_peft, check_sharding, last_checkpoint, tune
+from .distil import TrainingPlan, plan_training
+from .mixture import OWN, Portion, read_own, shares, write_own
+from .settings import WINDOW, Tuning
+from .tuning import check_peft, check_sharding, last_checkpoint, tune
 
 STAGES = "stages.json"
 LEAST_TEXT = 0.25
@@ -68,6 +75,7 @@ class Recovery:
     training_tokens: int
     seconds: float
     perplexity_before: float
+    """On the first text, as all figures that are not in `texts`."""
     perplexity_after: float
     perplexity_after_without_bias: float | None
     """With the balance biases set to zero; None if they did not move."""
@@ -80,17 +88,22 @@ class Recovery:
     training_imbalance_after: float | None
     scale: float | None
     """Mean |u| after training; it starts at what the model had, 0 after carving."""
+    texts: list[dict[str, Any]]
+    """Of each text `before` and `after`: perplexity, and with a teacher also the perplexity, the
+    divergence KL(teacher || model) and the agreement of the most likely token."""
+    teacher_perplexity: float | None = None
+    """Of the untouched dense model; None without a teacher."""
     control_before: float | None = None
     """Perplexity of the dense model; None without a control."""
     control_after: float | None = None
     """Of the dense model tuned by the same recipe."""
     gap_before: float | None = None
-    """ln(carved / dense), both untuned."""
+    """ln(carved / dense), before any training; dense is the teacher or the control."""
     gap_after: float | None = None
-    """ln(carved / dense), both tuned: what the carving costs in the end."""
+    """ln(carved / dense), where a control is tuned, too: what the carving costs in the end."""
     closed: float | None = None
-    """Share of the distance to the tuned dense model that the carved one went:
-    ln(before / after) / ln(before / control_after)."""
+    """Share of the distance to the dense model (a control after tuning) that the carved one went:
+    ln(before / after) / ln(before / dense)."""
 
 
 @dataclass(frozen=True)
@@ -102,20 +115,24 @@ class RecoverOptions(LoadOptions):
     output: str | Path
     """Folder to create."""
     _: KW_ONLY
-    training: str | Path = "wikitext2"
-    """Text to learn from: file, wikitext2, c4 or a Hub data set (their training parts)."""
-    text: str | Path = "wikitext2"
-    """Text to measure perplexity on (its test part); never the training text."""
+    training: list[str] | str | Path | None = None
+    """Text to learn from: file, wikitext2, c4 or a Hub data set (their training parts), or own:
+    what the teacher writes. Repeatable; TEXT:500k is so many tokens of it. Default own
+    (next-token: wikitext2)."""
+    text: list[str] | str | Path | None = None
+    """Text to measure on (its test part), repeatable; never a training text. Default wikitext2."""
+    windows: int | None = None
+    """Measure on the first windows of each text only."""
     teacher: str | Path | None = None
-    """Learn the next-token distribution of this dense model instead of the text's next tokens."""
+    """The dense model to learn from; default the one that was carved, if it is found."""
     control: str | Path | None = None
-    """The dense model: tune it by the same recipe and compare."""
+    """The dense model: tune it by the same recipe and compare; for next-token."""
     dtype: str | None = None
     """float32 or bfloat16; default the checkpoint's precision."""
     max_shard_size: str | int = MAX_SHARD_SIZE
     """Of a file of weights, for example 500MB or 2GiB; one file up to it."""
     tuning: Tuning | None = None
-    """How to tune, default the paper's settings."""
+    """How to tune; default distillation."""
     overwrite: bool = False
     """Replace an existing model or unfinished recovery at `output`."""
 
@@ -125,8 +142,19 @@ class RecoverOptions(LoadOptions):
         for name in ("model", "teacher", "control"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, absolute(value))
-        for name in ("training", "text"):
-            object.__setattr__(self, name, absolute_text(getattr(self, name)))
+        tuning = self.tuning or Tuning()
+        usual = [OWN] if tuning.distils else ["wikitext2"]
+        training = [Portion.of(it).absolute for it in listed(self.training) or usual]
+        text = [absolute_text(it) for it in listed(self.text) or ["wikitext2"]]
+        for name, value in (("tuning", tuning), ("training", training), ("text", text)):
+            object.__setattr__(self, name, value)
+
+
+def listed(sources: list[str] | str | Path | None) -> list[str | Path]:
+    """Return one or several sources as a list."""
+    if isinstance(sources, list | tuple):
+        return [*sources]
+    return [] if sources is None else [sources]
 
 
 @dataclass(frozen=True)
@@ -144,26 +172,44 @@ class Prepared:
     text_tokens: int
     """Of the whole training text; the windows may take some of them several times."""
     training_WL: torch.Tensor
-    test_WL: torch.Tensor
+    """Of all texts but the teacher's own."""
+    tests: list[torch.Tensor]
+    """Windows (W, L) of each text to measure on."""
+    own_windows: int
+    """How many the teacher writes."""
+    plan: TrainingPlan
 
     @property
     def read(self) -> dict[str, str | Path | None]:
         """Return what is read from this machine, by what to call it."""
-        return {
-            "the carved model": self.folder,
-            "the training text": text_file(self.options.training),
-            "the text to measure on": text_file(self.options.text),
-            "the teacher": self.options.teacher,
-            "the control": self.options.control,
-        }
+        found: dict[str, str | Path | None] = {"the carved model": self.folder}
+        for name, sources in (
+            ("the training text", [Portion.of(it).text for it in listed(self.options.training)]),
+            ("the text to measure on", listed(self.options.text)),
+        ):
+            for number, source in enumerate(sources):
+                found[name + f" {number + 1}" * bool(number)] = text_file(source)
+        given = {"the teacher": self.options.teacher, "the control": self.options.control}
+        return found | given
+
+    def load(self, model: str | Path) -> PreTrainedModel:
+        """Return a model as this recovery runs it."""
+        trusted, dtype = self.options.trust_remote_code, self.options.dtype
+        return load_model(model, dtype, self.device, trusted)[0]
+
+    @property
+    def windows(self) -> int:
+        """Return the number of training windows."""
+        return len(self.training_WL) + self.own_windows
 
 
 @with_options(RecoverOptions)
 def recover(options: RecoverOptions) -> Recovery:
-    """Fine-tune a carved model with LoRA, merge, and write a repository like the one before.
+    """Train a carved model and write a repository like the one before.
 
-    Trained are attention, shared and routed experts, the gate scale u and the balance bias. The
-    work grows in `output` + `.partial`; what stops can be continued with `resume_recovery`.
+    By default it learns the dense model's distribution of the next token: all weights of experts,
+    routers and norms if that fits into memory, else LoRA factors. The work grows in `output` +
+    `.partial`; what stops can be continued with `resume_recovery`.
 
     Raises:
         RequestError: The request cannot be satisfied; nothing was started.
@@ -174,13 +220,15 @@ def recover(options: RecoverOptions) -> Recovery:
     if is_main:
         work = RecoveryFolder(output, overwrite=overwrite)
         work.check(prepared.read)
-        check_disk(prepared.folder, work)
+        check_disk(prepared, work)
     settings = {"options": asdict(prepared.options), "text_tokens": prepared.text_tokens}
     settings |= determinants(prepared)
     with owned_folder(output, settings, overwrite=overwrite) as work:
         if is_main:
-            work.keep_windows(training=prepared.training_WL, test=prepared.test_WL)
-        return run(prepared, work)
+            tests = {f"test{number}": it for number, it in enumerate(prepared.tests)}
+            work.keep_windows(training=prepared.training_WL, **tests)
+        # All processes do what the main one has decided.
+        return run(replace(prepared, tuning=Tuning(**work.settings["options"]["tuning"])), work)
 
 
 def resume_recovery(output: str | Path) -> Recovery:
@@ -193,34 +241,46 @@ def resume_recovery(output: str | Path) -> Recovery:
     with owned_folder(output) as work:
         asked, kept = work.recorded("options"), None
         if (windows := work.kept_windows()) is not None:
-            kept = (work.settings["text_tokens"], windows["training"], windows["test"])
+            tests = [windows[f"test{number}"] for number in range(len(windows) - 1)]
+            kept = (work.settings["text_tokens"], windows["training"], tests)
         prepared = prepare(RecoverOptions(**asked | {"tuning": Tuning(**asked["tuning"])}), kept)
         work.check_apart(prepared.read)
         work.check_unchanged(determinants(prepared))
         return run(prepared, work)
 
 
-Texts = tuple[int, torch.Tensor, torch.Tensor]
-"""Tokens of the training text, the windows to train on, and those to measure on."""
+Texts = tuple[int, torch.Tensor, list[torch.Tensor]]
+"""Tokens of the training texts, the windows to train on, and those of each text to measure on."""
 
 
 def prepare(options: RecoverOptions, kept: Texts | None = None) -> Prepared:
     """Check all but the weights, and read the texts unless `kept`. Raises `RequestError`."""
-    check_peft()
     check_sharding()
     check_dtype(options.dtype)
     shard_bytes(options.max_shard_size)
     if options.dtype == "float16":
         raise RequestError("float16 overflows in training: choose bfloat16 or float32.")
     tuning = options.tuning or Tuning()
+    if not tuning.distils and options.teacher is not None:
+        raise RequestError("--objective next-token has no teacher: leave out --teacher.")
+    if tuning.distils and options.control is not None:
+        raise RequestError(
+            "--control is tuned on the next token: add --objective next-token. Distillation is "
+            "compared with its teacher."
+        )
+    check_at_least(1, windows=options.windows)
     state = accelerate.PartialState(cpu=options.device == "cpu" or on_cpus())
     tuning.split(state.num_processes)
     device = state.device if state.num_processes > 1 else find_device(options.device)
-    if options.training == options.text and text_file(options.text):
+    portions = [Portion.of(it) for it in listed(options.training)]
+    texts = listed(options.text)
+    if any(it.text == text and text_file(text) for it in portions for text in texts):
         raise RequestError(
             "the text to measure on is the text to train on: its perplexity would say nothing. "
             "Give another --text."
         )
+    if not tuning.distils and any(portion.text == OWN for portion in portions):
+        raise RequestError("--training own is written by a teacher: --objective next-token has no.")
     folder, trusted = model_folder(options.model)[0], options.trust_remote_code
     config = load_config(folder, trusted)
     if not isinstance(config, CMoEConfig):
@@ -229,20 +289,71 @@ def prepare(options: RecoverOptions, kept: Texts | None = None) -> Prepared:
             "first."
         )
     tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
+    if tuning.distils:
+        options = replace(options, teacher=options.teacher or find_teacher(folder))
     others = {it for it in (options.teacher, options.control) if it is not None}
-    configs = [config, *(load_config(other, trusted) for other in others)]
+    configs = {other: load_config(other, trusted) for other in others}
     for other in others:
         theirs = load_tokenizer(model_folder(other)[0], trust_remote_code=trusted)
         check_same_vocabulary(other, theirs, tokenizer)
-    length = window_length(config, tuning.sequence_length, *configs[1:])
+    usual = WINDOW[tuning.objective]
+    length = window_length(config, tuning.sequence_length, *configs.values(), usual=usual)
+    counts = shares(portions, tuning.samples, length)
     if kept is None:
-        vocabulary = min(it.vocab_size for it in configs)
-        texts = (open_text(options.training, part="train"), open_text(options.text, part="test"))
-        ids, test_ids = (read_tokens(text, tokenizer, vocabulary).ids for text in texts)
-        draw = partial(random_windows, samples=tuning.samples, seed=tuning.seed, least=LEAST_TEXT)
-        kept = (len(ids), draw(ids, length=length), consecutive_windows(test_ids, length=length))
-    asked = replace(options, tuning=tuning)
-    return Prepared(asked, tuning, folder, device, tokenizer, read_auxiliary_files(folder), *kept)
+        vocabulary = min(it.vocab_size for it in (config, *configs.values()))
+        total, drawn = 0, [torch.empty(0, length, dtype=torch.int64)]
+        for portion, count in zip(portions, counts, strict=True):
+            if portion.text != OWN:
+                ids = read_tokens(open_text(portion.text), tokenizer, vocabulary).ids
+                draw = partial(random_windows, length=length, seed=tuning.seed, least=LEAST_TEXT)
+                drawn.append(draw(ids, samples=count))
+                total += len(ids)
+        tests = []
+        for text in texts:
+            ids = read_tokens(open_text(text, part="test"), tokenizer, vocabulary).ids
+            tests.append(consecutive_windows(ids, length=length)[: options.windows])
+        kept = (total, torch.cat(drawn), tests)
+    micro, _ = tuning.split(state.num_processes)
+    teacher = None if options.teacher is None else configs[options.teacher]
+    planned = plan_training(config, teacher, tuning, options.dtype, device, micro * length)
+    if planned.tuning.method == "lora":
+        check_peft()
+    return Prepared(
+        options=replace(options, tuning=planned.tuning),
+        tuning=planned.tuning,
+        folder=folder,
+        device=device,
+        tokenizer=tokenizer,
+        auxiliary=read_auxiliary_files(folder),
+        text_tokens=kept[0],
+        training_WL=kept[1],
+        tests=kept[2],
+        own_windows=sum(n for it, n in zip(portions, counts, strict=True) if it.text == OWN),
+        plan=planned,
+    )
+
+
+def find_teacher(folder: Path) -> str:
+    """Return the dense model that a folder was carved from, beside it, here or on the Hub.
+
+    Raises `RequestError` if it cannot be found.
+    """
+    source = conversion_record(folder).get("source") or {}
+    name, revision = source.get("name"), source.get("revision")
+    for place in (folder.absolute().parent, Path.cwd(), MODEL.parent):
+        config = place / str(name) / "config.json"
+        if name and config.is_file() and "cmoe_" not in str(read_json(config).get("model_type")):
+            return str(config.parent)
+    reason = "its conversion.json does not say where it is" if name else "nothing names it"
+    if name and revision is not None:
+        try:
+            return str(fetch_model(name, revision))
+        except CMoEError as error:
+            reason = str(error).rstrip(".")
+    raise RequestError(
+        f"the dense model {name or ''} that {folder.name} was carved from cannot be found "
+        f"({reason}): name it with --teacher."
+    )
 
 
 def on_cpus() -> bool:
@@ -250,9 +361,10 @@ def on_cpus() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
-def check_disk(folder: Path, work: PartialFolder) -> None:
+def check_disk(prepared: Prepared, work: PartialFolder) -> None:
     """Raise `RequestError` if the result and its checkpoints would not fit on the disk."""
-    needed = 1.2 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    needed = 1.2 * sum(path.stat().st_size for path in prepared.folder.glob("*.safetensors"))
+    needed += 3 * prepared.plan.checkpoint_bytes + 8 * prepared.own_windows * WINDOW["distil"]
     place, free = free_disk(work)
     if free < needed:
         raise RequestError(
@@ -264,7 +376,7 @@ def check_disk(folder: Path, work: PartialFolder) -> None:
 def determinants(prepared: Prepared) -> dict[str, str]:
     """Return what besides the options determines the result, under names that people understand."""
     weights = "".join(sha256_of(path) for path in sorted(prepared.folder.glob("*.safetensors")))
-    windows = prepared.training_WL.numpy().tobytes() + prepared.test_WL.numpy().tobytes()
+    windows = b"".join(it.numpy().tobytes() for it in (prepared.training_WL, *prepared.tests))
     return {
         **{f"version_of_{name}": version for name, version in versions().items()},
         "model": hashlib.sha256(weights.encode()).hexdigest(),
@@ -288,8 +400,11 @@ class RecoveryFolder(PartialFolder):
         """Return the last checkpoint, or which model is ready, in words."""
         if "carved" in self.stages:
             return "The carved model is trained"
+        written = len(list((self.private / OWN).glob("*.safetensors")))
         checkpoint = last_checkpoint(self.private / "carved")
-        return f"Steps trained: {checkpoint.rpartition('-')[2]}" if checkpoint else ""
+        if checkpoint:
+            return f"Steps trained: {checkpoint.rpartition('-')[2]}"
+        return f"Batches of text that the teacher has written: {written}" if written else ""
 
     def read_finished(self) -> None:
         """Take up the stages; the trainer finds the checkpoints itself."""
@@ -328,41 +443,54 @@ def owned_folder(
 
 def run(prepared: Prepared, work: RecoveryFolder) -> Recovery:
     """Tune the carved model, then the control, and complete the repository."""
-    options = prepared.options
+    options, is_main = prepared.options, accelerate.PartialState().is_main_process
+    if is_main and "carved" not in work.stages:
+        tqdm.write(prepared.plan.reason, file=sys.stderr)
+    teacher, windows_WL = None, prepared.training_WL
+    if options.teacher is not None and "carved" not in work.stages:
+        teacher = prepared.load(options.teacher).requires_grad_(False)
+        if prepared.own_windows:
+            own_WL = own_text(teacher, prepared, work.private / OWN)
+            windows_WL = torch.cat([windows_WL, own_WL])
     for stage, model in (("carved", options.model), ("control", options.control)):
         if model is not None and stage not in work.stages:
-            work.write_stage(stage, tuned(prepared, work, stage, model))
+            work.write_stage(stage, tuned(prepared, work, stage, model, windows_WL, teacher))
     result = summary(prepared, work)
-    if accelerate.PartialState().is_main_process:
+    if is_main:
         write_beside_weights(prepared, work, result)
     return result
 
 
+def own_text(teacher: PreTrainedModel, prepared: Prepared, folder: Path) -> torch.Tensor:
+    """Return the windows that the teacher writes, or has written."""
+    length = prepared.tests[0].shape[1]
+    how = {"windows": prepared.own_windows, "length": length, "seed": prepared.tuning.seed}
+    write_own(teacher, prepared.tokenizer, folder=folder, **how)
+    return read_own(folder)
+
+
 def tuned(
-    prepared: Prepared, work: RecoveryFolder, stage: str, model: str | Path
+    prepared: Prepared,
+    work: RecoveryFolder,
+    stage: str,
+    model: str | Path,
+    windows_WL: torch.Tensor,
+    teacher: PreTrainedModel | None,
 ) -> dict[str, Any]:
     """Measure, tune and measure one model; the carved one is written."""
     start, options = time.perf_counter(), prepared.options
-    load = partial(
-        load_model,
-        dtype=options.dtype,
-        device=prepared.device,
-        trust_remote_code=options.trust_remote_code,
-    )
-    loaded, _ = load(model)
-    before = quality_and_loads(loaded, prepared, f"{stage} before")
-    if stage == "control" and model == options.teacher:  # it would learn what it knows
-        return {"before": before, "after": before, "losses": [], "seconds": 0.0}
-    teacher = None if options.teacher is None else load(options.teacher)[0].requires_grad_(False)
+    loaded = prepared.load(model)
+    measure = partial(quality_and_loads, prepared=prepared, teacher=teacher, training_WL=windows_WL)
+    before = measure(loaded, description=f"{stage} before")
     loaded, losses = tune(
         loaded,
-        prepared.training_WL,
+        windows_WL,
         prepared.tuning,
         work.private / stage,
         teacher=teacher,
         description=f"tuning {stage}",
     )
-    after = quality_and_loads(loaded, prepared, f"{stage} after")
+    after = measure(loaded, description=f"{stage} after")
     figures = {"before": before, "after": after, "losses": losses}
     if stage == "carved":
         figures["scales"] = [gate.scale.tolist() for gate in active_routers(loaded)]
@@ -375,14 +503,18 @@ def tuned(
 
 
 def quality_and_loads(
-    model: PreTrainedModel, prepared: Prepared, description: str
+    model: PreTrainedModel,
+    prepared: Prepared,
+    teacher: PreTrainedModel | None,
+    training_WL: torch.Tensor,
+    description: str,
 ) -> dict[str, Any]:
-    """Measure on both texts, and on that to measure on without the balance biases, too."""
-    gates, test_WL = active_routers(model), prepared.test_WL
+    """Measure on all texts, and on the first also without the balance biases."""
+    gates, first_WL = active_routers(model), prepared.tests[0]
 
     def once(windows_WL: torch.Tensor) -> dict[str, Any]:
         with count_loads(model) as loads:
-            figures = {"perplexity": perplexity(model, windows_WL, description=description)}
+            figures = quality(model, windows_WL, teacher, description=description)._asdict()
         if not gates:
             return figures
         return figures | {
@@ -390,30 +522,39 @@ def quality_and_loads(
             "loads": [load_N.tolist() for load_N in loads],
         }
 
-    found = {"own": once(test_WL), "training_text": once(prepared.training_WL[: len(test_WL)])}
+    found: dict[str, Any] = {"own": once(first_WL)}
+    found["others"] = [once(windows_WL) for windows_WL in prepared.tests[1:]]
+    if teacher is None:
+        found["training_text"] = once(training_WL[: len(first_WL)])
     if any(map(is_biased, gates)):
         with without_bias(model):
-            found["without_bias"] = once(test_WL)
+            found["without_bias"] = once(first_WL)
     return found
 
 
 def summary(prepared: Prepared, work: RecoveryFolder) -> Recovery:
     """Return the figures of all stages as those of the recovery."""
     carved, control = work.stages["carved"], work.stages.get("control")
-    windows_WL = prepared.training_WL
-    figures: dict[str, Any] = {}
+    names = [public_name(it) for it in listed(prepared.options.text)]
+    length = prepared.tests[0].shape[1]
+    figures: dict[str, Any] = {"texts": [{"text": name} for name in names]}
     for when in ("before", "after"):
         own = carved[when]["own"]
         figures[f"perplexity_{when}"] = own["perplexity"]
         figures[f"imbalance_{when}"] = own.get("imbalance")
-        figures[f"training_imbalance_{when}"] = carved[when]["training_text"].get("imbalance")
+        on_training = carved[when].get("training_text", {})
+        figures[f"training_imbalance_{when}"] = on_training.get("imbalance")
+        measured = [own, *carved[when]["others"]]
+        for row, found in zip(figures["texts"], measured, strict=True):
+            row[when] = {name: found[name] for name in Quality._fields if found[name] is not None}
+        dense = figures["teacher_perplexity"] = own["baseline_perplexity"]
         if control is not None:
-            dense = control[when]["own"]["perplexity"]
-            figures[f"control_{when}"] = dense
+            dense = figures[f"control_{when}"] = control[when]["own"]["perplexity"]
+        if dense is not None:
             figures[f"gap_{when}"] = math.log(own["perplexity"] / dense)
-    if control is not None:
+    if dense is not None:
         before = figures["perplexity_before"]
-        if distance := math.log(before / figures["control_after"]):
+        if distance := math.log(before / dense):
             figures["closed"] = math.log(before / figures["perplexity_after"]) / distance
     for figure in ("perplexity", "imbalance"):
         unbiased = carved["after"].get("without_bias", {})
@@ -422,8 +563,8 @@ def summary(prepared: Prepared, work: RecoveryFolder) -> Recovery:
     return Recovery(
         output=str(work.output),
         notation=AutoConfig.from_pretrained(prepared.folder).notation,
-        steps=prepared.tuning.steps(len(windows_WL)),
-        training_tokens=int(windows_WL.numel() * prepared.tuning.epochs),
+        steps=prepared.tuning.steps(prepared.windows),
+        training_tokens=int(prepared.windows * length * prepared.tuning.epochs),
         seconds=sum(stage["seconds"] for stage in work.stages.values()),
         scale=statistics.mean(scales) if scales else None,
         **figures,
@@ -438,12 +579,16 @@ def write_beside_weights(prepared: Prepared, work: RecoveryFolder, result: Recov
     write_fingerprint(prepared.folder, work, prepared.tokenizer)
     figures = asdict(result)
     del figures["output"]
-    sources = {name: getattr(options, name) for name in ("training", "text", "teacher", "control")}
+    sources = {name: getattr(options, name) for name in ("teacher", "control")}
+    portions = [Portion.of(it) for it in listed(options.training)]
     report = {
         "tuning": asdict(prepared.tuning),
+        "method_reason": prepared.plan.reason,
+        "training": ", ".join(portion.name for portion in portions),
+        "text": public_name(listed(options.text)[0]),
         **{name: source and public_name(source) for name, source in sources.items()},
         "training_text_tokens": prepared.text_tokens,
-        "sequence_length": prepared.training_WL.shape[1],
+        "sequence_length": prepared.tests[0].shape[1],
         "versions": versions(),
         "device": prepared.device.type,
         "result": figures,

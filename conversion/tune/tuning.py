@@ -1,24 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA fine-tuning of a carved or a dense model with the same recipe (paper, sections 4.3 and 5.1).
+"""Training of a carved model: distillation, or the paper's LoRA on the next token (section 5.1).
 
-Shape suffixes: W windows, L tokens of one window, T tokens, V vocabulary, N routed experts.
+Shape suffixes: W windows, L tokens of one window, N routed experts.
 """
 
 import copy
 import importlib.util
 import json
-import math
 import os
 import sys
-from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import torch
-import torch.nn.functional as F
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -39,83 +35,11 @@ from ..carve.router import HIGHEST_BIAS
 from ..errors import CMoEError, RequestError, missing
 from ..measure.routing import active_routers, always_on, count_loads
 from ..source.walk import decoder_layers
+from .distil import TRAINING_BACKEND, Outputs, distillation_loss, train_only_what_was_carved
+from .settings import Tuning, some
 
-POSITIVE = ("samples", "batch_size", "rank", "alpha", "epochs", "learning_rate")
-NOT_NEGATIVE = ("router_learning_rate", "bias_speed", "warmup_steps")
-SCHEDULES = ("constant", "linear", "cosine")
-RULES: dict[str, tuple[Callable[[Any], bool], Sequence[str]]] = {
-    "above 0": (lambda value: value > 0, POSITIVE),
-    "at least 0": (lambda value: value >= 0, NOT_NEGATIVE),
-    "at least 0 and below 1": (lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2")),
-    "at least 2": (lambda value: value is None or value >= 2, ("sequence_length",)),
-    ", ".join(SCHEDULES): (SCHEDULES.__contains__, ("schedule",)),
-}
-"""What the options of a tuning must be."""
 CHECKPOINTS = 10
 """Checkpoints of one training run; the last two are kept."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """How a model is tuned; the defaults are the paper's (section 5.1) and its code's."""
-
-    samples: int = 2048
-    """Training windows, at random offsets of the text."""
-    sequence_length: int | None = None
-    """Tokens per window; default 2,048 or the model's context."""
-    epochs: float = 1.0
-    """Passes over the windows."""
-    batch_size: int = 2
-    """Windows of one optimiser step, over all processes."""
-    micro_batch_size: int | None = None
-    """Windows at a time on each process; default all it gets."""
-    rank: int = 8
-    """Rank of the LoRA factors."""
-    alpha: int = 32
-    """LoRA scaling: alpha / rank."""
-    learning_rate: float = 5.95e-5
-    """Of the LoRA factors, with Adam."""
-    router_learning_rate: float = 1e-3
-    """Of the gate scales u, and of trained routers."""
-    adam_beta1: float = 0.9
-    """Decay of Adam's mean."""
-    adam_beta2: float = 0.95
-    """Decay of Adam's mean square."""
-    schedule: str = "constant"
-    """Of the learning rates: constant, linear, cosine."""
-    warmup_steps: int = 0
-    """Steps to reach the learning rates."""
-    bias_speed: float = 1e-3
-    """First step of the balance biases; falls linearly to 0, or the loads of the last few batches
-    would decide. 0: leave them alone."""
-    train_router: bool = False
-    """Train the routers, too."""
-    gradient_checkpointing: bool = False
-    """Less memory, more time: activations are computed twice."""
-    seed: int = 0
-    """Of windows, order and LoRA factors."""
-
-    def __post_init__(self) -> None:
-        """Raise `RequestError` for what cannot be trained."""
-        for rule, (holds, names) in RULES.items():
-            for name in names:
-                if not holds(value := getattr(self, name)):
-                    raise RequestError(f"{name} is {value}; it must be {rule}.")
-        self.split(1)
-
-    def split(self, processes: int) -> tuple[int, int]:
-        """Return windows of a forward pass on each process, and passes of an optimiser step."""
-        micro = self.micro_batch_size or max(1, self.batch_size // processes)
-        if micro < 1 or self.batch_size % (micro * processes):
-            raise RequestError(
-                f"batch_size {self.batch_size} cannot be split into {processes} processes with "
-                f"{micro} windows at a time: make it a multiple of {max(micro, 1) * processes}."
-            )
-        return micro, self.batch_size // (micro * processes)
-
-    def steps(self, windows: int) -> int:
-        """Return the optimiser steps over that many windows."""
-        return math.ceil(math.ceil(windows / self.batch_size) * self.epochs)
 
 
 def check_peft() -> None:
@@ -142,7 +66,7 @@ def tune(
     teacher: PreTrainedModel | None = None,
     description: str = "tuning",
 ) -> tuple[PreTrainedModel, list[dict[str, float]]]:
-    """Train LoRA on attention and FFN, the gate scale u and the balance bias, and merge them.
+    """Train a model by the method of `tuning`, and merge LoRA factors.
 
     Resumes from the last whole checkpoint in `folder`, if there is one.
 
@@ -151,7 +75,7 @@ def tune(
         windows_WL: Training windows, int64.
         tuning: How to train.
         folder: Where the checkpoints go.
-        teacher: Learn its next-token distribution instead of the text's next tokens.
+        teacher: The dense model, frozen, if the objective is to distil.
         description: Of the progress bar.
 
     Returns the merged model, of the same class and precision, and a list of `step` and `loss`.
@@ -160,7 +84,9 @@ def tune(
     dtype = model.dtype
     if tuning.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    adapted = with_adapters(model, tuning)
+    use_backend(model, TRAINING_BACKEND)
+    is_lora = tuning.method == "lora"
+    learner = with_adapters(model, tuning) if is_lora else with_free_weights(model, tuning)
     micro, passes = tuning.split(accelerate.PartialState().num_processes)
     steps = tuning.steps(len(windows_WL))
     arguments = TrainingArguments(
@@ -170,10 +96,10 @@ def tune(
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=passes,
         num_train_epochs=tuning.epochs,
-        learning_rate=tuning.learning_rate,
-        lr_scheduler_type=tuning.schedule,
-        warmup_steps=tuning.warmup_steps,
-        max_grad_norm=0.0,
+        learning_rate=some(tuning.learning_rate),
+        lr_scheduler_type=some(tuning.schedule),
+        warmup_steps=some(tuning.warmup_steps),
+        max_grad_norm=some(tuning.max_gradient_norm),
         seed=tuning.seed,
         save_steps=max(1, steps // CHECKPOINTS),
         save_total_limit=2,
@@ -184,8 +110,8 @@ def tune(
         dataloader_pin_memory=False,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # no nn.DataParallel: `accelerate launch` splits
-    trainer = LoRATrainer(adapted, arguments, windows_WL, tuning, teacher)
-    empty = without_data(adapted) if trainer.is_fsdp_enabled else None
+    trainer = CarvedTrainer(learner, arguments, windows_WL, tuning, teacher)
+    empty = without_data(learner) if trainer.is_fsdp_enabled else None
     if sys.stderr.isatty():
         trainer.add_callback(Progress(description))
     try:
@@ -195,7 +121,8 @@ def tune(
     trained = trainer.accelerator.unwrap_model(trainer.model)
     if empty is not None:
         trained = gathered(trained, empty)
-    merged = trained.merge_and_unload().to(dtype).eval()
+    merged = (trained.merge_and_unload() if is_lora else trained).to(dtype).eval()
+    use_backend(merged, "cmoe")
     for module in merged.modules():
         if isinstance(module, CMoERouter):
             module.balance_bias = module.balance_bias.float()
@@ -222,6 +149,21 @@ def gathered(sharded: nn.Module, empty: Any) -> Any:
     return empty
 
 
+def with_free_weights(model: PreTrainedModel, tuning: Tuning) -> PreTrainedModel:
+    """Return the model in float32, because 16 bits would swallow small steps, with what learns.
+
+    In a model of 16 bits autocast computes in these nevertheless.
+    """
+    train_only_what_was_carved(model.float(), tuning.train_attention)
+    return model
+
+
+def use_backend(model: PreTrainedModel, backend: str) -> None:
+    """Let experts run by a backend, if the model has any."""
+    if any(isinstance(module, ExpertsLoop) for module in model.modules()):
+        model.set_experts_implementation(backend)
+
+
 def with_adapters(model: PreTrainedModel, tuning: Tuning) -> nn.Module:
     """Return the model with LoRA factors, and routers of which u (and W on request) can learn.
 
@@ -246,7 +188,7 @@ def with_adapters(model: PreTrainedModel, tuning: Tuning) -> nn.Module:
         if isinstance(module, nn.Linear | Conv1D)
     }
     config = LoraConfig(
-        r=tuning.rank,
+        r=some(tuning.rank),
         lora_alpha=tuning.alpha,
         target_modules=sorted(linears),
         target_parameters=sorted(packed) or None,
@@ -257,15 +199,18 @@ def with_adapters(model: PreTrainedModel, tuning: Tuning) -> nn.Module:
     for module in adapted.modules():
         if isinstance(module, CMoERouter):
             for name, parameter in module.named_parameters():
-                learns = name == "scale" or tuning.train_router
+                learns = name == "scale" or bool(tuning.train_router)
                 parameter.requires_grad &= learns and module.top_k > 0
                 if parameter.requires_grad:  # 16 bits would swallow the small steps
                     parameter.data = parameter.data.float()
     return adapted
 
 
-class LoRATrainer(Trainer):
+class CarvedTrainer(Trainer):
     """Two learning rates, two objectives, and expert loads counted while the loss is computed."""
+
+    whole: Any
+    """The model itself, without what wraps it."""
 
     def __init__(
         self,
@@ -280,24 +225,37 @@ class LoRATrainer(Trainer):
         # All windows are equally long: the mean over micro-batches is the mean over tokens.
         self.model_accepts_loss_kwargs = False
         self.tuning = tuning
-        self.teacher = teacher
+        self.whole = model.get_base_model() if tuning.method == "lora" else model  # type: ignore
+        self.pair: tuple[Outputs, Outputs] | None = None
+        if teacher is not None:
+            is_whole = not self.is_fsdp_enabled
+            self.pair = Outputs(self.whole, whole=is_whole), Outputs(teacher)
         self.loads: list[torch.Tensor] = []
         """Of this optimiser step so far, on this process."""
         self.remove_callback(PrinterCallback)  # it prints on standard output
-        if tuning.bias_speed > 0:
+        if some(tuning.bias_speed) > 0:
             self.add_callback(BalanceBias(self))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Return Adam: LoRA factors at one learning rate, routers at another."""
+        """Return Adam: routers at one learning rate, everything else at another.
+
+        Weights do not decay, so that it is AdamW as well.
+        """
         if self.optimizer is None:
-            rates = {True: self.tuning.learning_rate, False: self.tuning.router_learning_rate}
-            groups: dict[bool, list[nn.Parameter]] = {is_lora: [] for is_lora in rates}
             learner: Any = model or self.model
-            for name, parameter in learner.named_parameters():
+            routers = {
+                id(parameter)
+                for module in learner.modules()
+                if isinstance(module, CMoERouter)
+                for parameter in module.parameters()
+            }
+            rates = {False: self.tuning.learning_rate, True: self.tuning.router_learning_rate}
+            groups: dict[bool, list[nn.Parameter]] = {of_router: [] for of_router in rates}
+            for parameter in learner.parameters():
                 if parameter.requires_grad:
-                    groups[".lora_" in name].append(parameter)
+                    groups[id(parameter) in routers].append(parameter)
             self.optimizer = torch.optim.Adam(
-                [{"params": it, "lr": rates[is_lora]} for is_lora, it in groups.items() if it],
+                [{"params": it, "lr": rates[key]} for key, it in groups.items() if it],
                 betas=(self.tuning.adam_beta1, self.tuning.adam_beta2),
             )
         return self.optimizer
@@ -310,14 +268,13 @@ class LoRATrainer(Trainer):
         The loads are counted here: the backward pass may run the routers again.
         """
         with count_loads(model) as loads:
-            outputs = model(**inputs, use_cache=False)
+            if self.pair is None:
+                loss = model(**inputs, use_cache=False).loss
+            else:
+                with self.accelerator.autocast():
+                    loss = distillation_loss(*self.pair, inputs["input_ids"], model)
         former = self.loads or [torch.zeros_like(load_N) for load_N in loads]
         self.loads = [old_N + new_N for old_N, new_N in zip(former, loads, strict=True)]
-        loss = outputs.loss
-        if self.teacher is not None:
-            with torch.no_grad():
-                target_TV = self.teacher(inputs["input_ids"], use_cache=False).logits.flatten(0, 1)
-            loss = divergence(outputs.logits.flatten(0, 1), target_TV)
         if not torch.isfinite(loss):
             raise CMoEError(
                 f"the loss is {loss.item()} after {self.state.global_step} steps: lower the "
@@ -326,24 +283,19 @@ class LoRATrainer(Trainer):
         return loss
 
 
-def divergence(logits_TV: torch.Tensor, target_TV: torch.Tensor) -> torch.Tensor:
-    """Return the mean Kullback-Leibler divergence KL(target || model) in nats per token."""
-    log_TV = logits_TV.float().log_softmax(dim=1)
-    target_log_TV = target_TV.float().log_softmax(dim=1)
-    return F.kl_div(log_TV, target_log_TV, reduction="batchmean", log_target=True)
-
-
 class BalanceBias(TrainerCallback):
     """Moves every balance bias once per optimiser step (paper, section 4.3)."""
 
-    def __init__(self, trainer: LoRATrainer) -> None:
+    def __init__(self, trainer: CarvedTrainer) -> None:
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Move the biases by the loads of all micro-batches and processes."""
         assert self.trainer.model is not None
         loads, self.trainer.loads = self.trainer.loads, []
-        speed = self.trainer.tuning.bias_speed * (1 - (state.global_step - 1) / state.max_steps)
+        speed = some(self.trainer.tuning.bias_speed) * (
+            1 - (state.global_step - 1) / state.max_steps
+        )
         for router, load_N in zip(active_routers(self.trainer.model), loads, strict=True):
             load_N = accelerate.utils.reduce(load_N.clone(), reduction="sum")
             move_bias(router.balance_bias, load_N, speed, always_on(router))

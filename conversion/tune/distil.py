@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What distillation needs: the divergence in chunks, what is trained, and whether it fits.
+
+Shape suffixes: B windows of a batch, L tokens of one window, T tokens, V vocabulary, X hidden size
+or vocabulary, H hidden size, K active experts.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import accelerate
+import psutil
+import torch
+import torch.nn.functional as F
+from accelerate.utils import DistributedType
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from cmoe_hf.modeling_cmoe import CMoEHierarchicalBlock, CMoESparseMoeBlock, ExpertsLoop
+
+from ..device import DTYPES
+from ..folder.card import in_words
+from ..measure.evaluate import divergence
+from ..source.walk import decoder_layers
+from .settings import Tuning
+
+CHUNK_LOGITS = 2**25
+"""Logits of the positions whose divergence is computed at once."""
+TRAINING_BACKEND = "cmoe_training"
+
+
+class ChunkedDivergence(torch.autograd.Function):
+    """`divergence` of two frozen heads over outputs, with the logits of one chunk at a time.
+
+    The gradient with respect to the outputs is computed on the way, so that no logits are kept
+    and none are computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output_TX: torch.Tensor,
+        target_TX: torch.Tensor,
+        head: Callable[[torch.Tensor], torch.Tensor],
+        target_head: Callable[[torch.Tensor], torch.Tensor],
+        chunk: int,
+    ) -> torch.Tensor:
+        """Return the mean over all positions."""
+        total, gradients = output_TX.new_zeros((), dtype=torch.float32), []
+        for one_TX, other_TX in zip(output_TX.split(chunk), target_TX.split(chunk), strict=True):
+            one_TX = one_TX.detach().requires_grad_()
+            target_TV = target_head(other_TX)
+            with torch.enable_grad():
+                share = divergence(head(one_TX), target_TV) * (len(one_TX) / len(output_TX))
+                gradients += torch.autograd.grad(share, one_TX)
+            total += share.detach()
+        ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        """Return the gradient with respect to the outputs."""
+        (gradient_TX,) = ctx.saved_tensors
+        return gradient_TX * gradients[0].to(gradient_TX.dtype), None, None, None, None
+
+
+class Outputs:
+    """The last hidden states of a causal model and the head that makes logits of them.
+
+    Of families that do more to logits than the head does (caps, scales), and of a model whose head
+    is split among processes, the outputs are the logits, and the head changes nothing.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, whole: bool = True) -> None:
+        self.model = model
+        self.head: Any = nn.Identity()
+        if whole and self._is_plain():
+            self.head = model.get_output_embeddings()
+
+    @torch.no_grad()
+    def _is_plain(self) -> bool:
+        head = self.model.get_output_embeddings()
+        if head is None or "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
+            return False
+        ids_BL = torch.arange(4, device=self.model.device)[None]
+        logits_BLV = self.model(input_ids=ids_BL, use_cache=False).logits
+        hidden = self._hidden(self.model, ids_BL)
+        return bool(hidden) and torch.allclose(head(hidden[0]), logits_BLV, rtol=1e-4, atol=1e-5)
+
+    def _hidden(self, call: nn.Module, ids_BL: torch.Tensor) -> list[torch.Tensor]:
+        kept: list[torch.Tensor] = []
+        decoder: Any = self.model.base_model
+        hook = decoder.register_forward_hook(lambda _model, _inputs, out: kept.append(out[0]))
+        try:
+            call(input_ids=ids_BL, use_cache=False, logits_to_keep=1)
+        finally:
+            hook.remove()
+        return kept
+
+    def __call__(self, ids_BL: torch.Tensor, call: nn.Module | None = None) -> torch.Tensor:
+        """Return the outputs (T, X); `call` is what wraps the model for several processes."""
+        call = call or self.model
+        if isinstance(self.head, nn.Identity):
+            return call(input_ids=ids_BL, use_cache=False).logits.flatten(0, 1)
+        return self._hidden(call, ids_BL)[0].flatten(0, 1)
+
+
+def distillation_loss(
+    student: Outputs, teacher: Outputs, ids_BL: torch.Tensor, call: nn.Module | None = None
+) -> torch.Tensor:
+    """Return the mean KL(teacher || student) over the whole vocabulary, at temperature 1."""
+    output_TX = student(ids_BL, call)
+    with torch.no_grad():
+        target_TX = teacher(ids_BL)
+    chunk = max(1, CHUNK_LOGITS // teacher.model.config.vocab_size)
+    mean: Any = ChunkedDivergence.apply  # the library does not annotate it
+    loss: torch.Tensor = mean(output_TX, target_TX, student.head, teacher.head, chunk)
+    return loss
+
+
+def train_only_what_was_carved(model: PreTrainedModel, train_attention: bool) -> None:
+    """Freeze all but experts, routers and the norms of the layers, and attention on request.
+
+    Routers that choose nothing stay frozen.
+    """
+    model.requires_grad_(False)
+    blocks = CMoESparseMoeBlock | CMoEHierarchicalBlock
+    _, layers = decoder_layers(model.base_model)
+    for module in layers.modules():
+        is_norm = "norm" in type(module).__name__.lower()
+        if train_attention or is_norm or isinstance(module, blocks):
+            module.requires_grad_()
+    for module in layers.modules():
+        if isinstance(module, blocks) and module.gate.top_k == 0:
+            module.gate.requires_grad_(False)
+            module.experts.requires_grad_(False)
+        if isinstance(module, ExpertsLoop) and hasattr(module, "other_activation"):
+            module.other_activation.requires_grad_(False)
+
+
+class Cast:
+    """Experts whose weights are seen in another precision."""
+
+    def __init__(self, experts: ExpertsLoop, dtype: torch.dtype) -> None:
+        self.experts, self.dtype = experts, dtype
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.experts, name)
+        is_weight = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(self.dtype) if is_weight else value
+
+
+def train_experts(
+    self: ExpertsLoop, x_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
+) -> torch.Tensor:
+    """Run the experts so that their gradients are fast: 5 to 15 times as the library's on a CPU.
+
+    On a GPU the default backend runs, with weights in the precision of autocast, which knows no
+    grouped products. Elsewhere one product after the other does; `unbind` collects the gradients
+    of all experts at once, where an index would add zeros for all others.
+
+    Shape suffixes besides: N experts, P pairs of token and expert, Q rows of a weight.
+    """
+    if x_TH.is_cuda:
+        run = ALL_EXPERTS_FUNCTIONS["cmoe"]
+        if not torch.is_autocast_enabled("cuda"):
+            return run(self, x_TH, index_TK, weight_TK)
+        dtype = torch.get_autocast_dtype("cuda")
+        y_TH: torch.Tensor = run(Cast(self, dtype), x_TH.to(dtype), index_TK, weight_TK.to(dtype))
+        return y_TH
+    expert_P, order_P = index_TK.flatten().sort()
+    sizes = torch.bincount(expert_P, minlength=self.num_experts).tolist()
+    token_P = order_P // index_TK.shape[1]
+
+    def product(x_PX: torch.Tensor, weight_NQX: torch.Tensor) -> torch.Tensor:
+        groups = zip(x_PX.split(sizes), weight_NQX.unbind(), strict=True)
+        return torch.cat([F.linear(x_UX, weight_QX) for x_UX, weight_QX in groups])
+
+    weight_NQH, bias_NQ = self.inputs
+    z_PQ = product(x_TH.index_select(0, token_P), weight_NQH)
+    z_PQ = z_PQ if bias_NQ is None else z_PQ + bias_NQ[expert_P]
+    z_PM = self.activate(z_PQ) * weight_TK.flatten()[order_P, None]
+    out_PH = product(z_PM, self.down_proj).to(x_TH.dtype)
+    return torch.zeros_like(x_TH).index_add_(0, token_P, out_PH)
+
+
+ALL_EXPERTS_FUNCTIONS.register(TRAINING_BACKEND, train_experts)
+
+
+class TrainingPlan(NamedTuple):
+    """How a model will be trained."""
+
+    tuning: Tuning
+    """With a method and learning rates."""
+    reason: str
+    checkpoint_bytes: int
+
+
+def plan_training(
+    config: PreTrainedConfig,
+    teacher: PreTrainedConfig | None,
+    tuning: Tuning,
+    dtype: str | None,
+    device: torch.device,
+    tokens: int,
+) -> TrainingPlan:
+    """Train all weights if they, their gradients and Adam's state fit into memory, else LoRA.
+
+    Args:
+        config: Of the carved model.
+        teacher: Of the teacher, which is in memory, too.
+        tuning: Its method wins.
+        dtype: In which models are loaded; full parameters are float32 nevertheless.
+        device: Where to train.
+        tokens: Of a forward pass on this process.
+    """
+    with torch.device("meta"):
+        student = AutoModelForCausalLM.from_config(config)
+        dense = None if teacher is None else AutoModelForCausalLM.from_config(teacher)
+    train_only_what_was_carved(student, tuning.train_attention)
+    parameters, trained = student.num_parameters(), student.num_parameters(only_trainable=True)
+    stored: Any = config.dtype or torch.float32
+    itemsize = (DTYPES[dtype] if dtype else stored).itemsize
+    state = accelerate.PartialState()
+    sharing = state.num_processes if state.distributed_type == DistributedType.FSDP else 1
+    # Weights in float32; of those that learn also the gradient and two moments.
+    held = (4 * parameters + 12 * trained) / sharing
+    # What a layer keeps of a token for the backward pass, and six tensors of a chunk's logits.
+    width = 14 * config.hidden_size + 3 * config.ffn_width
+    activations = tokens * config.num_hidden_layers * width * itemsize
+    logits = 6 * 4 * min(CHUNK_LOGITS, tokens * config.vocab_size)
+    needed = held + activations + logits + (dense.num_parameters() * itemsize if dense else 0)
+    free = free_memory(device)
+    method = tuning.method or ("full" if needed < 0.9 * free else "lora")
+    what = {"full": "all weights of experts, routers and norms", "lora": "LoRA factors"}[method]
+    reason = (
+        f"training {what}: with {in_words(trained)} of {in_words(parameters)} parameters, "
+        f"their gradients and Adam's state, all weights need about {needed / 1e9:.2f} GB, and "
+        f"{free / 1e9:.2f} GB are free"
+    )
+    kept = 4 * parameters + 8 * trained if method == "full" else 0
+    return TrainingPlan(tuning.for_model(method, parameters), reason, kept)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that this process can take."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    processes = accelerate.PartialState().num_processes if device.type == "cpu" else 1
+    return int(psutil.virtual_memory().available) // processes

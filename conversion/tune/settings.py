@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a model is tuned: the options, and their defaults for each objective."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from ..errors import RequestError
+
+Value = TypeVar("Value")
+POSITIVE = ("samples", "batch_size", "rank", "alpha", "epochs", "learning_rate")
+NOT_NEGATIVE = ("router_learning_rate", "bias_speed", "warmup_steps", "max_gradient_norm")
+SCHEDULES = ("constant", "linear", "cosine")
+METHODS = ("full", "lora")
+RULES: dict[str, tuple[Callable[[Any], bool], Sequence[str]]] = {
+    "above 0": (lambda value: value is None or value > 0, POSITIVE),
+    "at least 0": (lambda value: value is None or value >= 0, NOT_NEGATIVE),
+    "at least 0 and below 1": (lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2")),
+    "at least 2": (lambda value: value is None or value >= 2, ("sequence_length",)),
+    ", ".join(SCHEDULES): (SCHEDULES.__contains__, ("schedule",)),
+    " or ".join(METHODS): (lambda value: value in (None, *METHODS), ("method",)),
+}
+"""What the options of a tuning must be."""
+PRESETS: dict[str, dict[str, Any]] = {
+    "distil": {
+        "batch_size": 8,
+        "rank": 32,
+        "router_learning_rate": None,
+        "schedule": "cosine",
+        "warmup_steps": 0.05,
+        "max_gradient_norm": 1.0,
+        "bias_speed": 0.0,
+        "train_router": True,
+    },
+    "next-token": {
+        "method": "lora",
+        "batch_size": 2,
+        "rank": 8,
+        "learning_rate": 5.95e-5,
+        "router_learning_rate": 1e-3,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "max_gradient_norm": 0.0,
+        "bias_speed": 1e-3,
+        "train_router": False,
+    },
+}
+"""Defaults of each objective; those of `next-token` are the paper's (section 5.1)."""
+WINDOW = {"distil": 512, "next-token": 2048}
+"""Tokens of a window by default, if the contexts of the models are no shorter."""
+USUAL_RATE, USUAL_SIZE = 3e-4, 135e6
+"""Learning rate of all weights of a model of so many parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How a model is tuned. What is left open has another default for each objective."""
+
+    objective: str = "distil"
+    """distil: learn the dense model's distribution of the next token. next-token: learn the text,
+    with LoRA (the paper's)."""
+    method: str | None = None
+    """Train full (all weights of experts, routers and norms) or lora (factors on experts and
+    attention); default full if it fits into memory. next-token: lora."""
+    train_attention: bool = False
+    """Train all weights of attention, too; LoRA always does."""
+    samples: int = 2048
+    """Training windows of those texts that do not say how many tokens."""
+    sequence_length: int | None = None
+    """Tokens per window; default 512 (next-token: 2,048) or the model's context."""
+    epochs: float = 1.0
+    """Passes over the windows."""
+    batch_size: int | None = None
+    """Windows of one optimiser step, over all processes; default 8 (next-token: 2)."""
+    micro_batch_size: int | None = None
+    """Windows at a time on each process; default all it gets."""
+    rank: int | None = None
+    """Rank of the LoRA factors; default 32 (next-token: 8)."""
+    alpha: int = 32
+    """LoRA scaling: alpha / rank."""
+    learning_rate: float | None = None
+    """Of all but the routers, with Adam; default 3e-4 (LoRA: 1e-3) up to 135 M parameters, and
+    lower by the root of the size above. next-token: 5.95e-5."""
+    router_learning_rate: float | None = None
+    """Of the gate scales u, and of trained routers; default as all weights (next-token: 1e-3)."""
+    adam_beta1: float = 0.9
+    """Decay of Adam's mean."""
+    adam_beta2: float = 0.95
+    """Decay of Adam's mean square."""
+    schedule: str | None = None
+    """Of the learning rates: constant, linear, cosine; default cosine (next-token: constant)."""
+    warmup_steps: float | None = None
+    """Steps to reach the learning rates, or below 1 their share; default 0.05 (next-token: 0)."""
+    max_gradient_norm: float | None = None
+    """Longer gradients are shortened to it; 0: never. Default 1 (next-token: 0)."""
+    bias_speed: float | None = None
+    """First step of the balance biases; falls linearly to 0, or the loads of the last few batches
+    would decide. 0: leave them alone. Default 0 (next-token: 1e-3)."""
+    train_router: bool | None = None
+    """Train the routers, too; distil always does."""
+    gradient_checkpointing: bool = False
+    """Less memory, more time: activations are computed twice."""
+    seed: int = 0
+    """Of windows, order, LoRA factors and the text that the teacher writes."""
+
+    def __post_init__(self) -> None:
+        """Take what is left open from the objective. Raise `RequestError` for what cannot be."""
+        if self.objective not in PRESETS:
+            raise RequestError(
+                f"there is no objective {self.objective!r}; choose one of {', '.join(PRESETS)}."
+            )
+        for name, value in PRESETS[self.objective].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for rule, (holds, names) in RULES.items():
+            for name in names:
+                if not holds(value := getattr(self, name)):
+                    raise RequestError(f"{name} is {value}; it must be {rule}.")
+        if not self.distils and self.method == "full":
+            raise RequestError("--objective next-token trains LoRA: leave out --method full.")
+        self.split(1)
+
+    @property
+    def distils(self) -> bool:
+        """Return whether a dense model is the teacher."""
+        return self.objective == "distil"
+
+    def for_model(self, method: str, parameters: int) -> "Tuning":
+        """Return it with a method, and the learning rates for a model of so many parameters."""
+        usual = USUAL_RATE * min(1.0, math.sqrt(USUAL_SIZE / parameters))
+        rates = {"full": usual, "lora": usual / USUAL_RATE * 1e-3}
+        rate = rates[method] if self.learning_rate is None else self.learning_rate
+        routers = usual if self.router_learning_rate is None else self.router_learning_rate
+        return replace(self, method=method, learning_rate=rate, router_learning_rate=routers)
+
+    def split(self, processes: int) -> tuple[int, int]:
+        """Return windows of a forward pass on each process, and passes of an optimiser step."""
+        assert self.batch_size is not None
+        micro = self.micro_batch_size or max(1, self.batch_size // processes)
+        if micro < 1 or self.batch_size % (micro * processes):
+            raise RequestError(
+                f"batch_size {self.batch_size} cannot be split into {processes} processes with "
+                f"{micro} windows at a time: make it a multiple of {max(micro, 1) * processes}."
+            )
+        return micro, self.batch_size // (micro * processes)
+
+    def steps(self, windows: int) -> int:
+        """Return the optimiser steps over that many windows."""
+        assert self.batch_size is not None
+        return math.ceil(math.ceil(windows / self.batch_size) * self.epochs)
+
+
+def some(value: Value | None) -> Value:
+    """Return a value that the objective or the model has decided."""
+    assert value is not None
+    return value
