@@ -155,7 +155,7 @@ class Cast:
 def train_experts(
     self: ExpertsLoop, x_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Run the experts so that their gradients are fast: 5 to 15 times as the library's on a CPU.
+    """Run the experts so that their gradients are fast: 3.5 to 12 times as the library's on a CPU.
 
     On a GPU the default backend runs, with weights in the precision of autocast, which knows no
     grouped products. Elsewhere one product after the other does; `unbind` collects the gradients
