@@ -29,7 +29,7 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import maybe_autocast
@@ -87,6 +87,59 @@ def linear_in_float32(x_TH: Tensor, weight_NH: Tensor, bias_N: Tensor | None = N
     return F.linear(x_TH, weight_NH.float(), None if bias_N is None else bias_N.float())
 
 
+class TritonKernels(NamedTuple):
+    """Functions of the file of kernels, see there."""
+
+    cover: Callable[..., bool]
+    experts: Callable[..., Tensor]
+    router: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def triton_kernels() -> TritonKernels:
+    """Return the kernels of the experts backend `"cmoe_triton"`.
+
+    Raises `ImportError` where Triton is not.
+    """
+    from .triton_cmoe import cover, experts, router
+
+    return TritonKernels(cover, experts, router)
+
+
+class WithTriton(ExpertsInterface):
+    """Runs a function in place of a forward method if the backend `"cmoe_triton"` is chosen.
+
+    The function gets that method too: for all that the kernels do not cover.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def get_interface(self, experts_implementation: str | None, default: Any) -> Any:
+        """Return what runs."""
+        if experts_implementation != "cmoe_triton":
+            return default
+        return functools.partial(self.function, default)
+
+
+def triton_router_forward(forward: Any, self: Any, x_TH: Tensor) -> Routing:
+    """Route up to 16 tokens in one kernel."""
+    kernels, activation = triton_kernels(), self.config.ffn["activation"]
+    if self.router_type == "linear":
+        activation, up_NH = "linear", self.linear_weight
+    else:
+        up_NH = self.up_weight
+    weights = (self.gate_weight, up_NH, self.scale)
+    is_biased = self.up_bias is not None
+    if is_biased or not kernels.cover(x_TH, activation, len(up_NH), *weights):
+        return forward(self, x_TH)
+    settings = (self.top_k, activation, self.absolute_score)
+    return Routing(
+        *kernels.router(x_TH, self.gate_weight, up_NH, self.balance_bias, self.scale, *settings)
+    )
+
+
+@use_experts_implementation(experts_interface=WithTriton(triton_router_forward))
 class CMoERouter(nn.Module):
     """Scores the routed experts, selects K of them and weighs them (paper, eq. 8 and 9).
 
@@ -667,6 +720,16 @@ def transposed_batched_linear(z_TNM: Tensor, weight_NHM: Tensor) -> Tensor:
     return torch.bmm(weight_NHM, z_TNM.permute(1, 2, 0)).sum(dim=0).T
 
 
+def triton_experts_forward(self: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """Run the backend `"cmoe_triton"`: kernels for up to 16 tokens, the default for all else."""
+    kernels, activation = triton_kernels(), self.config.ffn["activation"]
+    weights = (self.inputs[0], self.down_proj)
+    covered = kernels.cover(x_TH, activation, self.num_experts, *weights, weight_TK)
+    if not covered or not self.gated or self.biased:
+        return cmoe_experts_forward(self, x_TH, index_TK, weight_TK)
+    return kernels.experts(x_TH, index_TK, weight_TK, *weights, activation)
+
+
 OWN_BACKENDS: dict[str, Callable[..., Tensor]] = {
     "eager": ExpertsLoop.forward,
     "sorted": sorted_experts,
@@ -674,6 +737,7 @@ OWN_BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 """Ways of the default backend that the library has not."""
 ALL_EXPERTS_FUNCTIONS.register("cmoe", cmoe_experts_forward)
+ALL_EXPERTS_FUNCTIONS.register("cmoe_triton", triton_experts_forward)
 
 
 class CMoESharedExpert(nn.Module):
@@ -713,6 +777,46 @@ class CMoEPlainSharedExpert(nn.Module):
         return self.down_proj(self.hidden(x))
 
 
+def whole_weights(block: Any) -> list[Tensor]:
+    """Return the weights of a gated block's experts, or none unless our modules hold all of them.
+
+    Adapters and quantisation replace modules; parallelism splits weights and adds up in hooks.
+    """
+    experts, shared, config = block.experts, block.shared_expert, block.config
+    if type(experts) is not CMoEExperts or block.down_bias is not None:
+        return []
+    weights: list[Any] = [experts.gate_up_proj, experts.down_proj]
+    width = 0
+    if shared is not None:
+        if type(shared) is not CMoESharedExpert:
+            return []
+        linears = (shared.gate_proj, shared.up_proj, shared.down_proj)
+        if any(type(linear) is not CMoELinear for linear in linears):
+            return []
+        weights += [linear.weight for linear in linears]
+        width = len(shared.gate_proj.weight)
+    widths = (config.num_experts, config.moe_intermediate_size)
+    is_whole = experts.down_proj.shape[::2] == widths
+    return weights if is_whole and width == config.shared_expert_intermediate_size else []
+
+
+def triton_block_forward(
+    forward: Any, self: Any, hidden_states: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """Run up to 16 tokens with the shared expert as one more of a token's experts."""
+    x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+    kernels, activation = triton_kernels(), self.config.ffn["activation"]
+    weights = whole_weights(self) if self.gate.top_k and residual is None else []
+    settings = (activation, self.config.num_experts)
+    if not weights or not kernels.cover(x_TH, *settings, *weights):
+        return forward(self, hidden_states, residual)
+    _, weight_TK, index_TK = self.gate(x_TH)
+    experts, shared = weights[:2], weights[2:]
+    out_TH = kernels.experts(x_TH, index_TK, weight_TK, *experts, activation, *shared)
+    return out_TH.view_as(hidden_states)
+
+
+@use_experts_implementation(experts_interface=WithTriton(triton_block_forward))
 class CMoESparseMoeBlock(nn.Module):
     """Shared expert plus the K routed experts that the router picks for each token.
 
@@ -857,6 +961,12 @@ class Carved(PreTrainedModel):
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         if not self.is_made:
             return super().get_correct_experts_implementation("eager")
+        if requested_experts == "cmoe_triton":
+            try:
+                triton_kernels()
+            except ImportError as error:
+                logger.warning_once(f"The default experts backend runs: {error}")
+                requested_experts = "cmoe"
         # The other methods, such as fp8, replace the experts by their own, with other backends.
         if requested_experts is None and quantisation_method(self.config) in (None, *LINEAR_ONLY):
             requested_experts = "cmoe"
