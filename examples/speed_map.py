@@ -48,14 +48,25 @@ PARTS = {
     "tinyllama-1.1b": 5,
     "llama-3.2-1b": 4,
     "llama-3.2-3b": 7,
+    "llama-2-7b": 16,
 }
 """The shapes, and the part of the layers and of the vocabulary that decodes: one in so many."""
-NAMES = ("SmolLM2-135M", "SmolLM2-360M", "TinyLlama", "Llama-3.2-1B", "Llama-3.2-3B")
+NAMES = ("SmolLM2-135M", "SmolLM2-360M", "TinyLlama", "Llama-3.2-1B", "Llama-3.2-3B", "Llama-2-7B")
 """Their names in a table."""
-NOTATIONS = {"S1A1E8": (1, 1, 8), "S3A3E8": (3, 3, 8), "S4A4E32": (4, 4, 32)}
+NOTATIONS = ("S1A1E8", "S3A3E8", "budget 0.5")
 TOKENS = (1, 4, 16, 64, 512)
 DTYPES = ("float32", "bfloat16", "int8")
 CONTEXT = 128
+BATCHES = (1, 8)
+"""Sequences that are decoded at once."""
+
+
+def shape_of(notation: str, config: LlamaConfig) -> Shape:
+    """The shape; of a budget, the one that is chosen for the model."""
+    if not notation.startswith("budget "):
+        return Shape.parse(notation)
+    layers, width = config.num_hidden_layers, config.intermediate_size
+    return Shape.spread(float(notation.split()[1]), layers, width, None)[0]
 
 
 def code_of_commit(commit: str) -> ModuleType:
@@ -102,7 +113,9 @@ def prepared(module: torch.nn.Module, dtype: str) -> Any:
 def medians(calls: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each call, in turn, `rounds` times."""
     for call in calls.values():
-        settle(call)
+        call(0)
+        if not isinstance(call, Decoder):
+            settle(call)
     start = time.perf_counter()
     calls["dense"](1)
     repeats = max(1, min(100, round(0.05 / (time.perf_counter() - start))))
@@ -199,7 +212,7 @@ class Map:
         hidden, width = config.hidden_size, config.intermediate_size
         copies = max(2, round(1.5e8 / (3 * hidden * width * (4 if dtype == "float32" else 2))))
         blocks = {"dense": [prepared(LlamaMLP(config), dtype) for _ in range(copies)]}
-        for code_name, (code, carved) in self.models(config, Shape(*NOTATIONS[notation])).items():
+        for code_name, (code, carved) in self.models(config, shape_of(notation, config)).items():
             blocks[code_name] = [
                 prepared(code.CMoESparseMoeBlock(carved), dtype) for _ in range(copies)
             ]
@@ -221,42 +234,48 @@ class Map:
 
     @torch.no_grad()
     def decode(self, name: str, notation: str, dtype: str) -> None:
-        """Decoding of one sequence, and a prefill of 256 tokens."""
+        """Decoding of one sequence and of eight, and a prefill of 256 tokens."""
         config = LlamaConfig(**SHAPES[name])
+        shape = shape_of(notation, config)
         config.num_hidden_layers = round(config.num_hidden_layers / PARTS[name])
         config.vocab_size //= PARTS[name]
-        key = {"shape": name, "notation": notation, "dtype": dtype, "tokens": 1}
-        if not self.lacks({"kind": "decode", **key}):
+        key = {"shape": name, "notation": notation, "dtype": dtype}
+        if not self.lacks({"kind": "prefill", **key}):
             return
         models = {"dense": prepared(AutoModelForCausalLM.from_config(config), dtype)}
-        for code_name, (code, carved) in self.models(config, Shape(*NOTATIONS[notation])).items():
+        for code_name, (code, carved) in self.models(config, shape).items():
             models[code_name] = prepared(code.CMoELlamaForCausalLM(carved), dtype)
         dense = [layer.mlp for layer in models["dense"].model.layers]
         blocks = [layer.mlp for layer in models["carved"].model.layers]
-        active = float(NOTATIONS[notation][1])
-        ids = torch.randint(config.vocab_size, (1, 2 * CONTEXT))
+        routed = shape.experts - shape.shared
 
-        def works(hit: float, **more: int) -> tuple[Any, Any]:
-            hits = [hit] * len(blocks)
+        def works(**sizes: int) -> tuple[Any, Any]:
+            rows = sizes["batch"] * sizes["tokens"]
+            hits = [routed * (1 - (1 - shape.active / routed) ** rows)] * len(blocks)
             return (
-                model_work(models["dense"], dense, hits, batch=1, **more),
-                model_work(models["carved"], blocks, hits, batch=1, **more),
+                model_work(models["dense"], dense, hits, **sizes),
+                model_work(models["carved"], blocks, hits, **sizes),
             )
 
-        calls: dict[str, Any] = {
-            code_name: Decoder(model, ids[:, :CONTEXT], None) for code_name, model in models.items()
-        }
-        self.add({"kind": "decode", **key}, calls, works(active, tokens=1, context=CONTEXT))
+        for batch in BATCHES:
+            ids = torch.randint(config.vocab_size, (batch, CONTEXT))
+            settle(lambda _, ids=ids: Decoder(models["carved"], ids, None)(0))
+            calls: dict[str, Any] = {
+                code_name: Decoder(model, ids, None) for code_name, model in models.items()
+            }
+            work = works(batch=batch, tokens=1, context=CONTEXT)
+            self.add({"kind": "decode", **key, "tokens": batch}, calls, work)
+        ids = torch.randint(config.vocab_size, (1, 2 * CONTEXT))
         prompts = {
             code_name: lambda turn, model=model: model(ids, use_cache=True, logits_to_keep=1)
             for code_name, model in models.items()
         }
-        prefill = {"kind": "prefill", **key, "tokens": ids.numel()}
-        routed = float(blocks[0].experts.num_experts)
-        self.add(prefill, prompts, works(routed, tokens=ids.numel(), context=0))
+        work = works(batch=1, tokens=ids.numel(), context=0)
+        self.add({"kind": "prefill", **key, "tokens": ids.numel()}, prompts, work)
 
 
-COLUMNS = [("ffn", tokens) for tokens in TOKENS] + [("decode", 1), ("prefill", 2 * CONTEXT)]
+COLUMNS = [("ffn", tokens) for tokens in TOKENS]
+COLUMNS += [("decode", batch) for batch in BATCHES] + [("prefill", 2 * CONTEXT)]
 
 
 def cell(row: dict[str, Any] | None) -> str:
@@ -295,7 +314,8 @@ def draw(rows: list[dict[str, Any]], output: Path) -> None:
 
     kinds = sorted({(row["dtype"], row["notation"]) for row in rows})
     shapes = [shape for shape in PARTS if any(row["shape"] == shape for row in rows)]
-    labels = [f"FFN {tokens}" for tokens in TOKENS] + ["decode", "prefill"]
+    labels = [f"FFN {tokens}" for tokens in TOKENS]
+    labels += [f"decode {batch}" for batch in BATCHES] + ["prefill"]
     figure, fields = plt.subplots(
         len(kinds), 1, figsize=(8, 2.2 * len(kinds)), squeeze=False, layout="constrained"
     )

@@ -28,6 +28,7 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",
     PYTHONPATH=str(Path(__file__).parent),  # for the process that starts others
+    CMOE_TUNE="0",
     OMP_NUM_THREADS="1",  # also in child processes: thread counts change the last bits
 )
 os.environ.pop("HF_TOKEN", None)

@@ -47,6 +47,8 @@ def test_json_has_the_promised_keys(carved, dense):
     # Routing 64 channels costs more than it can save: a slowdown that is real.
     assert slower[0].startswith("SLOWER: FFN block of 1 token: the carved model takes")
     assert "times as long as the dense one" in slower[0]
+    assert printed["remarks"][-1].startswith("What may help: compiled decoding")
+    assert all(point["backend"] in ("grouped_mm", "sorted", "all_experts") for point in points)
     assert 0.1 < printed["bandwidth_gb_per_s"] < 1e4 and printed["arithmetic_gflop_per_s"] > 0.1
 
 
@@ -66,7 +68,9 @@ def test_without_a_baseline_a_random_model_is_timed_and_a_text_decides_what_runs
     result = invoke(carved, *few)
     assert result.exit_code == 0, result.stderr
     assert plot.read_bytes().startswith(b"\x89PNG")
-    [row] = [line for line in result.stdout.splitlines() if "decoding, batch 2" in line]
+    lines = result.stdout.splitlines()
+    [row] = [line for line in lines if line.startswith("│ decoding, batch 2")]
+    assert [line for line in lines if re.match("How the experts ran: .*decoding, batch 2", line)]
     assert len(re.findall(r"\d+\.\d\d-\d+\.\d\d", row)) == 1
     assert "prefill, 64 tokens" in result.stdout and "FFN block" not in result.stdout
 

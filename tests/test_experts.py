@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The default experts backend: equal to the loop over experts at every size, hooks included."""
 
+import subprocess
+import sys
+import threading
+import time
 from itertools import product
 
 import pytest
@@ -8,7 +12,22 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from cmoe_hf import CMoEGPTNeoXConfig, CMoELlamaConfig, CMoELlamaForCausalLM
+from cmoe_hf import CMoEGPTNeoXConfig, CMoELlamaConfig, CMoELlamaForCausalLM, modeling_cmoe
+from cmoe_hf.modeling_cmoe import (
+    EXPERTS_TUNER,
+    LINEAR_TUNER,
+    WAYS_TO_SUM,
+    CMoELinear,
+    ExpertsLoop,
+    Tuner,
+    current_backend,
+    fastest_backend_on_a_gpu,
+    gathered_experts,
+    kind_of_call,
+    size_of,
+    ways_to_multiply,
+    ways_to_run,
+)
 
 pytestmark = pytest.mark.library
 
@@ -21,6 +40,15 @@ DEVICES += [
         "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     )
 ]
+
+
+@pytest.fixture(autouse=True)
+def tuned(monkeypatch):
+    """Ways are chosen by time, anew in every test."""
+    monkeypatch.setattr(Tuner, "enabled", True)
+    for tuner in (EXPERTS_TUNER, LINEAR_TUNER):
+        tuner.chosen.clear()
+        tuner.times.clear()
 
 
 def sparse_block(size, experts, top_k, kind=CMoELlamaConfig, shared=1):
@@ -80,6 +108,153 @@ def test_the_default_computes_what_the_loop_over_experts_does(kind, size, device
             expected, got = both(model, lambda module=module, it=arguments: module(*it))
             assert got.dtype == expected.dtype
             torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [CMoELlamaConfig, CMoEGPTNeoXConfig])
+@torch.no_grad()
+def test_every_way_to_run_experts_computes_what_the_loop_does(kind):
+    for size, (experts, top_k), tokens in product(SIZES, ((1, 1), (7, 2), (7, 6)), (1, 5, 70)):
+        module = sparse_block(size, experts, top_k, kind)[1].experts
+        index_TK, weight_TK = routed(tokens, experts, top_k, skewed=tokens == 5)
+        if tokens == 70:  # half of them are on another rank of a parallel model
+            index_TK[::2], weight_TK[::2] = experts, 0
+        arguments = (module, torch.randn(tokens, SIZES[size][0]), index_TK, weight_TK)
+        expected = ExpertsLoop.forward(*arguments)
+        ways = ways_to_run(*kind_of_call(module, tokens, top_k))
+        assert {"sorted", "all_experts"} < ways.keys()
+        for name, way in ways.items():
+            if tokens == 70 and name not in ("sorted", "all_experts"):
+                continue  # the library's are told about ranks by another name
+            torch.testing.assert_close(way(*arguments), expected, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_every_way_to_multiply_is_a_linear_layer(dtype):
+    for rows, size, tokens in product((1, 48, 291), (8, 96), (1, 2, 5, 16, 70)):
+        x_TH, weight_QH = (torch.randn(n, size).to(dtype) for n in (tokens, rows))
+        expected = (x_TH.double() @ weight_QH.double().T).to(dtype)
+        ways = ways_to_multiply(dtype, size_of(tokens))
+        assert len(ways) == (1 if dtype == torch.bfloat16 and tokens > 1 else 2) + (
+            dtype == torch.float32 and tokens <= 16
+        )
+        for name, way in ways.items():
+            got, near = way(x_TH, weight_QH), 1e-4 if dtype == torch.float32 else 5e-2
+            torch.testing.assert_close(got, expected, atol=near, rtol=near, msg=name)
+
+
+@torch.no_grad()
+def test_every_way_to_sum_over_experts_is_that_sum():
+    for tokens, experts in product((1, 5, 40), (1, 7)):
+        z_TNM, weight_NHM = torch.randn(tokens, experts, 24), torch.randn(experts, 96, 24)
+        expected = torch.einsum("tnm,nhm->th", z_TNM, weight_NHM)
+        for name, way in WAYS_TO_SUM.items():
+            got = way(z_TNM, weight_NHM)
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def waits(calls, **seconds):
+    """Ways that return their name after a while, and note it."""
+
+    def way(name, wait):
+        calls.append(name)
+        time.sleep(wait)
+        return name
+
+    return {name: lambda name=name, wait=wait: way(name, wait) for name, wait in seconds.items()}
+
+
+def test_the_fastest_way_is_chosen_and_far_slower_ones_are_dropped():
+    tuner, calls = Tuner(), []
+    ways = waits(calls, plain=0.01, slow=0.04, fast=0.004)
+    for _ in range(40):
+        assert tuner.run("kind", ways) in ways
+    assert tuner.chosen == {"kind": "fast"} and not tuner.times
+    assert calls.count("slow") == 3 and set(calls[-10:]) == {"fast"}
+
+
+def test_the_first_way_stays_if_nothing_is_much_faster():
+    tuner = Tuner()
+    ways = waits([], plain=0.01, other=0.0097)
+    for _ in range(14):
+        tuner.run("kind", ways)
+    assert tuner.chosen == {"kind": "plain"}
+
+
+def test_a_trial_within_a_trial_is_not_counted():
+    outer, inner = Tuner(), Tuner()
+    ways = {"one": lambda: inner.run("inner", waits([], one=0, two=0)), "two": lambda: None}
+    outer.run("outer", ways)
+    assert outer.times == {"outer": {"one": [], "two": []}}
+    for _ in range(40):
+        outer.run("outer", ways)
+    assert outer.chosen and inner.chosen
+
+
+@torch.no_grad()
+def test_an_expert_without_tokens_decides_nothing():
+    module = sparse_block("large", 4, 1)[1].experts
+    index_TK = torch.zeros(2, 1, dtype=torch.int64)
+    for _ in range(100):
+        module(torch.randn(2, 1024), index_TK, torch.ones(2, 1))
+    assert {kind[-1] for kind in LINEAR_TUNER.chosen} == {1}
+
+
+def test_two_threads_never_try_at_once():
+    tuner, calls, begun = Tuner(), [], threading.Event()
+    ways = waits(calls, plain=0, other=0)
+    ways["plain"]()
+    blocking = {"slow": lambda: (begun.set(), time.sleep(0.5))}
+    thread = threading.Thread(target=tuner.run, args=("other kind", blocking))
+    thread.start()
+    begun.wait()
+    for _ in range(5):
+        tuner.run("kind", ways)
+    assert calls == ["plain"] * 6 and "kind" not in tuner.times
+    thread.join()
+    tuner.run("kind", ways)
+    assert tuner.times["kind"]["plain"]
+
+
+@torch.no_grad()
+def test_nothing_is_tried_where_ways_are_fixed(monkeypatch):
+    _, block = sparse_block("large", 4, 2)
+    x_1TH, before = torch.randn(1, 3, 1024), Tuner.trials
+
+    def run():
+        block(x_1TH)
+        return Tuner.trials - before
+
+    with torch.enable_grad():
+        assert run() == 0
+    torch.use_deterministic_algorithms(True)
+    assert run() == 0
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(Tuner, "enabled", False)
+    assert run() == 0 and current_backend(block.experts, 3, 2) == "grouped_mm"
+    monkeypatch.setattr(Tuner, "enabled", True)
+    assert run() > 0
+    for _ in range(100):
+        settled = run()
+    assert run() == settled
+    chosen = EXPERTS_TUNER.chosen[kind_of_call(block.experts, 3, 2)]
+    assert current_backend(block.experts, 3, 2) == chosen
+
+
+def test_the_environment_fixes_the_ways():
+    shown = "from cmoe_hf.modeling_cmoe import Tuner; print(Tuner.enabled)"
+    output = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True)
+    assert output.stdout.strip() == "False"  # as conftest.py asks
+
+
+@torch.no_grad()
+def test_a_linear_layer_with_a_bias_and_any_batch():
+    layer = CMoELinear(256, 96)
+    for shape in ((1, 256), (7, 256), (2, 3, 256), (256,), (0, 256)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(
+            layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -145,3 +320,37 @@ def test_quantised_models_keep_a_stock_backend():
     model.config.quantization_config = {"quant_method": "fp8"}
     assert model.get_correct_experts_implementation(None) == "grouped_mm"
     assert model.get_correct_experts_implementation("cmoe") == "cmoe"
+
+
+@pytest.mark.parametrize("kind", [CMoELlamaConfig, CMoEGPTNeoXConfig])
+@torch.no_grad()
+def test_what_a_compiler_gathers_equals_the_loop_over_experts(kind):
+    """Compiled for a GPU a few tokens run so; which kernels come of it can be seen there only."""
+    model, block = sparse_block("odd", 7, 2, kind)
+    model.set_experts_implementation("eager")
+    compiled = torch.compile(gathered_experts, backend="aot_eager", fullgraph=True)
+    index_TK, weight_TK = routed(3, 7, 2, skewed=False)
+    index_TK[0, 0], weight_TK[0, 0] = 7, 0  # on another rank
+    arguments = (torch.randn(3, 64), index_TK, weight_TK)
+    expected = block.experts(*arguments)
+    for run in (gathered_experts, compiled):
+        torch.testing.assert_close(run(block.experts, *arguments), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@torch.no_grad()
+def test_a_compiled_router_chooses_the_same_experts(top_k):
+    _, block = sparse_block("narrow", 7, top_k)
+    x_TH = torch.randn(50, 32)
+    expected = block.gate(x_TH)
+    got = torch.compile(block.gate, backend="aot_eager", fullgraph=True)(x_TH)
+    assert torch.equal(got.index_TK, expected.index_TK)
+    torch.testing.assert_close(got.weight_TK, expected.weight_TK)
+
+
+def test_a_compiler_gathers_up_to_half_of_the_experts(monkeypatch):
+    weight_NHM = torch.empty(8, 64, 64, device="meta")
+    chosen = lambda tokens: fastest_backend_on_a_gpu(weight_NHM, 8, tokens, 1)  # noqa: E731
+    assert chosen(4) == "all_experts"
+    monkeypatch.setattr(modeling_cmoe, "is_traced", lambda: True)
+    assert [chosen(tokens) for tokens in (1, 4, 5)] == ["gathered", "gathered", "batched_mm"]

@@ -17,6 +17,10 @@ from .recipe import Recipe
 
 FINEST = 48
 """The most experts to choose by default: twice as many are little better and much slower."""
+QUANTISED_ROWS = 32
+"""Rows of quantised numbers in llama.cpp are multiples of that long."""
+GROUPED_ROWS = 8
+"""Rows of grouped products on GPUs start at multiples of 16 bytes."""
 DEEP, VERY_DEEP, AMPLE = 12, 24, 0.6
 """From `DEEP` layers on the first one is worth its share of the budget as a dense one; from
 `VERY_DEEP` on, with a budget above `AMPLE`, the first three and the last two."""
@@ -98,8 +102,8 @@ class Shape:
             dense = (0,) if layers >= DEEP else ()
             if budget > AMPLE and layers >= VERY_DEEP:
                 dense = (0, 1, 2, layers - 2, layers - 1)
-        fitting = [count for count in range(2, FINEST + 1) if width % (8 * count) == 0]
-        experts, running = max(fitting, default=1), 0
+        numbers = [numbers_that_fit(width, FINEST, rows) for rows in (QUANTISED_ROWS, GROUPED_ROWS)]
+        experts, running = max(numbers[0] or numbers[1], default=1), 0
         if 0 < budget < 1 and len(dense) < layers:
             rest = (budget * layers - len(dense)) / (layers - len(dense))
             running = int(rest * experts + 1e-6)
@@ -213,19 +217,22 @@ def active_parameters(source: Source, config: CMoEConfig) -> int:
     return source.parameters - round(ffn * (config.num_parents - run))
 
 
-def width_warning(config: CMoEConfig) -> str | None:
-    """Return a warning if GPUs cannot run experts of this width fast, with numbers that avoid it.
+def numbers_that_fit(width: int, most: int, rows: int) -> list[int]:
+    """Return numbers of experts, 2 to `most`, whose widths are multiples of `rows`."""
+    return [count for count in range(2, most + 1) if width % (rows * count) == 0]
 
-    Their grouped products need rows that start at multiples of 16 bytes: 8 neurons in 16 bits.
-    """
+
+def width_warning(config: CMoEConfig) -> str | None:
+    """Return a warning if experts of this width are slow somewhere, and numbers that avoid it."""
     width, neurons = config.ffn_width, config.moe_intermediate_size
-    if neurons % 8 == 0:
+    if neurons % QUANTISED_ROWS == 0:
         return None
+    rows, lacking = QUANTISED_ROWS, "llama.cpp cannot quantise rows of them (it keeps 16 bits)"
+    if neurons % GROUPED_ROWS:
+        rows = GROUPED_ROWS
+        lacking = "the fast grouped kernels of GPUs cannot run them, a slower loop will"
     experts = width // neurons
-    fitting = [count for count in range(2, min(width, 512) + 1) if width % (8 * count) == 0]
+    fitting = numbers_that_fit(width, min(width, 512), rows)
     nearest = sorted(sorted(fitting, key=lambda count: abs(count - experts))[:3])
     instead = f" --experts {', '.join(map(str, nearest))} avoids it." if nearest else ""
-    return (
-        f"{experts} experts of {neurons} neurons, not a multiple of 8: the fast grouped kernels of "
-        f"GPUs cannot run them, a slower loop will.{instead}"
-    )
+    return f"{experts} experts of {neurons} neurons, not a multiple of {rows}: {lacking}.{instead}"

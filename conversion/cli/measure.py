@@ -116,7 +116,11 @@ def benchmark_command(engine: str = Engine.engine, **given: Any) -> Printed:
         f"{result.bandwidth_gb_per_s:.3g} GB/s, {result.arithmetic_gflop_per_s:.3g} GFLOP/s",
         points,
     )
-    return Printed(result, [made, *result.remarks])
+    backends = dict.fromkeys(it.backend for _, it in points)
+    ran = [
+        f"{name} ({', '.join(it for it, p in points if p.backend == name)})" for name in backends
+    ]
+    return Printed(result, [made, f"How the experts ran: {'; '.join(ran)}.", *result.remarks])
 
 
 def _in_llama_cpp(

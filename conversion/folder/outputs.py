@@ -52,7 +52,7 @@ def model_outputs(
         from the oracle: `cached`, at every step of generation; `padded`, in a batch padded on the
         left; `recorded`, by which recorded tokens fall short of the likeliest, None without them.
     """
-    with tempfile.TemporaryDirectory() as offloaded:
+    with deterministic(), tempfile.TemporaryDirectory() as offloaded:
         model = load(Path(folder), offloaded, trust_remote_code=trust_remote_code)
         # Greedy and without an end: whatever the repository's own settings are.
         model.generation_config = GenerationConfig(pad_token_id=0)
@@ -75,6 +75,17 @@ def model_outputs(
                 "recorded": None if recorded is None else shortfall(model, first, recorded),
             },
         }
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Let every run add in the same order: nothing is chosen by time."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def load(folder: Path, offloaded: str, *, trust_remote_code: bool) -> Any:

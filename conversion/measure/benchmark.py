@@ -22,6 +22,11 @@ from .routing import check_dense, check_flat, sparse_blocks
 from .shapes import dense_twin, random_carved, random_model, shape_config
 from .timing import DECODE_STEPS, LABELS, Bench, Point
 
+WHAT_TO_DO = (
+    "What may help: compiled decoding (--compile), llama.cpp (`cmoe export --gguf`), fewer experts "
+    "that run, or fewer and larger ones (`cmoe convert --experts 8`)."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
@@ -84,7 +89,7 @@ class BenchmarkOptions(ShapeOptions, LoadOptions):
     backend: str | None = None
     """Experts backend, for example eager, grouped_mm; default the model's choice."""
     compiled: bool = False
-    """Decode with a static cache and `torch.compile(mode="reduce-overhead")`."""
+    """Decode with a static cache and `torch.compile`, on a GPU with CUDA graphs."""
 
 
 @with_options(BenchmarkOptions)
@@ -140,7 +145,7 @@ def benchmark(options: BenchmarkOptions) -> Benchmark:
 
 def remarks(points: dict[str, list[Point]]) -> list[str]:
     """Return where the carved model is slower, and where its lead is not its own merit."""
-    found = []
+    found, slower = [], False
     for name, measured in points.items():
         for point in measured:
             count, unit = (point.batch, "sequence") if name == "decode" else (point.tokens, "token")
@@ -152,12 +157,15 @@ def remarks(points: dict[str, list[Point]]) -> list[str]:
                     f"long as the dense one{certain}; the roofline allows "
                     f"{point.roofline_speedup:.2f} times its speed."
                 )
+                slower = True
             elif point.speedup > 1.2 * point.roofline_speedup:
                 found.append(
                     f"{where}: more than the roofline's ratio, because the dense model is "
                     f"{point.dense_ms / point.dense_roofline_ms:.1f} times slower than its own "
                     "bound here."
                 )
+    if slower:
+        found.append(WHAT_TO_DO)
     return found or ["The carved model is faster at every measured point."]
 
 

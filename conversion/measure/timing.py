@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from cmoe_hf.modeling_cmoe import Tuner
+from cmoe_hf.modeling_cmoe import Tuner, current_backend
 
 from ..device import synchronize
 from ..errors import RequestError
@@ -27,6 +27,8 @@ from .routing import collected, sparse_blocks
 LABELS = {"ffn": "FFN block", "prefill": "prefill", "decode": "decoding"}
 DECODE_STEPS = 4
 """Decoding steps of a round."""
+COMPILER: dict[str, Any] = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+"""Mode "reduce-overhead", and kernels that gather an expert's weights and multiply at once."""
 Call = Callable[[int], None]
 """What is timed; it gets its number, so that dense and carved see the same inputs."""
 
@@ -59,6 +61,8 @@ class Point(Comparison):
     carved_roofline_ms: float
     experts_hit: float
     """Different experts that the tokens need in one layer, on average."""
+    backend: str
+    """How the experts ran."""
 
 
 def compare(
@@ -176,6 +180,7 @@ class Bench:
         """Time the whole model, one new token a sequence behind `context` of them."""
         prompt_BL = self.sequences(batch, context)
         most = context + DECODE_STEPS * (self.rounds + 1) if compiled else None
+        settle(lambda _: Decoder(self.carved, prompt_BL, None)(0))
         calls = [Decoder(model, prompt_BL, most) for model in self.models]
         hit = self.experts_hit(Decoder(self.carved, prompt_BL, None), DECODE_STEPS)
         works = self.works(hit, batch=batch, tokens=1, context=context)
@@ -214,6 +219,14 @@ class Bench:
         pairs = zip(self.models, self.blocks, strict=True)
         return [model_work(model, blocks, hit, **sizes) for model, blocks in pairs]
 
+    def backend(self, tokens: int) -> str:
+        """Name the experts backend, or the way that the default one has chosen."""
+        backend = str(self.carved.config._experts_implementation)
+        block: Any = self.blocks[1][0]
+        if backend != "cmoe" or block.gate.top_k == 0:
+            return backend
+        return current_backend(block.experts, tokens, block.gate.top_k)
+
     def point(
         self,
         calls: Sequence[Call],
@@ -239,12 +252,15 @@ class Bench:
 
         for call in calls:
             seconds(call, repeats or 1, 0)  # a graph is compiled and captured in the first calls
-            settle(call)
+            if repeats is None:
+                settle(call)
         count = repeats or max(1, min(200, round(0.05 / seconds(calls[1], 1, 1))))
         dense, carved = (self.rates.seconds(work) for work in works)
         timers = [partial(seconds, call, count) for call in calls]
         measured: dict[str, Any] = {**compare(timers, self.rounds, dense / carved), **sizes}
+        tokens = sizes["tokens"] * sizes["batch"]
         return Point(
+            backend=self.backend(tokens),
             dense_roofline_ms=1e3 * dense,
             carved_roofline_ms=1e3 * carved,
             experts_hit=fmean(hit),
@@ -269,7 +285,7 @@ class Decoder:
         self(0)
         self.position = self.position[:, -1:].clone(memory_format=torch.contiguous_format)
         if most is not None:
-            self.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+            self.forward = torch.compile(model.forward, fullgraph=True, options=COMPILER)
 
     def __call__(self, turn: int) -> None:
         """Decode one token; it does not matter which `turn` it is."""

@@ -207,6 +207,8 @@ class CMoERouter(nn.Module):
 
     def pick(self, value_TN: Tensor, x_TH: Tensor) -> Tensor:
         """Return the experts of the highest value that the tokens x may have, (T, K)."""
+        if self.top_k == 1 and is_traced():  # which a compiler can join with other kernels
+            return value_TN.argmax(dim=-1, keepdim=True)
         return torch.topk(value_TN, self.top_k, dim=-1).indices
 
     def weigh(self, probability_TN: Tensor, index_TK: Tensor) -> Tensor:
@@ -316,15 +318,36 @@ class CMoEHierarchicalRouter(CMoERouter):
         )
 
 
+def can_choose(x_TH: Tensor, weight: Tensor) -> bool:
+    """Return whether a CPU multiplies x by a plain weight, for inference, and nothing records it.
+
+    Everything else, gradients, compilers, other devices and quantised weights, has a fixed way.
+    """
+    return (
+        weight.is_cpu
+        and type(x_TH) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
+        and x_TH.dtype == weight.dtype
+        and len(x_TH) > 0
+        and weight.is_contiguous()
+        and not (torch.is_grad_enabled() and (x_TH.requires_grad or weight.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.are_deterministic_algorithms_enabled()
+        and not is_traced()
+        and Tuner.enabled
+    )
+
+
 class Tuner:
     """Chooses between ways of computing the same, by the time that each takes on this machine.
 
     The first calls of a kind run one way after the other and are timed. So nothing is computed for
     the measurement alone, and weights come from where they will come from later. A way takes the
-    place of the first one if its median time is at least a tenth shorter. `CMOE_TUNE=0` in the
-    environment, or `torch.use_deterministic_algorithms`, keeps to the first.
+    place of the first one if its median time is at least a tenth shorter.
     """
 
+    enabled = os.environ.get("CMOE_TUNE") != "0"
+    """Without, nothing is chosen by time: every run adds in the same order."""
     ROUNDS = 7
     lock = threading.RLock()
     """One trial at a time, of all tuners; one within another is of the same thread."""
@@ -338,28 +361,23 @@ class Tuner:
 
     def run(self, kind: Any, ways: dict[str, Callable[..., Tensor]], *inputs: Any) -> Tensor:
         """Compute by the way that is chosen for `kind`, or by one that is to be tried."""
-        name = self.chosen.get(kind)
-        if name is None or torch.are_deterministic_algorithms_enabled():
-            name = next(iter(ways))
-            if may_try() and self.lock.acquire(blocking=False):
-                try:
-                    return self.try_one(kind, ways, inputs)
-                finally:
-                    self.lock.release()
-        return ways[name](*inputs)
-
-    def try_one(self, kind: Any, ways: dict[str, Any], inputs: tuple[Any, ...]) -> Tensor:
-        """Time the way that was tried least; choose when all were tried often enough."""
-        times = self.times.setdefault(kind, {name: [] for name in ways})
-        name = min(times, key=lambda name: len(times[name]))
-        trials, start = Tuner.trials, time.perf_counter()
-        result = ways[name](*inputs)
-        seconds = time.perf_counter() - start
-        if trials == Tuner.trials:  # else another trial was part of it
-            times[name].append(seconds)
-            self.decide(kind, times)
-        Tuner.trials += 1
-        return result
+        if kind in self.chosen:
+            return ways[self.chosen[kind]](*inputs)
+        if not self.lock.acquire(blocking=False):
+            return next(iter(ways.values()))(*inputs)
+        try:
+            times = self.times.setdefault(kind, {name: [] for name in ways})
+            name = min(times, key=lambda name: len(times[name]))
+            trials, start = Tuner.trials, time.perf_counter()
+            result = ways[name](*inputs)
+            seconds = time.perf_counter() - start
+            if trials == Tuner.trials:  # else another trial was part of it
+                times[name].append(seconds)
+                self.decide(kind, times)
+            Tuner.trials += 1
+            return result
+        finally:
+            self.lock.release()
 
     def decide(self, kind: Any, times: dict[str, list[float]]) -> None:
         """Drop what is far too slow; if nothing is left to be tried, choose."""
@@ -367,34 +385,12 @@ class Tuner:
         for name, seconds in shortest.items():
             if seconds > 2 * min(shortest.values()):
                 del times[name]
-        if min(map(len, times.values())) == self.ROUNDS:
+        if min(map(len, times.values())) >= self.ROUNDS:
             # The first calls are left out: libraries prepare themselves in them.
             first, *others = {n: statistics.median(tried[2:]) for n, tried in times.items()}.items()
             name, seconds = min(others, key=lambda it: it[1], default=first)
             self.chosen[kind] = name if seconds < 0.9 * first[1] else first[0]
             del self.times[kind]
-
-
-def may_try() -> bool:
-    """Return whether ways may be tried and chosen, or are fixed."""
-    return os.environ.get("CMOE_TUNE") != "0" and not torch.are_deterministic_algorithms_enabled()
-
-
-def can_choose(x_TH: Tensor, weight: Tensor) -> bool:
-    """Return whether a CPU multiplies x by a plain weight, for inference, and nothing records it.
-
-    Everything else, gradients, compilers, other devices and quantised weights, has a fixed way.
-    """
-    return (
-        weight.is_cpu
-        and type(x_TH) is Tensor
-        and type(weight) in (Tensor, nn.Parameter)
-        and x_TH.dtype == weight.dtype
-        and weight.is_contiguous()
-        and not (torch.is_grad_enabled() and (x_TH.requires_grad or weight.requires_grad))
-        and not torch.is_autocast_enabled("cpu")
-        and not is_traced()
-    )
 
 
 def size_of(tokens: int) -> int:
@@ -419,18 +415,18 @@ def linear_by_rows(x_TH: Tensor, weight_QH: Tensor) -> Tensor:
 
 
 def linear_by_onednn(x_TH: Tensor, weight_QH: Tensor) -> Tensor:
-    """Return x Wᵀ in float32 by oneDNN, in place of the MKL that `torch` prefers."""
-    return torch.ops.mkldnn._linear_pointwise(x_TH, weight_QH, None, "none", [], "")
+    """Return x Wᵀ by oneDNN, where `torch` prefers MKL for float32."""
+    return F.linear(x_TH.to_mkldnn(), weight_QH).to_dense()
 
 
 @functools.cache
 def has_onednn() -> bool:
-    """Return whether `linear_by_onednn` works: its operator is one of the compiler's."""
-    one_11 = torch.ones(1, 1)
+    """Return whether this `torch` was built with oneDNN."""
     try:
-        return linear_by_onednn(one_11, one_11).item() == 1
-    except (AttributeError, RuntimeError, TypeError):
+        linear_by_onednn(torch.ones(1, 1), torch.ones(1, 1))
+    except RuntimeError:
         return False
+    return True
 
 
 LINEAR_TUNER = Tuner()
@@ -438,10 +434,9 @@ LINEAR_TUNER = Tuner()
 
 def tuned_linear(x_TH: Tensor, weight_QH: Tensor) -> Tensor:
     """Return `torch.nn.functional.linear(x, W)`, of which `can_choose` holds, the fastest way."""
-    tokens = len(x_TH)
-    if tokens == 0 or weight_QH.numel() < 2**14:  # it is read in the time of one more call
+    if len(x_TH) == 0 or weight_QH.numel() < 2**14:  # it is read in the time of one more call
         return F.linear(x_TH, weight_QH)
-    kind = (weight_QH.shape, weight_QH.dtype, size_of(tokens))
+    kind = (weight_QH.shape, weight_QH.dtype, size_of(len(x_TH)))
     return LINEAR_TUNER.run(kind, ways_to_multiply(*kind[1:]), x_TH, weight_QH)
 
 
@@ -593,7 +588,7 @@ def cmoe_experts_forward(
     """Run the default backend, `"cmoe"`: on a CPU the fastest way, as the first calls show."""
     tokens, top_k = top_k_index.shape
     arguments = (self, hidden_states, top_k_index, top_k_weights)
-    if tokens == 0 or not can_choose(hidden_states, self.down_proj):
+    if not can_choose(hidden_states, self.down_proj):
         return named_backend(fixed_backend(self, tokens, top_k))(*arguments)
     kind = kind_of_call(self, tokens, top_k)
     return EXPERTS_TUNER.run(kind, ways_to_run(*kind), *arguments)
@@ -605,13 +600,19 @@ def kind_of_call(experts: ExpertsLoop, tokens: int, top_k: int) -> tuple[Any, ..
     return type(experts), weight_NHM.shape, weight_NHM.dtype, top_k, size_of(tokens)
 
 
+def current_backend(experts: ExpertsLoop, tokens: int, top_k: int) -> str:
+    """Name the way in which `"cmoe"` runs `top_k` experts for each of `tokens` tokens."""
+    chosen = EXPERTS_TUNER.chosen.get(kind_of_call(experts, tokens, top_k))
+    return chosen or fixed_backend(experts, tokens, top_k)
+
+
 @functools.cache
 def ways_to_run(
     kind: type[ExpertsLoop], shape: torch.Size, dtype: torch.dtype, top_k: int, size: int
 ) -> dict[str, Callable[..., Tensor]]:
     """Return what is tried for up to 2 to the power of `size` tokens, the library's way first."""
     names = [grouped_backend(shape, dtype), "sorted"]
-    if size <= 7 or 2 * top_k >= shape[0]:  # idle experts cost arithmetic and memory
+    if size <= 7 or 4 * top_k >= shape[0]:  # idle experts cost arithmetic and memory
         names.append("all_experts")
     return {name: named_backend(name) for name in names}
 
@@ -643,7 +644,11 @@ def fastest_backend_on_a_gpu(weight_NHM: Tensor, experts: int, tokens: int, top_
     `grouped_mm` sorts, 0.4 ms whatever the size; that long, idle experts can multiply as well, and
     nothing launches less. `batched_mm` copies the weights of every pair of token and expert: good
     for a token or two, where reading the idle ones would take longer, or launches cost nothing.
+    A compiler can gather without a copy: where that reads half of the experts at most it should
+    be faster than all others, but it has not been measured.
     """
+    if is_traced() and 2 * tokens * top_k <= experts:
+        return "gathered"
     expert_size = weight_NHM.shape[1] * weight_NHM.shape[2]
     idle = (experts - top_k) * expert_size
     if tokens * top_k <= experts and (is_traced() or idle > 50_000_000):
@@ -703,11 +708,10 @@ def all_experts(self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK: Te
     if bias_NQ is not None:
         z_TR = z_TR + bias_NQ.flatten()
     z_TNM = self.activate(z_TR.unflatten(1, (self.num_experts, -1))) * weight_TN.unsqueeze(2)
-    ways = {"x Wᵀ": batched_linear, "W xᵀ": transposed_batched_linear}
     if not is_tuned:
         return batched_linear(z_TNM, self.down_proj)
     kind = ("all", self.down_proj.shape, x_TH.dtype, size_of(len(x_TH)))
-    return LINEAR_TUNER.run(kind, ways, z_TNM, self.down_proj)
+    return LINEAR_TUNER.run(kind, WAYS_TO_SUM, z_TNM, self.down_proj)
 
 
 def batched_linear(z_TNM: Tensor, weight_NHM: Tensor) -> Tensor:
@@ -716,8 +720,39 @@ def batched_linear(z_TNM: Tensor, weight_NHM: Tensor) -> Tensor:
 
 
 def transposed_batched_linear(z_TNM: Tensor, weight_NHM: Tensor) -> Tensor:
-    """Return the same from W(n) zᵀ."""
+    """Return the sum over n of z W(n)ᵀ, (T, H), from W(n) zᵀ."""
     return torch.bmm(weight_NHM, z_TNM.permute(1, 2, 0)).sum(dim=0).T
+
+
+def joined_linear(z_TNM: Tensor, weight_NHM: Tensor) -> Tensor:
+    """Return the sum over n of z W(n)ᵀ, (T, H), as one product with a copy of the weights."""
+    return tuned_linear(z_TNM.flatten(1), weight_NHM.transpose(0, 1).flatten(1))
+
+
+WAYS_TO_SUM = {
+    "x Wᵀ": batched_linear,
+    "W xᵀ": transposed_batched_linear,
+    "copied": joined_linear,
+}
+
+
+def gathered_experts(
+    self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor
+) -> Tensor:
+    """Multiply each token by the gathered weights of its experts, for a compiler.
+
+    With `coordinate_descent_tuning` one kernel gathers and multiplies; elsewhere this copies.
+    """
+    here_TK = index_TK < self.num_experts  # else an expert is on another rank
+    index_P = (index_TK * here_TK).flatten()
+    x_PH = x_TH.repeat_interleave(index_TK.shape[1], 0)
+    weight_NQH, bias_NQ = self.inputs
+    z_PQ = (weight_NQH[index_P] * x_PH.unsqueeze(1)).sum(-1)
+    if bias_NQ is not None:
+        z_PQ = z_PQ + bias_NQ[index_P]
+    y_PH = (self.down_proj[index_P] * self.activate(z_PQ).unsqueeze(1)).sum(-1)
+    y_TKH = y_PH.unflatten(0, index_TK.shape) * (weight_TK * here_TK).unsqueeze(2)
+    return y_TKH.sum(1).to(x_TH.dtype)
 
 
 def triton_experts_forward(self: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
@@ -734,6 +769,7 @@ OWN_BACKENDS: dict[str, Callable[..., Tensor]] = {
     "eager": ExpertsLoop.forward,
     "sorted": sorted_experts,
     "all_experts": all_experts,
+    "gathered": gathered_experts,
 }
 """Ways of the default backend that the library has not."""
 ALL_EXPERTS_FUNCTIONS.register("cmoe", cmoe_experts_forward)
