@@ -32,7 +32,7 @@ from cmoe_hf.conversion.measure.timing import COMPILER
 BACKENDS = ("cmoe", "cmoe_triton")
 SPLITS = ((1, 1, 8), (3, 3, 8), (2, 2, 8), (16, 16, 64))
 SIZES = {"tokens": (1, 8, 16, 64, 512, 8192), "prefill": (2048, 8192), "batch": (1, 8, 64)}
-QUICK = {"tokens": (1,), "prefill": (32,), "batch": (1,)}
+QUICK = {"tokens": (1,), "prefill": (32,), "batch": ()}
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
@@ -62,7 +62,7 @@ def check(shape, split, dtype, compiled):
     carved.to(dtype)
     exact.set_experts_implementation("eager")
     [exact_block] = sparse_blocks(exact)
-    for tokens in (1, 2, 7, 16):
+    for tokens in (1, 2, 7, 16) if ON_GPU else (3,):
         x_1TH = torch.randn(1, tokens, carved.config.hidden_size, device=DEVICE, dtype=dtype)
         expected = exact_block(x_1TH.float())
         carved.set_experts_implementation("eager")

@@ -40,7 +40,7 @@ TILES = ((1, 1024, 4), (2, 512, 4), (4, 256, 4), (4, 512, 4), (8, 256, 4), (8, 5
 tuned = triton.autotune(
     [
         triton.Config({"ROWS": rows, "COLUMNS": columns}, num_warps=warps)
-        for rows, columns, warps in (((16, 16, 1),) if INTERPRETED else TILES)
+        for rows, columns, warps in (((16, 32, 1),) if INTERPRETED else TILES)
     ],
     key=["hidden", "width", "shared_width", "size"],
 )
