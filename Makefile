@@ -19,10 +19,11 @@ PYTEST := -m pytest -n $(JOBS) --dist worksteal
 # Environments that override some packages of the first one.
 LOWEST := $(VENV)-lowest
 NEWEST := $(VENV)-newest
+KERNELS := $(VENV)-kernels
 DOCS := $(VENV)-docs
 DIST := $(VENV)-dist
 
-.PHONY: demo test thorough families check lowest newest lint types results docs dist lock clean
+.PHONY: demo test thorough families kernels check lowest newest lint types results docs dist lock clean
 
 demo: $(VENV)/installed
 	$(BIN)/cmoe demo demo --overwrite
@@ -41,7 +42,12 @@ thorough: $(VENV)/installed-dev
 families: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -s -m families tests/test_every_family.py
 
-check: lint types test thorough lowest
+# The kernels for GPUs by Triton's interpreter, which needs none. Triton takes 1 GB of the disk, and
+# torch for CUDA pins one by itself: it has a folder of its own.
+kernels: $(KERNELS)/installed
+	TRITON_INTERPRET=1 PYTHONPATH=$(abspath $(KERNELS)) $(BIN)/python -m pytest -n 0 tests/test_triton.py
+
+check: lint types test thorough kernels lowest
 
 # The tests that depend on transformers, with the lowest supported version.
 lowest: $(LOWEST)/installed
@@ -114,20 +120,27 @@ $(LOWEST)/installed: requirements/lowest.txt $(VENV)/installed-dev
 	$(LOCKED) requirements/lowest.txt --target $(LOWEST)
 	touch $@
 
+$(KERNELS)/installed: requirements/triton.txt $(VENV)/installed-dev
+	rm -rf $(KERNELS)
+	$(LOCKED) requirements/triton.txt --target $(KERNELS)
+	touch $@
+
 # Lock the newest versions within the bounds of pyproject.toml, with the hashes of all their files.
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
-	rm -f requirements/dev.txt requirements/demo.txt requirements/lowest.txt requirements/docs.txt
+	rm -f requirements/dev.txt requirements/demo.txt requirements/lowest.txt \
+	    requirements/docs.txt requirements/triton.txt
 	$(COMPILE) pyproject.toml --extra dev --output-file requirements/dev.txt requirements/build.in
 	$(COMPILE) pyproject.toml --constraint requirements/dev.txt --output-file requirements/demo.txt \
 	    requirements/build.in
 	$(COMPILE) --group docs --output-file requirements/docs.txt
 	echo "transformers==5.16.0" | $(COMPILE) --output-file requirements/lowest.txt -
+	echo "triton; sys_platform == 'linux'" | $(COMPILE_ALL) --output-file requirements/triton.txt -
 
-COMPILE = .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 \
-    --generate-hashes --no-annotate --no-header --no-emit-package torch \
-    --excludes requirements/gpu.txt
+COMPILE = $(COMPILE_ALL) --excludes requirements/gpu.txt
+COMPILE_ALL = .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 \
+    --generate-hashes --no-annotate --no-header --no-emit-package torch
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(DOCS) $(DIST) .venv-lock build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(NEWEST) $(KERNELS) $(DOCS) $(DIST) .venv-lock build dist *.egg-info

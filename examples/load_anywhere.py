@@ -9,7 +9,7 @@ import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 repository = sys.argv[1]
-# trust_remote_code runs the two Python files of the repository: read them first.
+# trust_remote_code runs the Python files of the repository: read them first.
 model = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(repository, trust_remote_code=True)
 

@@ -25,7 +25,7 @@ processes = int(os.environ["WORLD_SIZE"])
 sizes = {"tp_size": processes} | ({"ep_size": processes} if arguments.expert_parallel else {})
 model = AutoModelForCausalLM.from_pretrained(
     arguments.repository,
-    trust_remote_code=True,  # runs the two Python files of the repository: read them first
+    trust_remote_code=True,  # runs the Python files of the repository: read them first
     distributed_config=DistributedConfig(**sizes),
 )
 tokenizer = AutoTokenizer.from_pretrained(arguments.repository, trust_remote_code=True)

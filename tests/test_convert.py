@@ -12,10 +12,11 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from cmoe_hf.conversion.folder.remote_code import REMOTE_CODE
+
 FILES = {
     "config.json",
-    "configuration_cmoe.py",
-    "modeling_cmoe.py",
+    *REMOTE_CODE,
     "conversion.json",
     "generation_config.json",
     "model.safetensors",
@@ -41,8 +42,7 @@ def test_the_folder_is_complete(carved):
 
 def test_saved_with_the_package_it_is_still_complete(carved, tmp_path):
     AutoModelForCausalLM.from_pretrained(carved).save_pretrained(tmp_path)
-    assert (tmp_path / "modeling_cmoe.py").is_file()
-    assert (tmp_path / "configuration_cmoe.py").is_file()
+    assert all((tmp_path / name).is_file() for name in REMOTE_CODE)
     before = json.loads((carved / "config.json").read_text())
     after = json.loads((tmp_path / "config.json").read_text())
     assert after["auto_map"] == before["auto_map"]

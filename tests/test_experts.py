@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from cmoe_hf import CMoEGPTNeoXConfig, CMoELlamaConfig, CMoELlamaForCausalLM
+from cmoe_hf import CMoEGPTNeoXConfig, CMoELlamaConfig, CMoELlamaForCausalLM, modeling_cmoe
 from cmoe_hf.modeling_cmoe import (
     EXPERTS_TUNER,
     LINEAR_TUNER,
@@ -21,6 +21,8 @@ from cmoe_hf.modeling_cmoe import (
     ExpertsLoop,
     Tuner,
     current_backend,
+    fastest_backend_on_a_gpu,
+    gathered_experts,
     kind_of_call,
     size_of,
     ways_to_multiply,
@@ -318,3 +320,37 @@ def test_quantised_models_keep_a_stock_backend():
     model.config.quantization_config = {"quant_method": "fp8"}
     assert model.get_correct_experts_implementation(None) == "grouped_mm"
     assert model.get_correct_experts_implementation("cmoe") == "cmoe"
+
+
+@pytest.mark.parametrize("kind", [CMoELlamaConfig, CMoEGPTNeoXConfig])
+@torch.no_grad()
+def test_what_a_compiler_gathers_equals_the_loop_over_experts(kind):
+    """Compiled for a GPU a few tokens run so; which kernels come of it can be seen there only."""
+    model, block = sparse_block("odd", 7, 2, kind)
+    model.set_experts_implementation("eager")
+    compiled = torch.compile(gathered_experts, backend="aot_eager", fullgraph=True)
+    index_TK, weight_TK = routed(3, 7, 2, skewed=False)
+    index_TK[0, 0], weight_TK[0, 0] = 7, 0  # on another rank
+    arguments = (torch.randn(3, 64), index_TK, weight_TK)
+    expected = block.experts(*arguments)
+    for run in (gathered_experts, compiled):
+        torch.testing.assert_close(run(block.experts, *arguments), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@torch.no_grad()
+def test_a_compiled_router_chooses_the_same_experts(top_k):
+    _, block = sparse_block("narrow", 7, top_k)
+    x_TH = torch.randn(50, 32)
+    expected = block.gate(x_TH)
+    got = torch.compile(block.gate, backend="aot_eager", fullgraph=True)(x_TH)
+    assert torch.equal(got.index_TK, expected.index_TK)
+    torch.testing.assert_close(got.weight_TK, expected.weight_TK)
+
+
+def test_a_compiler_gathers_up_to_half_of_the_experts(monkeypatch):
+    weight_NHM = torch.empty(8, 64, 64, device="meta")
+    chosen = lambda tokens: fastest_backend_on_a_gpu(weight_NHM, 8, tokens, 1)  # noqa: E731
+    assert chosen(4) == "all_experts"
+    monkeypatch.setattr(modeling_cmoe, "is_traced", lambda: True)
+    assert [chosen(tokens) for tokens in (1, 4, 5)] == ["gathered", "gathered", "batched_mm"]

@@ -17,6 +17,7 @@ from refusal import refused
 from test_bad_input import run
 from transformers import AutoModelForCausalLM
 
+from cmoe_hf.conversion.folder.remote_code import REMOTE_CODE
 from cmoe_hf.conversion.source.architectures import TESTED
 from cmoe_hf.conversion.source.checkpoint import open_source, outside
 from cmoe_hf.conversion.source.library import meta_model
@@ -127,7 +128,7 @@ def check_loaded(family, tensors):
     assert all(torch.equal(before[name], after[name]) for name in after)
     auto_map = json.loads((again / "config.json").read_text())["auto_map"]
     assert auto_map.keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-    for name in ("configuration_cmoe.py", "modeling_cmoe.py"):
+    for name in REMOTE_CODE:
         assert (third / name).read_bytes() == (carved / name).read_bytes()
 
 

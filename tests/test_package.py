@@ -83,6 +83,7 @@ def test_the_wheel_carries_everything_and_runs_the_demo(tmp_path):
         "cmoe_cli.py",
         "cmoe_hf/modeling_cmoe.py",
         "cmoe_hf/configuration_cmoe.py",
+        "cmoe_hf/triton_cmoe.py",
         "cmoe_hf/py.typed",
         "cmoe_hf/conversion/assets/llama-pydoc/model.safetensors",
         "cmoe_hf/conversion/assets/calibration.txt",

@@ -15,6 +15,7 @@ from cmoe_hf.conversion.folder.unfinished import sha256_of
 HERE = Path(cmoe_hf.__file__).parent
 LIBRARIES = re.compile(
     r"(torch|transformers|typing|collections\.abc|huggingface_hub\.dataclasses)(\.|$)"
+    r"|triton(\.language)?$"
 )
 DANGEROUS = re.compile(r"hub\b|hub_|cpp_extension|dynamic_module|multiprocessing|_dynamo|package")
 """Parts of these libraries that fetch, build or start something."""
@@ -27,7 +28,7 @@ CALLS = {
 }
 """Functions and methods that read, write, fetch, start or interpret something."""
 PARTLY = {
-    "functools": ("cache", "wraps"),
+    "functools": ("cache", "partial", "wraps"),
     "inspect": ("signature",),
     "math": ("gcd",),
     "os": ("PathLike",),
@@ -38,6 +39,8 @@ PARTLY = {
 """Modules of which some things may be used."""
 VARIABLE = "os.environ.get('CMOE_TUNE')"
 """What may be read of the environment."""
+KERNELS = "import triton.language as tl"
+"""The module in which `load` reads the memory of a GPU."""
 HARMLESS_DUNDERS = {"__name__", "__qualname__", "__module__", "__version__", "__annotations__"}
 INDIRECT = {
     *("getattr", "hasattr", "setattr", "delattr", "vars", "dir", "locals", "globals", "eval"),
@@ -63,6 +66,11 @@ def offences(source):
     allowed |= {id(node) for node in nodes if is_definition(node, overridden)}
     read = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node) == VARIABLE]
     allowed |= {id(it) for call in read for it in ast.walk(call)}
+    bound = [ast.unparse(it) for it in imports if "tl" in ast.unparse(it).split()]
+    bound += [it.arg for it in nodes if isinstance(it, ast.arg) and it.arg == "tl"]
+    bound += [it.id for it in nodes if is_stored(it) and it.id == "tl"]
+    if bound == [KERNELS]:
+        allowed |= {id(node) for node in nodes if is_load_of_a_kernel(node)}
     found = []
     for node in nodes:
         match node:
@@ -72,13 +80,13 @@ def offences(source):
             case ast.ImportFrom(module=module, names=names, level=0):
                 imported = [f"{module}.{it.name}" for it in names]
                 found += [name for name in imported if not is_harmless(name)]
-            case ast.ImportFrom(module=module) if module != "configuration_cmoe":
+            case ast.ImportFrom(module=module) if f"{module}.py" not in REMOTE_CODE:
                 found.append(f".{module}")
             case ast.Attribute(value=ast.Name(id=module), attr=name) if module in PARTLY:
                 is_allowed = name in PARTLY[module] or id(node) in allowed
                 found += [] if is_allowed else [f"{module}.{name}"]
             case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in CALLS:
-                found.append(f"{name}()")
+                found += [] if id(node) in allowed else [f"{name}()"]
             case ast.Call(func=ast.Attribute(value=owner, attr=name)) if (
                 name in CHANGES and root(owner) in libraries
             ):
@@ -120,6 +128,16 @@ def is_definition(node, overridden):
         case ast.Attribute(value=ast.Name(id="cls"), ctx=ast.Store(), attr=name):
             return not name.startswith("__")
     return False
+
+
+def is_stored(node):
+    """Whether a node gives a name another value."""
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
+def is_load_of_a_kernel(node):
+    """Whether a node reads the memory of a GPU, inside a kernel."""
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.load"
 
 
 def root(node):
@@ -175,6 +193,11 @@ def test_the_remote_code_touches_nothing_but_tensors(name):
         "import os; os.environ['OMP_NUM_THREADS'] = '1'",
         "import os; os.environ.get('HF_TOKEN')",
         "import os; os.environ",
+        "import torch as tl; tl.load('weights.pt')",
+        "import torch; import triton.language as tl; tl = torch; tl.load('weights.pt')",
+        "import triton.language as tl; f = lambda tl: tl.load('weights.pt')",
+        "import triton.runtime.build",
+        "from triton import runtime",
         "from transformers.activations import ACT2FN; ACT2FN['silu'] = print",
         "import torch; switch = torch._C._set_mkldnn_enabled",
         "import torch; product = getattr(torch.ops.mkldnn, '_linear_pointwise', None)",
@@ -204,6 +227,7 @@ def test_the_check_would_find_it(line):
     "line",
     [
         "import os; os.environ.get('CMOE_TUNE')",
+        "import triton.language as tl; tl.load(pointer)",
         "getattr(config, 'sliding_window', None)",
         "hasattr(config, 'rope_scaling')",
         "class Model:\n    _no_split_modules = ['Layer']",

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two Python files that travel with a carved repository, and those of earlier releases."""
+"""The Python files that travel with a carved repository, and those of earlier releases."""
 
 import hashlib
 import json
 import sys
 from pathlib import Path
 
-from cmoe_hf.families import carved_classes, repository_code
+from cmoe_hf.families import CODE, carved_classes, repository_code
 
 from ..source.architectures import TESTED
 
-REMOTE_CODE = ("configuration_cmoe.py", "modeling_cmoe.py")
+REMOTE_CODE = tuple(CODE)
 RELEASED = Path(__file__).parent.parent / "assets" / "released.json"
 """Names of files by the SHA-256 that releases of this project gave them."""
 

@@ -89,7 +89,7 @@ class BenchmarkOptions(ShapeOptions, LoadOptions):
     backend: str | None = None
     """Experts backend, for example eager, grouped_mm; default the model's choice."""
     compiled: bool = False
-    """Decode with a static cache and `torch.compile(mode="reduce-overhead")`."""
+    """Decode with a static cache and `torch.compile`, on a GPU with CUDA graphs."""
 
 
 @with_options(BenchmarkOptions)

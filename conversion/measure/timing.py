@@ -27,6 +27,8 @@ from .routing import collected, sparse_blocks
 LABELS = {"ffn": "FFN block", "prefill": "prefill", "decode": "decoding"}
 DECODE_STEPS = 4
 """Decoding steps of a round."""
+COMPILER: dict[str, Any] = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+"""Mode "reduce-overhead", and kernels that gather an expert's weights and multiply at once."""
 Call = Callable[[int], None]
 """What is timed; it gets its number, so that dense and carved see the same inputs."""
 
@@ -283,7 +285,7 @@ class Decoder:
         self(0)
         self.position = self.position[:, -1:].clone(memory_format=torch.contiguous_format)
         if most is not None:
-            self.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+            self.forward = torch.compile(model.forward, fullgraph=True, options=COMPILER)
 
     def __call__(self, turn: int) -> None:
         """Decode one token; it does not matter which `turn` it is."""

@@ -53,7 +53,8 @@ class CMoE{family}ForCausalLM(Carved, {causal.__name__}):
     config: CMoE{family}Config
     model_class = CMoE{family}Model
 '''
-MODULES = {configuration_cmoe: CONFIGURATION, modeling_cmoe: MODEL}
+CODE = {"configuration_cmoe.py": CONFIGURATION, "modeling_cmoe.py": MODEL, "triton_cmoe.py": ""}
+"""Python files of a repository, and how the classes of a family are written at their ends."""
 NAMES_BEFORE = {
     "cmoe_gpt_neox": {
         r"^model\.embed_tokens\.": "gpt_neox.embed_in.",
@@ -89,12 +90,7 @@ def family_code(dense: type[PreTrainedConfig]) -> dict[str, str]:
         "family": dense.__name__.removesuffix("Config"),
         "base": "CMoEHierarchicalConfig" if is_moe else "CMoEConfig",
     }
-    return {file_name(module): code.format(**names) for module, code in MODULES.items()}
-
-
-def file_name(module: Any) -> str:
-    """Return the name of a module's file."""
-    return Path(module.__file__).name
+    return {name: code.format(**names) for name, code in CODE.items()}
 
 
 def carved_classes(model_type: str) -> Classes:
@@ -111,8 +107,9 @@ def carved_classes(model_type: str) -> Classes:
     name = f"CMoE{family}Config"
     if not hasattr(configuration_cmoe, name):
         code = family_code(dense)
-        for module in MODULES:
-            exec(compile(code[file_name(module)], f"<{family}>", "exec"), vars(module))
+        for module in (configuration_cmoe, modeling_cmoe):
+            written = code[Path(str(module.__file__)).name]
+            exec(compile(written, f"<{family}>", "exec"), vars(module))
         renamed = NAMES_BEFORE.get(f"cmoe_{dense.model_type}", {})
         rules: list[Any] = [WeightRenaming(before, now) for before, now in renamed.items()]
         if rules:
@@ -133,11 +130,8 @@ def repository_code(config: type[PreTrainedConfig]) -> dict[str, str]:
     dense = next(
         base for base in config.__mro__ if base.__module__.startswith("transformers.models")
     )
-    ends = family_code(dense)
-    return {
-        file_name(module): Path(str(module.__file__)).read_text("utf-8") + ends[file_name(module)]
-        for module in MODULES
-    }
+    ends = family_code(dense).items()
+    return {name: (Path(__file__).parent / name).read_text("utf-8") + end for name, end in ends}
 
 
 def with_code(save: Any) -> Any:

@@ -29,7 +29,7 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import maybe_autocast
@@ -87,6 +87,59 @@ def linear_in_float32(x_TH: Tensor, weight_NH: Tensor, bias_N: Tensor | None = N
     return F.linear(x_TH, weight_NH.float(), None if bias_N is None else bias_N.float())
 
 
+class TritonKernels(NamedTuple):
+    """Functions of the file of kernels, see there."""
+
+    cover: Callable[..., bool]
+    experts: Callable[..., Tensor]
+    router: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def triton_kernels() -> TritonKernels:
+    """Return the kernels of the experts backend `"cmoe_triton"`.
+
+    Raises `ImportError` where Triton is not.
+    """
+    from .triton_cmoe import cover, experts, router
+
+    return TritonKernels(cover, experts, router)
+
+
+class WithTriton(ExpertsInterface):
+    """Runs a function in place of a forward method if the backend `"cmoe_triton"` is chosen.
+
+    The function gets that method too: for all that the kernels do not cover.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def get_interface(self, experts_implementation: str | None, default: Any) -> Any:
+        """Return what runs."""
+        if experts_implementation != "cmoe_triton":
+            return default
+        return functools.partial(self.function, default)
+
+
+def triton_router_forward(forward: Any, self: Any, x_TH: Tensor) -> Routing:
+    """Route up to 16 tokens in one kernel."""
+    kernels, activation = triton_kernels(), self.config.ffn["activation"]
+    if self.router_type == "linear":
+        activation, up_NH = "linear", self.linear_weight
+    else:
+        up_NH = self.up_weight
+    weights = (self.gate_weight, up_NH, self.scale)
+    is_biased = self.up_bias is not None
+    if is_biased or not kernels.cover(x_TH, activation, len(up_NH), *weights):
+        return forward(self, x_TH)
+    settings = (self.top_k, activation, self.absolute_score)
+    return Routing(
+        *kernels.router(x_TH, self.gate_weight, up_NH, self.balance_bias, self.scale, *settings)
+    )
+
+
+@use_experts_implementation(experts_interface=WithTriton(triton_router_forward))
 class CMoERouter(nn.Module):
     """Scores the routed experts, selects K of them and weighs them (paper, eq. 8 and 9).
 
@@ -154,6 +207,8 @@ class CMoERouter(nn.Module):
 
     def pick(self, value_TN: Tensor, x_TH: Tensor) -> Tensor:
         """Return the experts of the highest value that the tokens x may have, (T, K)."""
+        if self.top_k == 1 and is_traced():  # which a compiler can join with other kernels
+            return value_TN.argmax(dim=-1, keepdim=True)
         return torch.topk(value_TN, self.top_k, dim=-1).indices
 
     def weigh(self, probability_TN: Tensor, index_TK: Tensor) -> Tensor:
@@ -589,7 +644,11 @@ def fastest_backend_on_a_gpu(weight_NHM: Tensor, experts: int, tokens: int, top_
     `grouped_mm` sorts, 0.4 ms whatever the size; that long, idle experts can multiply as well, and
     nothing launches less. `batched_mm` copies the weights of every pair of token and expert: good
     for a token or two, where reading the idle ones would take longer, or launches cost nothing.
+    A compiler can gather without a copy: where that reads half of the experts at most it should
+    be faster than all others, but it has not been measured.
     """
+    if is_traced() and 2 * tokens * top_k <= experts:
+        return "gathered"
     expert_size = weight_NHM.shape[1] * weight_NHM.shape[2]
     idle = (experts - top_k) * expert_size
     if tokens * top_k <= experts and (is_traced() or idle > 50_000_000):
@@ -677,13 +736,44 @@ WAYS_TO_SUM = {
 }
 
 
+def gathered_experts(
+    self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor
+) -> Tensor:
+    """Multiply each token by the gathered weights of its experts, for a compiler.
+
+    With `coordinate_descent_tuning` one kernel gathers and multiplies; elsewhere this copies.
+    """
+    here_TK = index_TK < self.num_experts  # else an expert is on another rank
+    index_P = (index_TK * here_TK).flatten()
+    x_PH = x_TH.repeat_interleave(index_TK.shape[1], 0)
+    weight_NQH, bias_NQ = self.inputs
+    z_PQ = (weight_NQH[index_P] * x_PH.unsqueeze(1)).sum(-1)
+    if bias_NQ is not None:
+        z_PQ = z_PQ + bias_NQ[index_P]
+    y_PH = (self.down_proj[index_P] * self.activate(z_PQ).unsqueeze(1)).sum(-1)
+    y_TKH = y_PH.unflatten(0, index_TK.shape) * (weight_TK * here_TK).unsqueeze(2)
+    return y_TKH.sum(1).to(x_TH.dtype)
+
+
+def triton_experts_forward(self: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """Run the backend `"cmoe_triton"`: kernels for up to 16 tokens, the default for all else."""
+    kernels, activation = triton_kernels(), self.config.ffn["activation"]
+    weights = (self.inputs[0], self.down_proj)
+    covered = kernels.cover(x_TH, activation, self.num_experts, *weights, weight_TK)
+    if not covered or not self.gated or self.biased:
+        return cmoe_experts_forward(self, x_TH, index_TK, weight_TK)
+    return kernels.experts(x_TH, index_TK, weight_TK, *weights, activation)
+
+
 OWN_BACKENDS: dict[str, Callable[..., Tensor]] = {
     "eager": ExpertsLoop.forward,
     "sorted": sorted_experts,
     "all_experts": all_experts,
+    "gathered": gathered_experts,
 }
 """Ways of the default backend that the library has not."""
 ALL_EXPERTS_FUNCTIONS.register("cmoe", cmoe_experts_forward)
+ALL_EXPERTS_FUNCTIONS.register("cmoe_triton", triton_experts_forward)
 
 
 class CMoESharedExpert(nn.Module):
@@ -723,6 +813,46 @@ class CMoEPlainSharedExpert(nn.Module):
         return self.down_proj(self.hidden(x))
 
 
+def whole_weights(block: Any) -> list[Tensor]:
+    """Return the weights of a gated block's experts, or none unless our modules hold all of them.
+
+    Adapters and quantisation replace modules; parallelism splits weights and adds up in hooks.
+    """
+    experts, shared, config = block.experts, block.shared_expert, block.config
+    if type(experts) is not CMoEExperts or block.down_bias is not None:
+        return []
+    weights: list[Any] = [experts.gate_up_proj, experts.down_proj]
+    width = 0
+    if shared is not None:
+        if type(shared) is not CMoESharedExpert:
+            return []
+        linears = (shared.gate_proj, shared.up_proj, shared.down_proj)
+        if any(type(linear) is not CMoELinear for linear in linears):
+            return []
+        weights += [linear.weight for linear in linears]
+        width = len(shared.gate_proj.weight)
+    widths = (config.num_experts, config.moe_intermediate_size)
+    is_whole = experts.down_proj.shape[::2] == widths
+    return weights if is_whole and width == config.shared_expert_intermediate_size else []
+
+
+def triton_block_forward(
+    forward: Any, self: Any, hidden_states: Tensor, residual: Tensor | None = None
+) -> Tensor:
+    """Run up to 16 tokens with the shared expert as one more of a token's experts."""
+    x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+    kernels, activation = triton_kernels(), self.config.ffn["activation"]
+    weights = whole_weights(self) if self.gate.top_k and residual is None else []
+    settings = (activation, self.config.num_experts)
+    if not weights or not kernels.cover(x_TH, *settings, *weights):
+        return forward(self, hidden_states, residual)
+    _, weight_TK, index_TK = self.gate(x_TH)
+    experts, shared = weights[:2], weights[2:]
+    out_TH = kernels.experts(x_TH, index_TK, weight_TK, *experts, activation, *shared)
+    return out_TH.view_as(hidden_states)
+
+
+@use_experts_implementation(experts_interface=WithTriton(triton_block_forward))
 class CMoESparseMoeBlock(nn.Module):
     """Shared expert plus the K routed experts that the router picks for each token.
 
@@ -867,6 +997,12 @@ class Carved(PreTrainedModel):
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         if not self.is_made:
             return super().get_correct_experts_implementation("eager")
+        if requested_experts == "cmoe_triton":
+            try:
+                triton_kernels()
+            except ImportError as error:
+                logger.warning_once(f"The default experts backend runs: {error}")
+                requested_experts = "cmoe"
         # The other methods, such as fp8, replace the experts by their own, with other backends.
         if requested_experts is None and quantisation_method(self.config) in (None, *LINEAR_ONLY):
             requested_experts = "cmoe"
