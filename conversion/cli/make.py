@@ -18,7 +18,8 @@ from ..demo import HELD_OUT, DemoOptions, demo
 from ..errors import RequestError
 from ..plan import Plan, plan
 from ..show.report import report
-from ..tune.recover import RecoverOptions, Recovery, recover, resume_recovery
+from ..tune.prepare import RecoverOptions
+from ..tune.recover import Recovery, recover, resume_recovery
 from ..tune.settings import Tuning
 from .command import command
 from .printing import Printed, agreement, facts, table
