@@ -5,9 +5,9 @@
     TRITON_INTERPRET=1 python examples/measure_gpu.py gpu.json --quick    # to try it, on a CPU
 
 Random weights in bfloat16, dense and carved in turn, medians. For S1A1E8, S3A3E8, S2A2E8 and the
-fine experts of a budget, with the default experts backend and "cmoe_triton": the FFN block as it is
-and in a CUDA graph, where nothing is launched; decoding compiled with CUDA graphs; prefill. What
-fails or does not fit into the time is recorded as such.
+fine experts of a budget, with the experts backends "cmoe", "cmoe_gathered" and "cmoe_triton": the
+FFN block as it is and in a CUDA graph, where nothing is launched; decoding compiled with CUDA
+graphs; prefill. What fails or does not fit into the time is recorded as such.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from cmoe_hf.conversion.measure.routing import sparse_blocks
 from cmoe_hf.conversion.measure.shapes import dense_twin, random_model, shape_config
 from cmoe_hf.conversion.measure.timing import COMPILER
 
-BACKENDS = ("cmoe", "cmoe_triton")
+BACKENDS = ("cmoe", "cmoe_gathered", "cmoe_triton")
 SPLITS = ((1, 1, 8), (3, 3, 8), (2, 2, 8), (16, 16, 64))
 SIZES = {"tokens": (1, 8, 16, 64, 512, 8192), "prefill": (2048, 8192), "batch": (1, 8, 64)}
 QUICK = {"tokens": (1,), "prefill": (32,), "batch": ()}

@@ -21,7 +21,6 @@ from cmoe_hf.modeling_cmoe import (
     ExpertsLoop,
     Tuner,
     current_backend,
-    fastest_backend_on_a_gpu,
     gathered_experts,
     kind_of_call,
     size_of,
@@ -348,9 +347,19 @@ def test_a_compiled_router_chooses_the_same_experts(top_k):
     torch.testing.assert_close(got.weight_TK, expected.weight_TK)
 
 
-def test_a_compiler_gathers_up_to_half_of_the_experts(monkeypatch):
-    weight_NHM = torch.empty(8, 64, 64, device="meta")
-    chosen = lambda tokens: fastest_backend_on_a_gpu(weight_NHM, 8, tokens, 1)  # noqa: E731
-    assert chosen(4) == "all_experts"
+@torch.no_grad()
+def test_compiled_few_tokens_gather(monkeypatch):
+    model, block = sparse_block("middle", 8, 1)
+    gathered = []
+    run = modeling_cmoe.gathered_experts
+    monkeypatch.setattr(
+        modeling_cmoe, "gathered_experts", lambda *it: gathered.append(len(it[1])) or run(*it)
+    )
     monkeypatch.setattr(modeling_cmoe, "is_traced", lambda: True)
-    assert [chosen(tokens) for tokens in (1, 4, 5)] == ["gathered", "gathered", "batched_mm"]
+    for tokens in (1, 4, 5):
+        arguments = (torch.randn(tokens, 256), *routed(tokens, 8, 1, skewed=False))
+        model.set_experts_implementation("eager")
+        expected = block.experts(*arguments)
+        model.set_experts_implementation("cmoe_gathered")
+        torch.testing.assert_close(block.experts(*arguments), expected, atol=1e-4, rtol=1e-4)
+    assert gathered == [1, 4]

@@ -644,11 +644,7 @@ def fastest_backend_on_a_gpu(weight_NHM: Tensor, experts: int, tokens: int, top_
     `grouped_mm` sorts, 0.4 ms whatever the size; that long, idle experts can multiply as well, and
     nothing launches less. `batched_mm` copies the weights of every pair of token and expert: good
     for a token or two, where reading the idle ones would take longer, or launches cost nothing.
-    A compiler can gather without a copy: where that reads half of the experts at most it should
-    be faster than all others, but it has not been measured.
     """
-    if is_traced() and 2 * tokens * top_k <= experts:
-        return "gathered"
     expert_size = weight_NHM.shape[1] * weight_NHM.shape[2]
     idle = (experts - top_k) * expert_size
     if tokens * top_k <= experts and (is_traced() or idle > 50_000_000):
@@ -755,6 +751,18 @@ def gathered_experts(
     return y_TKH.sum(1).to(x_TH.dtype)
 
 
+def gathered_experts_forward(
+    self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor
+) -> Tensor:
+    """Run the backend `"cmoe_gathered"`: in compiled code few tokens gather, else the default runs.
+
+    Few: that read half of the experts at most. Not measured on a GPU yet.
+    """
+    is_few = 2 * index_TK.numel() <= self.num_experts
+    run = gathered_experts if is_few and is_traced() else cmoe_experts_forward
+    return run(self, x_TH, index_TK, weight_TK)
+
+
 def triton_experts_forward(self: Any, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """Run the backend `"cmoe_triton"`: kernels for up to 16 tokens, the default for all else."""
     kernels, activation = triton_kernels(), self.config.ffn["activation"]
@@ -769,10 +777,10 @@ OWN_BACKENDS: dict[str, Callable[..., Tensor]] = {
     "eager": ExpertsLoop.forward,
     "sorted": sorted_experts,
     "all_experts": all_experts,
-    "gathered": gathered_experts,
 }
 """Ways of the default backend that the library has not."""
 ALL_EXPERTS_FUNCTIONS.register("cmoe", cmoe_experts_forward)
+ALL_EXPERTS_FUNCTIONS.register("cmoe_gathered", gathered_experts_forward)
 ALL_EXPERTS_FUNCTIONS.register("cmoe_triton", triton_experts_forward)
 
 
