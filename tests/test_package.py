@@ -32,7 +32,7 @@ pathlib.Path.is_file, pathlib.Path.exists = hide(is_file), hide(exists)
 vars(os).pop("posix_fallocate")
 import cmoe_cli, cmoe_hf
 for found in pkgutil.walk_packages(cmoe_hf.__path__, "cmoe_hf."):
-    if not found.name.endswith("__main__"):
+    if not found.name.endswith(("__main__", "triton_cmoe")):  # which needs Triton
         importlib.import_module(found.name)
 import psutil
 class Process(psutil.Process):  # as on Windows

@@ -165,7 +165,7 @@ def recover_command(
         tuning = {name: given.pop(name) for name in given.keys() & vars(Tuning()).keys()}
         result = recover(model, output, tuning=Tuning(**tuning), **given)
     is_main = accelerate.PartialState().is_main_process
-    return Printed(result, [_recovery_table(result)]) if is_main else None
+    return Printed(result, [_recovery_table(result), result.output]) if is_main else None
 
 
 WHEN = ("before", "after", "after_without_bias")
@@ -177,7 +177,7 @@ CLOSENESS = {
 
 def _recovery_table(it: Recovery) -> Table:
     title = f"{it.notation} after {it.steps} steps on {it.training_tokens:,} tokens"
-    made = table(title, "", "before", "after", "bias zero", caption=it.output)
+    made = table(title, "", "before", "after", "bias zero")
     for row in it.texts:
         dense = row["before"].get("baseline_perplexity")
         for name, figure in (("perplexity", "perplexity"), *CLOSENESS.items()):
