@@ -122,7 +122,7 @@ def test_the_speed_map_fills_a_table(run_example, tmp_path):
     table.write_text('{"title": "The map", "rows": []}')
     run_example("speed_map.py", "map.json", "--fill", table)
     [row] = json.loads(table.read_text())["rows"]
-    assert row[0] == "SmolLM2-135M, float32, S1A1E8" and len(row) == 8
+    assert row[0] == "SmolLM2-135M, float32, S1A1E8" and len(row) == 9
     assert re.fullmatch(r"\d+\.\d\d of 3\.97", row[1]) and not any(row[2:])
 
 
