@@ -668,9 +668,11 @@ def sorted_experts(self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK:
 
     Shape suffixes besides: P pairs of token and expert, U tokens of one expert, Q rows of a weight.
     """
+    weight_NQH, bias_NQ = self.inputs
+    linear = tuned_linear if can_choose(x_TH, weight_NQH) else F.linear
     if len(x_TH) == 1:  # nothing to sort
         y_KH = [
-            self.run_expert(expert, x_TH, tuned_linear)
+            self.run_expert(expert, x_TH, linear)
             if expert < self.num_experts  # else it is on another rank
             else torch.zeros_like(x_TH)
             for expert in index_TK[0].tolist()
@@ -682,15 +684,16 @@ def sorted_experts(self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK:
     token_P = order_P // index_TK.shape[1]
 
     def product(x_PH: Tensor, weight_NQH: Tensor) -> Tensor:
-        groups = zip(x_PH.split(sizes), weight_NQH, strict=True)
-        return torch.cat([tuned_linear(x_UH, weight_QH) for x_UH, weight_QH in groups])
+        # `unbind` collects the gradients of all experts; each index would add zeros for the others.
+        groups = zip(x_PH.split(sizes), weight_NQH.unbind(), strict=True)
+        return torch.cat([linear(x_UH, weight_QH) for x_UH, weight_QH in groups])
 
-    weight_NQH, bias_NQ = self.inputs
     z_PQ = product(x_TH.index_select(0, token_P), weight_NQH)
     if bias_NQ is not None:
         z_PQ = z_PQ + bias_NQ[expert_P[: len(order_P)]]
     z_PM = self.activate(z_PQ) * weight_TK.flatten()[order_P, None]
-    return torch.zeros_like(x_TH).index_add_(0, token_P, product(z_PM, self.down_proj))
+    out_PH = product(z_PM, self.down_proj).to(x_TH.dtype)  # autocast changes it
+    return torch.zeros_like(x_TH).index_add_(0, token_P, out_PH)
 
 
 def all_experts(self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
