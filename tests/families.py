@@ -176,3 +176,19 @@ def pico_config(family: str = "llama-2", **changes: object) -> PreTrainedConfig:
     known = {*kind.attribute_map, *(field.name for field in dataclasses.fields(kind))}
     common = {**fields, "num_key_value_heads": 2, "original_max_position_embeddings": 128}
     return kind(**{name: it for name, it in common.items() if name in known} | own | changes)
+
+
+def block_config(
+    kind: Any, hidden: int, width: int, experts: int, top_k: int, shared: int, **options: Any
+) -> PreTrainedConfig:
+    """Return the configuration of a carved model of one layer, by the widths of its block."""
+    return kind(
+        hidden_size=hidden,
+        intermediate_size=(shared + experts) * width,
+        moe_intermediate_size=width,
+        shared_expert_intermediate_size=shared * width,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        num_hidden_layers=1,
+        **options,
+    )

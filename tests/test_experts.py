@@ -9,6 +9,7 @@ from itertools import product
 
 import pytest
 import torch
+from families import block_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -52,18 +53,8 @@ def tuned(monkeypatch):
 
 def sparse_block(size, experts, top_k, kind=CMoELlamaConfig, shared=1):
     """A model of one layer, and its sparse block."""
-    hidden, width = SIZES[size]
-    config = kind(
-        hidden_size=hidden,
-        intermediate_size=(shared + experts) * width,
-        moe_intermediate_size=width,
-        shared_expert_intermediate_size=shared * width,
-        num_experts=experts,
-        num_experts_per_tok=top_k,
-        num_attention_heads=4,
-        num_hidden_layers=1,
-        vocab_size=64,
-    )
+    more = {"num_attention_heads": 4, "vocab_size": 64}
+    config = block_config(kind, *SIZES[size], experts, top_k, shared, **more)
     model = AutoModelForCausalLM.from_config(config)
     block = model.base_model.layers[0].mlp
     for tensor in block.state_dict().values():

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from families import block_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -40,19 +41,8 @@ def sparse_block(
     **options,
 ):
     """A model of one layer without gradients, and its sparse block of random weights."""
-    config = kind(
-        hidden_size=hidden,
-        intermediate_size=(shared + experts) * width,
-        moe_intermediate_size=width,
-        shared_expert_intermediate_size=shared * width,
-        num_experts=experts,
-        num_experts_per_tok=top_k,
-        num_attention_heads=1,
-        num_hidden_layers=1,
-        vocab_size=8,
-        hidden_act=activation,
-        **options,
-    )
+    more = {"num_attention_heads": 1, "vocab_size": 8, "hidden_act": activation, **options}
+    config = block_config(kind, hidden, width, experts, top_k, shared, **more)
     model = AutoModelForCausalLM.from_config(config, experts_implementation="cmoe_triton")
     block = model.base_model.layers[0].mlp
     for name, tensor in block.state_dict().items():
