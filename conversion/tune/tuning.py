@@ -150,11 +150,15 @@ def gathered(sharded: nn.Module, empty: Any) -> Any:
 
 
 def with_free_weights(model: PreTrainedModel, tuning: Tuning) -> PreTrainedModel:
-    """Return the model in float32, because 16 bits would swallow small steps, with what learns.
+    """Return the model with what learns in float32, because 16 bits would swallow small steps.
 
-    In a model of 16 bits autocast computes in these nevertheless.
+    In a model of 16 bits autocast computes in these nevertheless. Weights that do not learn stay as
+    they are: autocast would cast them anew in each product.
     """
-    train_only_what_was_carved(model.float(), tuning.train_attention)
+    train_only_what_was_carved(model, tuning.train_attention)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     return model
 
 
@@ -229,7 +233,8 @@ class CarvedTrainer(Trainer):
         self.pair: tuple[Outputs, Outputs] | None = None
         if teacher is not None:
             is_whole = not self.is_fsdp_enabled
-            self.pair = Outputs(self.whole, whole=is_whole), Outputs(teacher)
+            with self.accelerator.autocast():
+                self.pair = Outputs(self.whole, whole=is_whole), Outputs(teacher)
         self.loads: list[torch.Tensor] = []
         """Of this optimiser step so far, on this process."""
         self.remove_callback(PrinterCallback)  # it prints on standard output

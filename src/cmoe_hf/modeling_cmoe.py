@@ -666,6 +666,9 @@ def grouped_backend(shape_NHM: torch.Size, dtype: torch.dtype) -> str:
 def sorted_experts(self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """Sort pairs of token and expert by the expert, and run each expert on a view of its weights.
 
+    Pairs of weight 0 fill every expert's tokens up to one of eight numbers between two powers of
+    two: oneDNN prepares a product of each new shape for longer than it computes it.
+
     Shape suffixes besides: P pairs of token and expert, U tokens of one expert, Q rows of a weight.
     """
     weight_NQH, bias_NQ = self.inputs
@@ -678,10 +681,14 @@ def sorted_experts(self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK:
             for expert in index_TK[0].tolist()
         ]
         return weight_TK @ torch.cat(y_KH)
-    expert_P, order_P = index_TK.flatten().sort()
-    sizes = torch.bincount(expert_P, minlength=self.num_experts)[: self.num_experts].tolist()
+    sizes_N = torch.bincount(index_TK.flatten(), minlength=self.num_experts)[: self.num_experts]
+    sizes = [rounded_up(size) for size in sizes_N.tolist()]
+    filling_N = torch.tensor(sizes, device=x_TH.device) - sizes_N
+    filling_P = torch.arange(self.num_experts, device=x_TH.device).repeat_interleave(filling_N)
+    expert_P, order_P = torch.cat([index_TK.flatten(), filling_P]).sort()
     order_P = order_P[: sum(sizes)]  # without experts on other ranks
-    token_P = order_P // index_TK.shape[1]
+    weight_P = F.pad(weight_TK.flatten(), (0, len(filling_P)))[order_P]
+    token_P = (order_P // index_TK.shape[1]).where(order_P < index_TK.numel(), 0)
 
     def product(x_PH: Tensor, weight_NQH: Tensor) -> Tensor:
         # `unbind` collects the gradients of all experts; each index would add zeros for the others.
@@ -691,9 +698,15 @@ def sorted_experts(self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK:
     z_PQ = product(x_TH.index_select(0, token_P), weight_NQH)
     if bias_NQ is not None:
         z_PQ = z_PQ + bias_NQ[expert_P[: len(order_P)]]
-    z_PM = self.activate(z_PQ) * weight_TK.flatten()[order_P, None]
+    z_PM = self.activate(z_PQ) * weight_P[:, None]
     out_PH = product(z_PM, self.down_proj).to(x_TH.dtype)  # autocast changes it
     return torch.zeros_like(x_TH).index_add_(0, token_P, out_PH)
+
+
+def rounded_up(size: int) -> int:
+    """Return the next number of which at most the first four binary digits are not 0."""
+    step = 1 << max(0, size.bit_length() - 4)
+    return -(-size // step) * step
 
 
 def all_experts(self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
