@@ -174,8 +174,8 @@ def train_experts(
 ) -> torch.Tensor:
     """Run the experts so that their gradients are fast: 3.5 to 12 times as the library's on a CPU.
 
-    Under autocast, which knows no grouped products and would cast the inputs of each expert, weights
-    and inputs are cast once before. On a GPU the default backend runs.
+    Under autocast, which knows no grouped products and would cast the inputs of each expert, all
+    is cast once before. On a GPU the default backend runs.
     """
     device = x_TH.device.type
     run: Any = ALL_EXPERTS_FUNCTIONS["cmoe"] if x_TH.is_cuda else sorted_experts
