@@ -165,8 +165,12 @@ class Bench:
             yield self.point(calls, works, hit, tokens=tokens, batch=1)
 
     def prefill(self, length: int) -> Point:
-        """Time the whole model over one new sequence."""
-        prompts = [self.sequences(1, length, seed=seed) for seed in range(4)]
+        """Time the whole model over one new sequence.
+
+        Every prompt is another one: libraries remember the shapes that they have met, and a prompt
+        repeated sends the same number of tokens to each expert.
+        """
+        prompts = [self.sequences(1, length, seed=seed) for seed in range(64)]
 
         def run(model: PreTrainedModel, turn: int) -> None:
             model(prompts[turn % len(prompts)], use_cache=True, logits_to_keep=1)

@@ -33,6 +33,8 @@ from .settings import Tuning
 CHUNK_LOGITS = 2**23
 """Logits of the positions whose divergence is computed at once on a CPU, where larger tensors are
 allocated anew each time; four times as many elsewhere."""
+LIBRARIES = 1e9
+"""Bytes that the libraries take for themselves."""
 TRAINING_BACKEND = "cmoe_training"
 
 
@@ -213,7 +215,7 @@ def plan_training(
         config: Of the carved model.
         teacher: Of the teacher, which is in memory, too.
         tuning: Its method wins.
-        dtype: In which models are loaded; full parameters are float32 nevertheless.
+        dtype: In which models are loaded; what learns is float32 nevertheless.
         device: Where to train.
         tokens: Of a forward pass on this process.
     """
@@ -226,13 +228,21 @@ def plan_training(
     itemsize = (DTYPES[dtype] if dtype else stored).itemsize
     state = accelerate.PartialState()
     sharing = state.num_processes if state.distributed_type == DistributedType.FSDP else 1
-    # Weights in float32; of those that learn also the gradient and two moments.
-    held = (4 * parameters + 12 * trained) / sharing
-    # What a layer keeps of a token for the backward pass, and six tensors of a chunk's logits.
-    width = 14 * config.hidden_size + 3 * config.ffn_width
+    frozen = (parameters - trained) * itemsize
+    # Of those that learn weight, gradient and two moments, in float32.
+    held = (frozen + 16 * trained) / sharing
+    # What a layer keeps of a token for the backward pass, and six tensors of a chunk's logits: as
+    # measured on layers of SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B.
+    width = (24 + 2 * config.num_experts_per_tok) * config.hidden_size + 4 * config.ffn_width
     activations = tokens * config.num_hidden_layers * width * itemsize
     logits = 6 * 4 * min(chunk_logits(device), tokens * config.vocab_size)
-    needed = held + activations + logits + (dense.num_parameters() * itemsize if dense else 0)
+    needed = (
+        LIBRARIES
+        + held
+        + activations
+        + logits
+        + (dense.num_parameters() * itemsize if dense else 0)
+    )
     free = free_memory(device)
     method = tuning.method or ("full" if needed < 0.9 * free else "lora")
     what = {"full": "all weights of experts, routers and norms", "lora": "LoRA factors"}[method]
@@ -241,7 +251,7 @@ def plan_training(
         f"their gradients and Adam's state, all weights need about {needed / 1e9:.2f} GB, and "
         f"{free / 1e9:.2f} GB are free"
     )
-    kept = 4 * parameters + 8 * trained if method == "full" else 0
+    kept = frozen + 12 * trained if method == "full" else 0
     return TrainingPlan(tuning.for_model(method, parameters), reason, kept)
 
 

@@ -24,7 +24,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], Sequence[str]]] = {
 """What the options of a tuning must be."""
 PRESETS: dict[str, dict[str, Any]] = {
     "distil": {
-        "batch_size": 8,
+        "batch_size": 4,
         "rank": 32,
         "router_learning_rate": None,
         "schedule": "cosine",
@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Defaults of each objective; those of `next-token` are the paper's (section 5.1)."""
 WINDOW = {"distil": 512, "next-token": 2048}
 """Tokens of a window by default, if the contexts of the models are no shorter."""
-USUAL_RATE, USUAL_SIZE = 3e-4, 135e6
+USUAL_RATE, USUAL_SIZE = 5e-4, 135e6
 """Learning rate of all weights of a model of so many parameters."""
 
 
@@ -72,7 +72,7 @@ class Tuning:
     epochs: float = 1.0
     """Passes over the windows."""
     batch_size: int | None = None
-    """Windows of one optimiser step, over all processes; default 8 (next-token: 2)."""
+    """Windows of one optimiser step, over all processes; default 4 (next-token: 2)."""
     micro_batch_size: int | None = None
     """Windows at a time on each process; default all it gets."""
     rank: int | None = None
@@ -80,7 +80,7 @@ class Tuning:
     alpha: int = 32
     """LoRA scaling: alpha / rank."""
     learning_rate: float | None = None
-    """Of all but the routers, with Adam; default 3e-4 (LoRA: 1e-3) up to 135 M parameters, and
+    """Of all but the routers, with Adam; default 5e-4 (LoRA: 1e-3) up to 135 M parameters, and
     lower by the root of the size above. next-token: 5.95e-5."""
     router_learning_rate: float | None = None
     """Of the gate scales u, and of trained routers; default as all weights (next-token: 1e-3)."""
