@@ -17,11 +17,9 @@ from picture import svg
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PICTURE = ROOT / "docs" / "trade-off.svg"
-"""Drawn from the table that names rows under `picture`."""
 PLACE = re.compile(r"<!-- (results|rows): ([a-z0-9-]+) -->\n.*?<!-- end -->", re.DOTALL)
 NEEDED = {"title", "machine", "versions", "date", "columns", "rows"}
-OPTIONAL = {"command", "commit", "about", "readings", "level"}
+OPTIONAL = {"command", "commit", "about", "readings", "level", "picture"}
 OF_A_PART = {"part_of", "about", "columns", "rows", "readings", "picture"}
 WIDTH = 110
 
@@ -116,12 +114,15 @@ def main() -> None:
             if not check:
                 path.write_text(written(page), encoding="utf-8")
     for table in map(read, names()):
-        if "picture" in table:
-            drawing = svg(table["columns"], [table["rows"][row] for row in table["picture"]])
-            if not PICTURE.is_file() or PICTURE.read_text(encoding="utf-8") != drawing:
-                stale.append(PICTURE.name)
+        if (asked := table.get("picture")) is not None:
+            path = ROOT / "docs" / asked.pop("file")
+            drawing = svg(
+                table["columns"], [table["rows"][row] for row in asked.pop("rows")], **asked
+            )
+            if not path.is_file() or path.read_text(encoding="utf-8") != drawing:
+                stale.append(path.name)
                 if not check:
-                    PICTURE.write_text(drawing, encoding="utf-8")
+                    path.write_text(drawing, encoding="utf-8")
     if missing := sorted(set(names()) - shown):
         sys.exit(f"no page shows {', '.join(missing)}: add `<!-- results: NAME --><!-- end -->`.")
     if check and stale:
