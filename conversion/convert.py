@@ -88,7 +88,10 @@ def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Co
     """
     with WorkFolder.reopen(output) as work:
         record, model = work.recorded("settings"), work.settings["model"]
-        settings = Settings(**record | {"recipe": Recipe.from_record(record["recipe"])})
+        try:
+            settings = Settings(**record | {"recipe": Recipe(**record["recipe"])})
+        except TypeError as error:  # it has an option that is no longer there
+            raise work.older() from error
         known = {**vars(settings), "model": model}
         for name, value in (overrides or {}).items():
             if name == "model":

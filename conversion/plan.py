@@ -260,9 +260,7 @@ def memory_bytes(prepared: Prepared, on_disk: bool) -> int:
     clusters = 2 * min(tokens, 2 * CLUSTERING_TOKENS) * width
     if recipe.refit:
         batch += (2 * width + held_out(*prepared.windows_WL.shape)) * (width + hidden)
-        batch += (2 if adds else 5) * tokens * hidden + 18 * width * hidden * (
-            recipe.polish_epochs > 0
-        )
+        batch += (2 if adds else 5) * tokens * hidden
     # As stored, to be written, and in float32, to compute the first hidden states.
     outside = source.outside_parameters * (4 + round(source.nbytes(None) / source.parameters))
     layer = source.layer_parameters + kept + max(batch, clusters)
@@ -340,7 +338,7 @@ def seconds(prepared: Prepared) -> float:
     source, config, recipe = prepared.source, prepared.config, prepared.recipe
     width, tokens = config.ffn_width, prepared.windows_WL.numel()
     refits = recipe.refit * (1 + recipe.adaptive_split)
-    passes = 1 + 2 * refits + 3 * recipe.polish_epochs
+    passes = 1 + 2 * refits
     systems = config.num_parents * refits * (len(RIDGES) if recipe.held_out_ridge else 1)
     idle = (config.num_parents - config.num_parents_per_tok) * source.ffn_parameters
     work = passes * tokens * (source.layer_parameters - idle) + systems * width**3 / 2

@@ -189,6 +189,8 @@ def test_a_plan_refuses_what_a_conversion_would(dense, tmp_path):
 def test_notes_of_an_older_release_are_not_misread(unfinished):
     settings = unfinished.with_name("out.partial") / "work" / "settings.json"
     kept = json.loads(settings.read_text())
-    settings.write_text(json.dumps({"job": {"settings": kept.pop("settings")}, **kept}))
-    with pytest.raises(RequestError, match="begun by an older release"):
-        resume(unfinished)
+    asked = kept.pop("settings")
+    for notes in ({"job": {"settings": asked}}, {"settings": {**asked, "polish": False}}):
+        settings.write_text(json.dumps({**notes, **kept}))
+        with pytest.raises(RequestError, match="begun by an older release"):
+            resume(unfinished)

@@ -12,7 +12,6 @@ from ..device import check_dtype
 from ..errors import RequestError, check_at_least
 from ..source.hub import local_name
 from ..source.texts import absolute_text
-from .polish import Schedule
 from .recipe import Recipe
 from .shape import Shape
 
@@ -74,8 +73,6 @@ class Settings(CarvingOptions):
     calibration tokens how many of them always run."""
     dense_layers: str | tuple[int, ...] = ""
     """Layers whose FFN stays dense, for example 0 or 0,29; all of their neurons run."""
-    polish: bool = False
-    """Train each carved layer by itself towards the dense one's output, after the refit."""
     k_act: int = 10
     """Neurons marked per token (K_a)."""
     activations: str = "auto"
@@ -97,8 +94,6 @@ class Settings(CarvingOptions):
         recipe, shape = Recipe.of(self.recipe), self.shape
         if self.budget is not None:
             recipe = replace(recipe, adaptive_split=True)
-        if self.polish and not recipe.polish_epochs:
-            recipe = replace(recipe, polish_epochs=Schedule().epochs)
         object.__setattr__(self, "recipe", recipe)
         limit = min(shape.active, shape.experts - shape.shared - 1) if shape else recipe.always_on
         if shape and recipe.always_on > limit:

@@ -178,11 +178,15 @@ class PartialFolder:
     def recorded(self, name: str) -> Any:
         """Return one of the settings. Raises `RequestError` if an older release wrote them."""
         if name not in self.settings:
-            raise RequestError(
-                f"this {self.noun} was begun by an older release, whose notes cannot be read. "
-                "Start again with --overwrite."
-            )
+            raise self.older()
         return self.settings[name]
+
+    def older(self) -> RequestError:
+        """Return the error of settings that this release cannot read."""
+        return RequestError(
+            f"this {self.noun} was begun by an older release, whose notes cannot be read. Start "
+            "again with --overwrite."
+        )
 
     def check_unchanged(self, found: Mapping[str, Any]) -> None:
         """Raise `RequestError` if one of these is not what the settings say."""
