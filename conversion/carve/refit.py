@@ -95,9 +95,10 @@ class Batch(NamedTuple):
 
 def batches(ffn: FFN, running: Running, run_TN: torch.Tensor, samples: Samples) -> Iterator[Batch]:
     """Yield what a refit needs, computing the hidden activations of one batch at a time."""
-    down_HR = ffn.down_HF[:, running.neurons_R]
-    if ffn.down_bias_H is not None:
-        down_HR = torch.cat([down_HR, ffn.down_bias_H[:, None]], dim=1)
+    down_HG = ffn.down_with_bias
+    down_HR = down_HG[:, running.neurons_R]
+    if ffn.is_biased:
+        down_HR = torch.cat([down_HR, down_HG[:, -1:]], dim=1)
     split = (tensor.split(BATCH_TOKENS) for tensor in (run_TN, *samples[:3]))
     for run_BN, x_BH, target_BH, weight_B in zip(*split, strict=True):
         z_BR = running.mask_idle(ffn.hidden(x_BH)[:, running.neurons_R], run_BN)

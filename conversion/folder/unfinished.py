@@ -55,6 +55,8 @@ class PartialFolder:
         self.folder = self.partial / "repository"
         self.private = self.partial / "work"
         self.replaced = self.partial / "replaced"
+        self.own_text = self.private / "own"
+        """What the dense model writes itself, see `own_text`."""
         self.overwrite = overwrite
         self.settings: dict[str, Any] = {}
         """What must not change between the sessions of the work."""
@@ -63,7 +65,8 @@ class PartialFolder:
     @property
     def finished(self) -> str:
         """Return in words what a resumed run need not do again; empty for nothing."""
-        return ""
+        written = len(list(self.own_text.glob("*.safetensors")))
+        return f"Batches of text that the dense model has written: {written}" if written else ""
 
     def read_finished(self) -> None:
         """Take up what an earlier session finished. Raises `CMoEError` if it is damaged."""
