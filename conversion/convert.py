@@ -26,8 +26,10 @@ from .errors import RequestError
 from .folder.card import model_card
 from .folder.fingerprint import CONVERSION, fingerprint_of
 from .folder.layerwise import WorkFolder, planned_tensors
+from .folder.own_text import read_own, write_own
 from .options import narrowed, with_options
 from .plan import Prepared, prepare, prepare_work, warnings_of
+from .source.loading import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +73,8 @@ def convert(options: ConvertOptions) -> Conversion:
         **determinants(prepared),
     }
     with WorkFolder.create(work.output, frozen, overwrite=settings.overwrite) as work:
-        work.keep_windows(calibration=prepared.windows_WL)
+        if not prepared.windows_WL.is_meta:
+            work.keep_windows(calibration=prepared.windows_WL)
         return carve(prepared, work)
 
 
@@ -88,7 +91,10 @@ def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Co
     """
     with WorkFolder.reopen(output) as work:
         record, model = work.recorded("settings"), work.settings["model"]
-        settings = Settings(**record | {"recipe": Recipe.from_record(record["recipe"])})
+        try:
+            settings = Settings(**record | {"recipe": Recipe(**record["recipe"])})
+        except TypeError as error:  # it has an option that is no longer there
+            raise work.older() from error
         known = {**vars(settings), "model": model}
         for name, value in (overrides or {}).items():
             if name == "model":
@@ -116,7 +122,8 @@ def resume(output: str | Path, overrides: Mapping[str, Any] | None = None) -> Co
 
 def determinants(prepared: Prepared) -> dict[str, str]:
     """Return what besides the settings determines the result, under names for people."""
-    ids = prepared.windows_WL.numpy().tobytes()
+    windows_WL = prepared.windows_WL  # what the dense model writes, the checkpoint determines
+    ids = b"" if windows_WL.is_meta else windows_WL.numpy().tobytes()
     packages = {f"version_of_{name}": it for name, it in versions().items() if name != "python"}
     return {
         **packages,
@@ -129,6 +136,8 @@ def determinants(prepared: Prepared) -> dict[str, str]:
 @torch.no_grad()
 def carve(prepared: Prepared, work: WorkFolder) -> Conversion:
     """Carve the layers that are not finished yet, and complete the repository."""
+    if prepared.windows_WL.is_meta:
+        prepared = with_own_text(prepared, work)
     source, settings, recipe = prepared.source, prepared.settings, prepared.recipe
     is_moe, total = source.architecture.router is not None, prepared.config.num_hidden_layers
     on_disk = settings.activations == "disk"
@@ -172,6 +181,19 @@ def carve(prepared: Prepared, work: WorkFolder) -> Conversion:
                 f"{figures['seconds']['carving_pass']:.1f} s, memory {resident:.2f} GB"
             )
     return complete(prepared, work)
+
+
+def with_own_text(prepared: Prepared, work: WorkFolder) -> Prepared:
+    """Let the dense model write the calibration windows, as far as they are not there."""
+    (windows, length), seed = prepared.windows_WL.shape, prepared.settings.seed
+    if not work.layers_done:
+        trusted = prepared.settings.trust_remote_code
+        model, tokenizer = load_model(prepared.source.folder, None, prepared.device, trusted)
+        write_own(model, tokenizer, windows=windows, length=length, seed=seed, folder=work.own_text)
+    windows_WL = read_own(work.own_text, seed)
+    sha256 = hashlib.sha256(windows_WL.numpy().tobytes()).hexdigest()
+    record = {**prepared.calibration, "sha256": sha256}
+    return replace(prepared, windows_WL=windows_WL, calibration=record)
 
 
 def complete(prepared: Prepared, work: WorkFolder) -> Conversion:

@@ -67,6 +67,13 @@ def versions() -> dict[str, str]:
     }
 
 
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free where a device keeps its tensors."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak resident memory of the process, plus that of the GPU if one was used."""
     status = Path("/proc/self/status")

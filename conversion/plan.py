@@ -19,10 +19,11 @@ from .carve.recipe import Recipe
 from .carve.refit import RIDGES
 from .carve.settings import CALIBRATION_TOKENS, ConvertOptions, Settings
 from .carve.shape import Shape, active_parameters, carved_config, width_warning
-from .device import DTYPES, best_seconds, find_device
+from .device import DTYPES, best_seconds, find_device, free_memory
 from .errors import RequestError
 from .folder.auxiliary_files import AuxiliaryFiles, read_auxiliary_files
 from .folder.layerwise import WorkFolder
+from .folder.own_text import cached_values, own_batches
 from .folder.paths import existing_parent
 from .folder.unfinished import PartialFolder
 from .options import narrowed, with_options
@@ -38,7 +39,7 @@ from .source.calibration import (
 from .source.checkpoint import Source, open_source
 from .source.hub import load_tokenizer
 from .source.loading import window_length
-from .source.texts import open_text, text_file
+from .source.texts import OWN, open_text, text_file
 
 CPU_READS = 25e9
 """Bytes that a CPU of two memory channels reads in a second."""
@@ -97,6 +98,7 @@ class Prepared:
     """Of the carved model."""
     tokenizer: PreTrainedTokenizerBase
     windows_WL: torch.Tensor
+    """On the meta device until the dense model has written them."""
     calibration: dict[str, Any]
     """A record of the calibration text that names no path."""
     device: torch.device
@@ -135,6 +137,12 @@ def prepare_work(
     work = WorkFolder(output, overwrite=settings.overwrite)
     prepared = prepare(model, settings)
     work.check(prepared.read)
+    if (needed := own_text_bytes(prepared)) > (free := free_memory(prepared.device)):
+        raise RequestError(
+            "the dense model needs all of its weights in memory to write the calibration text: "
+            f"about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free. Name another "
+            "--calibration."
+        )
     folder, free = free_disk(work)
     needed = disk_bytes(prepared) + work_bytes(prepared)
     if free < needed:
@@ -202,23 +210,32 @@ def calibration_windows(
     needed for enough tokens: the record says so.
     """
     length = window_length(source.config, settings.sequence_length)
-    samples = settings.samples or max(1, CALIBRATION_TOKENS // length)
+    own, tokens = settings.own_text, CALIBRATION_TOKENS
+    tokens = own.tokens if own is not None and own.tokens is not None else tokens
+    samples = settings.samples or max(1, tokens // length)
+    if own is not None:
+        windows_WL = torch.empty(samples, length, dtype=torch.int64, device="meta")
+        return windows_WL, calibration_record(windows_WL, source=OWN, text_is_whole=True)
     text = open_text(settings.calibration)
     most = max(WHOLE_CHARACTERS, CHARACTERS_PER_TOKEN * samples * length)
     read = read_tokens(text, tokenizer, source.config.vocab_size, most_characters=most)
     holds_out = Recipe.of(settings.recipe).held_out_ridge and source.architecture.router is None
     draw = apart_windows if holds_out else random_windows
     windows_WL = draw(read.ids, samples=samples, length=length, seed=settings.seed)
-    return windows_WL, {
-        "source": text.name,
-        "sha256": read.sha256,
-        "text_tokens": len(read.ids),
-        "text_characters": read.characters,
-        "text_is_whole": read.is_whole,
-        "samples": samples,
-        "sequence_length": length,
-        "tokens": windows_WL.numel(),
-    }
+    return windows_WL, calibration_record(
+        windows_WL,
+        source=text.name,
+        sha256=read.sha256,
+        text_tokens=len(read.ids),
+        text_characters=read.characters,
+        text_is_whole=read.is_whole,
+    )
+
+
+def calibration_record(windows_WL: torch.Tensor, **text: Any) -> dict[str, Any]:
+    """Return the entry of `conversion.json` about the calibration windows and their text."""
+    samples, length = windows_WL.shape
+    return {**text, "samples": samples, "sequence_length": length, "tokens": windows_WL.numel()}
 
 
 def free_disk(work: PartialFolder) -> tuple[Path, int]:
@@ -248,6 +265,22 @@ def work_bytes(prepared: Prepared) -> int:
     return 4 * prepared.windows_WL.numel() * (states + kept * on_disk)
 
 
+def own_text_bytes(prepared: Prepared) -> int:
+    """Estimate the memory in which the dense model writes the calibration text, if it does."""
+    if not prepared.windows_WL.is_meta:
+        return 0
+    source, length = prepared.source, prepared.windows_WL.shape[1]
+    stored = source.nbytes(None)
+    values = max(own_text_batches(prepared)) * length * cached_values(source.config)
+    return stored + values * round(stored / source.parameters)
+
+
+def own_text_batches(prepared: Prepared) -> list[int]:
+    """Return the windows of each batch that the dense model writes."""
+    config, shape = prepared.source.config, prepared.windows_WL.shape
+    return own_batches(config, prepared.tokenizer, prepared.device, *shape)
+
+
 def memory_bytes(prepared: Prepared, on_disk: bool) -> int:
     """Bound the memory: a layer, activations kept and the greediest step, or what is outside."""
     source, config, recipe = prepared.source, prepared.config, prepared.recipe
@@ -260,13 +293,11 @@ def memory_bytes(prepared: Prepared, on_disk: bool) -> int:
     clusters = 2 * min(tokens, 2 * CLUSTERING_TOKENS) * width
     if recipe.refit:
         batch += (2 * width + held_out(*prepared.windows_WL.shape)) * (width + hidden)
-        batch += (2 if adds else 5) * tokens * hidden + 18 * width * hidden * (
-            recipe.polish_epochs > 0
-        )
+        batch += (2 if adds else 5) * tokens * hidden
     # As stored, to be written, and in float32, to compute the first hidden states.
     outside = source.outside_parameters * (4 + round(source.nbytes(None) / source.parameters))
     layer = source.layer_parameters + kept + max(batch, clusters)
-    return max(4 * layer, outside + 12 * tokens * hidden)
+    return max(4 * layer, outside + 12 * tokens * hidden, own_text_bytes(prepared))
 
 
 def estimate(prepared: Prepared, work: WorkFolder) -> Plan:
@@ -340,10 +371,14 @@ def seconds(prepared: Prepared) -> float:
     source, config, recipe = prepared.source, prepared.config, prepared.recipe
     width, tokens = config.ffn_width, prepared.windows_WL.numel()
     refits = recipe.refit * (1 + recipe.adaptive_split)
-    passes = 1 + 2 * refits + 3 * recipe.polish_epochs
+    passes = 1 + 2 * refits
     systems = config.num_parents * refits * (len(RIDGES) if recipe.held_out_ridge else 1)
     idle = (config.num_parents - config.num_parents_per_tok) * source.ffn_parameters
     work = passes * tokens * (source.layer_parameters - idle) + systems * width**3 / 2
     matrix = torch.ones(512, width, device=prepared.device)
     speed = matrix.numel() * 512 / best_seconds(lambda: matrix @ matrix.T, prepared.device)
-    return config.num_hidden_layers * work / speed
+    carving = config.num_hidden_layers * work / speed
+    if not prepared.windows_WL.is_meta:
+        return carving
+    steps = len(own_text_batches(prepared)) * prepared.windows_WL.shape[1]
+    return carving + steps * source.nbytes(None) / CPU_READS

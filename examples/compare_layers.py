@@ -9,7 +9,7 @@ layer, share of the neurons and idea goes to standard output: `error` is the rel
 output on those tokens.
 
 * static: the most energetic neurons, nothing routed;
-* routed: as the recipe `refined`, without polish; beside it an oracle that knows the energies, and
+* routed: as the recipe `refined`; beside it an oracle that knows the energies, and
   both with a threshold for all tokens, of equal mean, instead of the K best of each;
 * path: as static or routed, with fewer neurons and a linear map of rank r from the FFN's input that
   adds what idle neurons would have written, of equal size;

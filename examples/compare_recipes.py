@@ -59,7 +59,6 @@ class Row:
     """Experts of 1 / finer the size, at equal activation."""
     more: float = 1
     """Calibration windows, relative to --samples."""
-    polish: bool = False
     routers: tuple[str, ...] = ("own",)
 
 
@@ -132,7 +131,6 @@ TABLES = {
         Row("twice the calibration tokens", budget=True, more=2),
         Row("4 times the calibration tokens", budget=True, more=4),
         Row("16 times the calibration tokens", budget=True, more=16),
-        Row("polished", budget=True, polish=True),
     ),
 }
 
@@ -175,8 +173,6 @@ def outcome(arguments: argparse.Namespace, job: Job) -> Outcome:
             samples=max(1, round(arguments.samples * row.more)),
             sequence_length=arguments.sequence_length,
             seed=seed,
-            polish=row.polish
-            or (arguments.polish and row.recipe.refit and row.recipe.held_out_ridge),
         )
         measure = compensated if row.compensated else routed
         return Outcome(
@@ -337,7 +333,6 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--evaluation-length", type=int, help="default --sequence-length")
     parser.add_argument("--windows", type=int, help="of each text, default all")
-    parser.add_argument("--polish", action="store_true", help="every row that has a refit")
     parser.add_argument("--dtype", help="of evaluation, for example float32")
     parser.add_argument("--tasks", help="of the harness, separated by commas; first seed only")
     parser.add_argument("--include-path", type=Path)

@@ -32,10 +32,10 @@ from cmoe_hf.conversion import (
 )
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
+from cmoe_hf.conversion.folder.own_text import read_own, write_own
 from cmoe_hf.conversion.measure.evaluate import divergence, perplexity
 from cmoe_hf.conversion.measure.routing import active_routers, count_loads, imbalance
 from cmoe_hf.conversion.tune.distil import TRAINING_BACKEND, Outputs, distillation_loss
-from cmoe_hf.conversion.tune.mixture import read_own, write_own
 from cmoe_hf.conversion.tune.tuning import move_bias
 
 TEXTS = {"training": CALIBRATION, "text": SHORT}
@@ -279,7 +279,7 @@ def test_interrupted_distillation_goes_on_to_the_same_weights(
     carved, dense, tmp_path, tensors, monkeypatch
 ):
     """Interrupted twice: while the teacher writes, and between two checkpoints."""
-    monkeypatch.setattr("cmoe_hf.conversion.tune.mixture.OWN_BATCH", 4)
+    monkeypatch.setattr("cmoe_hf.conversion.folder.own_text.OWN_BATCH", 4)
     options = {"training": ["own"], "text": SHORT, "teacher": dense, "tuning": Tuning(**DISTIL)}
     recover(carved, tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt), killable.interrupted_at("000002.safetensors.new"):
@@ -315,7 +315,7 @@ def test_the_text_that_the_teacher_writes_is_seeded(dense, tmp_path):
     texts = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         write_own(model, tokenizer, windows=6, length=20, seed=seed, folder=tmp_path / name)
-        texts.append(read_own(tmp_path / name))
+        texts.append(read_own(tmp_path / name, seed))
     assert texts[0].shape == (6, 20)
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
     assert len(texts[0][:, 1].unique()) > 1  # from many starts

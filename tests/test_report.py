@@ -102,8 +102,8 @@ def test_the_page_holds_what_was_observed(plain):
     ids = tokenize(AutoTokenizer.from_pretrained(folder), HELD_OUT.read_text())
     expected = observe(model, consecutive_windows(ids, length=LENGTH)[:WINDOWS])
     data = data_of(folder / "report")
-    assert data["perplexity"] == pytest.approx(expected.perplexity, rel=1e-4)
-    assert printed["perplexity"] == expected.perplexity
+    assert data["perplexity"] == pytest.approx(expected.quality.perplexity, rel=1e-4)
+    assert printed["perplexity"] == expected.quality.perplexity
     assert data["model"]["notation"] == "S2A2E8"
     assert data["model"]["chance"] == pytest.approx(1 / 15, rel=1e-4)
     assert data["measured"]["text"] == "heldout.txt"
@@ -119,7 +119,7 @@ def test_the_page_holds_what_was_observed(plain):
         assert shown["activation_rates"]["routed"] == layer["activation_rates"]["routed"]
         assert shown["hidden_values"]["shared"] == layer["hidden_values"]["shared"]
     measured = evaluate(folder, dtype="float32", **WITHIN)
-    assert expected.perplexity == pytest.approx(measured.perplexity, rel=1e-5)
+    assert expected.quality.perplexity == pytest.approx(measured.perplexity, rel=1e-5)
     agreements = [layer["oracle_agreement"] for layer in expected.layers]
     mean = sum(agreements) / len(agreements)
     assert mean == pytest.approx(measured.router_oracle_agreement)
@@ -179,7 +179,12 @@ def test_the_page_opens_with_what_was_gained_and_lost(compared, plain, embedded)
     assert made.figures == []
     assert made.gains["columns"] == ["dense", f"{plain[0].name} S2A2E8", f"{other.name} S1A1E8"]
     rows = {row["name"]: row["values"] for row in made.gains["rows"]}
-    measured = [evaluate(it, dtype="float32", **WITHIN) for it in (embedded, plain[0], other)]
+    baseline = {"baseline": embedded, "dtype": "float32"}
+    measured = [evaluate(it, **baseline, **WITHIN) for it in (embedded, plain[0], other)]
+    apart, same = (row["values"] for row in made.gains["rows"][:2])
+    assert apart == pytest.approx([it.divergence for it in measured], abs=1e-6)
+    assert same == pytest.approx([it.agreement for it in measured])
+    assert apart[0] == 0 < apart[1] and same[0] == 1 > same[1]
     perplexities = [it.perplexity for it in measured]
     assert rows["perplexity on 256 tokens of heldout.txt"] == pytest.approx(perplexities)
     agreements = [it.router_oracle_agreement for it in measured]

@@ -13,7 +13,7 @@ from test_bad_input import run
 from test_output import command
 
 import cmoe_hf
-from cmoe_hf.conversion import RequestError, convert, plan, resume
+from cmoe_hf.conversion import RequestError, convert, plan, resume, verify
 from cmoe_hf.conversion.demo import CALIBRATION
 
 SHAPE = {"shared": 2, "active": 2, "experts": 8}
@@ -93,6 +93,30 @@ def test_an_unfinished_conversion_is_not_started_over_unasked(unfinished, dense)
         convert(dense, unfinished, **SHAPE, **FEW)
     convert(dense, unfinished, **SHAPE, **FEW, overwrite=True)
     assert [path.name for path in unfinished.parent.glob("out*")] == ["out"]
+
+
+def test_the_dense_model_writes_the_calibration_text(dense, tmp_path, monkeypatch):
+    """Interrupted while it writes, and once more while it is carved: the same bytes."""
+    monkeypatch.setattr("cmoe_hf.conversion.folder.own_text.OWN_BATCH", 2)
+    own = {**SHAPE, "calibration": "own:384", "sequence_length": 64}
+    convert(dense, tmp_path / "whole", **own)
+    report = json.loads((tmp_path / "whole" / "conversion.json").read_text())
+    assert (report["calibration"]["source"], report["calibration"]["samples"]) == ("own", 6)
+    assert report["settings"]["calibration"] == "own"
+    assert "`own`" in (tmp_path / "whole" / "README.md").read_text()
+    verified = verify(tmp_path / "whole")
+    assert verified.as_carved and verified.fingerprint
+    times = []
+    for name, count in (("000002.safetensors.new", 1), ("model.safetensors", 4)):
+        begun = tmp_path / "out.partial"
+        with pytest.raises(KeyboardInterrupt) as stopped, interrupted_at(name, count):
+            resume(tmp_path / "out") if begun.exists() else convert(dense, tmp_path / "out", **own)
+        kept = begun / "work" / "own"
+        times.append({path.name: path.stat().st_mtime_ns for path in kept.iterdir()})
+    assert len(times[0]) == 2 and times[0].items() < times[1].items()
+    assert "Layers finished: 1" in stopped.value.__notes__[0]
+    resume(tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_nothing_to_resume(tmp_path):
@@ -189,6 +213,8 @@ def test_a_plan_refuses_what_a_conversion_would(dense, tmp_path):
 def test_notes_of_an_older_release_are_not_misread(unfinished):
     settings = unfinished.with_name("out.partial") / "work" / "settings.json"
     kept = json.loads(settings.read_text())
-    settings.write_text(json.dumps({"job": {"settings": kept.pop("settings")}, **kept}))
-    with pytest.raises(RequestError, match="begun by an older release"):
-        resume(unfinished)
+    asked = kept.pop("settings")
+    for notes in ({"job": {"settings": asked}}, {"settings": {**asked, "polish": False}}):
+        settings.write_text(json.dumps({**notes, **kept}))
+        with pytest.raises(RequestError, match="begun by an older release"):
+            resume(unfinished)

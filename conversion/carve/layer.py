@@ -54,8 +54,6 @@ class FFN:
     up_bias_F: torch.Tensor | None = None
     down_bias_H: torch.Tensor | None = None
     gate_bias_F: torch.Tensor | None = None
-    is_polished: bool = False
-    """Whether gate and up are no longer the checkpoint's."""
 
     @property
     def width(self) -> int:
@@ -268,10 +266,9 @@ class CarvedLayer:
     partition: Partition
     router: dict[str, torch.Tensor]
     """Parameters of the router as they will be loaded."""
-    ffn: FFN
-    """The FFN with gate and up projections as stored, in the dense order of neurons."""
     down_HG: torch.Tensor
-    """The down projection, refitted or not, float32; with an output bias as its last column."""
+    """The down projection, refitted or not, float32, in the dense order of neurons; with an output
+    bias as its last column."""
     run_TN: torch.Tensor
     """Which routed experts ran for the calibration tokens."""
     y_TH: torch.Tensor
@@ -296,9 +293,6 @@ def stored_tensors(
     gate_FH, up_FH, down_HG = weights["gate"], weights["up"], weights["down"]
     assert up_FH is not None and down_HG is not None  # every FFN has them
     if refitted:
-        if carved.ffn.is_polished:
-            up_FH = carved.ffn.up_FH.to(up_FH)
-            gate_FH = None if carved.ffn.gate_FH is None else carved.ffn.gate_FH.to(up_FH)
         down_HG = carved.down_HG.to(down_HG)
         if weights["down_bias"] is not None:
             weights["down_bias"] = down_HG[:, -1]
@@ -346,7 +340,7 @@ def layer_figures(carved: CarvedLayer, profile: Profile, sample_TH: torch.Tensor
     `sample_TH` is the dense FFN's output for the first tokens.
     """
     parts, ran_N = carved.partition, carved.run_TN.any(dim=0).cpu()
-    rate_F = activation_rates(profile.marks_TK, carved.ffn.width)
+    rate_F = activation_rates(profile.marks_TK, profile.h_TF.shape[1])
     quartiles = torch.linspace(0, 1, 5, dtype=rate_F.dtype)
     names = ("min", "q25", "median", "q75", "max")
     return {

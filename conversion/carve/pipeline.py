@@ -69,14 +69,12 @@ def carve_layer(
     with clock("refit"):
         if samples is not None:
             fit = (split and split.fit) or fit_layer(ffn, parts, run_TN, samples, recipe)
-        sparse = fit.ffn if fit else ffn
         down_HG = ffn.rounded(fit.down_HG if fit else ffn.down_with_bias)
     with clock("carved_down"):
-        is_known = len(profile.h_TF) == len(run_TN) and not sparse.is_polished
-        h_TF = profile.h_TF if is_known else None
-        y_TH = sparse_output(sparse, down_HG, parts, run_TN, profile.x_TH, h_TF)
+        h_TF = profile.h_TF if len(profile.h_TF) == len(run_TN) else None
+        y_TH = sparse_output(ffn, down_HG, parts, run_TN, profile.x_TH, h_TF)
     figures = (fit.figures if fit else {}) | ({"split": split.errors} if split else {})
-    return CarvedLayer(parts, router, sparse, down_HG, run_TN, y_TH, figures)
+    return CarvedLayer(parts, router, down_HG, run_TN, y_TH, figures)
 
 
 class ModelWalk(Walk):

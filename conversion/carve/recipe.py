@@ -2,7 +2,6 @@
 """The table of choices: what the paper, its released code and ours do differently."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -50,8 +49,6 @@ class Recipe:
     reassignments: int = 0
     """Rounds in which neurons move to the expert for whose tokens they contribute most, and the
     router is made again. Not for a MoE as the source."""
-    polish_epochs: int = 0
-    """Passes over the calibration tokens that train the carved layer, at most."""
     error_correction: bool = False
     """Refit to the dense model's hidden states, which also corrects the errors of earlier layers,
     instead of to the dense FFN's output."""
@@ -82,11 +79,6 @@ class Recipe:
                 f"a recipe has no choice {', '.join(unknown)}; it has {', '.join(sorted(known))}."
             )
         return replace(recipe, **changes)
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "Recipe":
-        """Return the recipe that `dataclasses.asdict` recorded, by this release or an older one."""
-        return cls(**{FORMER_NAMES.get(name, name): value for name, value in record.items()})
 
     def __repr__(self) -> str:
         return repr(self.title)
@@ -122,7 +114,7 @@ class Recipe:
                     f"the recipe's {choice.name} is {value!r}; it can be {', '.join(known)}."
                 )
         splits = self.always_on or self.adaptive_split
-        lowest = min(self.always_on, self.router_epochs, self.reassignments, self.polish_epochs)
+        lowest = min(self.always_on, self.router_epochs, self.reassignments)
         problem = None
         if self.router == "representative" and self.clusters != "marks":
             problem = "a representative router needs clusters of marks: change both, or neither."
@@ -133,8 +125,6 @@ class Recipe:
             )
         elif self.adaptive_split and not self.refit:
             problem = "a budget compares refitted layers: leave the refit on."
-        elif self.polish_epochs and not self.held_out_ridge:
-            problem = "polish_epochs need held-out tokens: change held_out_ridge, too."
         elif lowest < 0:
             problem = "the recipe's always_on, epochs and rounds cannot be negative."
         elif min(self.max_iterations, self.router_ridge, self.refit_ridge) <= 0:
@@ -144,7 +134,7 @@ class Recipe:
 
 
 FORMER_NAMES = {"pinned": "always_on"}
-"""Names of choices in records and commands of cmoe-hf 0.2 and before."""
+"""Names of choices in commands of cmoe-hf 0.2 and before."""
 CHOICES = {
     "importance": ("rate", "energy", "fluctuation", "weight"),
     "clusters": ("marks", "contributions"),

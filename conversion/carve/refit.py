@@ -93,14 +93,9 @@ class Batch(NamedTuple):
     """||Y||^2, a scalar."""
 
 
-def batches(
-    ffn: FFN,
-    down_HG: torch.Tensor,
-    running: Running,
-    run_TN: torch.Tensor,
-    samples: Samples,
-) -> Iterator[Batch]:
+def batches(ffn: FFN, running: Running, run_TN: torch.Tensor, samples: Samples) -> Iterator[Batch]:
     """Yield what a refit needs, computing the hidden activations of one batch at a time."""
+    down_HG = ffn.down_with_bias
     down_HR = down_HG[:, running.neurons_R]
     if ffn.is_biased:
         down_HR = torch.cat([down_HR, down_HG[:, -1:]], dim=1)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a conversion is asked to do, checked as far as that is possible without the model."""
 
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -10,9 +9,7 @@ from typing import Any
 
 from ..device import check_dtype
 from ..errors import RequestError, check_at_least
-from ..source.hub import local_name
-from ..source.texts import absolute_text
-from .polish import Schedule
+from ..source.texts import OWN, Portion, absolute_text
 from .recipe import Recipe
 from .shape import Shape
 
@@ -44,14 +41,15 @@ class CarvingOptions:
     recipe: str | Recipe = "refined"
     """Method: refined (ours), paper, or released: the choices of the authors' code."""
     calibration: str | Path = "wikitext2"
-    """Text, JSONL, JSON or Parquet file (FILE:COLUMN names a column), wikitext2, c4, or
-    `dataset[:subset][:split][:column]` of the Hub."""
+    """Text, JSONL, JSON or Parquet file (FILE:COLUMN names a column), wikitext2, c4,
+    `dataset[:subset][:split][:column]` of the Hub, or own: what the dense model writes, own:500k so
+    many tokens of it."""
     samples: int | None = None
     """Calibration windows; default 16,384 tokens' worth."""
     sequence_length: int | None = None
     """Tokens per window; default 2,048 or the model's context."""
     seed: int = 0
-    """Seed of the windows' offsets; nothing else is random."""
+    """Seed of the windows' offsets, or of the model's own text; nothing else is random."""
     dtype: str | None = None
     """Of the carved weights: float32, bfloat16, float16; default the source's precision."""
     device: str | None = None
@@ -74,8 +72,6 @@ class Settings(CarvingOptions):
     calibration tokens how many of them always run."""
     dense_layers: str | tuple[int, ...] = ""
     """Layers whose FFN stays dense, for example 0 or 0,29; all of their neurons run."""
-    polish: bool = False
-    """Train each carved layer by itself towards the dense one's output, after the refit."""
     k_act: int = 10
     """Neurons marked per token (K_a)."""
     activations: str = "auto"
@@ -97,8 +93,6 @@ class Settings(CarvingOptions):
         recipe, shape = Recipe.of(self.recipe), self.shape
         if self.budget is not None:
             recipe = replace(recipe, adaptive_split=True)
-        if self.polish and not recipe.polish_epochs:
-            recipe = replace(recipe, polish_epochs=Schedule().epochs)
         object.__setattr__(self, "recipe", recipe)
         limit = min(shape.active, shape.experts - shape.shared - 1) if shape else recipe.always_on
         if shape and recipe.always_on > limit:
@@ -113,8 +107,18 @@ class Settings(CarvingOptions):
             )
         check_dtype(self.dtype)
         shard_bytes(self.max_shard_size)
+        if self.own_text is not None and self.own_text.tokens and self.samples is not None:
+            raise RequestError(
+                f"--calibration {self.calibration} says how much is written: leave out --samples."
+            )
         lengths = {"samples": self.samples, "sequence_length": self.sequence_length}
         check_at_least(1, k_act=self.k_act, **lengths)
+
+    @property
+    def own_text(self) -> Portion | None:
+        """Return how much the dense model writes, if it does. Raises `RequestError`."""
+        portion = Portion.of(self.calibration)
+        return portion if portion.text == OWN else None
 
     @property
     def shape(self) -> Shape | None:
@@ -158,11 +162,6 @@ def absolute(name: str | Path) -> str:
     """Return the absolute path of something that exists, or the name as it is."""
     path = Path(name).expanduser()
     return str(path.absolute() if path.exists() else name)
-
-
-def public_name(name: str | Path) -> str:
-    """Return the name that may be published: of an absolute path, its last part."""
-    return local_name(Path(os.path.normpath(name)))[0] if Path(name).is_absolute() else str(name)
 
 
 def shard_bytes(size: str | int) -> int:

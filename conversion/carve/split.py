@@ -41,7 +41,7 @@ def best_split(
     tokens, num_held_out = len(samples.x_TH), samples.num_held_out
     seen = min(tokens - num_held_out, PROFILED_TOKENS)  # enough to tell one from the other
     has_all = seen + num_held_out == tokens
-    is_final = has_all and recipe.routed_by == "router" and not recipe.polish_epochs
+    is_final = has_all and recipe.routed_by == "router"
     if not has_all:
         unseen = torch.arange(tokens - num_held_out, tokens)
         samples = samples.take(torch.cat([torch.arange(seen), unseen]))

@@ -3,7 +3,8 @@
 
     OUT.partial/repository/model*.safetensors   the weights; what is not finished is zeros
     OUT.partial/work/settings.json              what was asked for, of which source and versions
-    OUT.partial/work/windows.safetensors        the calibration windows
+    OUT.partial/work/windows.safetensors        the calibration windows, or
+    OUT.partial/work/own/N.safetensors          batches of those that the dense model writes
     OUT.partial/work/manifest.json              what is finished: hashes, figures of the layers
     OUT.partial/work/states-N.safetensors       hidden states that enter layer N, the next one
     OUT.partial/work/conversion.log             a log for people
@@ -91,7 +92,7 @@ class WorkFolder(PartialFolder):
     @property
     def finished(self) -> str:
         """Return the number of finished layers in words."""
-        return f"Layers finished: {self.layers_done}" if self.figures else ""
+        return f"Layers finished: {self.layers_done}" if self.figures else super().finished
 
     def read_finished(self) -> None:
         """Take up the manifest and check what it names. Raises `CMoEError` if it is damaged."""

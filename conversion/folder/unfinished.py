@@ -55,6 +55,8 @@ class PartialFolder:
         self.folder = self.partial / "repository"
         self.private = self.partial / "work"
         self.replaced = self.partial / "replaced"
+        self.own_text = self.private / "own"
+        """What the dense model writes itself, see `own_text`."""
         self.overwrite = overwrite
         self.settings: dict[str, Any] = {}
         """What must not change between the sessions of the work."""
@@ -63,7 +65,8 @@ class PartialFolder:
     @property
     def finished(self) -> str:
         """Return in words what a resumed run need not do again; empty for nothing."""
-        return ""
+        written = len(list(self.own_text.glob("*.safetensors")))
+        return f"Batches of text that the dense model has written: {written}" if written else ""
 
     def read_finished(self) -> None:
         """Take up what an earlier session finished. Raises `CMoEError` if it is damaged."""
@@ -178,11 +181,15 @@ class PartialFolder:
     def recorded(self, name: str) -> Any:
         """Return one of the settings. Raises `RequestError` if an older release wrote them."""
         if name not in self.settings:
-            raise RequestError(
-                f"this {self.noun} was begun by an older release, whose notes cannot be read. "
-                "Start again with --overwrite."
-            )
+            raise self.older()
         return self.settings[name]
+
+    def older(self) -> RequestError:
+        """Return the error of settings that this release cannot read."""
+        return RequestError(
+            f"this {self.noun} was begun by an older release, whose notes cannot be read. Start "
+            "again with --overwrite."
+        )
 
     def check_unchanged(self, found: Mapping[str, Any]) -> None:
         """Raise `RequestError` if one of these is not what the settings say."""

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..carve.settings import ShapeOptions, absolute, public_name
+from ..carve.settings import ShapeOptions, absolute
 from ..carve.shape import Shape
 from ..device import DTYPES, check_dtype, device_name, find_device, name_of, versions
 from ..errors import RequestError, check_at_least
 from ..options import LoadOptions, with_options
 from ..source.calibration import WHOLE_CHARACTERS, read_tokens
-from ..source.hub import find_model
+from ..source.hub import find_model, public_name
 from ..source.loading import load_config, load_model, window_length
 from ..source.texts import open_text
 from .routing import check_dense, check_flat, sparse_blocks

@@ -3,13 +3,13 @@
 
 from typing import Any
 
-import psutil
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..carve.recipe import RECIPES
 from ..carve.shape import Shape, carved_config
+from ..device import free_memory
 from ..errors import RequestError
 from ..source.architectures import dense_type, llama_architecture
 
@@ -70,8 +70,7 @@ def random_carved(
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     needed = 2 * parameters * dtype.itemsize
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    free = free_memory(device)
     if needed > free:
         raise RequestError(
             f"two models of this shape need {needed / 1e9:.1f} GB of memory, but {free / 1e9:.1f} "

@@ -67,7 +67,7 @@ def figures_of(
     layers, blocks, total = observation.layers, sparse_blocks(model), count(model)
     return {
         "name": f"{carved.name} {model.config.notation}",
-        "perplexity": observation.perplexity,
+        **observation.quality._asdict(),
         "activation_ratio": model.config.activation_ratio,
         # Without the routers: as many as the dense model has.
         "dense_parameters": total - sum(count(block.gate) for block in blocks),
@@ -98,7 +98,7 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def gains(
-    models: Sequence[dict[str, Any]], dense: float | None, text: str, speeds: list[float | None]
+    models: Sequence[dict[str, Any]], text: str, speeds: list[float | None]
 ) -> dict[str, Any]:
     """Return the table: names of the columns, and rows that have at least one figure.
 
@@ -114,17 +114,28 @@ def gains(
     def known(figure: str) -> list[float | None]:
         return [model[figure] for model in models]
 
-    add(f"perplexity on {text}", "number", "lower", [dense, *known("perplexity")])
+    def add_text(text: str, dense: float | None, figures: Sequence[dict[str, Any]]) -> None:
+        apart, same, own = (
+            [it.get(name) for it in figures] for name in ("divergence", "agreement", "perplexity")
+        )
+        add(f"KL(dense || carved) on {text}, nats a token", "number", None, [0.0, *apart])
+        add(
+            f"the likeliest token is the dense model's on {text}", "percent", "higher", [1.0, *same]
+        )
+        add(f"perplexity on {text}", "number", "lower", [dense, *own])
+
+    add_text(text, models[0]["baseline_perplexity"], models)
     records: dict[tuple[str, str], dict[str, Any]] = {}
     for model in reversed(models):
         records |= model["recorded"]
     for key, record in records.items():
-        own = [model["recorded"].get(key, {}).get("value") for model in models]
-        values = [record.get("baseline_value"), *own]
+        own = [model["recorded"].get(key, {}) for model in models]
+        dense, values = record.get("baseline_value"), [it.get("value") for it in own]
         if key[1] == "perplexity":
-            add(f"perplexity on {key[0]}, recorded", "number", "lower", values)
+            figures = [{**it, "perplexity": it.get("value")} for it in own]
+            add_text(f"{key[0]}, recorded", dense, figures)
         else:
-            add("{} ({})".format(*key), "percent", "higher", values)
+            add("{} ({})".format(*key), "percent", "higher", [dense, *values])
     add("tokens a second, decoding one sequence", "number", "higher", speeds)
     add("FFN neurons run", "percent", "lower", [1.0, *known("activation_ratio")])
     active = [models[0]["dense_parameters"], *known("active_parameters")]

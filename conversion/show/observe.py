@@ -19,7 +19,7 @@ from cmoe_hf.modeling_cmoe import CMoERouter, CMoESparseMoeBlock
 from ..carve.profile import activation_marks
 from ..carve.router import ALWAYS_ON_BIAS, agreement, oracle_choice
 from ..errors import CMoEError
-from ..measure.evaluate import perplexity
+from ..measure.evaluate import Quality, quality
 from ..measure.routing import always_on, collected, imbalance, sparse_blocks
 
 MARKED = 10
@@ -38,7 +38,7 @@ CHUNK_VALUES = 2**23
 class Observation:
     """What a model did on a text."""
 
-    perplexity: float
+    quality: Quality
     tokens: int
     """Tokens seen, all L of every window."""
     marked: int
@@ -47,8 +47,10 @@ class Observation:
     """Figures of the carved layers, see `LayerWatch.result`."""
 
 
-def observe(model: PreTrainedModel, windows_WL: torch.Tensor) -> Observation:
-    """Run a carved model over windows of a text and watch every layer.
+def observe(
+    model: PreTrainedModel, windows_WL: torch.Tensor, baseline: PreTrainedModel | None = None
+) -> Observation:
+    """Run a carved model, and its baseline beside it, over windows and watch every layer.
 
     Raises `CMoEError` if the model yields NaN or infinite activations.
     """
@@ -56,9 +58,9 @@ def observe(model: PreTrainedModel, windows_WL: torch.Tensor) -> Observation:
         watches = [LayerWatch(block) for block in sparse_blocks(model)]
         for watch in watches:
             stack.callback(watch.block.register_forward_pre_hook(watch).remove)
-        measured = perplexity(model, windows_WL, description="observing")
+        measured = quality(model, windows_WL, baseline, description="observing")
     return Observation(
-        perplexity=measured,
+        quality=measured,
         tokens=windows_WL.numel(),
         marked=watches[0].marked,
         layers=[watch.result() for watch in watches],

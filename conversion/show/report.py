@@ -20,7 +20,7 @@ from ..folder.card import CARD_FILE, FIGURES, with_section
 from ..folder.json_utils import to_json
 from ..folder.paths import check_place, remove, replace_file, resolved
 from ..measure.benchmark import benchmark
-from ..measure.evaluate import check_same_vocabulary, common_length, perplexity, text_windows
+from ..measure.evaluate import check_same_vocabulary, common_length, text_windows
 from ..measure.routing import check_dense, sparse_blocks
 from ..options import LoadOptions, narrowed, with_options
 from ..source.calibration import tokenize
@@ -73,7 +73,7 @@ class ReportOptions(LoadOptions):
     """Folder of a carved model, or a Hub id if there is an output folder."""
     _: KW_ONLY
     baseline: str | Path | None = None
-    """The dense model: its perplexity on the same text, and the speed of both."""
+    """The dense model: how far it is away on the same text, and the speed of both."""
     compare: str | Path | None = None
     """Another carved model of the same source, side by side."""
     text: str | Path = "wikitext2"
@@ -122,28 +122,29 @@ def report(options: ReportOptions) -> Report:
     check_target(target)
     load = partial(load_model, dtype=options.dtype, device=where, trust_remote_code=trusted)
 
+    dense: PreTrainedModel | None = None
     carved, tokenizer = load_carved(load, options.model)
+    if options.baseline is not None:
+        dense, theirs = load(options.baseline)
+        check_dense(dense, options.baseline)
+        check_same_vocabulary(options.baseline, theirs, tokenizer)
     windows_WL = text_windows(carved, tokenizer, opened, length, options.windows)
     ids_T = sample_ids(carved, tokenizer, SAMPLE if options.sample is None else options.sample)
-    observation = observe(carved, windows_WL)
+    observation = observe(carved, windows_WL, dense)
     data = page_data(carved, tokenizer, places[0], observation, ids_T)
     data["measured"] |= {"text": opened.name, "sequence_length": length}
     models = [figures_of(places[0], carved, observation)]
-    del carved  # one model in memory at a time
+    del carved  # one carved model in memory at a time
     for place in places[1:]:
         carved, theirs = load_carved(load, place.model)
         check_same_vocabulary(place.model, theirs, tokenizer)
-        models.append(figures_of(place, carved, observe(carved, windows_WL)))
+        models.append(figures_of(place, carved, observe(carved, windows_WL, dense)))
         del carved
-    dense, speeds = None, list[float | None]()
-    if options.baseline is not None:
-        model, theirs = load(options.baseline)
-        check_dense(model, options.baseline)
-        check_same_vocabulary(options.baseline, theirs, tokenizer)
-        dense = perplexity(model, windows_WL, description="baseline")
-        del model
+    speeds: list[float | None] = []
+    if dense is not None:
+        del dense
         speeds = decoding_speeds(asked, options) if options.rounds else []
-    data["gains"] = gains(models, dense, f"{windows_WL.numel():,} tokens of {opened.name}", speeds)
+    data["gains"] = gains(models, f"{windows_WL.numel():,} tokens of {opened.name}", speeds)
     drawn = draw_figures(data) if options.figures else {}
     write_files(target, {PAGE: page(data).encode(), **drawn})
     if options.card and options.output is None:
@@ -151,7 +152,7 @@ def report(options: ReportOptions) -> Report:
     return Report(
         output=str(target / PAGE),
         figures=list(drawn),
-        perplexity=observation.perplexity,
+        perplexity=observation.quality.perplexity,
         tokens=windows_WL.numel(),
         gains=data["gains"],
     )
@@ -225,7 +226,7 @@ def page_data(
             "device": model.device.type,
         },
         "versions": versions(),
-        "perplexity": observation.perplexity,
+        **observation.quality._asdict(),
         "marked": observation.marked,
         "layers": layers,
         "sample": {

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds and fetches the folders of models, on the disk or the Hub, and loads their tokenizers."""
 
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -105,6 +106,11 @@ def local_name(folder: Path) -> tuple[str, str | None]:
     if found := SNAPSHOT.fullmatch("/".join(folder.resolve().parts[-3:])):
         return found[1].replace("--", "/"), found[2]
     return folder.resolve().name, None
+
+
+def public_name(name: str | Path) -> str:
+    """Return the name that may be published: of an absolute path, its last part."""
+    return local_name(Path(os.path.normpath(name)))[0] if Path(name).is_absolute() else str(name)
 
 
 def fetch_model(name: str, revision: str | None, *, code: bool = False) -> Path:

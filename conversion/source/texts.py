@@ -5,19 +5,21 @@ import csv
 import gzip
 import json
 import logging
+import re
 import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from datasets import load_dataset
 from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
 
 from ..errors import CMoEError, RequestError
+from .hub import public_name
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +43,42 @@ HINTS = {
 }
 """What to do about some of them."""
 
+OWN = "own"
+"""The name of the text that the dense model writes itself."""
+UNITS = {"": 1, "k": 10**3, "m": 10**6}
+AMOUNT = re.compile(r"(\d+(?:\.\d+)?)([km]?)")
+
 Row = Mapping[str, Any]
+
+
+class Portion(NamedTuple):
+    """So much of a text."""
+
+    text: str
+    tokens: int | None
+    """As asked for; None if nothing is said."""
+
+    @classmethod
+    def of(cls, source: str | Path) -> "Portion":
+        """Read `TEXT` or `TEXT:TOKENS`, as in `wikitext2:500k`. Raises `RequestError`."""
+        name, _, amount = str(source).rpartition(":")
+        found = AMOUNT.fullmatch(amount.lower()) if name else None
+        if found is None or Path(source).expanduser().is_file():
+            if name == OWN:
+                raise RequestError(f"{source}: say how many tokens, for example {OWN}:500k.")
+            return cls(str(source), None)
+        return cls(name, int(float(found[1]) * UNITS[found[2]]))
+
+    @property
+    def absolute(self) -> str:
+        """Return it as it can be read from anywhere."""
+        text = self.text if self.text == OWN else absolute_text(self.text)
+        return text if self.tokens is None else f"{text}:{self.tokens}"
+
+    @property
+    def name(self) -> str:
+        """Return its public name."""
+        return public_name(self.text)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import accelerate
-import psutil
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
@@ -24,7 +23,7 @@ from cmoe_hf.modeling_cmoe import (
     sorted_experts,
 )
 
-from ..device import DTYPES
+from ..device import DTYPES, free_memory
 from ..folder.card import in_words
 from ..measure.evaluate import divergence
 from ..source.walk import decoder_layers
@@ -236,14 +235,9 @@ def plan_training(
     width = (24 + 2 * config.num_experts_per_tok) * config.hidden_size + 4 * config.ffn_width
     activations = tokens * config.num_hidden_layers * width * itemsize
     logits = 6 * 4 * min(chunk_logits(device), tokens * config.vocab_size)
-    needed = (
-        LIBRARIES
-        + held
-        + activations
-        + logits
-        + (dense.num_parameters() * itemsize if dense else 0)
-    )
-    free = free_memory(device)
+    teacher_bytes = dense.num_parameters() * itemsize if dense else 0
+    needed = LIBRARIES + held + activations + logits + teacher_bytes
+    free = free_memory(device) // (state.num_processes if device.type == "cpu" else 1)
     method = tuning.method or ("full" if needed < 0.9 * free else "lora")
     what = {"full": "all weights of experts, routers and norms", "lora": "LoRA factors"}[method]
     reason = (
@@ -253,11 +247,3 @@ def plan_training(
     )
     kept = frozen + 12 * trained if method == "full" else 0
     return TrainingPlan(tuning.for_model(method, parameters), reason, kept)
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that this process can take."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    processes = accelerate.PartialState().num_processes if device.type == "cpu" else 1
-    return int(psutil.virtual_memory().available) // processes

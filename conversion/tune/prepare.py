@@ -5,6 +5,7 @@ Shape suffixes: W windows, L tokens of one window.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,9 +31,8 @@ from ..source.calibration import consecutive_windows, random_windows, read_token
 from ..source.hub import fetch_model, load_tokenizer
 from ..source.loading import load_config, load_model, model_folder, window_length
 from ..source.stored import read_json
-from ..source.texts import absolute_text, open_text, text_file
+from ..source.texts import OWN, Portion, absolute_text, open_text, text_file
 from .distil import TrainingPlan, plan_training
-from .mixture import OWN, Portion, shares
 from .settings import WINDOW, Tuning
 from .tuning import check_peft, check_sharding
 
@@ -82,6 +82,13 @@ class RecoverOptions(LoadOptions):
         text = [absolute_text(it) for it in listed(self.text) or ["wikitext2"]]
         for name, value in (("tuning", tuning), ("training", training), ("text", text)):
             object.__setattr__(self, name, value)
+
+
+def shares(portions: Sequence[Portion], samples: int, length: int) -> list[int]:
+    """Return the windows of each text: as many as it says, or an equal share of `samples`."""
+    unsaid = sum(portion.tokens is None for portion in portions)
+    each = -(-samples // unsaid) if unsaid else 0
+    return [each if it.tokens is None else max(1, it.tokens // length) for it in portions]
 
 
 def listed(sources: list[str] | str | Path | None) -> list[str | Path]:

@@ -25,12 +25,13 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
-from ..carve.settings import public_name, shard_bytes
+from ..carve.settings import shard_bytes
 from ..device import versions
 from ..errors import RequestError
 from ..folder.card import CARD_FILE, recovered_card
 from ..folder.fingerprint import write_fingerprint
 from ..folder.json_utils import as_json
+from ..folder.own_text import read_own, write_own
 from ..folder.unfinished import SETTINGS, PartialFolder
 from ..measure.evaluate import Quality, quality
 from ..measure.routing import (
@@ -43,7 +44,8 @@ from ..measure.routing import (
 )
 from ..options import with_options
 from ..plan import free_disk
-from .mixture import OWN, Portion, read_own, write_own
+from ..source.hub import public_name
+from ..source.texts import Portion
 from .prepare import Prepared, RecoverOptions, determinants, listed, on_cpus, prepare
 from .settings import WINDOW, Tuning
 from .tuning import last_checkpoint, tune
@@ -166,11 +168,9 @@ class RecoveryFolder(PartialFolder):
         """Return the last checkpoint, or which model is ready, in words."""
         if "carved" in self.stages:
             return "The carved model is trained"
-        written = len(list((self.private / OWN).glob("*.safetensors")))
-        checkpoint = last_checkpoint(self.private / "carved")
-        if checkpoint:
+        if checkpoint := last_checkpoint(self.private / "carved"):
             return f"Steps trained: {checkpoint.rpartition('-')[2]}"
-        return f"Batches of text that the teacher has written: {written}" if written else ""
+        return super().finished
 
     def read_finished(self) -> None:
         """Take up the stages; the trainer finds the checkpoints itself."""
@@ -216,7 +216,7 @@ def run(prepared: Prepared, work: RecoveryFolder) -> Recovery:
     if options.teacher is not None and "carved" not in work.stages:
         teacher = prepared.load(options.teacher).requires_grad_(False)
         if prepared.own_windows:
-            own_WL = own_text(teacher, prepared, work.private / OWN)
+            own_WL = own_text(teacher, prepared, work.own_text)
             windows_WL = torch.cat([windows_WL, own_WL])
     for stage, model in (("carved", options.model), ("control", options.control)):
         if model is not None and stage not in work.stages:
@@ -229,10 +229,19 @@ def run(prepared: Prepared, work: RecoveryFolder) -> Recovery:
 
 def own_text(teacher: PreTrainedModel, prepared: Prepared, folder: Path) -> torch.Tensor:
     """Return the windows that the teacher writes, or has written."""
-    length = prepared.tests[0].shape[1]
-    how = {"windows": prepared.own_windows, "length": length, "seed": prepared.tuning.seed}
-    write_own(teacher, prepared.tokenizer, folder=folder, **how)
-    return read_own(folder)
+    state, seed = accelerate.PartialState(), prepared.tuning.seed
+    write_own(
+        teacher,
+        prepared.tokenizer,
+        windows=prepared.own_windows,
+        length=prepared.tests[0].shape[1],
+        seed=seed,
+        folder=folder,
+        process=state.process_index,
+        processes=state.num_processes,
+    )
+    state.wait_for_everyone()
+    return read_own(folder, seed)
 
 
 def tuned(
