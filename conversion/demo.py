@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole job on the embedded default, offline and in half a minute."""
+"""The whole job on the embedded model, offline and in half a minute: carve, recover, compare."""
 
 import tempfile
 from collections.abc import Sequence
@@ -12,25 +12,31 @@ from transformers import pipeline
 from .carve.settings import ShapeOptions
 from .carve.shape import Shape
 from .convert import convert
+from .embedded import CALIBRATION, HELD_OUT, MODEL
+from .folder.unfinished import PartialFolder
+from .measure.benchmark import benchmark
 from .measure.evaluate import evaluate
 from .options import with_options
+from .tune.recover import recover
+from .tune.settings import Tuning
 
-ASSETS = Path(__file__).parent / "assets"
-MODEL = ASSETS / "llama-pydoc"
-CALIBRATION = ASSETS / "calibration.txt"
-HELD_OUT = ASSETS / "heldout.txt"
 PROMPT = "When a function is called,"
 SAMPLES = 32
-"""Calibration windows: half of the default, so that three conversions take half a minute."""
+"""Calibration windows: half of the default."""
+TRAINING = (f"{CALIBRATION}:20k", "own:20k")
+TUNING = Tuning(sequence_length=256, learning_rate=1e-3)
 
 
 @dataclass(frozen=True)
 class Point:
-    """One shape of the trade-off."""
+    """One carved model."""
 
     notation: str
     activation_ratio: float
     perplexity: float
+    divergence: float | None = None
+    """From the dense model, nats a token; None if it was not measured."""
+    recovered: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +49,16 @@ class Demo:
     activation_ratio: float
     router_oracle_agreement: float | None
     router_chance_agreement: float | None
+    recovered_perplexity: float
+    """After distillation on 40,000 tokens."""
+    speedup: float
+    """Time of a prompt of 256 tokens, dense over carved."""
     shapes: list[Point]
-    """The shape that was asked for, and others to compare it with."""
+    """The shape that was asked for, carved and recovered, and others to compare it with."""
     generated_dense: str
     generated: str
     output: str | None
-    """The carved repository; None if no folder was given, and it is gone."""
+    """The recovered repository; None if no folder was given, and it is gone."""
 
 
 @dataclass(frozen=True)
@@ -56,46 +66,69 @@ class DemoOptions(ShapeOptions):
     """The options of `demo`."""
 
     output: str | Path | None = None
-    """Keep the carved model in this folder."""
+    """Keep the recovered model in this folder."""
     _: KW_ONLY
     recipe: str = "refined"
     """Method: refined (ours), paper, or released: the choices of the authors' code."""
-    compare: Sequence[str] = ("S3A3E8", "S2A2E8", "S1A1E8")
-    """Shapes to compare; by default three quarters, half and a quarter of the FFN run."""
+    compare: Sequence[str] = ()
+    """Further shapes, carved and measured, for example S2A2E8,S1A1E8."""
     overwrite: bool = False
     """Replace an existing model at OUT."""
 
 
 @with_options(DemoOptions)
 def demo(options: DemoOptions) -> Demo:
-    """Carve the embedded default, measure dense and carved on held-out text, generate a line."""
+    """Carve the embedded default, recover it, compare with the dense model on held-out text."""
     asked = Shape(options.shared, options.active, options.experts)
+    settings: dict[str, Any] = {"recipe": options.recipe, "calibration": CALIBRATION}
     with tempfile.TemporaryDirectory() as temporary:
         kept = Path(temporary, "kept") if options.output is None else Path(options.output)
-        folders = {asked: kept}
-        for shape in map(Shape.parse, options.compare):
-            folders.setdefault(shape, Path(temporary, shape.notation))
-        settings: dict[str, Any] = {"recipe": options.recipe, "overwrite": options.overwrite}
-        settings |= {"calibration": CALIBRATION, "samples": SAMPLES}
-        made = [convert(MODEL, it, **asdict(shape), **settings) for shape, it in folders.items()]
-        found = [
-            evaluate(it, baseline=MODEL if it == kept else None, text=HELD_OUT, dtype="float32")
-            for it in folders.values()
+        PartialFolder(kept, overwrite=options.overwrite).check({})
+        carved = Path(temporary, asked.notation)
+        convert(MODEL, carved, **asdict(asked), **settings, samples=SAMPLES)
+        measured = evaluate(carved, baseline=MODEL, text=HELD_OUT, dtype="float32")
+        recovery = recover(
+            carved,
+            kept,
+            teacher=MODEL,
+            training=list(TRAINING),
+            text=HELD_OUT,
+            dtype="float32",
+            tuning=TUNING,
+            overwrite=options.overwrite,
+        )
+        timed = benchmark(kept, baseline=MODEL, text=HELD_OUT, tokens=(), prefill=(256,), batch=())
+        points = [
+            Point(
+                asked.notation,
+                asked.activation_ratio,
+                recovery.texts[0][when]["perplexity"],
+                recovery.texts[0][when]["divergence"],
+                recovered=when == "after",
+            )
+            for when in ("before", "after")
         ]
-        dense, carved = continuation(MODEL), continuation(kept)
-    first, points = found[0], zip(folders, found, strict=True)
-    assert first.baseline_perplexity is not None
+        for shape in map(Shape.parse, options.compare):
+            if shape != asked:
+                other = Path(temporary, shape.notation)
+                convert(MODEL, other, **asdict(shape), **settings, samples=SAMPLES)
+                perplexity = evaluate(other, text=HELD_OUT, dtype="float32").perplexity
+                points.append(Point(shape.notation, shape.activation_ratio, perplexity))
+        dense, recovered = continuation(MODEL), continuation(kept)
+    assert measured.baseline_perplexity is not None
     return Demo(
-        dense_perplexity=first.baseline_perplexity,
-        carved_perplexity=first.perplexity,
+        dense_perplexity=measured.baseline_perplexity,
+        carved_perplexity=measured.perplexity,
+        recovered_perplexity=recovery.perplexity_after,
         notation=asked.notation,
         activation_ratio=asked.activation_ratio,
-        router_oracle_agreement=first.router_oracle_agreement,
-        router_chance_agreement=first.router_chance_agreement,
-        shapes=[Point(it.notation, it.activation_ratio, one.perplexity) for it, one in points],
+        router_oracle_agreement=measured.router_oracle_agreement,
+        router_chance_agreement=measured.router_chance_agreement,
+        speedup=timed.prefill[0].speedup,
+        shapes=points,
         generated_dense=dense,
-        generated=carved,
-        output=None if options.output is None else made[0].output,
+        generated=recovered,
+        output=None if options.output is None else recovery.output,
     )
 
 

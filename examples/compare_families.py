@@ -22,7 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from cmoe_hf.conversion import RECIPES, Evaluation, Recipe, convert, evaluate
-from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT, MODEL
+from cmoe_hf.conversion.embedded import CALIBRATION, HELD_OUT, MODEL
 
 REFINED = RECIPES["refined"]
 WINDOW = 128

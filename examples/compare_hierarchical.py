@@ -23,7 +23,7 @@ from compare_families import FAMILIES, REFINED, WINDOW, carve, train
 from transformers import AutoTokenizer
 
 from cmoe_hf.conversion import RECIPES, Recipe, evaluate
-from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT, MODEL
+from cmoe_hf.conversion.embedded import CALIBRATION, HELD_OUT, MODEL
 
 EXPERTS = 8
 MOE = {

@@ -23,7 +23,7 @@ import torch
 from families import FAMILIES, pico_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from cmoe_hf.conversion import convert
-from cmoe_hf.conversion.demo import CALIBRATION, MODEL
+from cmoe_hf.conversion.embedded import CALIBRATION, MODEL
 
 for family in FAMILIES:
     torch.manual_seed(0)

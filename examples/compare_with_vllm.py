@@ -258,7 +258,7 @@ def likeliest(found: dict[str, Any], count: int = 5) -> dict[str, Any]:
 
 
 def main() -> None:
-    from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT, MODEL
+    from cmoe_hf.conversion.embedded import CALIBRATION, HELD_OUT, MODEL
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vllm-python", required=True, help="of vLLM's environment")

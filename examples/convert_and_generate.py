@@ -11,7 +11,7 @@ import sys
 from transformers import pipeline
 
 from cmoe_hf.conversion import convert
-from cmoe_hf.conversion.demo import CALIBRATION, MODEL
+from cmoe_hf.conversion.embedded import CALIBRATION, MODEL
 
 model, out = sys.argv[1:] or (MODEL, "carved")
 result = convert(

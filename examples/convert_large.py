@@ -33,7 +33,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from cmoe_hf.conversion.demo import CALIBRATION, MODEL
+from cmoe_hf.conversion.embedded import CALIBRATION, MODEL
 from cmoe_hf.conversion.measure.shapes import SHAPES
 from cmoe_hf.conversion.source.architectures import is_moe, moe_architecture
 from cmoe_hf.conversion.source.checkpoint import unpacked

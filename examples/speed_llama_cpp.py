@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from cmoe_hf.conversion import benchmark_gguf, export_gguf
 from cmoe_hf.conversion.carve.recipe import RECIPES
 from cmoe_hf.conversion.carve.shape import Shape, carved_config
-from cmoe_hf.conversion.demo import MODEL
+from cmoe_hf.conversion.embedded import MODEL
 from cmoe_hf.conversion.source.architectures import llama_architecture
 
 SHAPES = {

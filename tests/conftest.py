@@ -42,7 +42,7 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from cmoe_hf.conversion import convert  # noqa: E402
-from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT, MODEL  # noqa: E402
+from cmoe_hf.conversion.embedded import CALIBRATION, HELD_OUT, MODEL  # noqa: E402
 from cmoe_hf.conversion.source.hub import register_family  # noqa: E402
 
 

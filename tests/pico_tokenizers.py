@@ -14,7 +14,7 @@ from tokenizers import (
     trainers,
 )
 
-from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.embedded import CALIBRATION
 from cmoe_hf.conversion.share.gguf_vocabulary import PRE_TOKENIZERS
 
 

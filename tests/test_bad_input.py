@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.embedded import CALIBRATION
 from cmoe_hf.conversion.errors import CMoEError
 from cmoe_hf.conversion.source.checkpoint import open_source
 

@@ -12,7 +12,7 @@ from test_bad_input import run
 from transformers import AutoTokenizer
 
 from cmoe_hf.conversion import RequestError
-from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.embedded import CALIBRATION
 from cmoe_hf.conversion.source.calibration import (
     apart_windows,
     consecutive_windows,

@@ -22,8 +22,8 @@ from cmoe_hf import conversion
 from cmoe_hf.conversion import RECIPES, Settings
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.convert import Conversion
-from cmoe_hf.conversion.demo import CALIBRATION
 from cmoe_hf.conversion.device import DTYPES
+from cmoe_hf.conversion.embedded import CALIBRATION
 from cmoe_hf.conversion.measure.evaluate import ROUTERS
 from cmoe_hf.conversion.measure.shapes import SHAPES
 from cmoe_hf.conversion.options import option_texts

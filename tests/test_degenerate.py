@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cmoe_hf.conversion import convert
-from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.embedded import CALIBRATION
 
 INPUTS, OUTPUTS = ("gate_proj", "up_proj", "dense_h_to_4h"), ("down_proj", "dense_4h_to_h")
 

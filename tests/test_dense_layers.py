@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from cmoe_hf.conversion import RequestError, benchmark, convert, evaluate, export, plan, report
 from cmoe_hf.conversion.carve.shape import Shape, engines_of_width
-from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.embedded import CALIBRATION
 
 FEW = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}
 FAMILIES = ["llama-2", "pythia", "qwen3"]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cmoe_hf.conversion import RequestError, Tuning, benchmark, evaluate, recover
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.embedded import CALIBRATION
 
 
 def slow_perplexity(folder, text, length):

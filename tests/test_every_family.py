@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cmoe_hf.conversion import CMoEError, convert
-from cmoe_hf.conversion.demo import CALIBRATION, MODEL
+from cmoe_hf.conversion.embedded import CALIBRATION, MODEL
 from cmoe_hf.conversion.source.architectures import TESTED, dense_class
 from cmoe_hf.conversion.source.stored import read_json
 

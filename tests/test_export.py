@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from cmoe_hf.conversion import Recipe, RequestError, evaluate, export
 from cmoe_hf.conversion.carve.router import linear_router
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.embedded import CALIBRATION
 from cmoe_hf.conversion.measure.routing import collected, sparse_blocks
 from cmoe_hf.conversion.share.export import chosen_by, routers_of
 from cmoe_hf.conversion.share.linearise import expert_energies, linear_routers

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from cmoe_hf.conversion import convert, resume
 from cmoe_hf.conversion.carve.recipe import RECIPES
-from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.embedded import CALIBRATION
 
 FEW = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}
 USER, TOKEN = "jane-doe", "hf_" + "Zq7" * 11

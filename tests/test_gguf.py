@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from cmoe_hf.conversion import CMoEError, Recipe, RequestError, export_gguf
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.embedded import CALIBRATION
 from cmoe_hf.conversion.measure.llama_cpp import LlamaServer, find_server
 
 PLAIN = ["-c", "256", "-fa", "off", "-ctk", "f32", "-ctv", "f32"]

@@ -31,7 +31,7 @@ from cmoe_hf.conversion.carve.recipe import RECIPES, Recipe
 from cmoe_hf.conversion.carve.refit import ridge_for
 from cmoe_hf.conversion.carve.router import log_energy_router
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.demo import CALIBRATION, MODEL
+from cmoe_hf.conversion.embedded import CALIBRATION, MODEL
 from cmoe_hf.conversion.source.calibration import random_windows, tokenize
 from cmoe_hf.modeling_cmoe import CMoEHierarchicalBlock
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from cmoe_hf.conversion import evaluate
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
+from cmoe_hf.conversion.embedded import CALIBRATION, HELD_OUT
 
 
 def test_a_hub_model_is_converted_with_its_revision_recorded(hub, dense, tmp_path, tensors, carved):

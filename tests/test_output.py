@@ -12,7 +12,7 @@ from test_bad_input import run
 from typer.testing import CliRunner
 
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
+from cmoe_hf.conversion.embedded import CALIBRATION, HELD_OUT
 
 
 def command(*arguments):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.embedded import CALIBRATION
 
 ROOT = Path(__file__).parent.parent
 

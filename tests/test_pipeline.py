@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cmoe_hf.conversion import convert, evaluate
 from cmoe_hf.conversion.carve import decoder, pipeline, split
 from cmoe_hf.conversion.carve.recipe import RECIPES, Recipe
-from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.embedded import CALIBRATION
 from cmoe_hf.conversion.source.calibration import apart_windows, tokenize
 
 BACKENDS = ["eager", "batched_mm", "grouped_mm"]

@@ -31,7 +31,7 @@ from cmoe_hf.conversion import (
     upgrade,
 )
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
+from cmoe_hf.conversion.embedded import CALIBRATION, HELD_OUT
 from cmoe_hf.conversion.folder.own_text import read_own, write_own
 from cmoe_hf.conversion.measure.evaluate import divergence, perplexity
 from cmoe_hf.conversion.measure.routing import active_routers, count_loads, imbalance

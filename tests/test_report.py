@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from cmoe_hf.conversion import RequestError, report
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.demo import HELD_OUT
+from cmoe_hf.conversion.embedded import HELD_OUT
 from cmoe_hf.conversion.measure.evaluate import evaluate
 from cmoe_hf.conversion.measure.routing import sparse_blocks
 from cmoe_hf.conversion.show.observe import observe

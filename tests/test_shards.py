@@ -16,7 +16,7 @@ from test_written_files import recover
 from transformers import AutoModelForCausalLM
 
 from cmoe_hf.conversion import resume
-from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.embedded import CALIBRATION
 
 INDEX = "model.safetensors.index.json"
 FEW = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}

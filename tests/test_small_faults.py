@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from cmoe_hf.conversion import CMoEError, Tuning, recover
 from cmoe_hf.conversion.carve.decoder import Storage
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
+from cmoe_hf.conversion.embedded import CALIBRATION, HELD_OUT
 from cmoe_hf.conversion.share.vetting import check_private
 from cmoe_hf.conversion.tune.recover import Recovery
 

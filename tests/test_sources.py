@@ -15,7 +15,7 @@ from test_output import command
 from transformers import AutoModelForCausalLM
 
 from cmoe_hf.conversion import convert, evaluate, plan, verify
-from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.embedded import CALIBRATION
 from cmoe_hf.conversion.source.checkpoint import open_source
 
 FEW = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}

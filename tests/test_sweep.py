@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cmoe_hf.conversion import RequestError, evaluate, sweep
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.embedded import CALIBRATION
 
 FEW = {"calibration": CALIBRATION, "text": SHORT, "samples": 4, "sequence_length": 64}
 

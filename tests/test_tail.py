@@ -8,7 +8,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from cmoe_hf.conversion.carve.recipe import Recipe
 from cmoe_hf.conversion.carve.tail import Tail
-from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.embedded import CALIBRATION
 from cmoe_hf.conversion.source.calibration import apart_windows, tokenize
 
 TOKENS, HIDDEN = 200, 24

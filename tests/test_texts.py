@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from cmoe_hf.conversion import evaluate
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
+from cmoe_hf.conversion.embedded import CALIBRATION, HELD_OUT
 from cmoe_hf.conversion.measure.evaluate import perplexity
 from cmoe_hf.conversion.source.calibration import PIECE_CHARACTERS, cut, tokenize
 from cmoe_hf.conversion.source.texts import documents, hub_rows, open_text

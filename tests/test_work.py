@@ -14,7 +14,7 @@ from test_output import command
 
 import cmoe_hf
 from cmoe_hf.conversion import RequestError, convert, plan, resume, verify
-from cmoe_hf.conversion.demo import CALIBRATION
+from cmoe_hf.conversion.embedded import CALIBRATION
 
 SHAPE = {"shared": 2, "active": 2, "experts": 8}
 FEW = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, normalizers
 from tokenizers.decoders import ByteFallback
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from cmoe_hf.conversion.demo import CALIBRATION, HELD_OUT
+from cmoe_hf.conversion.embedded import CALIBRATION, HELD_OUT
 
 TEXT = " leading  and  double spaces, def f(x): return 'é'\n"
 

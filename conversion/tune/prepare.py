@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cmoe_hf import CMoEConfig
 
 from ..carve.settings import MAX_SHARD_SIZE, absolute, shard_bytes
-from ..demo import MODEL
 from ..device import check_dtype, find_device, versions
+from ..embedded import MODEL
 from ..errors import CMoEError, RequestError, check_at_least
 from ..folder.auxiliary_files import AuxiliaryFiles, read_auxiliary_files
 from ..folder.fingerprint import conversion_record
