@@ -119,6 +119,13 @@ def test_the_dense_model_writes_the_calibration_text(dense, tmp_path, monkeypatc
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_own_text_is_refused_before_anything_is_written(dense, no_leftovers, monkeypatch):
+    refused(run(dense, no_leftovers, "--calibration", "own:many"), 2, "say how many tokens")
+    refused(run(dense, no_leftovers, "--calibration", "own:500k"), 2, "leave out --samples")
+    monkeypatch.setattr("cmoe_hf.conversion.plan.free_memory", lambda device: 10**5)
+    refused(run(dense, no_leftovers, "--calibration", "own"), 2, "all of its weights in memory")
+
+
 def test_nothing_to_resume(tmp_path):
     refused(cli_resume(tmp_path / "out"), 2, "no unfinished conversion")
     refused(command("convert", "model"), 2, "cmoe convert MODEL OUT")
