@@ -269,16 +269,11 @@ def own_text_bytes(prepared: Prepared) -> int:
     """Estimate the memory in which the dense model writes the calibration text, if it does."""
     if not prepared.windows_WL.is_meta:
         return 0
-    source, length = prepared.source, prepared.windows_WL.shape[1]
-    stored = source.nbytes(None)
-    values = max(own_text_batches(prepared)) * length * cached_values(source.config)
+    source = prepared.source
+    shape, stored = prepared.windows_WL.shape, source.nbytes(None)
+    batches = own_batches(source.config, prepared.tokenizer, prepared.device, *shape)
+    values = max(batches) * shape[1] * cached_values(source.config)
     return stored + values * round(stored / source.parameters)
-
-
-def own_text_batches(prepared: Prepared) -> list[int]:
-    """Return the windows of each batch that the dense model writes."""
-    config, shape = prepared.source.config, prepared.windows_WL.shape
-    return own_batches(config, prepared.tokenizer, prepared.device, *shape)
 
 
 def memory_bytes(prepared: Prepared, on_disk: bool) -> int:
@@ -377,8 +372,4 @@ def seconds(prepared: Prepared) -> float:
     work = passes * tokens * (source.layer_parameters - idle) + systems * width**3 / 2
     matrix = torch.ones(512, width, device=prepared.device)
     speed = matrix.numel() * 512 / best_seconds(lambda: matrix @ matrix.T, prepared.device)
-    carving = config.num_hidden_layers * work / speed
-    if not prepared.windows_WL.is_meta:
-        return carving
-    steps = len(own_text_batches(prepared)) * prepared.windows_WL.shape[1]
-    return carving + steps * source.nbytes(None) / CPU_READS
+    return config.num_hidden_layers * work / speed

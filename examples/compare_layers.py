@@ -34,8 +34,7 @@ from cmoe_hf.conversion.carve.partition import (
     split_by_score,
 )
 from cmoe_hf.conversion.carve.profile import energies
-from cmoe_hf.conversion.carve.reconstruct import Reconstruction, reconstruct
-from cmoe_hf.conversion.carve.refit import Samples
+from cmoe_hf.conversion.carve.refit import Reconstruction, Samples, reconstruct
 from cmoe_hf.conversion.carve.router import linear_router, output_energies, ranking_router
 from cmoe_hf.conversion.source.calibration import apart_windows, held_out
 from cmoe_hf.conversion.source.loading import load_model

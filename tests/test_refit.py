@@ -12,8 +12,13 @@ from cmoe_hf.conversion.carve import refit
 from cmoe_hf.conversion.carve.layer import FFN
 from cmoe_hf.conversion.carve.linalg import solve_shifted
 from cmoe_hf.conversion.carve.partition import Partition
-from cmoe_hf.conversion.carve.reconstruct import reconstruct
-from cmoe_hf.conversion.carve.refit import RIDGES, Samples, sparse_output, token_weights
+from cmoe_hf.conversion.carve.refit import (
+    RIDGES,
+    Samples,
+    reconstruct,
+    sparse_output,
+    token_weights,
+)
 
 TOKENS, HIDDEN, NEURONS = 600, 6, 4
 

@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import killable
@@ -117,6 +118,14 @@ def test_the_dense_model_writes_the_calibration_text(dense, tmp_path, monkeypatc
     assert "Layers finished: 1" in stopped.value.__notes__[0]
     resume(tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_own_text_is_refused_before_anything_is_written(dense, no_leftovers, monkeypatch):
+    refused(run(dense, no_leftovers, "--calibration", "own:many"), 2, "say how many tokens")
+    refused(run(dense, no_leftovers, "--calibration", "own:500k"), 2, "leave out --samples")
+    planning = sys.modules["cmoe_hf.conversion.plan"]  # the package exports a function of this name
+    monkeypatch.setattr(planning, "free_memory", lambda device: 10**5)
+    refused(run(dense, no_leftovers, "--calibration", "own"), 2, "all of its weights in memory")
 
 
 def test_nothing_to_resume(tmp_path):

@@ -35,8 +35,7 @@ from .layer import (
     take_ffn,
 )
 from .partition import Partition
-from .reconstruct import reconstruct
-from .refit import Samples, ridge_for, sparse_output
+from .refit import Samples, reconstruct, ridge_for, sparse_output
 from .router import log_energy_router, output_energies
 from .shape import source_expert_config
 

@@ -40,8 +40,7 @@ from .layer import (
 )
 from .proof import AllActive
 from .recipe import Recipe
-from .reconstruct import fit_layer
-from .refit import Samples, sparse_output, token_weights
+from .refit import Samples, fit_layer, sparse_output, token_weights
 from .split import best_split
 from .tail import Tail
 

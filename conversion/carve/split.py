@@ -15,8 +15,7 @@ from .decoder import PROFILED_TOKENS
 from .layer import FFN, Profile, divide_and_route, running_experts
 from .partition import Partition
 from .recipe import Recipe
-from .reconstruct import Reconstruction, reconstruct
-from .refit import Samples
+from .refit import Reconstruction, Samples, reconstruct
 
 
 class Split(NamedTuple):

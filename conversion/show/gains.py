@@ -119,9 +119,7 @@ def gains(
             [it.get(name) for it in figures] for name in ("divergence", "agreement", "perplexity")
         )
         add(f"KL(dense || carved) on {text}, nats a token", "number", None, [0.0, *apart])
-        add(
-            f"the likeliest token is the dense model's on {text}", "percent", "higher", [1.0, *same]
-        )
+        add(f"the dense model's likeliest token on {text}", "percent", "higher", [1.0, *same])
         add(f"perplexity on {text}", "number", "lower", [dense, *own])
 
     add_text(text, models[0]["baseline_perplexity"], models)
