@@ -68,6 +68,10 @@ class DemoOptions(ShapeOptions):
     output: str | Path | None = None
     """Keep the recovered model in this folder."""
     _: KW_ONLY
+    shared: int = 2
+    """Shared experts, always on (S)."""
+    active: int = 2
+    """Routed experts run per token (A)."""
     recipe: str = "refined"
     """Method: refined (ours), paper, or released: the choices of the authors' code."""
     compare: Sequence[str] = ()

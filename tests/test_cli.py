@@ -112,25 +112,27 @@ def test_a_bad_configuration_file_is_refused(dense, tmp_path, content, phrase):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_demo_says_what_the_promised_keys_say(tmp_path):
+def test_the_demo_carves_recovers_and_compares(tmp_path):
     out = tmp_path / "demo[v2]"
-    quick = ["demo", out, "--recipe", "paper", "--compare", ""]
-    result = invoke(*quick, "--json")
+    result = invoke("demo", out, "--json")
     assert result.exit_code == 0, result.stderr
     printed = json.loads(result.stdout)
-    assert printed["dense_perplexity"] < printed["carved_perplexity"] < 100
-    assert [point["notation"] for point in printed["shapes"]] == ["S3A3E8"]
-    assert (out / "config.json").is_file() and (out / "report" / "index.html").is_file()
+    dense, carved = printed["dense_perplexity"], printed["carved_perplexity"]
+    assert dense < printed["recovered_perplexity"] < carved < 100
+    before, after = printed["shapes"]
+    assert (before["recovered"], after["recovered"]) == (False, True)
+    assert after["divergence"] < before["divergence"] and before["notation"] == "S2A2E8"
+    assert (out / "recovery.json").is_file() and (out / "report" / "index.html").is_file()
 
 
 @pytest.mark.thorough
-def test_the_demo_compares_dense_and_carved_and_generates_a_line(tmp_path):
+def test_the_demo_compares_other_shapes_and_generates_a_line(tmp_path):
     out = tmp_path / "demo[v2]"
-    result = invoke("demo", out)
+    result = invoke("demo", out, "--compare", "S1A1E8")
     assert result.exit_code == 0, result.stderr
-    shapes = ("carved S3A3E8", "carved S2A2E8", "carved S1A1E8")
-    lines = ("dense continues: When a", "S3A3E8 continues: When a", "/report/index.html\n")
-    for phrase in ("perplexity", *shapes, "chance 10.0%)", *lines):
+    shapes = ("carved S2A2E8", "recovered S2A2E8", "carved S1A1E8")
+    lines = ("dense continues: When a", "S2A2E8 continues: When a", "/report/index.html\n")
+    for phrase in ("perplexity", "times as fast", *shapes, "chance", *lines):
         assert phrase in result.stdout, result.stdout
 
 
