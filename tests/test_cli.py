@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 import yaml
 from families import SHORT
 from hub import TOKEN
+from killable import interrupted_at
 from refusal import refused
 from typer.testing import CliRunner
 
@@ -134,6 +136,43 @@ def test_the_demo_compares_other_shapes_and_generates_a_line(tmp_path):
     lines = ("dense continues: When a", "S2A2E8 continues: When a", "/report/index.html\n")
     for phrase in ("perplexity", "times as fast", *shapes, "chance", *lines):
         assert phrase in result.stdout, result.stdout
+
+
+def test_convert_with_recover_is_both_commands_and_resumes_in_either(dense, tmp_path, tensors):
+    how = [*SHAPE, "--calibration", SHORT, "--samples", 4, "--sequence-length", 64]
+    learn = ["--teacher", dense, "--training", "own:3k", "--text", SHORT]
+    assert invoke("convert", dense, tmp_path / "two-carved", *how).exit_code == 0
+    assert invoke("recover", tmp_path / "two-carved", tmp_path / "two", *learn).exit_code == 0
+    once = ["convert", dense, tmp_path / "one", *how, "--recover", "3k"]
+    with interrupted_at("model.safetensors", 4):
+        assert invoke(*once).exit_code != 0
+    assert not (tmp_path / "one-carved").exists()
+    with interrupted_at("recovery.json"):
+        assert invoke(*once, "--resume").exit_code != 0
+    assert (tmp_path / "one-carved").exists() and not (tmp_path / "one").exists()
+    result = invoke(*once, "--resume")
+    assert result.exit_code == 0 and "distance to the dense model closed" in result.stdout
+    both, one = tensors(tmp_path / "two"), tensors(tmp_path / "one")
+    assert both.keys() == one.keys()
+    assert all(torch.equal(tensor, one[name]) for name, tensor in both.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "phrase"),
+    [
+        (["other", "--recover", "many"], "say how many tokens"),
+        (["out", "--recover", "3k"], "exists already"),
+    ],
+)
+def test_a_recovery_that_cannot_be_is_refused_before_the_conversion(
+    dense, tmp_path, options, phrase
+):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    output = tmp_path / options[0]
+    result = invoke("convert", dense, output, *SHAPE, *options[1:])
+    assert result.exit_code == 2 and phrase in result.stderr
+    assert not output.with_name(f"{output.name}-carved").exists()
 
 
 AWKWARD = "[b]:smile:[v2]"

@@ -17,8 +17,10 @@ from ..convert import resume as resume_conversion
 from ..demo import DemoOptions, demo
 from ..embedded import HELD_OUT
 from ..errors import RequestError
+from ..folder.unfinished import PartialFolder
 from ..plan import Plan, plan
 from ..show.report import report
+from ..source.texts import OWN, Portion
 from ..tune.prepare import RecoverOptions
 from ..tune.recover import Recovery, recover, resume_recovery
 from ..tune.settings import Tuning
@@ -65,6 +67,9 @@ class ConvertMode:
     """Go on with the unfinished conversion into OUT: cmoe convert OUT --resume."""
     dry_run: bool = False
     """Check everything, say what it would take, and stop."""
+    recover: str | None = None
+    """Recover afterwards, on so many tokens that the dense model writes, for example 500k: the
+    carved model is OUT-carved then, and OUT the recovered one. Goes with --resume."""
 
 
 @command("convert", ConvertOptions, ConvertMode, optional=["output"])
@@ -74,15 +79,21 @@ def convert_command(
     change: list[str] | None = None,
     resume: bool = False,
     dry_run: bool = False,
+    recover: str | None = None,
     **given: Any,
 ) -> Printed:
     """Convert, go on with a conversion, or only plan one."""
     if change:
         recipe = given.get("recipe", Settings.recipe)
         given["recipe"] = Recipe.of(recipe, **_changes(change))
+    if resume and (dry_run or "overwrite" in given):
+        raise RequestError("--resume goes with neither --dry-run nor --overwrite.")
+    if recover is not None and not dry_run:
+        if output is None:
+            raise RequestError("--recover needs the model: cmoe convert MODEL OUT --recover 500k.")
+        recovery = _convert_and_recover(model, output, recover, resume, given)
+        return Printed(recovery, [_recovery_table(recovery), recovery.output])
     if resume:
-        if dry_run or "overwrite" in given:
-            raise RequestError("--resume goes with neither --dry-run nor --overwrite.")
         named = {} if output is None else {"model": model}
         result = resume_conversion(model if output is None else output, given | named)
     elif output is None:
@@ -102,6 +113,32 @@ def convert_command(
         "peak memory": f"{result.peak_memory_bytes / 1e9:.2f} GB",
     }
     return Printed(result, [facts(f"carved to {result.notation}", rows)])
+
+
+def _convert_and_recover(
+    model: str, output: str, tokens: str, resume: bool, given: dict[str, Any]
+) -> Recovery:
+    """Carve into OUT-carved and recover from it into OUT, or go on with what is unfinished."""
+    training, text = f"{OWN}:{tokens}", given.get("calibration", "wikitext2")
+    Portion.of(training)
+    carved = PartialFolder(f"{output}-carved")
+    recovered = PartialFolder(output, overwrite=given.get("overwrite", False))
+    if resume and recovered.partial.exists():
+        return resume_recovery(output)
+    recovered.check({"the model": model})
+    if not resume:
+        convert(model, carved.output, **given)
+    elif carved.partial.exists():
+        resume_conversion(carved.output, given | {"model": model})
+    also = ("device", "max_shard_size", "overwrite", "trust_remote_code")
+    return recover(
+        carved.output,
+        output,
+        teacher=model,
+        training=training,
+        text=HELD_OUT if Portion.of(text).text == OWN else text,
+        **{name: given[name] for name in also if name in given},
+    )
 
 
 def _changes(pairs: list[str]) -> dict[str, Any]:
