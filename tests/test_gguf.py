@@ -28,6 +28,7 @@ from cmoe_hf.conversion import CMoEError, Recipe, RequestError, export_gguf
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.demo import CALIBRATION
 from cmoe_hf.conversion.measure.llama_cpp import LlamaServer, find_program, find_server
+from cmoe_hf.conversion.share.gguf_quantize import quantize
 
 PLAIN = ["-c", "256", "-fa", "off", "-ctk", "f32", "-ctv", "f32"]
 """Options of a server that keeps keys and values as precisely as we do."""
@@ -141,7 +142,7 @@ def quantizer():
     return find_program("llama-quantize") or pytest.skip("there is no llama-quantize in PATH")
 
 
-def test_llama_quantize(quantizer, server, make_dense, carve, token_ids, tmp_path):
+def test_llama_quantize(quantizer, server, make_dense, carve, tmp_path):
     carved = carve(make_dense(intermediate_size=2048), (1, 1, 8), recipe=FIRST_EDITION)
     result = export_gguf(carved, tmp_path / "model.gguf", type="q4_k_m")
     tensors = {it.name: it.tensor_type.name for it in GGUFReader(result.output).tensors}
@@ -151,18 +152,18 @@ def test_llama_quantize(quantizer, server, make_dense, carve, token_ids, tmp_pat
     assert result.coarse == len(result.fallbacks) and "blk.0.attn_q.weight" in result.fallbacks
     assert all(tensors[name] == type.upper() for name, type in result.fallbacks.items())
     assert [it.name for it in tmp_path.iterdir()] == ["model.gguf"]
-    worst, _ = differences(server, carved, result.output, token_ids)
-    assert worst < 1
+    with server(result.output) as running:
+        assert len(running.complete([5, 6, 7], 5)["tokens"]) == 5
 
 
-@pytest.mark.parametrize(
-    ("type", "error", "phrase"),
-    [("q4", RequestError, "no type 'q4'.*q4_k_m"), ("iq1_s", CMoEError, "llama-quantize failed")],
-)
-def test_what_llama_quantize_refuses(quantizer, carved, tmp_path, type, error, phrase):
-    with pytest.raises(error, match=phrase):
-        export_gguf(carved, tmp_path / "model.gguf", type=type)  # iq1_s wants a matrix of weights
-    assert not list(tmp_path.glob("*.gguf*"))
+def test_what_llama_quantize_refuses(quantizer, carved, tmp_path):
+    out = tmp_path / "model.gguf"
+    with pytest.raises(RequestError, match=r"no type 'q4'.*q4_k_m"):
+        export_gguf(carved, out, type="q4")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CMoEError, match=r"llama-quantize failed.*failed to quantize"):
+        quantize([quantizer, str(tmp_path / "broken.gguf"), str(out), "Q4_K_M"], 1)
 
 
 STOPS = ("smollm", "tekken")

@@ -27,8 +27,10 @@ START = 600.0
 def find_program(name: str) -> str | None:
     """Return a program of llama.cpp, from PATH or the package."""
     spec = importlib.util.find_spec(PACKAGE)
-    own = Path(spec.origin).parent / "bin" if spec is not None and spec.origin is not None else None
-    return shutil.which(name) or (own and shutil.which(name, path=own))
+    found = shutil.which(name)
+    if found is None and spec is not None and spec.origin is not None:
+        found = shutil.which(name, path=Path(spec.origin).parent / "bin")
+    return found
 
 
 def find_server() -> str:
