@@ -74,7 +74,7 @@ class DemoOptions(ShapeOptions):
     """Routed experts run per token (A)."""
     recipe: str = "refined"
     """Method: refined (ours), paper, or released: the choices of the authors' code."""
-    compare: Sequence[str] = ()
+    compare: Sequence[str] | None = None
     """Further shapes, carved and measured, for example S2A2E8,S1A1E8."""
     overwrite: bool = False
     """Replace an existing model at OUT."""
@@ -112,7 +112,7 @@ def demo(options: DemoOptions) -> Demo:
             )
             for when in ("before", "after")
         ]
-        for shape in map(Shape.parse, options.compare):
+        for shape in map(Shape.parse, options.compare or ()):
             if shape != asked:
                 other = Path(temporary, shape.notation)
                 convert(MODEL, other, **asdict(shape), **settings, samples=SAMPLES)

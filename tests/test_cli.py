@@ -143,13 +143,17 @@ def test_convert_with_recover_is_both_commands_and_resumes_in_either(dense, tmp_
     learn = ["--teacher", dense, "--training", "own:3k", "--text", SHORT]
     assert invoke("convert", dense, tmp_path / "two-carved", *how).exit_code == 0
     assert invoke("recover", tmp_path / "two-carved", tmp_path / "two", *learn).exit_code == 0
-    once = ["convert", dense, tmp_path / "one", *how, "--recover", "3k"]
+    shutil.copytree(tmp_path / "two-carved", tmp_path / "one")
+    once = ["convert", dense, tmp_path / "one", *how, "--recover", "3k", "--overwrite"]
+    planned = invoke(*once, "--dry-run")
+    assert planned.exit_code == 0 and "recovery on 3k tokens" in planned.stdout
     with interrupted_at("model.safetensors", 4):
-        assert invoke(*once).exit_code != 0
+        stopped = invoke(*once)
+    assert stopped.exit_code != 0 and "same command with --resume" in stopped.stderr
     assert not (tmp_path / "one-carved").exists()
     with interrupted_at("recovery.json"):
         assert invoke(*once, "--resume").exit_code != 0
-    assert (tmp_path / "one-carved").exists() and not (tmp_path / "one").exists()
+    assert (tmp_path / "one-carved").exists() and not (tmp_path / "one" / "recovery.json").exists()
     result = invoke(*once, "--resume")
     assert result.exit_code == 0 and "distance to the dense model closed" in result.stdout
     both, one = tensors(tmp_path / "two"), tensors(tmp_path / "one")

@@ -3,6 +3,7 @@
 
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -16,7 +17,7 @@ from ..convert import convert
 from ..convert import resume as resume_conversion
 from ..demo import DemoOptions, demo
 from ..embedded import HELD_OUT
-from ..errors import RequestError
+from ..errors import CMoEError, RequestError
 from ..folder.unfinished import PartialFolder
 from ..plan import Plan, plan
 from ..show.report import report
@@ -86,11 +87,13 @@ def convert_command(
     if change:
         recipe = given.get("recipe", Settings.recipe)
         given["recipe"] = Recipe.of(recipe, **_changes(change))
-    if resume and (dry_run or "overwrite" in given):
+    if resume and (dry_run or ("overwrite" in given and recover is None)):
         raise RequestError("--resume goes with neither --dry-run nor --overwrite.")
-    if recover is not None and not dry_run:
+    if recover is not None:
+        Portion.of(f"{OWN}:{recover}")  # refuses what is no number of tokens
         if output is None:
             raise RequestError("--recover needs the model: cmoe convert MODEL OUT --recover 500k.")
+    if recover is not None and output is not None and not dry_run:
         recovery = _convert_and_recover(model, output, recover, resume, given)
         return Printed(recovery, [_recovery_table(recovery), recovery.output])
     if resume:
@@ -100,7 +103,8 @@ def convert_command(
         raise RequestError("say where to: cmoe convert MODEL OUT.")
     elif dry_run:
         planned = plan(model, output, **given)
-        return Printed(planned, [_plan_table(model, planned)])
+        then = [] if recover is None else [f"then: recovery on {recover} tokens, planned later"]
+        return Printed(planned, [_plan_table(model, planned), *then])
     else:
         result = convert(model, output, **given)
     rows = {
@@ -119,26 +123,34 @@ def _convert_and_recover(
     model: str, output: str, tokens: str, resume: bool, given: dict[str, Any]
 ) -> Recovery:
     """Carve into OUT-carved and recover from it into OUT, or go on with what is unfinished."""
-    training, text = f"{OWN}:{tokens}", given.get("calibration", "wikitext2")
-    Portion.of(training)
-    carved = PartialFolder(f"{output}-carved")
-    recovered = PartialFolder(output, overwrite=given.get("overwrite", False))
-    if resume and recovered.partial.exists():
-        return resume_recovery(output)
-    recovered.check({"the model": model})
-    if not resume:
-        convert(model, carved.output, **given)
-    elif carved.partial.exists():
-        resume_conversion(carved.output, given | {"model": model})
-    also = ("device", "max_shard_size", "overwrite", "trust_remote_code")
-    return recover(
-        carved.output,
-        output,
-        teacher=model,
-        training=training,
-        text=HELD_OUT if Portion.of(text).text == OWN else text,
-        **{name: given[name] for name in also if name in given},
+    overwrite = given.get("overwrite", False)
+    carved, recovered = (
+        PartialFolder(f"{output}-carved"),
+        PartialFolder(output, overwrite=overwrite),
     )
+    try:
+        if resume and recovered.partial.exists():
+            return resume_recovery(output)
+        recovered.check({"the model": model})
+        if not resume:
+            convert(model, carved.output, **given)
+        elif carved.partial.exists():
+            asked = {name: value for name, value in given.items() if name != "overwrite"}
+            resume_conversion(carved.output, asked | {"model": model})
+        also = ("device", "max_shard_size", "trust_remote_code")
+        return recover(
+            carved.output,
+            output,
+            teacher=model if Path(model).is_dir() else None,  # else of the commit that was carved
+            training=f"{OWN}:{tokens}",
+            text=HELD_OUT,
+            overwrite=overwrite,
+            **{name: given[name] for name in also if name in given},
+        )
+    except (CMoEError, KeyboardInterrupt) as error:
+        if recovered.partial.exists() or carved.partial.exists():
+            error.__notes__ = ["The same command with --resume goes on."]
+        raise
 
 
 def _changes(pairs: list[str]) -> dict[str, Any]:
