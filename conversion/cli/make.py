@@ -124,10 +124,8 @@ def _convert_and_recover(
 ) -> Recovery:
     """Carve into OUT-carved and recover from it into OUT, or go on with what is unfinished."""
     overwrite = given.get("overwrite", False)
-    carved, recovered = (
-        PartialFolder(f"{output}-carved"),
-        PartialFolder(output, overwrite=overwrite),
-    )
+    carved = PartialFolder(f"{output}-carved")
+    recovered = PartialFolder(output, overwrite=overwrite)
     try:
         if resume and recovered.partial.exists():
             return resume_recovery(output)
