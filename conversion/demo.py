@@ -90,7 +90,7 @@ def demo(options: DemoOptions) -> Demo:
         PartialFolder(kept, overwrite=options.overwrite).check({})
         carved = Path(temporary, asked.notation)
         convert(MODEL, carved, **asdict(asked), **settings, samples=SAMPLES)
-        measured = evaluate(carved, baseline=MODEL, text=HELD_OUT, dtype="float32")
+        routing = evaluate(carved, text=HELD_OUT, dtype="float32")
         recovery = recover(
             carved,
             kept,
@@ -119,15 +119,15 @@ def demo(options: DemoOptions) -> Demo:
                 perplexity = evaluate(other, text=HELD_OUT, dtype="float32").perplexity
                 points.append(Point(shape.notation, shape.activation_ratio, perplexity))
         dense, recovered = continuation(MODEL), continuation(kept)
-    assert measured.baseline_perplexity is not None
+    assert recovery.teacher_perplexity is not None
     return Demo(
-        dense_perplexity=measured.baseline_perplexity,
-        carved_perplexity=measured.perplexity,
+        dense_perplexity=recovery.teacher_perplexity,
+        carved_perplexity=recovery.perplexity_before,
         recovered_perplexity=recovery.perplexity_after,
         notation=asked.notation,
         activation_ratio=asked.activation_ratio,
-        router_oracle_agreement=measured.router_oracle_agreement,
-        router_chance_agreement=measured.router_chance_agreement,
+        router_oracle_agreement=routing.router_oracle_agreement,
+        router_chance_agreement=routing.router_chance_agreement,
         speedup=timed.prefill[0].speedup,
         shapes=points,
         generated_dense=dense,

@@ -681,14 +681,16 @@ def sorted_experts(self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK:
             for expert in index_TK[0].tolist()
         ]
         return weight_TK @ torch.cat(y_KH)
-    sizes_N = torch.bincount(index_TK.flatten(), minlength=self.num_experts)[: self.num_experts]
+    index_P, weight_P = index_TK.flatten(), weight_TK.flatten()
+    sizes_N = torch.bincount(index_P, minlength=self.num_experts)[: self.num_experts]
     sizes = [rounded_up(size) for size in sizes_N.tolist()]
-    filling_N = torch.tensor(sizes, device=x_TH.device) - sizes_N
-    filling_P = torch.arange(self.num_experts, device=x_TH.device).repeat_interleave(filling_N)
-    expert_P, order_P = torch.cat([index_TK.flatten(), filling_P]).sort()
+    if filling := sum(sizes) - int(sizes_N.sum()):
+        filling_N = torch.tensor(sizes, device=x_TH.device) - sizes_N
+        filling_P = torch.arange(self.num_experts, device=x_TH.device).repeat_interleave(filling_N)
+        index_P, weight_P = torch.cat([index_P, filling_P]), F.pad(weight_P, (0, filling))
+    expert_P, order_P = index_P.sort()
     order_P = order_P[: sum(sizes)]  # without experts on other ranks
-    weight_P = F.pad(weight_TK.flatten(), (0, len(filling_P)))[order_P]
-    token_P = (order_P // index_TK.shape[1]).where(order_P < index_TK.numel(), 0)
+    token_P = (order_P // index_TK.shape[1]).clamp_(max=len(x_TH) - 1)  # of a filling: any
 
     def product(x_PH: Tensor, weight_NQH: Tensor) -> Tensor:
         # `unbind` collects the gradients of all experts; each index would add zeros for the others.
@@ -698,7 +700,7 @@ def sorted_experts(self: ExpertsLoop, x_TH: Tensor, index_TK: Tensor, weight_TK:
     z_PQ = product(x_TH.index_select(0, token_P), weight_NQH)
     if bias_NQ is not None:
         z_PQ = z_PQ + bias_NQ[expert_P[: len(order_P)]]
-    z_PM = self.activate(z_PQ) * weight_P[:, None]
+    z_PM = self.activate(z_PQ) * weight_P[order_P, None]
     out_PH = product(z_PM, self.down_proj).to(x_TH.dtype)  # autocast changes it
     return torch.zeros_like(x_TH).index_add_(0, token_P, out_PH)
 
