@@ -130,7 +130,6 @@ CONTEXT = {
     "evaluate": ["{carved}", "--text", SHORT],
     "report": ["{carved}", "--text", SHORT, "--output", "{out}"],
     "recover": ["{carved}", "{out}", "--training", CALIBRATION, "--text", SHORT, *PAPER],
-    "export": ["{carved}", "{out}", "--refit-router", CALIBRATION],
     "sweep": ["{dense}", "{out}", "--calibration", CALIBRATION, "--text", SHORT],
 }
 

@@ -52,14 +52,10 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
     return _before_licence(renewed_card(card, code), section)
 
 
-def native_card(card: str, architecture: str, difference: float, *, refitted: bool) -> str:
+def native_card(card: str, architecture: str, difference: float) -> str:
     """Return the card of a model exported to a stock architecture."""
     card = without_section(_without_results(card, "custom_code"), FIGURES)
-    section = TEXTS["native"].format(
-        architecture=architecture,
-        difference=difference,
-        refitted=TEXTS["refitted_router"] if refitted else "",
-    )
+    section = TEXTS["native"].format(architecture=architecture, difference=difference)
     card = with_perplexity(without_section(card, CODE), TEXTS["unmeasured"])
     return _before_licence(card.replace(", trust_remote_code=True", ""), section)
 
