@@ -31,9 +31,6 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
     rows = [("carved", f"{result['perplexity_before']:.2f}", result["perplexity_after"])]
     if result["perplexity_after_without_bias"] is not None:
         rows.append(("carved, balance biases zero", "", result["perplexity_after_without_bias"]))
-    if report["control"] is not None:
-        name = f"dense `{report['control']}`, tuned by the same recipe"
-        rows.append((name, f"{result['control_before']:.2f}", result["control_after"]))
     tuning = report["tuning"]
     if result["teacher_perplexity"] is not None:
         rows.append(("dense, untouched", "", result["teacher_perplexity"]))
