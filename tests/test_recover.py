@@ -222,10 +222,19 @@ def test_distilling_makes_the_model_more_like_its_teacher(distilled, dense):
     assert result.gap_after == pytest.approx(
         math.log(result.perplexity_after / result.teacher_perplexity)
     )
+    assert result.closed == pytest.approx(1 - result.gap_after / result.gap_before)
     assert result.training_tokens == (31 + 24) * 64 * 4  # of 2,000 tokens whole windows
     assert report(output)["tuning"]["method"] == "full"
     assert "all weights" in report(output)["method_reason"]
     assert report(output)["training"] == "own, calibration.txt"
+
+
+def test_what_is_float16_learns_in_bfloat16(dense, carve, tmp_path):
+    carved = carve(dense, recipe=FIRST_EDITION, dtype="float16")
+    texts = {"training": "own:1k", "text": SHORT, "windows": 2, "teacher": dense}
+    result = recover(carved, tmp_path / "out", **texts, tuning=Tuning(**DISTIL))
+    assert result.gap_after < result.gap_before
+    assert load(tmp_path / "out").dtype == torch.bfloat16
 
 
 def test_experts_routers_and_norms_learn_and_attention_on_request(

@@ -60,7 +60,7 @@ class RecoverOptions(LoadOptions):
     teacher: str | Path | None = None
     """The dense model to learn from; default the one that was carved, if it is found."""
     dtype: str | None = None
-    """float32 or bfloat16; default the checkpoint's precision."""
+    """float32 or bfloat16; default the checkpoint's precision, bfloat16 for float16."""
     max_shard_size: str | int = MAX_SHARD_SIZE
     """Of a file of weights, for example 500MB or 2GiB; one file up to it."""
     tuning: Tuning | None = None
@@ -175,6 +175,8 @@ def prepare(options: RecoverOptions, kept: Texts | None = None) -> Prepared:
             f"{folder.name} is a {config.model_type} model, not a carved one: `cmoe convert` it "
             "first."
         )
+    if options.dtype is None and config.dtype == torch.float16:
+        options = replace(options, dtype="bfloat16")
     tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
     if tuning.distils:
         options = replace(options, teacher=options.teacher or find_teacher(folder))
