@@ -132,22 +132,20 @@ def chunk_logits(device: torch.device) -> int:
     return CHUNK_LOGITS if device.type == "cpu" else 4 * CHUNK_LOGITS
 
 
-def train_only_what_was_carved(model: PreTrainedModel, train_attention: bool) -> None:
-    """Freeze all but experts, routers and the norms of the layers, and attention on request.
-
-    Routers that choose nothing stay frozen.
-    """
+def train_only_what_was_carved(model: PreTrainedModel, tuning: Tuning) -> None:
+    """Freeze all but experts and the norms of the layers; attention and routers on request."""
     model.requires_grad_(False)
     blocks = CMoESparseMoeBlock | CMoEHierarchicalBlock
     _, layers = decoder_layers(model.base_model)
     for module in layers.modules():
         is_norm = "norm" in type(module).__name__.lower()
-        if train_attention or is_norm or isinstance(module, blocks):
+        if tuning.train_attention or is_norm or isinstance(module, blocks):
             module.requires_grad_()
     for module in layers.modules():
-        if isinstance(module, blocks) and module.gate.top_k == 0:
-            module.gate.requires_grad_(False)
-            module.experts.requires_grad_(False)
+        if isinstance(module, blocks):
+            chooses = module.gate.top_k > 0
+            module.gate.requires_grad_(tuning.train_router and chooses)
+            module.experts.requires_grad_(chooses)
         if isinstance(module, ExpertsLoop) and hasattr(module, "other_activation"):
             module.other_activation.requires_grad_(False)
 
@@ -221,7 +219,7 @@ def plan_training(
     with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(config)
         dense = None if teacher is None else AutoModelForCausalLM.from_config(teacher)
-    train_only_what_was_carved(student, tuning.train_attention)
+    train_only_what_was_carved(student, tuning)
     parameters, trained = student.num_parameters(), student.num_parameters(only_trainable=True)
     stored: Any = config.dtype or torch.float32
     itemsize = (DTYPES[dtype] if dtype else stored).itemsize
@@ -239,8 +237,9 @@ def plan_training(
     needed = LIBRARIES + held + activations + logits + teacher_bytes
     free = free_memory(device) // (state.num_processes if device.type == "cpu" else 1)
     method = tuning.method or ("full" if needed < 0.9 * free else "lora")
-    experts = "experts, attention" if tuning.train_attention else "experts"
-    what = "LoRA factors" if method == "lora" else f"all weights of {experts}, routers and norms"
+    asked = {"attention": tuning.train_attention, "routers": tuning.train_router}
+    learns = ", ".join(["experts", *(name for name, is_asked in asked.items() if is_asked)])
+    what = "LoRA factors" if method == "lora" else f"all weights of {learns} and norms"
     reason = (
         f"training {what}: with {in_words(trained)} of {in_words(parameters)} parameters, "
         f"their gradients and Adam's state, all weights need about {needed / 1e9:.2f} GB, and "

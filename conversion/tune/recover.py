@@ -93,7 +93,7 @@ def recover(options: RecoverOptions) -> Recovery:
     """Train a carved model and write a repository like the one before.
 
     By default it learns the dense model's distribution of the next token: all weights of experts,
-    routers and norms if that fits into memory, else LoRA factors. The work grows in `output` +
+    and norms if that fits into memory, else LoRA factors. The work grows in `output` +
     `.partial`; what stops can be continued with `resume_recovery`.
 
     Raises:

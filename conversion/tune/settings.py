@@ -31,7 +31,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_steps": 0.05,
         "max_gradient_norm": 1.0,
         "bias_speed": 0.0,
-        "train_router": True,
     },
     "next-token": {
         "method": "lora",
@@ -43,7 +42,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup_steps": 0,
         "max_gradient_norm": 0.0,
         "bias_speed": 1e-3,
-        "train_router": False,
     },
 }
 """Defaults of each objective; those of `next-token` are the paper's (section 5.1)."""
@@ -61,7 +59,7 @@ class Tuning:
     """distil: learn the dense model's distribution of the next token. next-token: learn the text,
     with LoRA (the paper's)."""
     method: str | None = None
-    """Train full (all weights of experts, routers and norms) or lora (factors on experts and
+    """Train full (all weights of experts and norms) or lora (factors on experts and
     attention); default full if it fits into memory. next-token: lora."""
     train_attention: bool = False
     """Train all weights of attention, too; LoRA always does."""
@@ -97,8 +95,9 @@ class Tuning:
     bias_speed: float | None = None
     """First step of the balance biases; falls linearly to 0, or the loads of the last few batches
     would decide. 0: leave them alone. Default 0 (next-token: 1e-3)."""
-    train_router: bool | None = None
-    """Train the routers, too; distil always does."""
+    train_router: bool = False
+    """Train routers and gate scales, too; exports cannot represent these. next-token always trains
+    the scales."""
     gradient_checkpointing: bool = False
     """Less memory, more time: activations are computed twice."""
     seed: int = 0

@@ -153,7 +153,7 @@ def with_free_weights(model: PreTrainedModel, tuning: Tuning) -> PreTrainedModel
     In a model of 16 bits autocast computes in these nevertheless. Weights that do not learn stay as
     they are: autocast would cast them anew in each product.
     """
-    train_only_what_was_carved(model, tuning.train_attention)
+    train_only_what_was_carved(model, tuning)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -167,7 +167,7 @@ def use_backend(model: PreTrainedModel, backend: str) -> None:
 
 
 def with_adapters(model: PreTrainedModel, tuning: Tuning) -> nn.Module:
-    """Return the model with LoRA factors, and routers of which u (and W on request) can learn.
+    """Return the model with LoRA factors, and routers of which u or W learns on request.
 
     PEFT freezes what is no adapter. The routers are therefore modules to save: their u, W and
     balance bias are part of every checkpoint.
@@ -201,7 +201,7 @@ def with_adapters(model: PreTrainedModel, tuning: Tuning) -> nn.Module:
     for module in adapted.modules():
         if isinstance(module, CMoERouter):
             for name, parameter in module.named_parameters():
-                learns = name == "scale" or bool(tuning.train_router)
+                learns = tuning.train_router or (name == "scale" and not tuning.distils)
                 parameter.requires_grad &= learns and module.top_k > 0
                 if parameter.requires_grad:  # 16 bits would swallow the small steps
                     parameter.data = parameter.data.float()
