@@ -69,7 +69,7 @@ class Settings(CarvingOptions):
     """Routed experts run per token (A)."""
     budget: float | None = None
     """Share of the FFN neurons to run, instead of --active: each layer decides on held-out
-    calibration tokens how many of them always run."""
+    calibration tokens whether its active experts are routed or always run."""
     dense_layers: str | tuple[int, ...] = ""
     """Layers whose FFN stays dense, for example 0 or 0,29; all of their neurons run."""
     k_act: int = 10
