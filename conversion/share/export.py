@@ -71,7 +71,7 @@ class RefitOptions:
     samples: int = 8
     """Windows of that text."""
     sequence_length: int | None = None
-    """Tokens per window; default 2,048 or the model's context."""
+    """Tokens per window; default 2,048, or the model's context if shorter."""
     overwrite: bool = False
     """Replace what is at the output."""
 
@@ -89,7 +89,7 @@ class ExportOptions(RefitOptions):
     """granite, glm4, ernie, qwen2, qwen3; with --gguf llama, qwen2, qwen3, granitemoe, glm4moe,
     step35; default the most faithful that fits."""
     max_shard_size: str | int = MAX_SHARD_SIZE
-    """Of a file of weights, for example 500MB or 2GiB; one file up to it."""
+    """Maximum size of a weights file, for example 500MB or 2GiB."""
 
 
 @with_options(ExportOptions)
