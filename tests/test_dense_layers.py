@@ -53,7 +53,7 @@ def test_the_verbs_know_dense_layers(dense, carve, tmp_path, calibration_text):
     assert measured.router_oracle_agreement is not None
     timed = benchmark(folder, baseline=dense, tokens=[1], prefill=[8], batch=[1], rounds=2)
     assert timed.ffn and timed.prefill and timed.decode
-    exported = export(folder, tmp_path / "native", refit_router=None)
+    exported = export(folder, tmp_path / "native")
     assert exported.max_abs_logit_difference < 1e-2
     page = report(folder, text=calibration_text, windows=2, output=tmp_path / "page")
     assert page.perplexity > 1

@@ -130,7 +130,6 @@ CONTEXT = {
     "evaluate": ["{carved}", "--text", SHORT],
     "report": ["{carved}", "--text", SHORT, "--output", "{out}"],
     "recover": ["{carved}", "{out}", "--training", CALIBRATION, "--text", SHORT, *PAPER],
-    "export": ["{carved}", "{out}", "--refit-router", CALIBRATION],
     "sweep": ["{dense}", "{out}", "--calibration", CALIBRATION, "--text", SHORT],
 }
 
@@ -146,11 +145,11 @@ def test_windows_longer_than_the_context_are_refused(dense, carve, tmp_path, com
 
 def test_the_shortest_context_of_several_models_counts(dense, make_dense, carve, tmp_path):
     shorter, carved = make_dense(max_position_embeddings=64), carve(dense)
-    tuning = Tuning(objective="next-token", sequence_length=65)
+    tuning = Tuning(sequence_length=65)
     recovery = {"training": CALIBRATION, "text": SHORT, "tuning": tuning}
     for call in (
         partial(evaluate, carved, baseline=shorter, text=SHORT, sequence_length=65),
-        partial(recover, carved, tmp_path / "out", control=shorter, **recovery),
+        partial(recover, carved, tmp_path / "out", teacher=shorter, **recovery),
     ):
         with pytest.raises(RequestError, match="context of 64 tokens"):
             call()

@@ -10,18 +10,15 @@ import torch
 from recipes import FIRST_EDITION
 from refusal import refused
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from cmoe_hf.conversion import Recipe, RequestError, evaluate, export
-from cmoe_hf.conversion.carve.router import linear_router
+from cmoe_hf.conversion import Recipe, RequestError, export
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.embedded import CALIBRATION
-from cmoe_hf.conversion.measure.routing import collected, sparse_blocks
+from cmoe_hf.conversion.measure.routing import collected
 from cmoe_hf.conversion.share.export import chosen_by, routers_of
-from cmoe_hf.conversion.share.linearise import expert_energies, linear_routers
 from cmoe_hf.conversion.share.targets import TARGETS
-from cmoe_hf.conversion.source.calibration import tokenize
 from cmoe_hf.conversion.source.stored import read_json
 
 pytestmark = pytest.mark.library
@@ -227,54 +224,13 @@ def test_a_trained_balance_among_which_one_expert_runs(dense, carve, token_ids, 
     check_logits(changed, tmp_path / "native", token_ids, 2e-5)
 
 
-@pytest.mark.parametrize("recipe", ["paper", pytest.param("released", marks=pytest.mark.thorough)])
-def test_another_router_is_refitted(embedded, carve, calibration_text, held_out, tmp_path, recipe):
-    """Not the same function, but the same experts, and no worse a choice of them."""
-    few = {"samples": 16, "sequence_length": 256, "dtype": "float32"}
-    carved = carve(embedded, (3, 3, 8), recipe=recipe, **few)
-    result = export(
-        carved,
-        tmp_path / "native",
-        refit_router=calibration_text,
-        samples=16,
-        sequence_length=256,
-    )
-    assert result.refitted_router and result.routing_agreement < 1
-    assert "routers are not those described above" in (tmp_path / "native/README.md").read_text()
-    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "native", output_loading_info=True)
-    assert not any(info.values())
-    before, after = (
-        evaluate(folder, text=held_out, sequence_length=256) for folder in (carved, result.output)
-    )
-    assert after.perplexity < before.perplexity
-
-
-def test_sums_over_tokens_give_the_router_of_the_recipe(embedded, carve, calibration_text):
-    folder = carve(embedded, (3, 3, 8), recipe="paper", samples=4, sequence_length=128)
-    model = load(folder)
-    text = calibration_text.read_text(encoding="utf-8")
-    ids = tokenize(AutoTokenizer.from_pretrained(folder), text)[:1024].view(4, 256)
-    fitted = linear_routers(model, ids, ridge=0.5)
-    seen = []
-    block = sparse_blocks(model)[2]
-    block.register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0].flatten(0, 1)))
-    with torch.no_grad():
-        for window in ids:
-            model(window[None])
-        x_TH = torch.cat(seen)
-        expected = linear_router(x_TH, expert_energies(block.experts, x_TH), ridge=0.5)
-    torch.testing.assert_close(fitted[2], expected["linear_weight"], rtol=1e-3, atol=1e-4)
-
-
 def test_bad_requests(carved, dense, make_dense, carve, tmp_path):
     def invoke(model, *arguments):
         command = ["export", model, tmp_path / "out", *arguments]
         return CliRunner().invoke(app, [str(argument) for argument in command])
 
     few = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}
-    refused(
-        invoke(carve(dense, recipe="paper", **few)), 2, "router is representative", "--refit-router"
-    )
+    refused(invoke(carve(dense, recipe="paper", **few)), 2, "router is representative", "refined")
     refused(invoke(carve(dense, recipe="released", **few)), 2, "absolute values")
     refused(invoke(carve(dense, (4, 0, 8))), 2, "does not route")
     refused(invoke(dense), 2, "not a carved one")

@@ -26,7 +26,6 @@ from typer.testing import CliRunner
 
 from cmoe_hf.conversion import CMoEError, Recipe, RequestError, export_gguf
 from cmoe_hf.conversion.cli import app
-from cmoe_hf.conversion.embedded import CALIBRATION
 from cmoe_hf.conversion.measure.llama_cpp import LlamaServer, find_program, find_server
 from cmoe_hf.conversion.share.gguf_quantize import quantize
 
@@ -404,7 +403,7 @@ def test_bad_requests(carved, dense, make_dense, carve, tmp_path, monkeypatch):
     refused(invoke(make_dense(rope_parameters=yarn), "--gguf", out), 2, "embeddings of type yarn")
     refused(invoke(make_dense("mistral-sliding"), "--gguf", out), 2, "in a sliding window")
     paper = carve(dense, recipe="paper")
-    refused(invoke(paper, "--gguf", out), 2, "router is representative", "--refit-router")
+    refused(invoke(paper, "--gguf", out), 2, "router is representative", "refined")
     out.touch()
     refused(invoke(carved, "--gguf", out), 2, "exists already", "--overwrite")
     monkeypatch.setitem(sys.modules, "gguf", None)
@@ -424,10 +423,9 @@ def test_values_that_float16_cannot_hold(own_dense, tmp_path, tensors):
     assert not list(tmp_path.glob("*.gguf*"))
 
 
-def test_json_and_a_refitted_router(server, dense, carve, tmp_path):
+def test_json(server, carved, tmp_path):
     out = tmp_path / "model.gguf"
-    command = ["export", carve(dense, recipe="paper"), "--gguf", out, "--json"]
-    command += ["--refit-router", CALIBRATION, "--samples", 4, "--sequence-length", 64]
+    command = ["export", carved, "--gguf", out, "--json"]
     result = CliRunner().invoke(app, [str(it) for it in command])
     assert result.exit_code == 0, result.stderr
     printed = json.loads(result.stdout)

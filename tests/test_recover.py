@@ -52,9 +52,9 @@ def carved(dense, carve):
 
 @pytest.fixture(scope="module")
 def recovered(carved, dense, tmp_path_factory):
-    """A recovery with a control, and its result."""
+    """A recovery, and its result."""
     output = tmp_path_factory.mktemp("recovered") / "out"
-    return output, recover(carved, output, **TEXTS, control=dense, tuning=Tuning(**LOUD))
+    return output, recover(carved, output, **TEXTS, tuning=Tuning(**LOUD))
 
 
 def report(output):
@@ -110,17 +110,6 @@ def test_the_figures_are_those_of_the_models(carved, dense, recovered, token_ids
     windows_WL = token_ids  # any windows will do to compare two computations
     model, source = load(output), load(carved)
     assert perplexity(model, windows_WL) != perplexity(source, windows_WL)
-    logs = [
-        math.log(perplexity)
-        for perplexity in (
-            *(result.perplexity_before, result.perplexity_after),
-            *(result.control_before, result.control_after),
-        )
-    ]
-    assert result.gap_before == pytest.approx(logs[0] - logs[2])
-    assert result.gap_after == pytest.approx(logs[1] - logs[3])
-    assert result.closed == pytest.approx((logs[0] - logs[1]) / (logs[0] - logs[3]))
-    assert result.control_after != result.control_before
     assert result.perplexity_after_without_bias != result.perplexity_after
     assert result.steps == 8
     assert result.training_tokens == 16 * 64
@@ -418,7 +407,7 @@ def test_interrupted_it_resumes_to_the_same_curve(carved, recovered, dense, tmp_
     """In this process; the next test kills one."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "training_step", interrupting_after(4))
-        recover(carved, tmp_path / "out", **TEXTS, control=dense, tuning=Tuning(**LOUD))
+        recover(carved, tmp_path / "out", **TEXTS, tuning=Tuning(**LOUD))
     assert not (tmp_path / "out").exists()
     resume_recovery(tmp_path / "out")
     assert losses(tmp_path / "out") == losses(recovered[0])
@@ -461,7 +450,7 @@ def test_two_processes_learn_what_one_does(carved, recovered, dense, tmp_path):
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
             *("--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
             *("-m", "cmoe_hf.conversion.cli", "recover", carved, tmp_path / "out"),
-            *("--control", dense, "--device", "cpu", "--json", *arguments),
+            *("--device", "cpu", "--json", *arguments),
         ],
         env={**os.environ, "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
@@ -471,7 +460,7 @@ def test_two_processes_learn_what_one_does(carved, recovered, dense, tmp_path):
     assert launched.returncode == 0, launched.stderr
     printed = json.loads(launched.stdout)  # of one process
     assert losses(tmp_path / "out") == pytest.approx(losses(recovered[0]), rel=1e-3)
-    for key in ("perplexity_before", "perplexity_after", "control_after"):
+    for key in ("perplexity_before", "perplexity_after"):
         assert printed[key] == pytest.approx(getattr(recovered[1], key), rel=1e-2)
     ours, theirs = (
         torch.tensor(report(at)["stages"]["carved"]["biases"])
@@ -558,8 +547,6 @@ def test_bad_requests(carved, dense, make_dense, tmp_path):
     refused(invoke("--bias-speed", -1), 2, "bias_speed is -1")
     refused(invoke("--samples", 10**6), 2, "Give more text")
     paper = ("--objective", "next-token")
-    refused(invoke(*paper, "--control", tmp_path / "nowhere"), 2, "neither a folder")
-    refused(invoke("--control", dense), 2, "add --objective next-token")
     refused(invoke(*paper, "--teacher", dense), 2, "has no teacher")
     refused(invoke(*paper, "--training", "own"), 2, "written by a teacher")
     refused(invoke(*paper, "--method", "full"), 2, "trains LoRA")

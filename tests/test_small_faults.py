@@ -130,7 +130,6 @@ PAPER = ["--objective", "next-token", "--samples", 4]
         ("report", ["--text", HELD_OUT]),
         ("benchmark", ["--text", HELD_OUT, "--rounds", 1, "--prefill", 64, "--context", 64]),
         ("recover", ["OUT", "--training", CALIBRATION, "--text", HELD_OUT, *PAPER]),
-        ("export", ["OUT", "--refit-router", CALIBRATION]),
     ],
 )
 def test_a_token_beyond_the_embedding_is_refused(beyond, quiet, tmp_path, command, options):

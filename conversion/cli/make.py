@@ -239,7 +239,6 @@ def _recovery_table(it: Recovery) -> Table:
                 made.add_row(label, *(_decimal(row[when][figure]) for when in WHEN[:2]))
     for label, name in (
         ("perplexity", "perplexity"),
-        ("perplexity of the dense control", "control"),
         ("log-perplexity gap to the dense model", "gap"),
         ("imbalance of the experts' loads", "imbalance"),
         ("the same on the training text", "training_imbalance"),

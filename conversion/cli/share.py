@@ -52,7 +52,6 @@ def export_command(
         "largest difference of the logits": f"{result.max_abs_logit_difference:.2g} "
         f"in {result.dtype}",
         "tokens routed alike": f"{result.routing_agreement:.2%}",
-        "routers": "refitted" if result.refitted_router else "the same",
     }
     return Printed(result, [facts(f"exported to {result.architecture}", rows)])
 

@@ -31,9 +31,6 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
     rows = [("carved", f"{result['perplexity_before']:.2f}", result["perplexity_after"])]
     if result["perplexity_after_without_bias"] is not None:
         rows.append(("carved, balance biases zero", "", result["perplexity_after_without_bias"]))
-    if report["control"] is not None:
-        name = f"dense `{report['control']}`, tuned by the same recipe"
-        rows.append((name, f"{result['control_before']:.2f}", result["control_after"]))
     tuning = report["tuning"]
     if result["teacher_perplexity"] is not None:
         rows.append(("dense, untouched", "", result["teacher_perplexity"]))
@@ -52,14 +49,10 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
     return _before_licence(renewed_card(card, code), section)
 
 
-def native_card(card: str, architecture: str, difference: float, *, refitted: bool) -> str:
+def native_card(card: str, architecture: str, difference: float) -> str:
     """Return the card of a model exported to a stock architecture."""
     card = without_section(_without_results(card, "custom_code"), FIGURES)
-    section = TEXTS["native"].format(
-        architecture=architecture,
-        difference=difference,
-        refitted=TEXTS["refitted_router"] if refitted else "",
-    )
+    section = TEXTS["native"].format(architecture=architecture, difference=difference)
     card = with_perplexity(without_section(card, CODE), TEXTS["unmeasured"])
     return _before_licence(card.replace(", trust_remote_code=True", ""), section)
 

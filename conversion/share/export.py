@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the same function as a stock architecture, which needs no remote code.
 
-Shape suffixes: T tokens, K active experts, W windows, L tokens of a window.
+Shape suffixes: T tokens, K active experts.
 """
 
 import logging
@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from cmoe_hf import CMoEConfig, CMoEHierarchicalConfig
 from cmoe_hf.configuration_cmoe import with_legacy_keys
-from cmoe_hf.modeling_cmoe import CMoERouter
 
-from ..carve.recipe import Recipe
 from ..carve.settings import MAX_SHARD_SIZE, shard_bytes
 from ..errors import RequestError
 from ..folder.auxiliary_files import read_auxiliary_files
@@ -29,12 +27,8 @@ from ..folder.unfinished import PartialFolder
 from ..measure.routing import collected
 from ..options import with_options
 from ..source.architectures import dense_type, differences
-from ..source.calibration import random_windows, read_tokens
 from ..source.hub import fetch_model, find_model, load_tokenizer
-from ..source.loading import window_length
 from ..source.stored import read_headers, read_json
-from ..source.texts import open_text, text_file
-from .linearise import linear_routers
 from .needs import choose, lacking, needs_of
 from .pieces import Files, by_layer
 from .targets import TARGETS, by_faithfulness
@@ -58,26 +52,10 @@ class Export:
     """Between the logits of both models, in the precision of the checkpoint, on random tokens."""
     routing_agreement: float
     """Share of these tokens, over all layers, for which both choose the same experts."""
-    refitted_router: bool
-    """Whether the router was replaced: then the function is another."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RefitOptions:
-    """Linear routers in place of those that an engine does not have."""
-
-    refit_router: str | Path | None = None
-    """Text to fit linear routers to, where the model has others."""
-    samples: int = 8
-    """Windows of that text."""
-    sequence_length: int | None = None
-    """Tokens per window; default 2,048, or the model's context if shorter."""
-    overwrite: bool = False
-    """Replace what is at the output."""
 
 
 @dataclass(frozen=True)
-class ExportOptions(RefitOptions):
+class ExportOptions:
     """The options of `export`."""
 
     model: str | Path
@@ -90,13 +68,15 @@ class ExportOptions(RefitOptions):
     step35; default the most faithful that fits."""
     max_shard_size: str | int = MAX_SHARD_SIZE
     """Maximum size of a weights file, for example 500MB or 2GiB."""
+    overwrite: bool = False
+    """Replace what is at the output."""
 
 
 @with_options(ExportOptions)
 def export(options: ExportOptions) -> Export:
     """Write a carved model as a stock architecture that loads without remote code.
 
-    It must have a linear router, unless one is fitted, and no fine-tuned gates.
+    It must have a linear router and no fine-tuned gates.
 
     Raises:
         RequestError: No architecture, or not the one asked for, represents the model; the message
@@ -104,14 +84,13 @@ def export(options: ExportOptions) -> Export:
         CMoEError: The model cannot be reached or is damaged.
     """
     limit = shard_bytes(options.max_shard_size)
-    output, refits = options.output, options.refit_router is not None
-    work = ExportFolder(output, overwrite=options.overwrite)
+    work = ExportFolder(options.output, overwrite=options.overwrite)
     if options.to not in (None, *TARGETS):
         known = ", ".join(TARGETS)
         raise RequestError(f"there is no export to {options.to!r}; choose one of {known}.")
     folder, name, commit = find_model(options.model)
     config = AutoConfig.from_pretrained(folder)
-    check_config(config, name, refit=refits)
+    check_config(config, name)
     if commit is not None:
         folder = fetch_model(name, commit)
     needs = needs_of(config, folder)
@@ -126,11 +105,10 @@ def export(options: ExportOptions) -> Export:
     tokenizer = load_tokenizer(folder)
     native = target.config(config, needs)
     kept = read_auxiliary_files(folder).beside(native, tokenizer)
-    work.check(
-        {"the carved model": folder, "the calibration text": text_file(options.refit_router)}
-    )
-    stored = refitted_tensors(folder, config, tokenizer, options)
-    with ExportFolder.create(output, {"model": name}, overwrite=options.overwrite) as work:
+    work.check({"the carved model": folder})
+    stored: dict[str, Any] = read_headers(folder)
+    overwrite = options.overwrite
+    with ExportFolder.create(options.output, {"model": name}, overwrite=overwrite) as work:
         layers = []
         for layer, parts in by_layer(stored).items():
             made = target.layer(parts, config) if layer else target.ends(parts)
@@ -149,7 +127,7 @@ def export(options: ExportOptions) -> Export:
         write_fingerprint(folder, work, tokenizer)
         difference, agreement = compare(folder, work.folder, config)
         if kept.card:
-            card = native_card(kept.card, native.model_type, difference, refitted=refits)
+            card = native_card(kept.card, native.model_type, difference)
             work.write_text(CARD_FILE, card)
     return Export(
         output=str(work.output),
@@ -158,7 +136,6 @@ def export(options: ExportOptions) -> Export:
         dtype=str(config.dtype).removeprefix("torch."),
         max_abs_logit_difference=difference,
         routing_agreement=agreement,
-        refitted_router=refits,
     )
 
 
@@ -168,7 +145,7 @@ class ExportFolder(PartialFolder):
     noun = "export"
 
 
-def check_config(config: PreTrainedConfig, name: str, *, refit: bool) -> None:
+def check_config(config: PreTrainedConfig, name: str) -> None:
     """Raise `RequestError` for a model that no target represents."""
     if not isinstance(config, CMoEConfig):
         raise RequestError(f"{name} is a {config.model_type} model, not a carved one.")
@@ -185,37 +162,17 @@ def check_config(config: PreTrainedConfig, name: str, *, refit: bool) -> None:
             f"no stock MoE architecture is known to have the layers of a {dense_type(config)} "
             "around its FFN"
         )
-    if config.router_type != "linear" and not refit:
+    if config.router_type != "linear":
         reasons.append(
             f"its router is {config.router_type}, products of neurons, where stock architectures "
-            "have a matrix: pass --refit-router with a calibration text to fit one"
+            "have a matrix: carve with the recipe refined"
         )
-    if config.router_absolute_score and not refit:
+    if config.router_absolute_score:
         reasons.append("its router takes absolute values")
     if config.num_experts_per_tok == 0:
         reasons.append("it does not route")
     if reasons:
         raise RequestError(f"{name} cannot be exported: {'; '.join(reasons)}.")
-
-
-def refitted_tensors(
-    folder: Path, config: CMoEConfig, tokenizer: PreTrainedTokenizerBase, options: RefitOptions
-) -> dict[str, Any]:
-    """Return the tensors of a model by name, with linear routers fitted to it if so asked."""
-    stored: dict[str, Any] = read_headers(folder)
-    if options.refit_router is None:
-        return stored
-    ids = read_tokens(open_text(options.refit_router), tokenizer, config.vocab_size).ids
-    length = window_length(config, options.sequence_length)
-    windows_WL = random_windows(ids, samples=options.samples, length=length, seed=0)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    weights = linear_routers(model, windows_WL, ridge=Recipe.router_ridge)
-    routers = [name for name, module in model.named_modules() if isinstance(module, CMoERouter)]
-    gates = tuple(f"{name}." for name in routers)
-    kept = {name: it for name, it in stored.items() if "bias" in name or not name.startswith(gates)}
-    for name, weight_NH in zip(routers, weights, strict=True):
-        kept[f"{name}.linear_weight"] = weight_NH.to(model.dtype)
-    return kept
 
 
 @torch.no_grad()

@@ -23,8 +23,8 @@ from ..options import with_options
 from ..source.architectures import differences
 from ..source.hub import fetch_model, find_model, load_tokenizer
 from ..source.library import attention_types
-from ..source.texts import text_file
-from .export import RefitOptions, check_config, refitted_tensors
+from ..source.stored import read_headers
+from .export import check_config
 from .gguf_layouts import BLOCK, LAYOUTS, Layout, empty_layer, file_fields, rope_factors
 from .gguf_quantize import WHOLE, find_quantizer, quantize
 from .gguf_reading import check_reading
@@ -66,7 +66,7 @@ class GGUFFile:
 
 
 @dataclass(frozen=True)
-class GGUFOptions(RefitOptions):
+class GGUFOptions:
     """The options of `export_gguf`."""
 
     model: str | Path
@@ -82,13 +82,15 @@ class GGUFOptions(RefitOptions):
     force: bool = False
     """Write the file even if llama.cpp would read texts, chats or ends of generations otherwise
     than transformers: what differs is a warning then."""
+    overwrite: bool = False
+    """Replace what is at the output."""
 
 
 @with_options(GGUFOptions)
 def export_gguf(options: GGUFOptions) -> GGUFFile:
     """Write a model as a GGUF file, which llama.cpp and what is built on it run.
 
-    A carved model must have a linear router, unless one is fitted, and no fine-tuned gates.
+    A carved model must have a linear router and no fine-tuned gates.
 
     Raises:
         RequestError: The extra is not installed, or llama.cpp would compute something else; the
@@ -105,15 +107,14 @@ def export_gguf(options: GGUFOptions) -> GGUFFile:
     config = AutoConfig.from_pretrained(folder)
     routes = isinstance(config, CMoEConfig)
     if routes:
-        check_config(config, name, refit=options.refit_router is not None)
+        check_config(config, name)
     if differences(config) is None:
         raise RequestError(f"{name} cannot be a GGUF file: a {config.model_type} is not known.")
     if getattr(config, "hidden_act", None) not in ("silu", "swish"):
         raise RequestError(f"{name} cannot be a GGUF file: its activation is {config.hidden_act}.")
     if commit is not None:
         folder = fetch_model(name, commit)
-    texts = {"the model": folder, "the calibration text": text_file(options.refit_router)}
-    check_apart(path, texts)
+    check_apart(path, {"the model": folder})
     needs = needs_of(config, folder)
     layouts = [it for it in LAYOUTS.values() if it.routes == routes or it.name == to]
     layout, reasons = choose(layouts, config, needs, name, to)
@@ -121,7 +122,7 @@ def export_gguf(options: GGUFOptions) -> GGUFFile:
     ends = end_tokens(folder, config)
     words = vocabulary(tokenizer, config.vocab_size, ends)
     check_reading(tokenizer, words, ends, force=options.force)
-    made = made_tensors(refitted_tensors(folder, config, tokenizer, options), config, layout)
+    made = made_tensors(read_headers(folder), config, layout)
     path.parent.mkdir(parents=True, exist_ok=True)
     # llama.cpp strips spaces behind special tokens of models whose name has Phi-3 in it.
     words["general.name"] = re.sub("(?i)(phi)-?3", r"\1 3", name)

@@ -239,7 +239,8 @@ def plan_training(
     needed = LIBRARIES + held + activations + logits + teacher_bytes
     free = free_memory(device) // (state.num_processes if device.type == "cpu" else 1)
     method = tuning.method or ("full" if needed < 0.9 * free else "lora")
-    what = {"full": "all weights of experts, routers and norms", "lora": "LoRA factors"}[method]
+    experts = "experts, attention" if tuning.train_attention else "experts"
+    what = "LoRA factors" if method == "lora" else f"all weights of {experts}, routers and norms"
     reason = (
         f"training {what}: with {in_words(trained)} of {in_words(parameters)} parameters, "
         f"their gradients and Adam's state, all weights need about {needed / 1e9:.2f} GB, and "

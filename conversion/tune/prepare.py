@@ -13,7 +13,7 @@ from pathlib import Path
 import accelerate
 import torch
 from accelerate.utils import parse_flag_from_env
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cmoe_hf import CMoEConfig
 
@@ -59,8 +59,6 @@ class RecoverOptions(LoadOptions):
     """Measure on the first windows of each text only."""
     teacher: str | Path | None = None
     """The dense model to learn from; default the one that was carved, if it is found."""
-    control: str | Path | None = None
-    """The dense model: tune it by the same recipe and compare; for next-token."""
     dtype: str | None = None
     """float32 or bfloat16; default the checkpoint's precision."""
     max_shard_size: str | int = MAX_SHARD_SIZE
@@ -73,7 +71,7 @@ class RecoverOptions(LoadOptions):
     def __post_init__(self) -> None:
         """Make paths absolute: a recovery can be resumed from anywhere."""
         object.__setattr__(self, "output", str(resolved(self.output)))
-        for name in ("model", "teacher", "control"):
+        for name in ("model", "teacher"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, absolute(value))
         tuning = self.tuning or Tuning()
@@ -130,8 +128,7 @@ class Prepared:
         ):
             for number, source in enumerate(sources):
                 found[name + f" {number + 1}" * bool(number)] = text_file(source)
-        given = {"the teacher": self.options.teacher, "the control": self.options.control}
-        return found | given
+        return found | {"the teacher": self.options.teacher}
 
     def load(self, model: str | Path) -> PreTrainedModel:
         """Return a model as this recovery runs it."""
@@ -158,11 +155,6 @@ def prepare(options: RecoverOptions, kept: Texts | None = None) -> Prepared:
     tuning = options.tuning or Tuning()
     if not tuning.distils and options.teacher is not None:
         raise RequestError("--objective next-token has no teacher: leave out --teacher.")
-    if tuning.distils and options.control is not None:
-        raise RequestError(
-            "--control is tuned on the next token: add --objective next-token. Distillation is "
-            "compared with its teacher."
-        )
     check_at_least(1, windows=options.windows)
     state = accelerate.PartialState(cpu=options.device == "cpu" or on_cpus())
     tuning.split(state.num_processes)
@@ -186,16 +178,16 @@ def prepare(options: RecoverOptions, kept: Texts | None = None) -> Prepared:
     tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
     if tuning.distils:
         options = replace(options, teacher=options.teacher or find_teacher(folder))
-    others = {it for it in (options.teacher, options.control) if it is not None}
-    configs = {other: load_config(other, trusted) for other in others}
-    for other in others:
-        theirs = load_tokenizer(model_folder(other)[0], trust_remote_code=trusted)
-        check_same_vocabulary(other, theirs, tokenizer)
+    configs: list[PreTrainedConfig] = [config]
+    if options.teacher is not None:
+        configs.append(load_config(options.teacher, trusted))
+        theirs = load_tokenizer(model_folder(options.teacher)[0], trust_remote_code=trusted)
+        check_same_vocabulary(options.teacher, theirs, tokenizer)
     usual = WINDOW[tuning.objective]
-    length = window_length(config, tuning.sequence_length, *configs.values(), usual=usual)
+    length = window_length(config, tuning.sequence_length, *configs[1:], usual=usual)
     counts = shares(portions, tuning.samples, length)
     if kept is None:
-        vocabulary = min(it.vocab_size for it in (config, *configs.values()))
+        vocabulary = min(it.vocab_size for it in configs)
         total, drawn = 0, [torch.empty(0, length, dtype=torch.int64)]
         for portion, count in zip(portions, counts, strict=True):
             if portion.text != OWN:
@@ -209,7 +201,7 @@ def prepare(options: RecoverOptions, kept: Texts | None = None) -> Prepared:
             tests.append(consecutive_windows(ids, length=length)[: options.windows])
         kept = (total, torch.cat(drawn), tests)
     micro, _ = tuning.split(state.num_processes)
-    teacher = None if options.teacher is None else configs[options.teacher]
+    teacher = configs[1] if len(configs) > 1 else None
     planned = plan_training(config, teacher, tuning, options.dtype, device, micro * length)
     if planned.tuning.method == "lora":
         check_peft()

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A carved model that learns from the dense one, or by the paper's fine-tuning (section 5.1).
 
-Fine-tuning on a text makes a dense model better on it, too: with a control, the dense model is
-tuned by the same recipe, and both are reported. Distillation is measured against its teacher.
+Distillation is measured against its teacher.
 
 Shape suffixes: W windows, L tokens of one window.
 """
@@ -81,17 +80,12 @@ class Recovery:
     divergence KL(teacher || model) and the agreement of the most likely token."""
     teacher_perplexity: float | None = None
     """Of the untouched dense model; None without a teacher."""
-    control_before: float | None = None
-    """Perplexity of the dense model; None without a control."""
-    control_after: float | None = None
-    """Of the dense model tuned by the same recipe."""
     gap_before: float | None = None
-    """ln(carved / dense), before any training; dense is the teacher or the control."""
+    """ln(carved / teacher), before any training."""
     gap_after: float | None = None
-    """ln(carved / dense), where a control is tuned, too: what the carving costs in the end."""
+    """The same after it: what the carving costs in the end."""
     closed: float | None = None
-    """Share of the distance to the dense model (a control after tuning) that the carved one went:
-    ln(before / after) / ln(before / dense)."""
+    """Share of the gap that is gone."""
 
 
 @with_options(RecoverOptions)
@@ -153,8 +147,8 @@ def check_disk(prepared: Prepared, work: PartialFolder) -> None:
 
 
 class RecoveryFolder(PartialFolder):
-    """A recovery's folder: `work/carved` and `work/control` hold the checkpoints of two models, and
-    `work/stages.json` what is measured."""
+    """A recovery's folder: `work/carved` holds checkpoints, and `work/stages.json` what is
+    measured."""
 
     command = "recover"
     noun = "recovery"
@@ -208,19 +202,18 @@ def owned_folder(
 
 
 def run(prepared: Prepared, work: RecoveryFolder) -> Recovery:
-    """Tune the carved model, then the control, and complete the repository."""
-    options, is_main = prepared.options, accelerate.PartialState().is_main_process
-    if is_main and "carved" not in work.stages:
-        tqdm.write(prepared.plan.reason, file=sys.stderr)
-    teacher, windows_WL = None, prepared.training_WL
-    if options.teacher is not None and "carved" not in work.stages:
-        teacher = prepared.load(options.teacher).requires_grad_(False)
-        if prepared.own_windows:
-            own_WL = own_text(teacher, prepared, work.own_text)
-            windows_WL = torch.cat([windows_WL, own_WL])
-    for stage, model in (("carved", options.model), ("control", options.control)):
-        if model is not None and stage not in work.stages:
-            work.write_stage(stage, tuned(prepared, work, stage, model, windows_WL, teacher))
+    """Tune the model, and complete the repository."""
+    is_main = accelerate.PartialState().is_main_process
+    if "carved" not in work.stages:
+        if is_main:
+            tqdm.write(prepared.plan.reason, file=sys.stderr)
+        teacher, windows_WL = None, prepared.training_WL
+        if prepared.options.teacher is not None:
+            teacher = prepared.load(prepared.options.teacher).requires_grad_(False)
+            if prepared.own_windows:
+                own_WL = own_text(teacher, prepared, work.own_text)
+                windows_WL = torch.cat([windows_WL, own_WL])
+        work.write_stage("carved", tuned(prepared, work, windows_WL, teacher))
     result = summary(prepared, work)
     if is_main:
         write_beside_weights(prepared, work, result)
@@ -247,34 +240,29 @@ def own_text(teacher: PreTrainedModel, prepared: Prepared, folder: Path) -> torc
 def tuned(
     prepared: Prepared,
     work: RecoveryFolder,
-    stage: str,
-    model: str | Path,
     windows_WL: torch.Tensor,
     teacher: PreTrainedModel | None,
 ) -> dict[str, Any]:
-    """Measure, tune and measure one model; the carved one is written."""
+    """Measure, tune, measure and write the model."""
     start, options = time.perf_counter(), prepared.options
-    loaded = prepared.load(model)
+    loaded = prepared.load(options.model)
     measure = partial(quality_and_loads, prepared=prepared, teacher=teacher, training_WL=windows_WL)
-    before = measure(loaded, description=f"{stage} before")
-    loaded, losses = tune(
-        loaded,
-        windows_WL,
-        prepared.tuning,
-        work.private / stage,
-        teacher=teacher,
-        description=f"tuning {stage}",
-    )
-    after = measure(loaded, description=f"{stage} after")
-    figures = {"before": before, "after": after, "losses": losses}
-    if stage == "carved":
-        figures["scales"] = [gate.scale.tolist() for gate in active_routers(loaded)]
-        figures["biases"] = [gate.balance_bias.tolist() for gate in active_routers(loaded)]
-        if accelerate.PartialState().is_main_process:
-            loaded.config = AutoConfig.from_pretrained(prepared.folder)  # without `PLAIN_OUTPUTS`
-            limit = shard_bytes(options.max_shard_size)
-            loaded.save_pretrained(work.folder, max_shard_size=limit)
-    return {**figures, "seconds": time.perf_counter() - start}
+    before = measure(loaded, description="before")
+    checkpoints = work.private / "carved"
+    loaded, losses = tune(loaded, windows_WL, prepared.tuning, checkpoints, teacher=teacher)
+    after = measure(loaded, description="after")
+    if accelerate.PartialState().is_main_process:
+        loaded.config = AutoConfig.from_pretrained(prepared.folder)  # without `PLAIN_OUTPUTS`
+        limit = shard_bytes(options.max_shard_size)
+        loaded.save_pretrained(work.folder, max_shard_size=limit)
+    return {
+        "before": before,
+        "after": after,
+        "losses": losses,
+        "scales": [gate.scale.tolist() for gate in active_routers(loaded)],
+        "biases": [gate.balance_bias.tolist() for gate in active_routers(loaded)],
+        "seconds": time.perf_counter() - start,
+    }
 
 
 def quality_and_loads(
@@ -309,7 +297,7 @@ def quality_and_loads(
 
 def summary(prepared: Prepared, work: RecoveryFolder) -> Recovery:
     """Return the figures of all stages as those of the recovery."""
-    carved, control = work.stages["carved"], work.stages.get("control")
+    carved = work.stages["carved"]
     names = [public_name(it) for it in listed(prepared.options.text)]
     length = prepared.tests[0].shape[1]
     figures: dict[str, Any] = {"texts": [{"text": name} for name in names]}
@@ -323,14 +311,10 @@ def summary(prepared: Prepared, work: RecoveryFolder) -> Recovery:
         for row, found in zip(figures["texts"], measured, strict=True):
             row[when] = {name: found[name] for name in Quality._fields if found[name] is not None}
         dense = figures["teacher_perplexity"] = own["baseline_perplexity"]
-        if control is not None:
-            dense = figures[f"control_{when}"] = control[when]["own"]["perplexity"]
         if dense is not None:
             figures[f"gap_{when}"] = math.log(own["perplexity"] / dense)
-    if dense is not None:
-        before = figures["perplexity_before"]
-        if distance := math.log(before / dense):
-            figures["closed"] = math.log(before / figures["perplexity_after"]) / distance
+    if gap := figures.get("gap_before"):
+        figures["closed"] = 1 - figures["gap_after"] / gap
     for figure in ("perplexity", "imbalance"):
         unbiased = carved["after"].get("without_bias", {})
         figures[f"{figure}_after_without_bias"] = unbiased.get(figure)
@@ -340,7 +324,7 @@ def summary(prepared: Prepared, work: RecoveryFolder) -> Recovery:
         notation=AutoConfig.from_pretrained(prepared.folder).notation,
         steps=prepared.tuning.steps(prepared.windows),
         training_tokens=int(prepared.windows * length * prepared.tuning.epochs),
-        seconds=sum(stage["seconds"] for stage in work.stages.values()),
+        seconds=carved["seconds"],
         scale=statistics.mean(scales) if scales else None,
         **figures,
     )
@@ -354,14 +338,13 @@ def write_beside_weights(prepared: Prepared, work: RecoveryFolder, result: Recov
     write_fingerprint(prepared.folder, work, prepared.tokenizer)
     figures = asdict(result)
     del figures["output"]
-    sources = {name: getattr(options, name) for name in ("teacher", "control")}
     portions = [Portion.of(it) for it in listed(options.training)]
     report = {
         "tuning": asdict(prepared.tuning),
         "method_reason": prepared.plan.reason,
         "training": ", ".join(portion.name for portion in portions),
         "text": public_name(listed(options.text)[0]),
-        **{name: source and public_name(source) for name, source in sources.items()},
+        "teacher": options.teacher and public_name(options.teacher),
         "training_text_tokens": prepared.text_tokens,
         "sequence_length": prepared.tests[0].shape[1],
         "versions": versions(),

@@ -64,7 +64,6 @@ def tune(
     folder: Path,
     *,
     teacher: PreTrainedModel | None = None,
-    description: str = "tuning",
 ) -> tuple[PreTrainedModel, list[dict[str, float]]]:
     """Train a model by the method of `tuning`, and merge LoRA factors.
 
@@ -76,7 +75,6 @@ def tune(
         tuning: How to train.
         folder: Where the checkpoints go.
         teacher: The dense model, frozen, if the objective is to distil.
-        description: Of the progress bar.
 
     Returns the merged model, of the same class and precision, and a list of `step` and `loss`.
     Raises `CMoEError` if the loss is NaN or infinite, or a checkpoint cannot be written.
@@ -113,7 +111,7 @@ def tune(
     trainer = CarvedTrainer(learner, arguments, windows_WL, tuning, teacher)
     empty = without_data(learner) if trainer.is_fsdp_enabled else None
     if sys.stderr.isatty():
-        trainer.add_callback(Progress(description))
+        trainer.add_callback(Progress())
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     except OSError as error:
@@ -323,14 +321,10 @@ def move_bias(
 class Progress(ProgressCallback):
     """Shows the last loss in the progress bar: the library's prints it on standard output."""
 
-    def __init__(self, description: str) -> None:
-        super().__init__()
-        self.description = description
-
     def on_log(self, *args: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show it on the main process, which has a bar."""
         if self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_description(self.description)
+            self.training_bar.set_description("tuning")
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
 
