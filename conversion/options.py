@@ -25,7 +25,7 @@ class LoadOptions:
     dtype: str | None = None
     """Precision to compute in: float32, bfloat16, float16; default the checkpoint's."""
     device: str | None = None
-    """cpu, cuda, cuda:1, mps; default the fastest."""
+    """cpu, cuda, cuda:1 or mps; default the fastest available."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model."""
 

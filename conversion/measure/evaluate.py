@@ -80,7 +80,7 @@ class EvaluateOptions(LoadOptions):
     text: str | Path = "wikitext2"
     """Text file, wikitext2, c4 or a Hub data set (their test parts)."""
     sequence_length: int | None = None
-    """Tokens per window; default 2,048 or the model's context."""
+    """Tokens per window; default 2,048, or the model's context if shorter."""
     windows: int | None = None
     """Only the first windows of the text, for a quick look."""
     router: str = "own"

@@ -67,7 +67,7 @@ class ExportOptions:
     """granite, glm4, ernie, qwen2, qwen3; with --gguf llama, qwen2, qwen3, granitemoe, glm4moe,
     step35; default the most faithful that fits."""
     max_shard_size: str | int = MAX_SHARD_SIZE
-    """Of a file of weights, for example 500MB or 2GiB; one file up to it."""
+    """Maximum size of a weights file, for example 500MB or 2GiB."""
     overwrite: bool = False
     """Replace what is at the output."""
 

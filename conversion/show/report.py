@@ -79,7 +79,7 @@ class ReportOptions(LoadOptions):
     text: str | Path = "wikitext2"
     """Text file, wikitext2, c4 or a Hub data set (their test parts) to watch it on."""
     sequence_length: int | None = None
-    """Tokens per window; default 2,048 or the model's context."""
+    """Tokens per window; default 2,048, or the model's context if shorter."""
     windows: int = 16
     """Windows of the text, from its beginning."""
     rounds: int = 5

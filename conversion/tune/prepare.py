@@ -62,7 +62,7 @@ class RecoverOptions(LoadOptions):
     dtype: str | None = None
     """float32 or bfloat16; default the checkpoint's precision, bfloat16 for float16."""
     max_shard_size: str | int = MAX_SHARD_SIZE
-    """Of a file of weights, for example 500MB or 2GiB; one file up to it."""
+    """Maximum size of a weights file, for example 500MB or 2GiB."""
     tuning: Tuning | None = None
     """How to tune; default distillation."""
     overwrite: bool = False
