@@ -12,23 +12,21 @@ from typing import Annotated
 import typer
 
 SUMMARIES = {
-    "demo": "Carve the embedded default, compare dense and carved, generate a line of text.",
-    "convert": "Carve MODEL into a CMoE repository at OUT, or go on with it: "
+    "demo": "Carve and recover a small model that comes with the package, and compare.",
+    "convert": "Convert a dense MODEL to a CMoE repository at OUT, or resume: "
     "cmoe convert OUT --resume.",
-    "recover": "Train a carved MODEL to do as the dense one does, into OUT, or go on: "
+    "recover": "Recover quality of a carved MODEL by distillation, into OUT, or resume: "
     "cmoe recover OUT --resume.",
-    "evaluate": "Measure perplexity, or tasks, dense beside carved; the router beside oracle and "
-    "chance.",
-    "benchmark": "Time FFN, prefill and decoding, dense and carved in turn, beside what is "
-    "possible.",
-    "sweep": "Quality and speed over shapes and budgets. Interrupted, the same command goes on.",
-    "report": "Draw what happens inside a carved model: one HTML page that works offline.",
-    "export": "Write the same function as a stock architecture, which needs no remote code.",
-    "verify": "Does a model still compute what it did when it was made? Status 1 if not.",
-    "upgrade": "Put the code of this release into a model that an older one has carved; weights "
-    "stay.",
-    "publish": "Upload a model to the Hub, checked before and compared afterwards.",
-    "serve": "Serve a model by the OpenAI protocol: `transformers serve` or `llama-server`.",
+    "evaluate": "Measure perplexity or tasks, beside the dense model, and the router beside "
+    "oracle and chance.",
+    "benchmark": "Time FFN, prefill and decoding, dense and carved in turn, beside the roofline.",
+    "sweep": "Measure quality and speed of several shapes and budgets.",
+    "report": "Write an HTML page about a carved model: quality, routing, neurons, speed.",
+    "export": "Write the same function as a stock architecture, or as a GGUF file.",
+    "verify": "Check that a model computes the same as when it was written; exit status 1 if not.",
+    "upgrade": "Replace the code of a model carved by an older release; weights stay.",
+    "publish": "Upload a model to the Hub, with checks before and after.",
+    "serve": "Serve a model with `transformers serve` or `llama-server` (OpenAI protocol).",
 }
 """What the help says of each command."""
 

@@ -26,6 +26,7 @@ from cmoe_hf.conversion import (
     Recipe,
     Tuning,
     evaluate,
+    export,
     recover,
     resume_recovery,
     upgrade,
@@ -237,22 +238,29 @@ def test_what_is_float16_learns_in_bfloat16(dense, carve, tmp_path):
     assert load(tmp_path / "out").dtype == torch.bfloat16
 
 
-def test_experts_routers_and_norms_learn_and_attention_on_request(
+def test_experts_and_norms_learn_and_attention_and_routers_on_request(
     carved, distilled, tensors, tmp_path
 ):
     before, after = tensors(carved), tensors(distilled[0])
-    learns = ("layernorm.weight", "linear_weight", "scale", "gate_up_proj", "experts.down_proj")
+    learns = ("layernorm.weight", "gate_up_proj", "experts.down_proj")
     for name, tensor in before.items():
         moved = not torch.equal(tensor, after[name])
         assert moved == (name.endswith(learns) or "shared_expert" in name), name
         assert tensor.dtype == after[name].dtype
-    tuning = Tuning(**{**DISTIL, "samples": 8}, train_attention=True)
+    tuning = Tuning(**{**DISTIL, "samples": 8}, train_attention=True, train_router=True)
     recover(carved, tmp_path / "out", **TEXTS, tuning=tuning, teacher=distilled[0])
+    assert "experts, attention, routers" in report(tmp_path / "out")["method_reason"]
     after = tensors(tmp_path / "out")
-    assert not torch.equal(before[ATTENTION], after[ATTENTION])
+    for name in ("self_attn.q_proj.weight", "mlp.gate.scale", "mlp.gate.linear_weight"):
+        name = f"model.layers.0.{name}"
+        assert not torch.equal(before[name], after[name]), name
 
 
-ATTENTION = "model.layers.0.self_attn.q_proj.weight"
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_was_distilled_can_be_exported(carved, dense, tmp_path, method):
+    tuning = Tuning(**{**DISTIL, "samples": 4}, method=method)
+    recover(carved, tmp_path / "out", **TEXTS, tuning=tuning, teacher=dense)
+    assert export(tmp_path / "out", tmp_path / "native").max_abs_logit_difference < 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -53,55 +53,56 @@ USUAL_RATE, USUAL_SIZE = 5e-4, 135e6
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """How a model is tuned. What is left open has another default for each objective."""
+    """How a model is trained. Options left out have another default for each objective."""
 
     objective: str = "distil"
-    """distil: learn the dense model's distribution of the next token. next-token: learn the text,
-    with LoRA (the paper's)."""
+    """distil: match the dense model's distribution of the next token. next-token: fine-tune on the
+    text with LoRA, as in the paper."""
     method: str | None = None
-    """Train full (all weights of experts and norms) or lora (factors on experts and
-    attention); default full if it fits into memory. next-token: lora."""
+    """full: train all weights of experts and norms. lora: train LoRA factors on experts and
+    attention. Default full if it fits into memory (next-token: lora)."""
     train_attention: bool = False
-    """Train all weights of attention, too; LoRA always does."""
+    """Train all weights of attention, too; LoRA always covers attention."""
     samples: int = 2048
-    """Training windows of those texts that do not say how many tokens."""
+    """Training windows of the texts given without a number of tokens."""
     sequence_length: int | None = None
-    """Tokens per window; default 512 (next-token: 2,048) or the model's context."""
+    """Tokens per window; default 512 (next-token: 2,048), or the model's context if shorter."""
     epochs: float = 1.0
     """Passes over the windows."""
     batch_size: int | None = None
-    """Windows of one optimiser step, over all processes; default 4 (next-token: 2)."""
+    """Windows per optimiser step, over all processes; default 4 (next-token: 2)."""
     micro_batch_size: int | None = None
-    """Windows at a time on each process; default all it gets."""
+    """Windows per forward pass on each process; default all of its share."""
     rank: int | None = None
     """Rank of the LoRA factors; default 32 (next-token: 8)."""
     alpha: int = 32
     """LoRA scaling: alpha / rank."""
     learning_rate: float | None = None
-    """Of all but the routers, with Adam; default 5e-4 (LoRA: 1e-3) up to 135 M parameters, and
-    lower by the root of the size above. next-token: 5.95e-5."""
+    """Learning rate of Adam; default 5e-4 (LoRA: 1e-3) up to 135 M parameters, falling with the
+    square root of the size above (next-token: 5.95e-5)."""
     router_learning_rate: float | None = None
-    """Of the gate scales u, and of trained routers; default as all weights (next-token: 1e-3)."""
+    """Learning rate of routers and gate scales, if they are trained; default that of all weights
+    (next-token: 1e-3)."""
     adam_beta1: float = 0.9
-    """Decay of Adam's mean."""
+    """Decay rate of Adam's first moment."""
     adam_beta2: float = 0.95
-    """Decay of Adam's mean square."""
+    """Decay rate of Adam's second moment."""
     schedule: str | None = None
-    """Of the learning rates: constant, linear, cosine; default cosine (next-token: constant)."""
+    """Learning rate schedule: constant, linear or cosine; default cosine (next-token: constant)."""
     warmup_steps: float | None = None
-    """Steps to reach the learning rates, or below 1 their share; default 0.05 (next-token: 0)."""
+    """Warm-up steps, or their share of all steps if below 1; default 0.05 (next-token: 0)."""
     max_gradient_norm: float | None = None
-    """Longer gradients are shortened to it; 0: never. Default 1 (next-token: 0)."""
+    """Clip gradients to this norm, 0 never; default 1 (next-token: 0)."""
     bias_speed: float | None = None
-    """First step of the balance biases; falls linearly to 0, or the loads of the last few batches
-    would decide. 0: leave them alone. Default 0 (next-token: 1e-3)."""
+    """Initial step of the balance biases, which falls linearly to 0, so that the last few batches
+    do not decide; 0 freezes them. Default 0 (next-token: 1e-3)."""
     train_router: bool = False
-    """Train routers and gate scales, too; exports cannot represent these. next-token always trains
-    the scales."""
+    """Train routers and gate scales, too; a model with trained scales cannot be exported.
+    next-token always trains the scales."""
     gradient_checkpointing: bool = False
-    """Less memory, more time: activations are computed twice."""
+    """Save memory by computing activations a second time."""
     seed: int = 0
-    """Of windows, order, LoRA factors and the text that the teacher writes."""
+    """Seed of windows, order, LoRA factors and the text that the teacher generates."""
 
     def __post_init__(self) -> None:
         """Take what is left open from the objective. Raise `RequestError` for what cannot be."""

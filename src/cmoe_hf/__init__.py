@@ -12,7 +12,7 @@ FAMILIES = tuple(
 
 globals().update({kind.__name__: kind for classes in FAMILIES for kind in classes})
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "FAMILIES",
