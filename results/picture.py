@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 820, 330, 60, 20, 330, 48
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 820, 350, 60, 40, 330, 48
 COLOURS = ("#0072b2", "#cc7000", "#7f7f7f", "#009e73", "#cc79a7")
 STEPS = (1, 2, 5)
 FIGURE = re.compile(r"(\d[\d.]*)( ?%| ?[kM]\b)?")
@@ -42,7 +42,7 @@ def svg(
     Args:
         columns: Names; the first one belongs to the names of the rows.
         rows: Name and numbers of each line.
-        title: For those who cannot see it.
+        title: What the rows are.
         below: What the columns are.
         logarithmic: Whether the numbers of the rows are on a logarithmic scale, else from 0.
     """
@@ -65,6 +65,7 @@ def svg(
         'font-family="system-ui, sans-serif" font-size="13">',
         f"<title>{title}</title>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+        f'<text x="{LEFT}" y="20" font-weight="600">{title}</text>',
     ]
     for tick in ticks(low, high, logarithmic):
         parts.append(

@@ -247,7 +247,7 @@ def test_experts_and_norms_learn_and_attention_and_routers_on_request(
         moved = not torch.equal(tensor, after[name])
         assert moved == (name.endswith(learns) or "shared_expert" in name), name
         assert tensor.dtype == after[name].dtype
-    tuning = Tuning(**{**DISTIL, "samples": 8}, train_attention=True, train_router=True)
+    tuning = Tuning(**{**DISTIL, "samples": 16}, train_attention=True, train_router=True)
     recover(carved, tmp_path / "out", **TEXTS, tuning=tuning, teacher=distilled[0])
     assert "experts, attention, routers" in report(tmp_path / "out")["method_reason"]
     after = tensors(tmp_path / "out")
