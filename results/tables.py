@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PLACE = re.compile(r"<!-- (results|rows): ([a-z0-9-]+) -->\n.*?<!-- end -->", re.DOTALL)
 NEEDED = {"title", "machine", "versions", "date", "columns", "rows"}
 OPTIONAL = {"command", "commit", "about", "readings", "level", "picture", "rerun"}
-OF_A_PART = {"part_of", "about", "columns", "rows", "readings", "picture"}
+OF_A_PART = {"part_of", "about", "columns", "rows", "readings", "picture", "rerun"}
 WIDTH = 110
 
 

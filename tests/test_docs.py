@@ -2,6 +2,7 @@
 """The pages: their tables, links, lengths, and the commands, files and names in them."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -122,6 +123,44 @@ def unknown_options(line):
         accepted = re.findall(r"add_argument\(\s*\"(--[\w-]+)", script)
         return set(OPTION.findall(called[2])) - {*accepted, "--help"}
     return set()
+
+
+def test_figures_that_changed_are_marked(tmp_path):
+    """By `make tables`, on tables whose commands take no time."""
+    copy = tmp_path / "results"
+    copy.mkdir()
+    for path in (ROOT / "results").glob("*.py"):
+        (copy / path.name).write_bytes(path.read_bytes())
+    about = {
+        "part_of": "b",
+        "columns": ["", "x", "y"],
+        "rows": [["a", 2, "**1.5** (1.2\N{EN DASH}1.8)"]],
+    }
+    places = [[0, 1, "found.0"], [0, 2, "found.1"]]
+    steps = [
+        {"command": "echo begun && echo '{\"found\": [2.1, 1.9]}'", "cells": places},
+        {"command": "exit 3", "cells": []},
+    ]
+    (copy / "a.json").write_text(json.dumps({**about, "rerun": {"within": 0.1, "steps": steps}}))
+    absent = {"needs": ["model"], "within": 0.1, "steps": steps}
+    (copy / "b.json").write_text(json.dumps({**about, "rerun": absent}))
+    done = subprocess.run([sys.executable, copy / "rerun.py"], capture_output=True, text=True)
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.strip().splitlines()[2:]]
+    assert rows == [
+        ["a", "a, x", "2", "2.1", "same"],
+        ["a", "a, y", "**1.5** (1.2\N{EN DASH}1.8)", "1.9", "**changed**"],
+        ["a", "failed: exit 3: exit status 3", "", "", "**changed**"],
+        ["b", "left out: model not in DATA"],
+    ]
+
+
+def test_what_is_run_again_exists():
+    for path in (ROOT / "results").glob("*.json"):
+        table = json.loads(read(path))
+        for step in table.get("rerun", {}).get("steps", []):
+            assert not [it for line in step["command"].split("&&") if (it := unknown_options(line))]
+            for row, column, _ in step["cells"]:
+                assert re.search(r"\d", str(table["rows"][row][column])), (path.name, row, column)
 
 
 @pytest.mark.parametrize("path", [*PAGES, *EXAMPLES], ids=relative)
