@@ -16,7 +16,7 @@ from ..carve.shape import engines_of_width
 from ..convert import convert
 from ..convert import resume as resume_conversion
 from ..demo import DemoOptions, demo
-from ..embedded import HELD_OUT
+from ..embedded import HELD_OUT, MODEL
 from ..errors import CMoEError, RequestError
 from ..folder.unfinished import PartialFolder
 from ..plan import Plan, plan
@@ -53,8 +53,8 @@ def demo_command(**given: Any) -> Printed:
     if result.output is None:
         lines.append("recovered model: gone; `cmoe demo OUT` keeps it and draws a report")
     else:  # without PNG files, which need an extra
-        page = report(result.output, text=HELD_OUT, windows=8, figures=False).output
-        lines += [f"recovered model: {result.output}", f"report: {page}"]
+        drawn = report(result.output, baseline=MODEL, text=HELD_OUT, windows=8, figures=False)
+        lines += [f"recovered model: {result.output}", f"report: {drawn.output}"]
     return Printed(result, [shapes, *lines])
 
 
