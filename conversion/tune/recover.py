@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A carved model that learns from the dense one, or by the paper's fine-tuning (section 5.1).
 
-Distillation is measured against its teacher.
-
 Shape suffixes: W windows, L tokens of one window.
 """
 
@@ -92,9 +90,9 @@ class Recovery:
 def recover(options: RecoverOptions) -> Recovery:
     """Train a carved model and write a repository like the one before.
 
-    By default it learns the dense model's distribution of the next token: all weights of experts,
-    and norms if that fits into memory, else LoRA factors. The work grows in `output` +
-    `.partial`; what stops can be continued with `resume_recovery`.
+    By default it learns the dense model's distribution of the next token: all weights of experts
+    and norms if that fits into memory, else LoRA factors. The work grows in `output` + `.partial`;
+    what stops can be continued with `resume_recovery`.
 
     Raises:
         RequestError: The request cannot be satisfied; nothing was started.
