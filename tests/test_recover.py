@@ -52,7 +52,7 @@ def carved(dense, carve):
 
 
 @pytest.fixture(scope="module")
-def recovered(carved, dense, tmp_path_factory):
+def recovered(carved, tmp_path_factory):
     """A recovery, and its result."""
     output = tmp_path_factory.mktemp("recovered") / "out"
     return output, recover(carved, output, **TEXTS, tuning=Tuning(**LOUD))
@@ -106,7 +106,7 @@ def test_the_routers_learn_on_request_and_without_speed_the_biases_stay(carved, 
             assert torch.equal(tensor, after[name]) == name.endswith("bias")
 
 
-def test_the_figures_are_those_of_the_models(carved, dense, recovered, token_ids):
+def test_the_figures_are_those_of_the_models(carved, recovered, token_ids):
     output, result = recovered
     windows_WL = token_ids  # any windows will do to compare two computations
     model, source = load(output), load(carved)
@@ -420,7 +420,7 @@ def test_loads_and_imbalance_are_what_a_loop_counts(recovered, token_ids):
 
 
 @pytest.mark.library
-def test_interrupted_it_resumes_to_the_same_curve(carved, recovered, dense, tmp_path, tensors):
+def test_interrupted_it_resumes_to_the_same_curve(carved, recovered, tmp_path, tensors):
     """In this process; the next test kills one."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "training_step", interrupting_after(4))
@@ -459,7 +459,7 @@ def test_killed_it_resumes_to_the_same_curve(carved, processes, tmp_path, tensor
 
 
 @pytest.mark.thorough
-def test_two_processes_learn_what_one_does(carved, recovered, dense, tmp_path):
+def test_two_processes_learn_what_one_does(carved, recovered, tmp_path):
     options = {key.replace("_", "-"): value for key, value in {**LOUD, **TEXTS}.items()}
     arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
     launched = subprocess.run(
