@@ -146,7 +146,7 @@ def test_convert_with_recover_is_both_commands_and_resumes_in_either(dense, tmp_
     shutil.copytree(tmp_path / "two-carved", tmp_path / "one")
     once = ["convert", dense, tmp_path / "one", *how, "--recover", "3k", "--overwrite"]
     planned = invoke(*once, "--dry-run")
-    assert planned.exit_code == 0 and "recovery on 3k tokens" in planned.stdout
+    assert planned.exit_code == 0 and "then, on 3k tokens: training all weights" in planned.stdout
     with interrupted_at("model.safetensors", 4):
         stopped = invoke(*once)
     assert stopped.exit_code != 0 and "same command with --resume" in stopped.stderr
@@ -166,6 +166,7 @@ def test_convert_with_recover_is_both_commands_and_resumes_in_either(dense, tmp_
     [
         (["other", "--recover", "many"], "say how many tokens"),
         (["out", "--recover", "3k"], "exists already"),
+        (["other", "--recover", "9000000M"], "the recovery needs 72000."),
     ],
 )
 def test_a_recovery_that_cannot_be_is_refused_before_the_conversion(
@@ -174,7 +175,8 @@ def test_a_recovery_that_cannot_be_is_refused_before_the_conversion(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     output = tmp_path / options[0]
-    result = invoke("convert", dense, output, *SHAPE, *options[1:])
+    how = [*SHAPE, "--calibration", SHORT, "--samples", 4, "--sequence-length", 64]
+    result = invoke("convert", dense, output, *how, *options[1:])
     assert result.exit_code == 2 and phrase in result.stderr
     assert not output.with_name(f"{output.name}-carved").exists()
 

@@ -97,8 +97,7 @@ def test_the_gate_scale_learns_although_peft_freezes_what_is_no_adapter(recovere
 
 def test_the_routers_learn_on_request_and_without_speed_the_biases_stay(carved, tensors, tmp_path):
     tuning = Tuning(**{**LOUD, "bias_speed": 0}, train_router=True)
-    result = recover(carved, tmp_path / "out", **TEXTS, tuning=tuning)
-    assert result.perplexity_after_without_bias is None
+    recover(carved, tmp_path / "out", **TEXTS, tuning=tuning)
     before, after = tensors(carved), tensors(tmp_path / "out")
     assert any(name.endswith("linear_weight") for name in before)
     for name, tensor in before.items():
@@ -111,7 +110,6 @@ def test_the_figures_are_those_of_the_models(carved, recovered, token_ids):
     windows_WL = token_ids  # any windows will do to compare two computations
     model, source = load(output), load(carved)
     assert perplexity(model, windows_WL) != perplexity(source, windows_WL)
-    assert result.perplexity_after_without_bias != result.perplexity_after
     assert result.steps == 8
     assert result.training_tokens == 16 * 64
 
@@ -166,7 +164,6 @@ def test_the_biases_balance_the_loads(embedded, carve, tmp_path):
     result = recover(carved, tmp_path / "out", **texts, tuning=tuning)
     assert result.training_imbalance_after < result.training_imbalance_before / 2
     assert result.imbalance_after < result.imbalance_before
-    assert result.imbalance_after < result.imbalance_after_without_bias
 
 
 def test_always_on_experts_stay_on_in_bfloat16(dense, carve, tmp_path, tensors, edit_config):

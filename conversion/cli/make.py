@@ -19,11 +19,13 @@ from ..demo import DemoOptions, demo
 from ..embedded import HELD_OUT, MODEL
 from ..errors import CMoEError, RequestError
 from ..folder.unfinished import PartialFolder
-from ..plan import Plan, plan
+from ..options import narrowed
+from ..plan import Plan, plan, prepare_work
 from ..show.report import report
 from ..source.texts import OWN, Portion
+from ..tune.distil import TrainingPlan
 from ..tune.prepare import RecoverOptions
-from ..tune.recover import Recovery, recover, resume_recovery
+from ..tune.recover import Recovery, plan_recovery, recover, resume_recovery
 from ..tune.settings import Tuning
 from .command import command
 from .printing import Printed, agreement, facts, table
@@ -89,11 +91,9 @@ def convert_command(
         given["recipe"] = Recipe.of(recipe, **_changes(change))
     if resume and (dry_run or ("overwrite" in given and recover is None)):
         raise RequestError("--resume goes with neither --dry-run nor --overwrite.")
-    if recover is not None:
-        Portion.of(f"{OWN}:{recover}")  # refuses what is no number of tokens
+    if recover is not None and not dry_run:
         if output is None:
             raise RequestError("--recover needs the model: cmoe convert MODEL OUT --recover 500k.")
-    if recover is not None and output is not None and not dry_run:
         recovery = _convert_and_recover(model, output, recover, resume, given)
         return Printed(recovery, [_recovery_table(recovery), recovery.output])
     if resume:
@@ -103,8 +103,11 @@ def convert_command(
         raise RequestError("say where to: cmoe convert MODEL OUT.")
     elif dry_run:
         planned = plan(model, output, **given)
-        then = [] if recover is None else [f"then: recovery on {recover} tokens, planned later"]
-        return Printed(planned, [_plan_table(model, planned), *then])
+        printed: list[Any] = [_plan_table(model, planned)]
+        if recover is not None:
+            then = _planned_recovery(model, output, recover, given)
+            printed.append(f"then, on {recover} tokens: {then.reason}")
+        return Printed(planned, printed)
     else:
         result = convert(model, output, **given)
     rows = {
@@ -119,6 +122,15 @@ def convert_command(
     return Printed(result, [facts(f"carved to {result.notation}", rows)])
 
 
+def _planned_recovery(model: str, output: str, tokens: str, given: dict[str, Any]) -> TrainingPlan:
+    """Plan the recovery into OUT of what will be OUT-carved. Raises `RequestError`."""
+    asked = Portion.of(f"{OWN}:{tokens}").tokens
+    assert asked is not None
+    settings = narrowed(ConvertOptions(model, output, **given), Settings)
+    carving, _ = prepare_work(model, f"{output}-carved", settings)
+    return plan_recovery(carving, PartialFolder(output), asked)
+
+
 def _convert_and_recover(
     model: str, output: str, tokens: str, resume: bool, given: dict[str, Any]
 ) -> Recovery:
@@ -131,6 +143,7 @@ def _convert_and_recover(
             return resume_recovery(output)
         recovered.check({"the model": model})
         if not resume:
+            _planned_recovery(model, output, tokens, given)
             convert(model, carved.output, **given)
         elif carved.partial.exists():
             asked = {name: value for name, value in given.items() if name != "overwrite"}
@@ -220,7 +233,7 @@ def recover_command(
     return Printed(result, [_recovery_table(result), result.output]) if is_main else None
 
 
-WHEN = ("before", "after", "after_without_bias")
+WHEN = ("before", "after")
 CLOSENESS = {
     "divergence from the dense model": "divergence",
     "most likely token as the dense model's": "agreement",
@@ -229,23 +242,21 @@ CLOSENESS = {
 
 def _recovery_table(it: Recovery) -> Table:
     title = f"{it.notation} after {it.steps} steps on {it.training_tokens:,} tokens"
-    made = table(title, "", "before", "after", "bias zero")
+    made = table(title, "", *WHEN)
     for row in it.texts:
         dense = row["before"].get("baseline_perplexity")
         for name, figure in (("perplexity", "perplexity"), *CLOSENESS.items()):
             if figure in row["before"]:
                 beside = f" (dense {dense:.3f})" if dense and figure == "perplexity" else ""
                 label = f"{name} on {row['text']}{beside}"
-                made.add_row(label, *(_decimal(row[when][figure]) for when in WHEN[:2]))
+                made.add_row(label, *(_decimal(row[when][figure]) for when in WHEN))
     for label, name in (
-        ("perplexity", "perplexity"),
         ("log-perplexity gap to the dense model", "gap"),
         ("imbalance of the experts' loads", "imbalance"),
         ("the same on the training text", "training_imbalance"),
     ):
         figures = [getattr(it, f"{name}_{when}", None) for when in WHEN]
-        is_said = name == "perplexity" and figures[2] is None
-        if any(figure is not None for figure in figures) and not is_said:
+        if any(figure is not None for figure in figures):
             made.add_row(label, *map(_decimal, figures))
     made.add_row("mean |u|", "", _decimal(it.scale))
     made.add_row("distance to the dense model closed", "", _decimal(it.closed))

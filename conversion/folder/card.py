@@ -29,8 +29,6 @@ def recovered_card(card: str, report: dict[str, Any], code: Mapping[str, str]) -
     """
     result = report["result"]
     rows = [("carved", f"{result['perplexity_before']:.2f}", result["perplexity_after"])]
-    if result["perplexity_after_without_bias"] is not None:
-        rows.append(("carved, balance biases zero", "", result["perplexity_after_without_bias"]))
     tuning = report["tuning"]
     if result["teacher_perplexity"] is not None:
         rows.append(("dense, untouched", "", result["teacher_perplexity"]))

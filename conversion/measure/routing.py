@@ -84,25 +84,6 @@ def layer_number(name: str) -> int:
     return int(next(part for part in name.split(".") if part.isdecimal()))
 
 
-def is_biased(router: CMoERouter) -> bool:
-    """Return whether the balance bias of an expert that is not always on has moved."""
-    return bool(router.balance_bias[~always_on(router)].any())
-
-
-@contextmanager
-def without_bias(model: nn.Module) -> Iterator[None]:
-    """Set the balance biases to zero for a while, but for those of experts that are always on."""
-    routers = active_routers(model)
-    kept = [router.balance_bias.clone() for router in routers]
-    for router in routers:
-        router.balance_bias[~always_on(router)] = 0
-    try:
-        yield
-    finally:
-        for router, before_N in zip(routers, kept, strict=True):
-            router.balance_bias.copy_(before_N)
-
-
 @contextmanager
 def collected(
     modules: Sequence[nn.Module], take: Callable[[Any, Any, Any], Any]

@@ -5,6 +5,7 @@ Shape suffixes: B windows of a batch, L tokens of one window, T tokens, V vocabu
 or vocabulary, H hidden size, K active experts.
 """
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from cmoe_hf.modeling_cmoe import (
 )
 
 from ..device import DTYPES, free_memory
+from ..errors import missing
 from ..folder.card import in_words
 from ..measure.evaluate import divergence
 from ..source.walk import decoder_layers
@@ -204,9 +206,11 @@ def plan_training(
     tuning: Tuning,
     dtype: str | None,
     device: torch.device,
-    tokens: int,
+    length: int,
 ) -> TrainingPlan:
     """Train all weights if they, their gradients and Adam's state fit into memory, else LoRA.
+
+    Raises `RequestError` for LoRA without its extra.
 
     Args:
         config: Of the carved model.
@@ -214,7 +218,7 @@ def plan_training(
         tuning: Its method wins.
         dtype: In which models are loaded; what learns is float32 nevertheless.
         device: Where to train.
-        tokens: Of a forward pass on this process.
+        length: Of the windows, in tokens.
     """
     with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(config)
@@ -224,6 +228,7 @@ def plan_training(
     stored: Any = config.dtype or torch.float32
     itemsize = (DTYPES[dtype] if dtype else stored).itemsize
     state = accelerate.PartialState()
+    tokens = tuning.split(state.num_processes)[0] * length  # of a forward pass on this process
     sharing = state.num_processes if state.distributed_type == DistributedType.FSDP else 1
     frozen = (parameters - trained) * itemsize
     # Of those that learn weight, gradient and two moments, in float32.
@@ -237,6 +242,8 @@ def plan_training(
     needed = LIBRARIES + held + activations + logits + teacher_bytes
     free = free_memory(device) // (state.num_processes if device.type == "cpu" else 1)
     method = tuning.method or ("full" if needed < 0.9 * free else "lora")
+    if method == "lora" and importlib.util.find_spec("peft") is None:
+        raise missing("LoRA needs PEFT", "train")
     asked = {"attention": tuning.train_attention, "routers": tuning.train_router}
     learns = ", ".join(["experts", *(name for name, is_asked in asked.items() if is_asked)])
     what = "LoRA factors" if method == "lora" else f"all weights of {learns} and norms"

@@ -34,7 +34,7 @@ from ..source.stored import read_json
 from ..source.texts import OWN, Portion, absolute_text, open_text, text_file
 from .distil import TrainingPlan, plan_training
 from .settings import WINDOW, Tuning
-from .tuning import check_peft, check_sharding
+from .tuning import check_sharding
 
 LEAST_TEXT = 0.25
 """Of the tokens that the windows take, what the text must have: they may overlap."""
@@ -202,11 +202,8 @@ def prepare(options: RecoverOptions, kept: Texts | None = None) -> Prepared:
             ids = read_tokens(open_text(text, part="test"), tokenizer, vocabulary).ids
             tests.append(consecutive_windows(ids, length=length)[: options.windows])
         kept = (total, torch.cat(drawn), tests)
-    micro, _ = tuning.split(state.num_processes)
     teacher = configs[1] if len(configs) > 1 else None
-    planned = plan_training(config, teacher, tuning, options.dtype, device, micro * length)
-    if planned.tuning.method == "lora":
-        check_peft()
+    planned = plan_training(config, teacher, tuning, options.dtype, device, length)
     return Prepared(
         options=replace(options, tuning=planned.tuning),
         tuning=planned.tuning,

@@ -36,13 +36,14 @@ from ..measure.routing import (
     always_on,
     count_loads,
     imbalance,
-    is_biased,
-    without_bias,
 )
 from ..options import with_options
-from ..plan import free_disk
+from ..plan import Prepared as Carving
+from ..plan import disk_bytes, free_disk, work_bytes
 from ..source.hub import public_name
+from ..source.loading import window_length
 from ..source.texts import Portion
+from .distil import TrainingPlan, plan_training
 from .prepare import Prepared, RecoverOptions, determinants, listed, on_cpus, prepare
 from .settings import WINDOW, Tuning
 from .tuning import last_checkpoint, tune
@@ -62,12 +63,9 @@ class Recovery:
     perplexity_before: float
     """On the first text, as all figures that are not in `texts`."""
     perplexity_after: float
-    perplexity_after_without_bias: float | None
-    """With the balance biases set to zero; None if they did not move."""
     imbalance_before: float | None
     """Coefficient of variation of the experts' loads, mean over layers; None without a router."""
     imbalance_after: float | None
-    imbalance_after_without_bias: float | None
     training_imbalance_before: float | None
     """The same on the training text, which the biases balance."""
     training_imbalance_after: float | None
@@ -103,7 +101,8 @@ def recover(options: RecoverOptions) -> Recovery:
     if is_main:
         work = RecoveryFolder(output, overwrite=overwrite)
         work.check(prepared.read)
-        check_disk(prepared, work)
+        weights = sum(path.stat().st_size for path in prepared.folder.glob("*.safetensors"))
+        check_disk(work, weights, prepared.plan, prepared.own_windows * WINDOW["distil"])
     settings = {"options": asdict(prepared.options), "text_tokens": prepared.text_tokens}
     settings |= determinants(prepared)
     with owned_folder(output, settings, overwrite=overwrite) as work:
@@ -132,15 +131,30 @@ def resume_recovery(output: str | Path) -> Recovery:
         return run(prepared, work)
 
 
-def check_disk(prepared: Prepared, work: PartialFolder) -> None:
-    """Raise `RequestError` if the result and its checkpoints would not fit on the disk."""
-    needed = 1.2 * sum(path.stat().st_size for path in prepared.folder.glob("*.safetensors"))
-    needed += 3 * prepared.plan.checkpoint_bytes + 8 * prepared.own_windows * WINDOW["distil"]
+def plan_recovery(carving: Carving, work: PartialFolder, tokens: int) -> TrainingPlan:
+    """Plan the recovery of a model that is not carved yet, on tokens that its source generates.
+
+    Raises `RequestError` if it cannot be.
+    """
+    accelerate.PartialState(cpu=carving.device.type == "cpu" or on_cpus())
+    config, dense = carving.config, carving.source.config
+    length = window_length(config, None, dense, usual=WINDOW["distil"])
+    planned = plan_training(config, dense, Tuning(), None, carving.device, length)
+    weights = disk_bytes(carving)
+    check_disk(work, weights, planned, tokens, also=weights + work_bytes(carving))
+    return planned
+
+
+def check_disk(
+    work: PartialFolder, weights: int, planned: TrainingPlan, own_tokens: int, *, also: int = 0
+) -> None:
+    """Raise `RequestError` if weights, checkpoints and own text would not fit on the disk."""
+    needed = 1.2 * weights + 3 * planned.checkpoint_bytes + 8 * own_tokens + also
     place, free = free_disk(work)
     if free < needed:
         raise RequestError(
-            f"the recovered model and its checkpoints need {needed / 1e9:.2f} GB, but {place} has "
-            f"{free / 1e9:.2f} GB free."
+            f"the recovery needs {needed / 1e9:.2f} GB of disk, but {place} has "
+            f"{free / 1e9:.2f} GB free. Free some space or choose another disk."
         )
 
 
@@ -270,7 +284,7 @@ def quality_and_loads(
     training_WL: torch.Tensor,
     description: str,
 ) -> dict[str, Any]:
-    """Measure on all texts, and on the first also without the balance biases."""
+    """Measure on all texts, and without a teacher on the training text, which biases balance."""
     gates, first_WL = active_routers(model), prepared.tests[0]
 
     def once(windows_WL: torch.Tensor) -> dict[str, Any]:
@@ -287,9 +301,6 @@ def quality_and_loads(
     found["others"] = [once(windows_WL) for windows_WL in prepared.tests[1:]]
     if teacher is None:
         found["training_text"] = once(training_WL[: len(first_WL)])
-    if any(map(is_biased, gates)):
-        with without_bias(model):
-            found["without_bias"] = once(first_WL)
     return found
 
 
@@ -313,9 +324,6 @@ def summary(prepared: Prepared, work: RecoveryFolder) -> Recovery:
             figures[f"gap_{when}"] = math.log(own["perplexity"] / dense)
     if gap := figures.get("gap_before"):
         figures["closed"] = 1 - figures["gap_after"] / gap
-    for figure in ("perplexity", "imbalance"):
-        unbiased = carved["after"].get("without_bias", {})
-        figures[f"{figure}_after_without_bias"] = unbiased.get(figure)
     scales = [abs(u) for layer in carved["scales"] for u in layer]
     return Recovery(
         output=str(work.output),

@@ -5,7 +5,6 @@ Shape suffixes: W windows, L tokens of one window, N routed experts.
 """
 
 import copy
-import importlib.util
 import json
 import os
 import sys
@@ -32,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 from cmoe_hf.modeling_cmoe import CMoERouter, ExpertsLoop
 
 from ..carve.router import HIGHEST_BIAS
-from ..errors import CMoEError, RequestError, missing
+from ..errors import CMoEError, RequestError
 from ..measure.routing import active_routers, always_on, count_loads
 from ..source.walk import decoder_layers
 from .distil import TRAINING_BACKEND, Outputs, distillation_loss, train_only_what_was_carved
@@ -40,12 +39,6 @@ from .settings import Tuning, some
 
 CHECKPOINTS = 10
 """Checkpoints of one training run; the last two are kept."""
-
-
-def check_peft() -> None:
-    """Raise `RequestError` without the extra."""
-    if importlib.util.find_spec("peft") is None:
-        raise missing("fine-tuning needs PEFT", "train")
 
 
 def check_sharding() -> None:
