@@ -231,26 +231,30 @@ def plan_training(
     tokens = tuning.split(state.num_processes)[0] * length  # of a forward pass on this process
     sharing = state.num_processes if state.distributed_type == DistributedType.FSDP else 1
     frozen = (parameters - trained) * itemsize
-    # Of those that learn weight, gradient and two moments, in float32.
-    held = (frozen + 16 * trained) / sharing
+    # Of those that learn weight, gradient and two moments, in float32; LoRA factors are few.
+    held = {"full": frozen + 16 * trained, "lora": parameters * itemsize}
     # What a layer keeps of a token for the backward pass, and six tensors of a chunk's logits: as
     # measured on layers of SmolLM2-135M, Llama-3.2-1B and Llama-3.1-8B.
     width = (24 + 2 * config.num_experts_per_tok) * config.hidden_size + 4 * config.ffn_width
-    activations = tokens * config.num_hidden_layers * width * itemsize
+    layers = 1 if tuning.gradient_checkpointing else config.num_hidden_layers
+    activations = tokens * layers * width * itemsize
     logits = 6 * 4 * min(chunk_logits(device), tokens * config.vocab_size)
     teacher_bytes = dense.num_parameters() * itemsize if dense else 0
-    needed = LIBRARIES + held + activations + logits + teacher_bytes
+    beside = LIBRARIES + activations + logits + teacher_bytes
+    needed = {name: size / sharing + beside for name, size in held.items()}
     free = free_memory(device) // (state.num_processes if device.type == "cpu" else 1)
-    method = tuning.method or ("full" if needed < 0.9 * free else "lora")
+    method = tuning.method or ("full" if needed["full"] < 0.9 * free else "lora")
     if method == "lora" and importlib.util.find_spec("peft") is None:
         raise missing("LoRA needs PEFT", "train")
     asked = {"attention": tuning.train_attention, "routers": tuning.train_router}
     learns = ", ".join(["experts", *(name for name, is_asked in asked.items() if is_asked)])
     what = "LoRA factors" if method == "lora" else f"all weights of {learns} and norms"
     reason = (
-        f"training {what}: with {in_words(trained)} of {in_words(parameters)} parameters, "
-        f"their gradients and Adam's state, all weights need about {needed / 1e9:.2f} GB, and "
-        f"{free / 1e9:.2f} GB are free"
+        f"training {what}: with gradients and Adam's state of {in_words(trained)} of "
+        f"{in_words(parameters)} parameters it takes about {needed['full'] / 1e9:.2f} GB, with "
+        f"LoRA factors {needed['lora'] / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free"
     )
+    if needed[method] > free:
+        reason += "; lower --micro-batch-size, or pass --gradient-checkpointing"
     kept = frozen + 12 * trained if method == "full" else 0
     return TrainingPlan(tuning.for_model(method, parameters), reason, kept)
