@@ -8,6 +8,7 @@ or vocabulary, H hidden size, K active experts.
 import importlib.util
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import accelerate
@@ -195,7 +196,7 @@ class TrainingPlan(NamedTuple):
     """How a model will be trained."""
 
     tuning: Tuning
-    """With a method and learning rates."""
+    """With a method."""
     reason: str
     checkpoint_bytes: int
 
@@ -257,4 +258,4 @@ def plan_training(
     if needed[method] > free:
         reason += "; lower --micro-batch-size, or pass --gradient-checkpointing"
     kept = frozen + 12 * trained if method == "full" else 0
-    return TrainingPlan(tuning.for_model(method, parameters), reason, kept)
+    return TrainingPlan(replace(tuning, method=method), reason, kept)

@@ -5,6 +5,7 @@ Shape suffixes: W windows, L tokens of one window.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
@@ -30,7 +31,7 @@ from ..options import LoadOptions
 from ..source.calibration import consecutive_windows, random_windows, read_tokens
 from ..source.hub import fetch_model, load_tokenizer
 from ..source.loading import load_config, load_model, model_folder, window_length
-from ..source.stored import read_json
+from ..source.stored import read_headers, read_json, read_tensors
 from ..source.texts import OWN, Portion, absolute_text, open_text, text_file
 from .distil import TrainingPlan, plan_training
 from .settings import WINDOW, Tuning
@@ -204,9 +205,10 @@ def prepare(options: RecoverOptions, kept: Texts | None = None) -> Prepared:
         kept = (total, torch.cat(drawn), tests)
     teacher = configs[1] if len(configs) > 1 else None
     planned = plan_training(config, teacher, tuning, options.dtype, device, length)
+    tuning = planned.tuning.with_rates(size_of_experts(folder))
     return Prepared(
-        options=replace(options, tuning=planned.tuning),
-        tuning=planned.tuning,
+        options=replace(options, tuning=tuning),
+        tuning=tuning,
         folder=folder,
         device=device,
         tokenizer=tokenizer,
@@ -217,6 +219,14 @@ def prepare(options: RecoverOptions, kept: Texts | None = None) -> Prepared:
         own_windows=sum(n for it, n in zip(portions, counts, strict=True) if it.text == OWN),
         plan=planned,
     )
+
+
+def size_of_experts(folder: Path) -> float:
+    """Return the root mean square of the experts' weights."""
+    stored = {name: it for name, it in read_headers(folder).items() if "expert" in name}
+    weights = (it.float() for _, it in read_tensors(stored) if it.dim() > 1)
+    squares, counts = zip(*((float(it.square().sum()), it.numel()) for it in weights), strict=True)
+    return math.sqrt(sum(squares) / sum(counts))
 
 
 def find_teacher(folder: Path) -> str:

@@ -31,12 +31,7 @@ from ..folder.json_utils import as_json
 from ..folder.own_text import read_own, write_own
 from ..folder.unfinished import SETTINGS, PartialFolder
 from ..measure.evaluate import Quality, quality
-from ..measure.routing import (
-    active_routers,
-    always_on,
-    count_loads,
-    imbalance,
-)
+from ..measure.routing import active_routers, always_on, count_loads, imbalance
 from ..options import with_options
 from ..plan import Prepared as Carving
 from ..plan import disk_bytes, free_disk, work_bytes

@@ -26,7 +26,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "distil": {
         "batch_size": 4,
         "rank": 32,
-        "router_learning_rate": None,
         "schedule": "cosine",
         "warmup_steps": 0.05,
         "max_gradient_norm": 1.0,
@@ -47,8 +46,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Defaults of each objective; those of `next-token` are the paper's (section 5.1)."""
 WINDOW = {"distil": 512, "next-token": 2048}
 """Tokens of a window by default, if the contexts of the models are no shorter."""
-USUAL_RATE, USUAL_SIZE = 5e-4, 135e6
-"""Learning rate of all weights of a model of so many parameters."""
+USUAL_RATES = {"full": 0.0026, "lora": 0.0052}
+"""Learning rate over the root mean square of the experts' weights: Adam's steps do not depend on
+the size of gradients, and the weights of models differ by more than ten times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +78,8 @@ class Tuning:
     alpha: int = 32
     """LoRA scaling: alpha / rank."""
     learning_rate: float | None = None
-    """Learning rate of Adam; default 5e-4 (LoRA: 1e-3) up to 135 M parameters, falling with the
-    square root of the size above (next-token: 5.95e-5)."""
+    """Learning rate of Adam; default 0.0026 (LoRA: 0.0052) of the root mean square of the experts'
+    weights (next-token: 5.95e-5)."""
     router_learning_rate: float | None = None
     """Learning rate of routers and gate scales, if they are trained; default that of all weights
     (next-token: 1e-3)."""
@@ -126,13 +126,12 @@ class Tuning:
         """Return whether a dense model is the teacher."""
         return self.objective == "distil"
 
-    def for_model(self, method: str, parameters: int) -> "Tuning":
-        """Return it with a method, and the learning rates for a model of so many parameters."""
-        usual = USUAL_RATE * min(1.0, math.sqrt(USUAL_SIZE / parameters))
-        rates = {"full": usual, "lora": usual / USUAL_RATE * 1e-3}
-        rate = rates[method] if self.learning_rate is None else self.learning_rate
-        routers = usual if self.router_learning_rate is None else self.router_learning_rate
-        return replace(self, method=method, learning_rate=rate, router_learning_rate=routers)
+    def with_rates(self, size: float) -> "Tuning":
+        """Return it with learning rates for experts whose weights have that root mean square."""
+        rate, routers = self.learning_rate, self.router_learning_rate
+        rate = rate or size * USUAL_RATES[some(self.method)]
+        routers = rate if routers is None else routers
+        return replace(self, learning_rate=rate, router_learning_rate=routers)
 
     def split(self, processes: int) -> tuple[int, int]:
         """Return windows of a forward pass on each process, and passes of an optimiser step."""
