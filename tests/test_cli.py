@@ -159,9 +159,9 @@ def test_convert_with_recover_is_both_commands_and_resumes_in_either(dense, tmp_
     both, one = tensors(tmp_path / "two"), tensors(tmp_path / "one")
     assert both.keys() == one.keys()
     carved = tensors(tmp_path / "two-carved").items()
-    experts = torch.cat([it.flatten() for name, it in carved if "expert" in name and it.dim() > 1])
+    sizes = [it.std(correction=0) for name, it in carved if "expert" in name and it.dim() > 1]
     tuning = json.loads((tmp_path / "two" / "recovery.json").read_text())["tuning"]
-    assert tuning["learning_rate"] == pytest.approx(0.0026 * experts.square().mean().sqrt().item())
+    assert tuning["learning_rate"] == pytest.approx(0.003 * min(sizes).item(), rel=0.02)
     assert all(torch.equal(tensor, one[name]) for name, tensor in both.items())
 
 

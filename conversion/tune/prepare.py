@@ -5,7 +5,6 @@ Shape suffixes: W windows, L tokens of one window.
 """
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
@@ -222,11 +221,10 @@ def prepare(options: RecoverOptions, kept: Texts | None = None) -> Prepared:
 
 
 def size_of_experts(folder: Path) -> float:
-    """Return the root mean square of the experts' weights."""
+    """Return the smallest root mean square of a tensor of the experts' weights that is not zero."""
     stored = {name: it for name, it in read_headers(folder).items() if "expert" in name}
-    weights = (it.float() for _, it in read_tensors(stored) if it.dim() > 1)
-    squares, counts = zip(*((float(it.square().sum()), it.numel()) for it in weights), strict=True)
-    return math.sqrt(sum(squares) / sum(counts))
+    weights = (it.float() for _, it in read_tensors(stored) if it.dim() > 1 and it.any())
+    return min(float(weight.square().mean().sqrt()) for weight in weights)
 
 
 def find_teacher(folder: Path) -> str:

@@ -46,9 +46,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Defaults of each objective; those of `next-token` are the paper's (section 5.1)."""
 WINDOW = {"distil": 512, "next-token": 2048}
 """Tokens of a window by default, if the contexts of the models are no shorter."""
-USUAL_RATES = {"full": 0.0026, "lora": 0.0052}
-"""Learning rate over the root mean square of the experts' weights: Adam's steps do not depend on
-the size of gradients, and the weights of models differ by more than ten times."""
+USUAL_RATES = {"full": 0.003, "lora": 0.006}
+"""Learning rate over the root mean square of the smallest tensor of experts: Adam's steps do not
+depend on the size of gradients, and the weights of models differ by more than ten times."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +78,8 @@ class Tuning:
     alpha: int = 32
     """LoRA scaling: alpha / rank."""
     learning_rate: float | None = None
-    """Learning rate of Adam; default 0.0026 (LoRA: 0.0052) of the root mean square of the experts'
-    weights (next-token: 5.95e-5)."""
+    """Learning rate of Adam; default 0.003 (LoRA: 0.006) of the smallest root mean square of an
+    expert weight tensor (next-token: 5.95e-5)."""
     router_learning_rate: float | None = None
     """Learning rate of routers and gate scales, if they are trained; default that of all weights
     (next-token: 1e-3)."""
@@ -127,7 +127,7 @@ class Tuning:
         return self.objective == "distil"
 
     def with_rates(self, size: float) -> "Tuning":
-        """Return it with learning rates for experts whose weights have that root mean square."""
+        """Return it with learning rates for experts of which no tensor is smaller."""
         rate, routers = self.learning_rate, self.router_learning_rate
         rate = rate or size * USUAL_RATES[some(self.method)]
         routers = rate if routers is None else routers
