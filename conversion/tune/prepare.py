@@ -5,6 +5,7 @@ Shape suffixes: W windows, L tokens of one window.
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
@@ -222,7 +223,8 @@ def prepare(options: RecoverOptions, kept: Texts | None = None) -> Prepared:
 
 def size_of_experts(folder: Path) -> float:
     """Return the smallest root mean square of a tensor of the experts' weights that is not zero."""
-    stored = {name: it for name, it in read_headers(folder).items() if "expert" in name}
+    names = re.compile(r".*experts?\b.*(?<!bias)")
+    stored = {name: it for name, it in read_headers(folder).items() if names.fullmatch(name)}
     weights = (it.float() for _, it in read_tensors(stored) if it.dim() > 1 and it.any())
     return min(float(weight.square().mean().sqrt()) for weight in weights)
 
