@@ -26,7 +26,7 @@ from ..source.texts import OWN, Portion
 from ..tune.distil import TrainingPlan
 from ..tune.prepare import RecoverOptions
 from ..tune.recover import Recovery, plan_recovery, recover, resume_recovery
-from ..tune.settings import Tuning
+from ..tune.settings import Tuning, some
 from .command import command
 from .printing import Printed, agreement, facts, table
 
@@ -124,8 +124,7 @@ def convert_command(
 
 def _planned_recovery(model: str, output: str, tokens: str, given: dict[str, Any]) -> TrainingPlan:
     """Plan the recovery into OUT of what will be OUT-carved. Raises `RequestError`."""
-    asked = Portion.of(f"{OWN}:{tokens}").tokens
-    assert asked is not None
+    asked = some(Portion.of(f"{OWN}:{tokens}").tokens)
     settings = narrowed(ConvertOptions(model, output, **given), Settings)
     carving, _ = prepare_work(model, f"{output}-carved", settings)
     return plan_recovery(carving, PartialFolder(output), asked)

@@ -205,7 +205,8 @@ def prepare(options: RecoverOptions, kept: Texts | None = None) -> Prepared:
         kept = (total, torch.cat(drawn), tests)
     teacher = configs[1] if len(configs) > 1 else None
     planned = plan_training(config, teacher, tuning, options.dtype, device, length)
-    tuning = planned.tuning.with_rates(size_of_experts(folder))
+    size = size_of_experts(folder) if tuning.learning_rate is None else 0.0
+    tuning = planned.tuning.with_rates(size)
     return Prepared(
         options=replace(options, tuning=tuning),
         tuning=tuning,
