@@ -104,8 +104,10 @@ TABLES = {
         Row("router ridge 0.001", recipe=replace(REFINED, router_ridge=0.001)),
         Row("router ridge 0.05", recipe=replace(REFINED, router_ridge=0.05)),
         Row("router ridge 5", recipe=replace(REFINED, router_ridge=5.0)),
-        Row("refit ridge 0.0001", recipe=replace(REFINED, refit_ridge=0.0001)),
-        Row("refit ridge 0.03", recipe=replace(REFINED, refit_ridge=0.03)),
+        *(
+            Row(f"refit ridge {ridge}", recipe=replace(REFINED, refit_ridge=ridge, held_out_ridge=False))
+            for ridge in (0.0001, 0.03)
+        ),
         Row("1/8 of the calibration tokens", more=1 / 8),
         Row("1/4 of the calibration tokens", more=1 / 4),
         Row("4 times the calibration tokens", more=4),

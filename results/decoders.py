@@ -51,7 +51,7 @@ def main() -> None:
         "machine": sys.argv[1],
         "versions": versions,
         "date": str(datetime.date.today()),
-        "command": "make families && python results/decoders.py MACHINE",
+        "command": ["make families && python results/decoders.py MACHINE"],
         "columns": ["state", "number", "families"],
         "rows": [
             [state, len(groups[state]), ", ".join(sorted(groups[state]))]

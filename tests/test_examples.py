@@ -103,17 +103,6 @@ def test_the_embedded_default_can_be_trained(run_example, tmp_path):
     assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= 2 * 10**6
 
 
-def test_the_gpu_benchmark_runs_where_there_is_none(run_example, capsys):
-    run_example(
-        "benchmark_gpu.py",
-        *("--shape", "tiny", "--layers", 1, "--quick", "--device", "cpu", "--seconds", 1),
-    )
-    runs = json.loads(capsys.readouterr().out)["runs"]
-    assert [run["run"] for run in runs[:2]] == ["eager", "compiled"] and len(runs) == 12
-    assert runs[0]["dtype"] == "bfloat16" and runs[0]["decode"][1]["batch"] == 2
-    assert "skipped" in runs[-1] and not [run for run in runs if "failed" in run]
-
-
 @pytest.mark.thorough
 def test_the_speed_map_fills_a_table(run_example, tmp_path):
     point = ("--shape", "smollm2-135m", "--notation", "S1A1E8", "--dtype", "float32")
