@@ -19,5 +19,6 @@ print(tokenizer.decode(outputs[0]))
 
 scores = model(**inputs, output_router_logits=True).router_logits
 print("experts of the last token, layer by layer:")
-for layer, score_TN in zip(model.base_model.layers, scores, strict=True):
-    print("  ", score_TN[-1].topk(layer.mlp.gate.top_k).indices.tolist())
+blocks = [layer.mlp for layer in model.base_model.layers if hasattr(layer.mlp, "gate")]
+for block, score_TN in zip(blocks, scores, strict=True):  # other layers stayed dense
+    print("  ", score_TN[-1].topk(block.gate.top_k).indices.tolist())
