@@ -13,11 +13,10 @@ from .carve.settings import ShapeOptions
 from .carve.shape import Shape
 from .convert import convert
 from .embedded import CALIBRATION, HELD_OUT, MODEL
-from .folder.unfinished import PartialFolder
 from .measure.benchmark import benchmark
 from .measure.evaluate import evaluate
 from .options import with_options
-from .tune.recover import recover
+from .tune.recover import RecoveryFolder, recover
 from .tune.settings import Tuning
 
 PROMPT = "When a function is called,"
@@ -87,7 +86,7 @@ def demo(options: DemoOptions) -> Demo:
     settings: dict[str, Any] = {"recipe": options.recipe, "calibration": CALIBRATION}
     with tempfile.TemporaryDirectory() as temporary:
         kept = Path(temporary, "kept") if options.output is None else Path(options.output)
-        PartialFolder(kept, overwrite=options.overwrite).check({})
+        RecoveryFolder(kept, overwrite=options.overwrite).check({})
         carved = Path(temporary, asked.notation)
         convert(MODEL, carved, **asdict(asked), **settings, samples=SAMPLES)
         routing = evaluate(carved, text=HELD_OUT, dtype="float32")

@@ -20,12 +20,6 @@ from .errors import RequestError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def check_dtype(dtype: str | None) -> None:
-    """Raise `RequestError` for a name that is not in `DTYPES`; None leaves the choice open."""
-    if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"there is no dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
-
-
 def find_device(device: str | None) -> torch.device:
     """Return the named device, or the accelerator if there is one. Raises `RequestError`."""
     if device is None:

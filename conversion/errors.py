@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two ways in which a verb fails. Each message says what was found and what to do."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 class CMoEError(Exception):
@@ -19,6 +19,12 @@ class RequestError(CMoEError, ValueError):
 def missing(what: str, extra: str) -> RequestError:
     """For a package of an extra that is not installed. There is no release on an index yet."""
     return RequestError(f"{what}: `pip install '.[{extra}]'` in a checkout of cmoe-hf.")
+
+
+def check_known(what: str, given: str | None, known: Collection[str]) -> None:
+    """Raise `RequestError` for a name that is not one of these; None leaves the choice open."""
+    if given is not None and given not in known:
+        raise RequestError(f"there is no {what} {given!r}; choose one of {', '.join(known)}.")
 
 
 def check_at_least(least: int, **options: int | Sequence[int] | None) -> None:

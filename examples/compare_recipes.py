@@ -36,7 +36,7 @@ from transformers import AutoConfig
 from cmoe_hf.conversion import RECIPES, Evaluation, Recipe, convert, evaluate, evaluate_tasks
 from cmoe_hf.conversion.carve.shape import Shape
 from cmoe_hf.conversion.device import find_device
-from cmoe_hf.conversion.measure.evaluate import perplexity, text_windows
+from cmoe_hf.conversion.measure.evaluate import quality, text_windows
 from cmoe_hf.conversion.measure.routing import sparse_blocks
 from cmoe_hf.conversion.source.loading import load_model
 from cmoe_hf.conversion.source.texts import open_text
@@ -293,7 +293,7 @@ def compensated(carved: Path, text: str, router: str, arguments: argparse.Namesp
     windows_WL = text_windows(model, tokenizer, calibration, length, arguments.samples)
     model.base_model(windows_WL.to(device))
     windows_WL = text_windows(model, tokenizer, open_text(text), length, arguments.windows)
-    value = perplexity(model, windows_WL, description="compensated")
+    value = quality(model, windows_WL, description="compensated").perplexity
     return Evaluation(
         perplexity=value,
         tokens=windows_WL[:, 1:].numel(),

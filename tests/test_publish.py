@@ -310,3 +310,19 @@ def test_a_card_whose_metadata_cannot_be_read_gets_what_the_publisher_states(onl
     publish(folder, NAME, **STATED)
     card = (folder / "README.md").read_text()
     assert "license: apache-2.0" in card and "Hello" in card
+
+
+def test_the_code_of_a_tokenizer_must_be_trusted(online, folder):
+    (folder / "tokenization_own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    path = folder / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": [None, "tokenization_own.Own"]}, "tokenizer_class": "Own"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    with pytest.raises(RequestError, match="trust-remote-code"):
+        publish(folder, NAME, **STATED)
+    publish(folder, NAME, **STATED, trust_remote_code=True)
+    assert (
+        on_the_hub(online)["tokenization_own.py"] == (folder / "tokenization_own.py").read_bytes()
+    )

@@ -34,7 +34,7 @@ from cmoe_hf.conversion import (
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.embedded import CALIBRATION, HELD_OUT
 from cmoe_hf.conversion.folder.own_text import read_own, write_own
-from cmoe_hf.conversion.measure.evaluate import divergence, perplexity
+from cmoe_hf.conversion.measure.evaluate import divergence, quality
 from cmoe_hf.conversion.measure.routing import active_routers, count_loads, imbalance
 from cmoe_hf.conversion.tune.distil import TRAINING_BACKEND, Outputs, distillation_loss
 from cmoe_hf.conversion.tune.tuning import move_bias
@@ -109,7 +109,7 @@ def test_the_figures_are_those_of_the_models(carved, recovered, token_ids):
     output, result = recovered
     windows_WL = token_ids  # any windows will do to compare two computations
     model, source = load(output), load(carved)
-    assert perplexity(model, windows_WL) != perplexity(source, windows_WL)
+    assert quality(model, windows_WL) != quality(source, windows_WL)
     assert result.steps == 8
     assert result.training_tokens == 16 * 64
 

@@ -247,7 +247,7 @@ def test_bad_requests(copy, dense, tmp_path, monkeypatch):
     ]:
         refused(invoke(*arguments), 2, *phrases)
     (copy / "conversion.json").write_text("{")
-    refused(invoke(copy, *QUICK), 2, "conversion.json is damaged")
+    refused(invoke(copy, *QUICK), 2, "conversion.json is not valid JSON")
     find = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: None if name == "matplotlib" else find(name)

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from cmoe_hf.conversion import evaluate
 from cmoe_hf.conversion.cli import app
 from cmoe_hf.conversion.embedded import CALIBRATION, HELD_OUT
-from cmoe_hf.conversion.measure.evaluate import perplexity
+from cmoe_hf.conversion.measure.evaluate import quality
 from cmoe_hf.conversion.source.calibration import PIECE_CHARACTERS, cut, tokenize
 from cmoe_hf.conversion.source.texts import documents, hub_rows, open_text
 
@@ -242,7 +242,7 @@ def test_of_a_quick_look_no_more_is_read_than_it_takes(dense, tmp_path):
     ids = tokenize(AutoTokenizer.from_pretrained(dense), text.read_bytes()[:20_000].decode())
     windows_WL = ids[: 5 * 64].view(5, 64)
     model = AutoModelForCausalLM.from_pretrained(dense)
-    assert few["perplexity"] == pytest.approx(perplexity(model, windows_WL), rel=1e-5)
+    assert few["perplexity"] == pytest.approx(quality(model, windows_WL).perplexity, rel=1e-5)
 
 
 def pieces_of(text, whole, size):

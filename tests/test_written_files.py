@@ -287,6 +287,9 @@ def test_the_code_of_a_trusted_tokenizer_goes_with_it(dense_copy, tmp_path):
     assert not (tmp_path / "out" / "unrelated.py").exists()
     again = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert again.name == "own"
+    refused(command("upgrade", tmp_path / "out"), 2, "was not written by any release")
+    result = command("upgrade", tmp_path / "out", "--trust-remote-code")
+    assert result.exit_code == 0 and "as carved" in result.stdout, result.stderr
 
 
 def test_a_hub_id_keeps_its_owner_and_a_path_only_its_last_part(hub, dense, carved, tmp_path):

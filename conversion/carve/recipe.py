@@ -7,7 +7,7 @@ from typing import Any
 
 from cmoe_hf.configuration_cmoe import ROUTER_TYPES
 
-from ..errors import RequestError
+from ..errors import RequestError, check_known
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -67,10 +67,7 @@ class Recipe:
     def of(cls, recipe: "str | Recipe", **changes: Any) -> "Recipe":
         """Return a recipe with some choices changed. Raises `RequestError` for unknown ones."""
         if isinstance(recipe, str):
-            if recipe not in RECIPES:
-                raise RequestError(
-                    f"there is no recipe {recipe!r}; choose one of {', '.join(RECIPES)}."
-                )
+            check_known("recipe", recipe, RECIPES)
             recipe = RECIPES[recipe]
         changes = {FORMER_NAMES.get(name, name): value for name, value in changes.items()}
         known = {choice.name for choice in fields(cls)} - {"name"}

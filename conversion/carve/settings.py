@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..device import check_dtype
-from ..errors import RequestError, check_at_least
+from ..device import DTYPES
+from ..errors import RequestError, check_at_least, check_known
 from ..source.texts import OWN, Portion, absolute_text
 from .recipe import Recipe
 from .shape import Shape
@@ -105,7 +105,7 @@ class Settings(CarvingOptions):
                 f"activations cannot be kept in {self.activations!r}: choose "
                 f"{', '.join(ACTIVATIONS)}."
             )
-        check_dtype(self.dtype)
+        check_known("dtype", self.dtype, DTYPES)
         shard_bytes(self.max_shard_size)
         if self.own_text is not None and self.own_text.tokens and self.samples is not None:
             raise RequestError(

@@ -18,14 +18,14 @@ from ..convert import resume as resume_conversion
 from ..demo import DemoOptions, demo
 from ..embedded import HELD_OUT, MODEL
 from ..errors import CMoEError, RequestError
-from ..folder.unfinished import PartialFolder
+from ..folder.layerwise import WorkFolder
 from ..options import narrowed
 from ..plan import Plan, plan, prepare_work
 from ..show.report import report
 from ..source.texts import OWN, Portion
 from ..tune.distil import TrainingPlan
 from ..tune.prepare import RecoverOptions
-from ..tune.recover import Recovery, plan_recovery, recover, resume_recovery
+from ..tune.recover import Recovery, RecoveryFolder, plan_recovery, recover, resume_recovery
 from ..tune.settings import Tuning, some
 from .command import command
 from .printing import Printed, agreement, facts, table
@@ -127,7 +127,7 @@ def _planned_recovery(model: str, output: str, tokens: str, given: dict[str, Any
     asked = some(Portion.of(f"{OWN}:{tokens}").tokens)
     settings = narrowed(ConvertOptions(model, output, **given), Settings)
     carving, _ = prepare_work(model, f"{output}-carved", settings)
-    return plan_recovery(carving, PartialFolder(output), asked)
+    return plan_recovery(carving, RecoveryFolder(output), asked)
 
 
 def _convert_and_recover(
@@ -135,8 +135,8 @@ def _convert_and_recover(
 ) -> Recovery:
     """Carve into OUT-carved and recover from it into OUT, or go on with what is unfinished."""
     overwrite = given.get("overwrite", False)
-    carved = PartialFolder(f"{output}-carved")
-    recovered = PartialFolder(output, overwrite=overwrite)
+    carved = WorkFolder(f"{output}-carved")
+    recovered = RecoveryFolder(output, overwrite=overwrite)
     try:
         if resume and recovered.partial.exists():
             return resume_recovery(output)

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from ..carve.settings import ShapeOptions, absolute
 from ..carve.shape import Shape
-from ..device import DTYPES, check_dtype, device_name, find_device, name_of, versions
-from ..errors import RequestError, check_at_least
+from ..device import DTYPES, device_name, find_device, name_of, versions
+from ..errors import RequestError, check_at_least, check_known
 from ..options import LoadOptions, with_options
 from ..source.calibration import WHOLE_CHARACTERS, read_tokens
 from ..source.hub import find_model, public_name
@@ -175,7 +175,7 @@ def check_request(options: BenchmarkOptions) -> None:
     check_at_least(1, **sizes, rounds=options.rounds, layers=options.layers)
     if options.prefill is not None and not (options.tokens or options.prefill or options.batch):
         raise RequestError("nothing to time: give tokens, prefill or batch.")
-    check_dtype(options.dtype)
+    check_known("dtype", options.dtype, DTYPES)
     if (options.model is None) == (options.shape is None):
         raise RequestError("give either a carved MODEL or --shape.")
     if options.shape is None and options.layers is not None:

@@ -86,9 +86,12 @@ def gguf_work(file: str | Path) -> GGUFWork:
             read += part * int(tensor.n_bytes)
         if tensor.name not in ("token_embd.weight", "output.weight"):
             products += part * int(tensor.n_elements)
-    keys = number("attention.head_count_kv") * number("attention.key_length")
+    width = number("embedding_length") // max(1, number("attention.head_count"))
+    keys = number("attention.head_count_kv") * number("attention.key_length", width)
     cached = 2 * 2 * keys * number("block_count")
-    return GGUFWork(name, number("vocab_size"), read, products, cached)
+    tokens: Any = reader.get_field("tokenizer.ggml.tokens")
+    vocabulary = number("vocab_size", 0 if tokens is None else len(tokens.data))
+    return GGUFWork(name, vocabulary, read, products, cached)
 
 
 @dataclass(frozen=True)

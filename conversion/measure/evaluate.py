@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..device import check_dtype, find_device
-from ..errors import CMoEError, RequestError, check_at_least
+from ..device import DTYPES, find_device
+from ..errors import CMoEError, RequestError, check_at_least, check_known
 from ..folder.results import results_folder, write_results
 from ..options import LoadOptions, with_options
 from ..source.calibration import check_vocabulary, consecutive_windows, read_tokens
@@ -106,10 +106,9 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         CMoEError: A model or text cannot be reached, or yields NaN.
     """
     router = options.router
-    if router not in ROUTERS:
-        raise RequestError(f"there is no router {router!r}; choose one of {', '.join(ROUTERS)}.")
+    check_known("router", router, ROUTERS)
     check_at_least(1, windows=options.windows)
-    check_dtype(options.dtype)
+    check_known("dtype", options.dtype, DTYPES)
     where = find_device(options.device)
     folder = results_folder(options.model) if options.card else None
     if options.card and router != "own":
@@ -203,16 +202,6 @@ def measure_routing(
         measured = quality(model, windows_WL, baseline)
     own = fmean(fmean(layer) for layer in agreements) if agreements else None
     return measured, own, 1 / math.comb(*routed[0].gate.choice)
-
-
-def perplexity(
-    model: PreTrainedModel, windows_WL: torch.Tensor, *, description: str = "perplexity"
-) -> float:
-    """Return exp of the mean negative log-likelihood of the L - 1 predicted tokens of a window.
-
-    Raises `CMoEError` if the model yields NaN.
-    """
-    return quality(model, windows_WL, description=description).perplexity
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..carve.recipe import RECIPES
 from ..carve.shape import Shape, carved_config
 from ..device import free_memory
-from ..errors import RequestError
+from ..errors import RequestError, check_known
 from ..source.architectures import dense_type, llama_architecture
 
 
@@ -45,8 +45,7 @@ SHAPES = {
 
 def shape_config(name: str, layers: int | None, shape: Shape) -> PreTrainedConfig:
     """Return the configuration of a carved model of a known one's sizes. Raise `RequestError`."""
-    if name not in SHAPES:
-        raise RequestError(f"there is no shape {name!r}; choose one of {', '.join(SHAPES)}.")
+    check_known("shape", name, SHAPES)
     dense = LlamaConfig(**SHAPES[name])
     if layers is not None:
         dense.num_hidden_layers = layers

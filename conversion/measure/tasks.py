@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..device import check_dtype, find_device
-from ..errors import CMoEError, RequestError, check_at_least, missing
+from ..device import DTYPES, find_device
+from ..errors import CMoEError, RequestError, check_at_least, check_known, missing
 from ..folder.results import results_folder, write_results
 from ..options import LoadOptions, with_options
 from ..source.hub import find_model
@@ -109,7 +109,7 @@ def evaluate_tasks(options: TaskOptions) -> TaskEvaluation:
         raise missing("tasks need lm_eval", "eval")
     check_at_least(0, few_shot=options.few_shot)
     check_at_least(1, limit=options.limit, batch_size=options.batch_size)
-    check_dtype(options.dtype)
+    check_known("dtype", options.dtype, DTYPES)
     where = find_device(options.device)
     folder = results_folder(options.model) if options.card else None
     models = [it for it in (options.model, options.baseline) if it is not None]

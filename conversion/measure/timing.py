@@ -148,7 +148,9 @@ class Bench:
 
     def ffn(self, sizes: Sequence[int]) -> Iterator[Point]:
         """Time the FFN block alone, layer by layer, on what it sees in the carved model."""
-        inputs = self.ffn_inputs(2 * max(sizes, default=1))
+        if not sizes:
+            return
+        inputs = self.ffn_inputs(2 * max(sizes))
         layers = len(inputs)
 
         def run(blocks: list[nn.Module], tokens: int, turn: int) -> None:

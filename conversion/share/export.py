@@ -18,7 +18,7 @@ from cmoe_hf import CMoEConfig, CMoEHierarchicalConfig
 from cmoe_hf.configuration_cmoe import with_legacy_keys
 
 from ..carve.settings import MAX_SHARD_SIZE, shard_bytes
-from ..errors import RequestError
+from ..errors import RequestError, check_known
 from ..folder.auxiliary_files import read_auxiliary_files
 from ..folder.card import CARD_FILE, native_card
 from ..folder.fingerprint import write_fingerprint
@@ -85,9 +85,7 @@ def export(options: ExportOptions) -> Export:
     """
     limit = shard_bytes(options.max_shard_size)
     work = ExportFolder(options.output, overwrite=options.overwrite)
-    if options.to not in (None, *TARGETS):
-        known = ", ".join(TARGETS)
-        raise RequestError(f"there is no export to {options.to!r}; choose one of {known}.")
+    check_known("export to", options.to, TARGETS)
     folder, name, commit = find_model(options.model)
     config = AutoConfig.from_pretrained(folder)
     check_config(config, name)

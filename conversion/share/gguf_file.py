@@ -17,7 +17,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from cmoe_hf import CMoEConfig
 
-from ..errors import CMoEError, RequestError, missing
+from ..errors import CMoEError, RequestError, check_known, missing
 from ..folder.paths import check_apart, check_place, replace_file, resolved
 from ..options import with_options
 from ..source.architectures import differences
@@ -38,12 +38,6 @@ if TYPE_CHECKING:
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 """Types of numbers in which matrices can be written, and how a file says which. llama.cpp's own
 program makes the others."""
-OUTSIDE = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-"""Names outside the layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +93,7 @@ def export_gguf(options: GGUFOptions) -> GGUFFile:
     """
     output, to, type = options.output, options.to, options.type
     library()
-    if to not in (None, *LAYOUTS):
-        raise RequestError(f"there is no export to {to!r}; choose one of {', '.join(LAYOUTS)}.")
+    check_known("export to", to, LAYOUTS)
     path = check_output(output, options.overwrite)
     quantizer = None if type in FILE_TYPES else find_quantizer(type, options.model, path)
     folder, name, commit = find_model(options.model)
@@ -184,18 +177,28 @@ def end_tokens(folder: Path, config: PreTrainedConfig) -> list[int]:
 
 def made_tensors(stored: dict[str, Any], config: Any, layout: Layout) -> dict[str, Made]:
     """Return all tensors of the file by name."""
-    layers = by_layer(stored)
-    outside = layers.pop("", {})
-    made = {new: Made.of(outside[name]) for name, new in OUTSIDE.items() if name in outside}
+    gguf, count, made = library(), config.num_hidden_layers, dict[str, Made]()
+    [kind] = [it for it, name in gguf.MODEL_ARCH_NAMES.items() if name == layout.name]
+    names = gguf.get_tensor_name_map(kind, count)
+    for name, it in stored.items():
+        stem, _, end = name.rpartition(".")
+        is_zero = layout.routes and name.endswith("o_proj.bias")  # else the model is refused
+        if end in ("weight", "bias") and stem in names and not is_zero:
+            heads = layout.interleaved_heads(name, config)
+            made[f"{names[stem]}.{end}"] = Made.of(it, interleaved=heads)
     if layout.own_head:
         made.setdefault("output.weight", made["token_embd.weight"])
     factors_D = rope_factors(config)
     if factors_D is not None:
         made["rope_freqs.weight"] = Made.of(factors_D)
-    tensors = {layer.split(".")[2]: layout.layer(parts, config) for layer, parts in layers.items()}
+    blocks = {
+        layer.split(".")[2]: layout.routed(parts, config)
+        for layer, parts in by_layer(stored).items()
+        if "mlp.experts.down_proj" in parts
+    }
     if layout.wants_window and "sliding_attention" not in attention_types(config):
-        tensors[str(len(layers))] = empty_layer(config, made["token_embd.weight"])
-    for number, parts in tensors.items():
+        blocks[str(count)] = empty_layer(config, made["token_embd.weight"])
+    for number, parts in blocks.items():
         made |= {f"blk.{number}.{part}": it for part, it in parts.items()}
     return made
 

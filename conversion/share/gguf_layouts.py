@@ -29,23 +29,6 @@ TINY = 2.0**-30
 BLOCK = 32
 """Neurons of a shared expert of zeros: what every type of numbers comes in multiples of."""
 Fields = dict[str, Any]
-NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
-    "mlp.shared_expert.up_proj": "ffn_up_shexp",
-    "mlp.shared_expert.down_proj": "ffn_down_shexp",
-}
-"""Beginnings of names within a layer."""
 
 
 def step_fields(config: Any) -> Fields:
@@ -96,7 +79,6 @@ class Layout(Stock):
     """It does not know heads that are tied to the embedding."""
     wants_window: bool = False
     """It does not know models of which no layer has a window."""
-    renamed: tuple[tuple[str, str], ...] = ()
 
     def refusals(self, config: Any, needs: set[str]) -> list[str]:
         """Return why it cannot be this model."""
@@ -110,19 +92,6 @@ class Layout(Stock):
         if "window" in needs and rope != "default":
             reasons.append(f"has no rotary embeddings of type {rope} within a window")
         return reasons
-
-    def layer(self, parts: Mapping[str, TensorRef], config: Any) -> dict[str, Made]:
-        """Return the tensors of a layer, by their names within it."""
-        names = NAMES | dict(self.renamed)
-        made = {}
-        for part, it in parts.items():
-            stem, _, kind = part.rpartition(".")
-            if stem in names and not (part == "self_attn.o_proj.bias" and self.routes):
-                heads = self.interleaved_heads(part, config)
-                made[f"{names[stem]}.{kind}"] = Made.of(it, interleaved=heads)
-        if "mlp.experts.down_proj" in parts:
-            made |= self.routed(parts, config)
-        return made
 
     def routed(self, parts: Mapping[str, TensorRef], config: Any) -> dict[str, Made]:
         """Return the router and the experts of a layer."""
@@ -187,7 +156,6 @@ ALL = (  # those that more versions of llama.cpp know come first
             "expert_shared_count": config.num_shared,
             "leading_dense_block_count": len(config.dense_layers or []),
         },
-        renamed=(("post_attention_layernorm", "post_attention_norm"),),
     ),
     Layout(
         name="step35",

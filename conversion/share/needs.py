@@ -35,32 +35,24 @@ UNDONE_BY = {"balance": "--bias-speed 0", "scale": "--router-learning-rate 0"}
 
 def needs_of(config: PreTrainedConfig, folder: Path) -> set[str]:
     """Return names from `NEEDS`, from the configuration and the few tensors that decide."""
-    needs = {*(differences(config) or ())}
-    if getattr(config, "shared_expert_intermediate_size", 0):
-        needs.add("shared")
-    if "sliding_attention" in attention_types(config):
-        needs.add("window")
-    if getattr(config, "attention_bias", False):
-        needs.add("biases")
-    return needs | dense_needs(config) | trained_needs(config, folder)
+    carved = carved_layers(config)
+    first, last = carved[0], carved[-1]
+    found = {
+        "shared": getattr(config, "shared_expert_intermediate_size", 0),
+        "window": "sliding_attention" in attention_types(config),
+        "biases": getattr(config, "attention_bias", False),
+        "leading": first > 0,
+        "trailing": last < config.num_hidden_layers - 1,
+        "between": len(carved) <= last - first,
+    }
+    needs = {*(differences(config) or ()), *(need for need, there in found.items() if there)}
+    return needs | trained_needs(config, folder)
 
 
 def carved_layers(config: PreTrainedConfig) -> list[int]:
     """Return the layers whose FFN is carved; of a dense model all layers."""
     dense = getattr(config, "dense_layers", None) or []
     return [index for index in range(config.num_hidden_layers) if index not in dense]
-
-
-def dense_needs(config: PreTrainedConfig) -> set[str]:
-    """Return where dense layers lie between carved ones."""
-    carved = carved_layers(config)
-    first, last = carved[0], carved[-1]
-    places = {
-        "leading": first > 0,
-        "trailing": last < config.num_hidden_layers - 1,
-        "between": len(carved) <= last - first,
-    }
-    return {place for place, there in places.items() if there}
 
 
 def trained_needs(config: PreTrainedConfig, folder: Path) -> set[str]:

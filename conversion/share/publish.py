@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upload a model's folder to the Hub, checked before and compared afterwards."""
 
-import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
@@ -22,7 +21,7 @@ from ..folder.card import CARD_FILE
 from ..folder.paths import replace_file
 from ..options import with_options
 from .verify import verify
-from .vetting import check_folder
+from .vetting import check_folder, matches
 
 LOADABLE = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx"),
@@ -100,6 +99,7 @@ def publish(options: PublishOptions) -> Publication:
         owner=repository.partition("/")[0],
         licence=options.licence,
         base_model=options.base_model,
+        trusted=options.trust_remote_code,
     )
     if not (found := verify(folder, trust_remote_code=options.trust_remote_code)).as_carved:
         raise RequestError(f"{found.line} Renew its code with `cmoe upgrade`, or carve it again.")
@@ -108,7 +108,7 @@ def publish(options: PublishOptions) -> Publication:
         api.whoami()
         private, before = existing(api, repository, branch, folder)
         foreign = sorted({*before.missing_paths} - {".gitattributes"}) if before else []
-        deleted = [name for name in foreign if is_loadable(name)]
+        deleted = [name for name in foreign if "/" not in name and matches(name, LOADABLE)]
         if deleted and not options.replace:
             raise RequestError(
                 f"{repository} holds files of another model, which would be mixed with this one: "
@@ -180,11 +180,6 @@ def check_arrived(api: HfApi, repository: str, commit: str, folder: Path, names:
             f"{repository} does not have what was sent: {', '.join(sorted(wrong))} differ at "
             f"commit {commit[:7]}. Do not use it. {GO_ON}"
         )
-
-
-def is_loadable(name: str) -> bool:
-    """Return whether a loader would look at a file of a repository."""
-    return "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in LOADABLE)
 
 
 @contextmanager

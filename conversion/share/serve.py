@@ -15,7 +15,7 @@ from transformers.utils.import_utils import is_serve_available
 
 import cmoe_hf
 
-from ..errors import CMoEError, RequestError, missing
+from ..errors import CMoEError, RequestError, check_known, missing
 from ..measure.llama_cpp import find_server, stop
 from ..options import with_options
 from ..source.hub import load_tokenizer
@@ -49,9 +49,7 @@ def serve(asked: ServeOptions) -> None:
         CMoEError: The Hub cannot be reached.
     """
     model, options = asked.model, asked.options
-    if asked.engine not in ENGINES:
-        known = ", ".join(ENGINES)
-        raise RequestError(f"there is no engine {asked.engine!r}; choose one of {known}.")
+    check_known("engine", asked.engine, ENGINES)
     if asked.engine == "llama.cpp":
         return serve_llama_cpp(model, options)
     if not is_serve_available():

@@ -110,7 +110,8 @@ def upgrade(options: UpgradeOptions) -> Upgrade:
         done = upgrade_folder(copy, trusted)
         if not done.changed:
             return replace(done, output=name)
-        return replace(done, output=publish(copy, name, pull_request=True).url)
+        published = publish(copy, name, pull_request=True, trust_remote_code=trusted)
+        return replace(done, output=published.url)
 
 
 def upgrade_folder(folder: Path, trusted: bool) -> Upgrade:
@@ -125,7 +126,7 @@ def upgrade_folder(folder: Path, trusted: bool) -> Upgrade:
     old = None
     if not (stated_fingerprint(folder) or runs_here(folder, trusted=trusted)):
         with suppress(CMoEError):  # the upgrade mends what broke it
-            prompts = prompts_for(folder, load_tokenizer(folder))
+            prompts = prompts_for(folder, load_tokenizer(folder, trust_remote_code=trusted))
             old = computed_elsewhere(folder, folder.name, prompts, None)
     before = {path.name: sha256_of(path) for path in sorted(folder.glob("*.safetensors"))}
     with UpgradeFolder.create(folder, {}, overwrite=True) as work:
@@ -138,11 +139,12 @@ def upgrade_folder(folder: Path, trusted: bool) -> Upgrade:
         if differ(folder, work.folder, REMOTE_CODE):
             record["upgraded_to"] = [*record.get("upgraded_to", []), cmoe_hf.__version__]
         if not record.get("fingerprint"):
-            record["fingerprint"] = fingerprint_of(work.folder, load_tokenizer(folder))
+            tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
+            record["fingerprint"] = fingerprint_of(work.folder, tokenizer)
         work.write_json(CONVERSION, record)
         if (folder / CARD_FILE).is_file():
             work.write_text(CARD_FILE, renewed_card(read_card(folder), code))
-        found = replace(verify(work.folder), model=folder.name)
+        found = replace(verify(work.folder, trust_remote_code=trusted), model=folder.name)
         differences = list(found.differences)
         if old is not None:  # the fingerprint is what the new code computed a moment ago
             differences += moved(old, record["fingerprint"])
@@ -174,9 +176,12 @@ def share_files(folder: Path, target: Path) -> None:
         elif relative.as_posix() not in REWRITTEN:
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.link(path, target / relative, follow_symlinks=False)
+                if path.is_symlink():  # in the Hub's cache a relative one
+                    (target / relative).symlink_to(path.resolve())
+                else:
+                    os.link(path, target / relative)
             except (OSError, NotImplementedError):  # of Windows
-                shutil.copy2(path, target / relative, follow_symlinks=False)
+                shutil.copy2(path, target / relative)
 
 
 def rename_tensors(folder: Path, model_type: str) -> bool:

@@ -5,7 +5,7 @@ import fnmatch
 import getpass
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -47,7 +47,7 @@ PATH = (
 
 
 def check_folder(
-    folder: Path, *, owner: str, licence: str | None, base_model: str | None
+    folder: Path, *, owner: str, licence: str | None, base_model: str | None, trusted: bool
 ) -> tuple[list[str], str]:
     """Check all that can be checked here.
 
@@ -63,13 +63,14 @@ def check_folder(
             "opened and are not published. Remove them; the weights are in the safetensors files."
         )
     check_complete(folder)
+    vocabulary = load_tokenizer(folder, trust_remote_code=trusted).get_vocab()
     if CARD_FILE not in names:
         raise RequestError(f"{folder.name} has no {CARD_FILE}: a model needs a card.")
     card = read_card(folder)
     if licence or base_model:
         card = stated(card, licence=licence, base_model=base_model)
     check_card(folder, card)
-    check_private(folder, names, card, known={owner})
+    check_private(folder, names, card, vocabulary, known={owner})
     return names, card
 
 
@@ -112,7 +113,6 @@ def check_complete(folder: Path) -> None:
             f"{WEIGHTS_INDEX} names {len(missing)} tensors that no shard has, {missing[0]} among "
             "them. Convert again, or restore the folder."
         )
-    load_tokenizer(folder)
 
 
 def check_card(folder: Path, card: str) -> None:
@@ -139,11 +139,13 @@ def check_card(folder: Path, card: str) -> None:
             )
 
 
-def check_private(folder: Path, names: list[str], card: str, known: set[str]) -> None:
+def check_private(
+    folder: Path, names: list[str], card: str, vocabulary: Iterable[str], known: set[str]
+) -> None:
     """Check that no file contains a secret, a user's name or a path of this machine.
 
-    `card` is the text that README.md will have, and `known` are public names, such as the owner
-    of the repository.
+    `card` is the text that README.md will have, `vocabulary` the model's, and `known` are public
+    names, such as the owner of the repository.
     """
     secrets = SECRETS | ({"your token": re.escape(token)} if (token := get_token()) else {})
     private = dict(secrets)
@@ -154,7 +156,7 @@ def check_private(folder: Path, names: list[str], card: str, known: set[str]) ->
     if user.lower() not in NOBODY | {name.lower() for name in known}:
         # An ordinary word, such as llama, is in every card: it counts only where it must mean
         # somebody, and is missed in prose and relative paths.
-        pattern = PERSON if is_ordinary(user, folder) else r"\b{0}\b"
+        pattern = PERSON if is_ordinary(user, vocabulary) else r"\b{0}\b"
         private["your user name"] = pattern.replace("{0}", re.escape(user))
     home = Path.home()
     private["a local path"] = f"{PATH}|{re.escape(str(home))}" if len(home.parts) > 2 else PATH
@@ -168,9 +170,8 @@ def check_private(folder: Path, names: list[str], card: str, known: set[str]) ->
                     )
 
 
-def is_ordinary(user: str, folder: Path) -> bool:
+def is_ordinary(user: str, vocabulary: Iterable[str]) -> bool:
     """Return whether a name is a word of the vocabulary or of this package's own files."""
-    vocabulary = load_tokenizer(folder).get_vocab()
     if user.lower() in {token.strip("\u0120\u2581 ").lower() for token in vocabulary}:
         return True
     word = re.compile(rf"(?<![a-z]){re.escape(user)}(?![a-z])", re.IGNORECASE)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table that a report opens with: gains and losses, dense beside one or two carved models."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import RequestError
+from ..folder.fingerprint import conversion_record
 from ..folder.results import recorded
 from ..measure.routing import check_flat, sparse_blocks
 from ..source.hub import fetch_model, find_model
@@ -37,20 +37,13 @@ def look_up(model: str | Path) -> CarvedModel:
     check_flat(folder)
     if commit is not None:
         folder = fetch_model(name, commit)
-    file = folder / "conversion.json"
-    try:
-        conversion = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise RequestError(
-            f"conversion.json is damaged ({error}). Without it the page can be made: remove it."
-        ) from error
     try:
         records = {(it["task"], it["metric"]): it for it in recorded(folder)}
     except (ValueError, KeyError, TypeError) as error:
         raise RequestError(
             f"evaluation.json of {folder.name} is damaged ({error}): repair it, or remove it."
         ) from error
-    return CarvedModel(model, folder, name, conversion, records)
+    return CarvedModel(model, folder, name, conversion_record(folder), records)
 
 
 def layer_errors(conversion: dict[str, Any], count: int) -> list[float | None]:
@@ -132,6 +125,8 @@ def gains(
         if key[1] == "perplexity":
             figures = [{**it, "perplexity": it.get("value")} for it in own]
             add_text(f"{key[0]}, recorded", dense, figures)
+        elif key[1].endswith(("perplexity", "bits_per_byte")):
+            add("{} ({})".format(*key), "number", "lower", [dense, *values])
         else:
             add("{} ({})".format(*key), "percent", "higher", [dense, *values])
     add("tokens a second, decoding one sequence", "number", "higher", speeds)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..device import check_dtype, find_device, name_of, versions
-from ..errors import CMoEError, RequestError, check_at_least
+from ..device import DTYPES, find_device, name_of, versions
+from ..errors import CMoEError, RequestError, check_at_least, check_known
 from ..folder.card import CARD_FILE, FIGURES, with_section
 from ..folder.json_utils import to_json
 from ..folder.paths import check_place, remove, replace_file, resolved
@@ -104,7 +104,7 @@ def report(options: ReportOptions) -> Report:
     """
     if options.figures:
         check_drawing("a report")
-    check_dtype(options.dtype)
+    check_known("dtype", options.dtype, DTYPES)
     where = find_device(options.device)
     check_at_least(1, windows=options.windows)
     check_at_least(0, rounds=options.rounds)
@@ -255,7 +255,7 @@ def check_target(target: Path) -> None:
     page, names = target / PAGE, set()
     if target.is_dir():
         names = {path.name.removesuffix(".new") for path in target.iterdir()}
-    ours = page.is_file() and GENERATOR in page.read_text(encoding="utf-8")
+    ours = page.is_file() and GENERATOR in page.read_text(encoding="utf-8", errors="replace")
     known = {PAGE, *CARD_FIGURES, *EARLIER_FIGURES} if ours else set()
     if names - known or target.is_file():
         raise RequestError(

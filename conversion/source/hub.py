@@ -180,8 +180,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the library raises whatever its parsers raise
         if any(path.match(name) for path in folder.iterdir() for name in VOCABULARY_FILES):
+            reason = " ".join(str(error).split()).replace(str(folder), folder.name)
+            if "trust_remote_code" in reason:
+                reason = "it has code of its own. Pass --trust-remote-code if you have read it."
             raise RequestError(
-                f"the tokenizer of {folder.name} cannot be loaded: {error}"
+                f"the tokenizer of {folder.name} cannot be loaded: {reason}"
             ) from error
         tokenizer = None
     # Without files the library makes some tokenizers that know their special tokens only.

@@ -19,9 +19,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from cmoe_hf import CMoEConfig
 
 from ..carve.settings import MAX_SHARD_SIZE, absolute, shard_bytes
-from ..device import check_dtype, find_device, versions
+from ..device import DTYPES, find_device, versions
 from ..embedded import MODEL
-from ..errors import CMoEError, RequestError, check_at_least
+from ..errors import CMoEError, RequestError, check_at_least, check_known
 from ..folder.auxiliary_files import AuxiliaryFiles, read_auxiliary_files
 from ..folder.fingerprint import conversion_record
 from ..folder.paths import resolved
@@ -149,7 +149,7 @@ Texts = tuple[int, torch.Tensor, list[torch.Tensor]]
 def prepare(options: RecoverOptions, kept: Texts | None = None) -> Prepared:
     """Check all but the weights, and read the texts unless `kept`. Raises `RequestError`."""
     check_sharding()
-    check_dtype(options.dtype)
+    check_known("dtype", options.dtype, DTYPES)
     shard_bytes(options.max_shard_size)
     if options.dtype == "float16":
         raise RequestError("float16 overflows in training: choose bfloat16 or float32.")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from ..errors import RequestError
+from ..errors import RequestError, check_known
 
 Value = TypeVar("Value")
 POSITIVE = ("samples", "batch_size", "rank", "alpha", "epochs", "learning_rate")
@@ -106,10 +106,7 @@ class Tuning:
 
     def __post_init__(self) -> None:
         """Take what is left open from the objective. Raise `RequestError` for what cannot be."""
-        if self.objective not in PRESETS:
-            raise RequestError(
-                f"there is no objective {self.objective!r}; choose one of {', '.join(PRESETS)}."
-            )
+        check_known("objective", self.objective, PRESETS)
         for name, value in PRESETS[self.objective].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
