@@ -7,9 +7,10 @@ import re
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from pico_tokenizers import TOKENIZERS, byte_level
 from recipes import FIRST_EDITION
 from refusal import refused
@@ -26,6 +27,7 @@ from typer.testing import CliRunner
 
 from cmoe_hf.conversion import CMoEError, Recipe, RequestError, export_gguf
 from cmoe_hf.conversion.cli import app
+from cmoe_hf.conversion.measure.engine import gguf_work
 from cmoe_hf.conversion.measure.llama_cpp import LlamaServer, find_program, find_server
 from cmoe_hf.conversion.share.gguf_quantize import quantize
 
@@ -471,3 +473,19 @@ def test_a_comparison_that_cannot_be_made(carved, tmp_path):
     ):
         result = CliRunner().invoke(app, ["benchmark", *arguments, "--engine", "llama.cpp"])
         refused(result, 2, phrase)
+
+
+def test_a_file_of_another_writer_says_less_of_its_work(tmp_path):
+    writer = GGUFWriter(tmp_path / "other.gguf", "qwen2")
+    writer.add_block_count(3)
+    writer.add_embedding_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_token_list([f"t{number}" for number in range(100)])
+    writer.add_tensor("token_embd.weight", np.zeros((100, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    work = gguf_work(tmp_path / "other.gguf")
+    assert (work.vocabulary, work.cached) == (100, 2 * 2 * 2 * 16 * 3)
