@@ -15,7 +15,8 @@ from test_output import command
 
 import cmoe_hf
 from cmoe_hf.conversion import RequestError, convert, plan, resume, verify
-from cmoe_hf.conversion.embedded import CALIBRATION
+from cmoe_hf.conversion.embedded import CALIBRATION, MODEL
+from cmoe_hf.conversion.tune.recover import RecoveryFolder
 
 SHAPE = {"shared": 2, "active": 2, "experts": 8}
 FEW = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}
@@ -227,3 +228,10 @@ def test_notes_of_an_older_release_are_not_misread(unfinished):
         settings.write_text(json.dumps({**notes, **kept}))
         with pytest.raises(RequestError, match="begun by an older release"):
             resume(unfinished)
+
+
+@pytest.mark.parametrize("options", [["demo"], ["convert", MODEL, "--budget", 0.5, "--recover", 9]])
+def test_a_recovery_at_work_is_left_alone(tmp_path, options):
+    with RecoveryFolder.create(tmp_path / "out", {}, overwrite=False):
+        result = command(*options[:2], tmp_path / "out", *options[2:])
+        refused(result, 2, "another recovery into", "is running right now")
