@@ -326,3 +326,10 @@ def test_the_code_of_a_tokenizer_must_be_trusted(online, folder):
     assert (
         on_the_hub(online)["tokenization_own.py"] == (folder / "tokenization_own.py").read_bytes()
     )
+
+
+def test_saving_with_an_upload_takes_the_code_along(online, folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id=NAME)
+    code = {"configuration_cmoe.py", "modeling_cmoe.py", "triton_cmoe.py"}
+    assert code <= on_the_hub(online).keys() and code <= contents(tmp_path / "saved").keys()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from families import decoders
 from hub import TOKEN
 from refusal import refused
 from safetensors.torch import load_file, save_file
@@ -114,7 +115,7 @@ def test_changed_weights_are_not_as_carved_nor_published_nor_upgraded(carved_cop
     assert not verify(carved_copy).as_carved
 
 
-@pytest.mark.parametrize("family", ["llama-2", "pythia", "qwen3-moe"])
+@pytest.mark.parametrize("family", ["pythia", "qwen3-moe", *decoders()])
 def test_large_models_are_read_from_the_disk(make_dense, carve, monkeypatch, family):
     carved = carve(make_dense(family))
     monkeypatch.setattr(outputs, "IN_MEMORY", 0)

@@ -16,7 +16,7 @@ from test_output import command
 import cmoe_hf
 from cmoe_hf.conversion import RequestError, convert, plan, resume, verify
 from cmoe_hf.conversion.embedded import CALIBRATION, MODEL
-from cmoe_hf.conversion.tune.recover import RecoveryFolder
+from cmoe_hf.conversion.tune.recover import RecoveryFolder, resume_recovery
 
 SHAPE = {"shared": 2, "active": 2, "experts": 8}
 FEW = {"calibration": CALIBRATION, "samples": 4, "sequence_length": 64}
@@ -235,3 +235,15 @@ def test_a_recovery_at_work_is_left_alone(tmp_path, options):
     with RecoveryFolder.create(tmp_path / "out", {}, overwrite=False):
         result = command(*options[:2], tmp_path / "out", *options[2:])
         refused(result, 2, "another recovery into", "is running right now")
+
+
+def test_notes_of_an_older_recovery_are_not_misread(carved, tmp_path):
+    out = tmp_path / "out"
+    asked = {"model": str(carved), "output": str(out), "tuning": {"control": True}}
+    made = RecoveryFolder.create(out, {"options": asked}, overwrite=False)
+    with pytest.raises(EOFError), made as work:
+        work.own_text.mkdir()
+        (work.own_text / "000000.safetensors").touch()
+        raise EOFError
+    with pytest.raises(RequestError, match="begun by an older release"):
+        resume_recovery(out)

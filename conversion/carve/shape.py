@@ -206,7 +206,7 @@ def check_hierarchical(recipe: Recipe, dense_layers: Collection[int]) -> None:
 def source_expert_config(config: CMoEConfig, recipe: Recipe) -> CMoEConfig:
     """Return the configuration of one carved expert of a MoE, as if it were a dense FFN."""
     fields = ("hidden_size", "intermediate_size", "hidden_act")
-    dense = LlamaConfig(**{name: getattr(config, name) for name in fields})
+    dense = LlamaConfig(num_attention_heads=1, **{name: getattr(config, name) for name in fields})
     routed = config.num_experts // config.num_parents
     active = config.num_experts_per_tok // config.num_parents_per_tok
     shape = Shape(config.num_shared, active, config.num_shared + routed)

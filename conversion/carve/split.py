@@ -47,7 +47,7 @@ def best_split(
     sampled = profile._replace(x_TH=samples.x_TH)
     errors: dict[int, float] = {}
     splits: dict[int, Split] = {}
-    for always_on in (0, min(config.num_experts_per_tok, config.num_experts - 1)):
+    for always_on in sorted({0, min(config.num_experts_per_tok, config.num_experts - 1)}):
         trial = replace(recipe, always_on=always_on, routed_by="router")
         if always_on == config.num_experts_per_tok:  # the others never run: any clusters will do
             trial = replace(trial, max_iterations=1)

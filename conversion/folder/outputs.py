@@ -119,7 +119,9 @@ def placement(folder: Path) -> dict[str, str] | None:
                 sizes[name] = 4 * torch.Size(file.get_slice(name).get_shape()).numel()
     if sum(sizes.values()) <= IN_MEMORY:
         return None
-    [layers] = {name.partition(".layers.")[0] + ".layers" for name in sizes if ".layers." in name}
+    ffn = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("ffn") or {}
+    mark = f".{ffn.get('layers', 'layers')}."  # GPT-2's are called h
+    [layers] = {name.partition(mark)[0] + mark[:-1] for name in sizes if mark in name}
     outside = {name.rpartition(".")[0] for name in sizes if not name.startswith(layers)}
     decoder = layers.rpartition(".")[0]
     return {**dict.fromkeys([*outside, f"{decoder}.rotary_emb", "lm_head"], "cpu"), layers: "disk"}

@@ -174,7 +174,7 @@ def open_source(
             f"cannot carve {name}, a {config.model_type}: its causal model is a part of another."
         )
     if commit is not None:
-        folder = fetch_model(name, revision, code=trust_remote_code)
+        folder = fetch_model(name, commit, code=trust_remote_code)
         check_code(folder, name, trust_remote_code)
     if (folder / ADAPTER).is_file():
         raise RequestError(

@@ -82,5 +82,5 @@ def explained(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CMoEError(f"{name} cannot be loaded: {reason}") from error

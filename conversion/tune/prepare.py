@@ -162,7 +162,7 @@ def prepare(options: RecoverOptions, kept: Texts | None = None) -> Prepared:
     device = state.device if state.num_processes > 1 else find_device(options.device)
     portions = [Portion.of(it) for it in listed(options.training)]
     texts = listed(options.text)
-    if any(it.text == text and text_file(text) for it in portions for text in texts):
+    if {text_file(it.text) for it in portions} & {text_file(it) for it in texts} - {None}:
         raise RequestError(
             "the text to measure on is the text to train on: its perplexity would say nothing. "
             "Give another --text."
@@ -264,6 +264,7 @@ def determinants(prepared: Prepared) -> dict[str, str]:
     windows = b"".join(it.numpy().tobytes() for it in (prepared.training_WL, *prepared.tests))
     return {
         **{f"version_of_{name}": version for name, version in versions().items()},
+        "device": prepared.device.type,
         "model": hashlib.sha256(weights.encode()).hexdigest(),
         "texts": hashlib.sha256(windows).hexdigest(),
     }

@@ -97,7 +97,7 @@ def recover(options: RecoverOptions) -> Recovery:
         work = RecoveryFolder(output, overwrite=overwrite)
         work.check(prepared.read)
         weights = sum(path.stat().st_size for path in prepared.folder.glob("*.safetensors"))
-        check_disk(work, weights, prepared.plan, prepared.own_windows * WINDOW["distil"])
+        check_disk(work, weights, prepared.plan, prepared.own_windows * prepared.tests[0].shape[1])
     settings = {"options": asdict(prepared.options), "text_tokens": prepared.text_tokens}
     settings |= determinants(prepared)
     with owned_folder(output, settings, overwrite=overwrite) as work:
@@ -120,7 +120,11 @@ def resume_recovery(output: str | Path) -> Recovery:
         if (windows := work.kept_windows()) is not None:
             tests = [windows[f"test{number}"] for number in range(len(windows) - 1)]
             kept = (work.settings["text_tokens"], windows["training"], tests)
-        prepared = prepare(RecoverOptions(**asked | {"tuning": Tuning(**asked["tuning"])}), kept)
+        try:
+            options = RecoverOptions(**asked | {"tuning": Tuning(**asked["tuning"])})
+        except TypeError as error:  # it has an option that is no longer there
+            raise work.older() from error
+        prepared = prepare(options, kept)
         work.check_apart(prepared.read)
         work.check_unchanged(determinants(prepared))
         return run(prepared, work)

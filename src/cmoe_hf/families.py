@@ -121,7 +121,9 @@ def carved_classes(model_type: str) -> Classes:
     for auto, model in ((AutoModel, decoder), (AutoModelForCausalLM, causal)):
         auto.register(config, model, exist_ok=True)
         if "save_pretrained" not in vars(model):
-            model.save_pretrained = with_code(model.save_pretrained)
+            model.save_pretrained = with_our_names(model.save_pretrained)
+    if "save_pretrained" not in vars(config):  # a model's calls it, before it uploads anything
+        config.save_pretrained = with_code(config.save_pretrained)
     return config, decoder, causal
 
 
@@ -135,13 +137,22 @@ def repository_code(config: type[PreTrainedConfig]) -> dict[str, str]:
 
 
 def with_code(save: Any) -> Any:
-    """Let `save_pretrained` write the Python files, and the names that their classes read."""
+    """Let `save_pretrained` of a configuration write the Python files, too."""
 
     @wraps(save)
-    def wrapper(self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        save(self, save_directory, *args, **{"save_original_format": False} | kwargs)
-        if kwargs.get("is_main_process", True):
-            for name, text in repository_code(type(self.config)).items():
-                Path(save_directory, name).write_text(text, encoding="utf-8")
+    def wrapper(self: PreTrainedConfig, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        save(self, save_directory, *args, **kwargs)
+        for name, text in repository_code(type(self)).items():
+            Path(save_directory, name).write_text(text, encoding="utf-8")
+
+    return wrapper
+
+
+def with_our_names(save: Any) -> Any:
+    """Let `save_pretrained` of a model write the names that its class reads."""
+
+    @wraps(save)
+    def wrapper(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        save(self, *args, **{"save_original_format": False} | kwargs)
 
     return wrapper
