@@ -23,7 +23,7 @@ from .carve.settings import NORMAL, ConvertOptions, Settings, absolute, shard_by
 from .carve.shape import Shape
 from .device import DTYPES, peak_memory_bytes, versions
 from .errors import RequestError
-from .folder.card import model_card
+from .folder.card import CARD_FILE, model_card
 from .folder.fingerprint import CONVERSION, fingerprint_of
 from .folder.layerwise import WorkFolder, planned_tensors
 from .folder.own_text import read_own, write_own
@@ -150,11 +150,11 @@ def carve(prepared: Prepared, work: WorkFolder) -> Conversion:
     layers = source.walk(rest, prepared.device)
     del rest
     record_batches(layers, *prepared.windows_WL.shape)
-    if states := work.read_states():
-        streams = Streams.restored(states, storage)
-    else:
-        dense = recipe.needs_dense_stream and not is_moe
-        streams = Streams.embedded(layers, prepared.windows_WL, storage, dense=dense)
+    if not (states := work.read_states()):
+        has_dense = recipe.needs_dense_stream and not is_moe
+        names = ("carved", "dense") if has_dense else ("carved",)
+        states = dict.fromkeys(names, layers.embed(prepared.windows_WL))
+    streams = Streams.restored(states, storage)
     layers.forget_rest()
     del states
     carved = (MoEWalk if is_moe else ModelWalk)(
@@ -225,7 +225,7 @@ def complete(prepared: Prepared, work: WorkFolder) -> Conversion:
     report = conversion_report(prepared, result, work.figures)
     work.write_json(CONVERSION, report | {"fingerprint": fingerprint})
     card = model_card(prepared.source, config, report, code, prepared.auxiliary.licence)
-    work.write_text("README.md", card)
+    work.write_files({CARD_FILE: card})
     return result
 
 

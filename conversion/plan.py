@@ -143,13 +143,7 @@ def prepare_work(
             f"about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free. Name another "
             "--calibration."
         )
-    folder, free = free_disk(work)
-    needed = disk_bytes(prepared) + work_bytes(prepared)
-    if free < needed:
-        raise RequestError(
-            f"the conversion needs about {needed / 1e9:.1f} GB of disk, but {folder} has "
-            f"{free / 1e9:.1f} GB free. Free some space or choose another disk."
-        )
+    check_disk(work, disk_bytes(prepared) + work_bytes(prepared))
     return prepared, work
 
 
@@ -242,6 +236,16 @@ def free_disk(work: PartialFolder) -> tuple[Path, int]:
     """Return the nearest existing folder above the output, and the bytes free there."""
     parent = existing_parent(work.output)
     return parent, shutil.disk_usage(parent).free
+
+
+def check_disk(work: PartialFolder, needed: float) -> None:
+    """Raise `RequestError` if so many bytes would not fit on the disk of the output."""
+    place, free = free_disk(work)
+    if free < needed:
+        raise RequestError(
+            f"the {work.noun} needs about {needed / 1e9:.1f} GB of disk, but {place} has "
+            f"{free / 1e9:.1f} GB free. Free some space or choose another disk."
+        )
 
 
 def disk_bytes(prepared: Prepared) -> int:

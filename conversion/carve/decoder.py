@@ -88,17 +88,8 @@ class Streams:
     """After the dense ones; None for a recipe that does not correct errors."""
 
     @classmethod
-    def embedded(
-        cls, layers: LayerWalk, windows_WL: torch.Tensor, storage: Storage, *, dense: bool
-    ) -> Self:
-        """Return the hidden states before the first layer; with a dense stream if `dense`."""
-        hidden_WLH = layers.embed(windows_WL)
-        names = ("carved", "dense") if dense else ("carved",)
-        return cls.restored(dict.fromkeys(names, hidden_WLH), storage)
-
-    @classmethod
     def restored(cls, states: dict[str, torch.Tensor], storage: Storage) -> Self:
-        """Return the streams that `saved` was called on."""
+        """Return streams of these states, as `saved` names them."""
         kept = {name: storage.empty(name, *value.shape) for name, value in states.items()}
         for name, value in states.items():
             kept[name].copy_(value)

@@ -6,6 +6,7 @@ K active experts, M neurons of one expert, R of all of them, X of what is summed
 """
 
 import math
+from functools import partial
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
@@ -48,7 +49,7 @@ def representative_router(
     Of an FFN without a gate the up rows only; with biases theirs, too, (N,). With `normalise`,
     every row is scaled to length 1, with its bias, as the released code does.
     """
-    scale = unit_rows if normalise else torch.Tensor.clone
+    scale = partial(normalize, dim=1) if normalise else torch.Tensor.clone
     router = {}
     for part, weight, bias in (("gate", gate_FH, gate_bias_F), ("up", up_FH, up_bias_F)):
         if weight is None:
@@ -60,11 +61,6 @@ def representative_router(
             row_NJ = scale(torch.cat([row_NH, bias[representatives_N, None]], dim=1))
             router |= {f"{part}_weight": row_NJ[:, :-1], f"{part}_bias": row_NJ[:, -1]}
     return router
-
-
-def unit_rows(row_NH: torch.Tensor) -> torch.Tensor:
-    """Scale every row to length 1."""
-    return normalize(row_NH.float(), dim=1).to(row_NH.dtype)
 
 
 def linear_router(

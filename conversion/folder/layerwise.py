@@ -29,7 +29,7 @@ from ..errors import CMoEError
 from ..source.checkpoint import Source
 from ..source.stored import CARVABLE, digest_of, read_headers, read_tensors
 from .json_utils import as_json
-from .paths import remove
+from .paths import remove, replace_file
 from .shards import Shards
 from .unfinished import PartialFolder, sha256_of
 
@@ -145,7 +145,7 @@ class WorkFolder(PartialFolder):
         former, self._states = self._states, None
         if index + 1 < layers:
             path = self.private / f"states-{index + 1}.safetensors"
-            self.replace(path, lambda new: save_file(states, new))
+            replace_file(path, lambda new: save_file(states, new))
             self._states = {"file": path.name, "sha256": sha256_of(path)}
         self._write_manifest(figures)
         self.figures.append(figures)
@@ -177,4 +177,4 @@ class WorkFolder(PartialFolder):
             "layers": [*self.figures, *figures],
             "seconds": self.seconds,
         }
-        self.replace(self.private / MANIFEST, as_json(manifest))
+        replace_file(self.private / MANIFEST, as_json(manifest))

@@ -15,7 +15,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -141,7 +141,7 @@ class PartialFolder:
             remove(path for path in work.private.iterdir() if path.name != "lock")
             work.folder.mkdir()
             work.settings = {"work": cls.noun, "overwrite": overwrite, **settings}
-            work.replace(work.private / SETTINGS, as_json(work.settings))
+            replace_file(work.private / SETTINGS, as_json(work.settings))
         except BaseException:
             work._lock.release()
             raise
@@ -246,14 +246,10 @@ class PartialFolder:
         with open(self.private / f"{self.noun}.log", "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
-    def replace(self, path: Path, content: str | bytes | Callable[[Path], Any]) -> None:
-        """Write a file of this folder, see `paths.replace_file`."""
-        replace_file(path, content)
-
     def keep_windows(self, **windows: torch.Tensor) -> None:
         """Write the token windows, so that no text is read a second time."""
         kept = {name: window_WL.contiguous() for name, window_WL in windows.items()}
-        self.replace(self.private / WINDOWS, lambda new: save_file(kept, new))
+        replace_file(self.private / WINDOWS, lambda new: save_file(kept, new))
 
     def kept_windows(self) -> dict[str, torch.Tensor] | None:
         """Return what `keep_windows` wrote, if it came to that. Raises `CMoEError` for damage."""
@@ -270,24 +266,19 @@ class PartialFolder:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write one JSON file of the repository."""
-        self.write_text(name, as_json(content))
-
-    def write_text(self, name: str, text: str) -> None:
-        """Write one text file of the repository."""
-        self.replace(self.folder / name, text)
+        self.write_files({name: as_json(content)})
 
     def write_code(self, family: type[CMoEConfig]) -> dict[str, str]:
         """Write the Python files of the repository and return their SHA-256 by name."""
         code = repository_code(family)
-        for name, text in code.items():
-            self.write_text(name, text)
+        self.write_files(code)
         return {name: sha256_of(self.folder / name) for name in code}
 
-    def write_files(self, files: Mapping[str, bytes]) -> None:
-        """Write files of the repository that were read elsewhere, by name."""
+    def write_files(self, files: Mapping[str, str | bytes]) -> None:
+        """Write files of the repository, by name."""
         for name, content in files.items():
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            self.replace(self.folder / name, content)
+            replace_file(self.folder / name, content)
 
 
 def sha256_of(path: Path) -> str:

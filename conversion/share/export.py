@@ -125,8 +125,7 @@ def export(options: ExportOptions) -> Export:
         write_fingerprint(folder, work, tokenizer)
         difference, agreement = compare(folder, work.folder, config)
         if kept.card:
-            card = native_card(kept.card, native.model_type, difference)
-            work.write_text(CARD_FILE, card)
+            work.write_files({CARD_FILE: native_card(kept.card, native.model_type, difference)})
     return Export(
         output=str(work.output),
         architecture=native.model_type,

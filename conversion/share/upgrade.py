@@ -143,7 +143,7 @@ def upgrade_folder(folder: Path, trusted: bool) -> Upgrade:
             record["fingerprint"] = fingerprint_of(work.folder, tokenizer)
         work.write_json(CONVERSION, record)
         if (folder / CARD_FILE).is_file():
-            work.write_text(CARD_FILE, renewed_card(read_card(folder), code))
+            work.write_files({CARD_FILE: renewed_card(read_card(folder), code)})
         found = replace(verify(work.folder, trust_remote_code=trusted), model=folder.name)
         differences = list(found.differences)
         if old is not None:  # the fingerprint is what the new code computed a moment ago

@@ -9,6 +9,7 @@ Shape suffixes: B windows of a batch, W windows, L tokens of one window, T token
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -74,7 +75,7 @@ class LayerWalk:
         self.model, self.device = model.eval(), device
         self.decoder: Any = model.base_model
         self.name, self.layers = decoder_layers(self.decoder)
-        self.prefix = f"{name_of(model, self.layers)}."
+        self.prefix = next(f"{name}." for name, it in model.named_modules() if it is self.layers)
         self.calls: dict[tuple[int, ...], Calls] = {}
         """By the number of windows and of their tokens."""
         self.index = 0
@@ -143,7 +144,7 @@ class LayerWalk:
         """Put a stand-in where the FFN of the layer is, until the layer is released."""
         layer, stand_in = self.layer, StandIn(place.takes_residual)
         parts = {place.module: stand_in, **{name: nn.Identity() for name in place.skipped}}
-        self._replaced = {name: get_part(layer, name) for name in parts}
+        self._replaced = {name: attrgetter(name)(layer) for name in parts}
         for name, part in parts.items():
             set_part(layer, name, part)
 
@@ -274,17 +275,6 @@ def decoder_layers(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
     if not outer:
         raise RequestError("it has no list of layers.")
     return max(outer, key=lambda item: sum(1 for _ in item[1].modules()))
-
-
-def name_of(model: nn.Module, part: nn.Module) -> str:
-    """Return the name of a module in a model."""
-    return next(name for name, module in model.named_modules() if module is part)
-
-
-def get_part(module: nn.Module, name: str) -> Any:
-    """Return an attribute of a module inside, which may be a module or a function."""
-    owner, _, own = name.rpartition(".")
-    return getattr(module.get_submodule(owner), own)
 
 
 def set_part(module: nn.Module, name: str, part: Any) -> None:

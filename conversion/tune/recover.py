@@ -24,17 +24,17 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..carve.settings import shard_bytes
 from ..device import versions
-from ..errors import RequestError
 from ..folder.card import CARD_FILE, recovered_card
 from ..folder.fingerprint import write_fingerprint
 from ..folder.json_utils import as_json
 from ..folder.own_text import read_own, write_own
+from ..folder.paths import replace_file
 from ..folder.unfinished import SETTINGS, PartialFolder
 from ..measure.evaluate import Quality, quality
 from ..measure.routing import active_routers, always_on, count_loads, imbalance
 from ..options import with_options
 from ..plan import Prepared as Carving
-from ..plan import disk_bytes, free_disk, work_bytes
+from ..plan import check_disk, disk_bytes, work_bytes
 from ..source.hub import public_name
 from ..source.loading import window_length
 from ..source.texts import Portion
@@ -97,7 +97,8 @@ def recover(options: RecoverOptions) -> Recovery:
         work = RecoveryFolder(output, overwrite=overwrite)
         work.check(prepared.read)
         weights = sum(path.stat().st_size for path in prepared.folder.glob("*.safetensors"))
-        check_disk(work, weights, prepared.plan, prepared.own_windows * prepared.tests[0].shape[1])
+        own_tokens = prepared.own_windows * prepared.tests[0].shape[1]
+        check_disk(work, recovery_bytes(weights, prepared.plan, own_tokens))
     settings = {"options": asdict(prepared.options), "text_tokens": prepared.text_tokens}
     settings |= determinants(prepared)
     with owned_folder(output, settings, overwrite=overwrite) as work:
@@ -140,21 +141,14 @@ def plan_recovery(carving: Carving, work: PartialFolder, tokens: int) -> Trainin
     length = window_length(config, None, dense, usual=WINDOW["distil"])
     planned = plan_training(config, dense, Tuning(), None, carving.device, length)
     weights = disk_bytes(carving)
-    check_disk(work, weights, planned, tokens, also=weights + work_bytes(carving))
+    needed = weights + work_bytes(carving) + recovery_bytes(weights, planned, tokens)
+    check_disk(work, needed)
     return planned
 
 
-def check_disk(
-    work: PartialFolder, weights: int, planned: TrainingPlan, own_tokens: int, *, also: int = 0
-) -> None:
-    """Raise `RequestError` if weights, checkpoints and own text would not fit on the disk."""
-    needed = 1.2 * weights + 3 * planned.checkpoint_bytes + 8 * own_tokens + also
-    place, free = free_disk(work)
-    if free < needed:
-        raise RequestError(
-            f"the recovery needs {needed / 1e9:.2f} GB of disk, but {place} has "
-            f"{free / 1e9:.2f} GB free. Free some space or choose another disk."
-        )
+def recovery_bytes(weights: int, planned: TrainingPlan, own_tokens: int) -> float:
+    """Return what weights, checkpoints and own text take on the disk."""
+    return 1.2 * weights + 3 * planned.checkpoint_bytes + 8 * own_tokens
 
 
 class RecoveryFolder(PartialFolder):
@@ -186,7 +180,7 @@ class RecoveryFolder(PartialFolder):
         """Record a finished stage, on the main process; its checkpoints are of no use any more."""
         self.stages[name] = figures
         if accelerate.PartialState().is_main_process:
-            self.replace(self.private / STAGES, as_json(self.stages))
+            replace_file(self.private / STAGES, as_json(self.stages))
             shutil.rmtree(self.private / name, ignore_errors=True)
 
 
@@ -359,4 +353,4 @@ def write_beside_weights(prepared: Prepared, work: RecoveryFolder, result: Recov
     }
     work.write_json("recovery.json", report)
     if auxiliary.card:
-        work.write_text(CARD_FILE, recovered_card(auxiliary.card, report, code))
+        work.write_files({CARD_FILE: recovered_card(auxiliary.card, report, code)})
