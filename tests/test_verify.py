@@ -198,7 +198,7 @@ def test_an_upgrade_removes_no_unfinished_work(carved_copy):
         pytest.raises(KeyboardInterrupt),
         WorkFolder.create(carved_copy, {}, overwrite=True) as work,
     ):
-        work.create_weights([{"x": torch.ones(1)}], 1000)
+        work.create_weights({"x": torch.ones(1)}, 1000)
         work.write_rest({"x": torch.ones(1)})
         work.figures.append({})
         raise KeyboardInterrupt

@@ -15,7 +15,6 @@ The manifest is written last: whenever the process dies, it names only what is o
 import copy
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,11 @@ MANIFEST = "manifest.json"
 
 def planned_tensors(
     source: Source, config: CMoEConfig, dtype: torch.dtype | None
-) -> list[dict[str, torch.Tensor]]:
+) -> dict[str, torch.Tensor]:
     """Return what a conversion will write, on the meta device: names, types and shapes.
 
-    First what is outside the layers, then one dictionary for each layer. What the source has too
-    keeps its type, what carving adds has that of the FFN, unless a `dtype` is asked for.
+    What the source has too keeps its type, what carving adds has that of the FFN, unless a
+    `dtype` is asked for.
     """
     arch = source.architecture
     with torch.device("meta"):
@@ -54,16 +53,16 @@ def planned_tensors(
         parent = "mlp.gate.parent_weight"
         stored |= {name.removesuffix(arch.router) + parent: it for name, it in kept.items()}
     layers = arch.layer_prefix.partition("{")[0]
-    parts: list[dict[str, torch.Tensor]] = [{} for _ in range(1 + config.num_hidden_layers)]
-    for name, tensor in sorted(state.items()):
+    planned = {}
+    for name, tensor in state.items():
         is_inside = name.startswith(layers)
         if not is_inside and name not in stored:
             continue  # a head that is tied to the embedding
         number = int(name.removeprefix(layers).partition(".")[0]) if is_inside else -1
         wanted = dtype or stored.get(name) or CARVABLE[source.ffn(number)[0].dtype]
         wanted = torch.float32 if name.endswith("balance_bias") else wanted
-        parts[number + 1][name] = torch.empty_like(tensor, dtype=wanted)
-    return parts
+        planned[name] = torch.empty_like(tensor, dtype=wanted)
+    return planned
 
 
 class WorkFolder(PartialFolder):
@@ -121,9 +120,9 @@ class WorkFolder(PartialFolder):
         assert self._states is not None
         return self.private / self._states["file"]
 
-    def create_weights(self, parts: Sequence[dict[str, torch.Tensor]], limit: int) -> None:
+    def create_weights(self, planned: dict[str, torch.Tensor], limit: int) -> None:
         """Make files of at most `limit` bytes for these tensors, unless they are there already."""
-        self._shards = Shards(self.folder, parts, limit)
+        self._shards = Shards(self.folder, planned, limit)
         self._shards.create()
 
     def write_rest(self, tensors: dict[str, torch.Tensor]) -> None:

@@ -8,14 +8,15 @@ tensors, wide types first and otherwise by name. The same tensors are the same b
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from ..errors import CMoEError
-from ..source.stored import CARVABLE, WEIGHTS_FILE, WEIGHTS_INDEX
+from ..source.stored import CARVABLE, WEIGHTS_INDEX
 from .json_utils import as_json
 from .paths import replace_file
 
@@ -26,23 +27,25 @@ NAMES = {dtype: name for name, dtype in CARVABLE.items()}
 class Shards:
     """Write the weight files in `folder`.
 
-    `parts` are tensors by name that belong together, for example those of a layer; their types and
-    shapes count, so they can be on the meta device. `limit` is the size of a file, see `packed`.
+    Of `tensors` types and shapes count, so they can be on the meta device. `limit` is the size of a
+    file, which only a single tensor may exceed.
     """
 
-    def __init__(
-        self, folder: Path, parts: Sequence[Mapping[str, torch.Tensor]], limit: int
-    ) -> None:
+    def __init__(self, folder: Path, tensors: dict[str, torch.Tensor], limit: int) -> None:
         self.folder = folder
-        self.tensors = {name: tensor for part in parts for name, tensor in part.items()}
+        self.tensors = tensors
         self._headers: dict[str, tuple[bytes, int]] = {}
         """Header and size of each file."""
         self._places: dict[str, tuple[str, int]] = {}
         """File and position of each tensor."""
-        plan = packed([{name: it.nbytes for name, it in part.items()} for part in parts], limit)
-        for number, names in enumerate(plan, 1):
-            shard = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-            self._lay_out(WEIGHTS_FILE if len(plan) == 1 else shard, names)
+        self._split = split_state_dict_into_shards_factory(
+            tensors,
+            get_storage_size=lambda tensor: tensor.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=limit,
+        )
+        for file, names in self._split.filename_to_tensors.items():
+            self._lay_out(file, names)
 
     def _lay_out(self, file: str, names: list[str]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -63,10 +66,9 @@ class Shards:
         """Write headers and index; what tensors have been written stays. Raises `CMoEError`."""
         for file, (header, size) in self._headers.items():
             self._write(file, [(0, [header])], size)
-        if len(self._headers) > 1:
-            where = {name: self._places[name][0] for name in sorted(self._places)}
-            size = sum(tensor.nbytes for tensor in self.tensors.values())
-            index = {"metadata": {"total_size": size}, "weight_map": where}
+        if self._split.is_sharded:
+            where = dict(sorted(self._split.tensor_to_filename.items()))
+            index = {"metadata": self._split.metadata, "weight_map": where}
             replace_file(self.folder / WEIGHTS_INDEX, as_json(index))
 
     def write(self, tensors: Mapping[str, Iterable[torch.Tensor]]) -> None:
@@ -90,28 +92,6 @@ class Shards:
                 os.fsync(opened.fileno())
         except OSError as error:
             raise CMoEError(f"cannot write {file} in {self.folder}: {error}.") from error
-
-
-def packed(parts: Sequence[Mapping[str, int]], limit: int) -> list[list[str]]:
-    """Return which tensors share a file, in the order of the parts.
-
-    Args:
-        parts: What belongs together, for example a layer: sizes in bytes by name. A part that is
-            larger than a file is cut between its tensors, another one only goes where it fits.
-        limit: Bytes of a file; a single tensor may have more.
-    """
-    files: list[list[str]] = [[]]
-    free = limit
-    for part in parts:
-        whole = sum(part.values()) <= limit
-        for names in [list(part)] if whole else [[name] for name in part]:
-            size = sum(part[name] for name in names)
-            if size > free and files[-1]:
-                files.append([])
-                free = limit
-            files[-1] += names
-            free -= size
-    return files
 
 
 def read_header(path: Path) -> dict[str, Any]:

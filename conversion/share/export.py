@@ -111,9 +111,8 @@ def export(options: ExportOptions) -> Export:
         for layer, parts in by_layer(stored).items():
             made = target.layer(parts, config) if layer else target.ends(parts)
             layers.append({layer + part: it for part, it in made.items()})
-        shards = Shards(
-            work.folder, [{name: it.empty for name, it in made.items()} for made in layers], limit
-        )
+        planned = {name: it.empty for made in layers for name, it in made.items()}
+        shards = Shards(work.folder, planned, limit)
         shards.create()
         with Files() as files:
             for made in tqdm(layers, desc="exporting", unit="layer", disable=None):
