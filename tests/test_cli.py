@@ -170,7 +170,7 @@ def test_convert_with_recover_is_both_commands_and_resumes_in_either(dense, tmp_
     [
         (["other", "--recover", "many"], "say how many tokens"),
         (["out", "--recover", "3k"], "exists already"),
-        (["other", "--recover", "9000000M"], "the recovery needs 72000."),
+        (["other", "--recover", "9000000M"], "the recovery needs about 72000."),
     ],
 )
 def test_a_recovery_that_cannot_be_is_refused_before_the_conversion(

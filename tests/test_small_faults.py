@@ -60,11 +60,12 @@ user_name = '{}'
 def test_a_login_is_found_where_it_means_the_user(carved, tmp_path, monkeypatch, user):
     monkeypatch.setenv("LOGNAME", user)
     folder = shutil.copytree(carved, tmp_path / "mine")
+    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
     for line in LINES.splitlines():
         (folder / "NOTES.md").write_text(line.format(user))
         message = r"NOTES.md tells (your user name|a local path) in line 1"
         with pytest.raises(ValueError, match=message):
-            check_private(folder, ["NOTES.md"], "", known=set())
+            check_private(folder, ["NOTES.md"], "", vocabulary, known=set())
 
 
 @pytest.mark.parametrize("value", ["1E-3", "0.001"])
