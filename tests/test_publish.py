@@ -215,7 +215,7 @@ def test_an_exported_model_is_published_too(online, folder, tmp_path):
 
 def without_tensor(folder):
     tensors = load_file(folder / SHARD)
-    del tensors[next(name for name in tensors if name.endswith("linear_weight"))]
+    tensors.popitem()
     save_file(tensors, folder / SHARD)
 
 
@@ -268,7 +268,7 @@ def test_what_does_not_load_or_has_a_path_in_its_metadata_is_not_published(onlin
     tensors = load_file(path)
     save_file(tensors, path, metadata={"format": "pt", "from": "/home/jane/llama"})
     refused(run(folder, NAME, *OPTIONS), 2, "local path")
-    tensors[next(name for name in tensors if name.endswith("gate.scale"))] = torch.zeros(3)
+    tensors[next(iter(tensors))] = torch.zeros(3)
     save_file(tensors, path)
     with pytest.raises(CMoEError, match="cannot be run under"):
         publish(folder, NAME, **STATED)
