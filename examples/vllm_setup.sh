@@ -5,7 +5,7 @@
 #     examples/vllm_setup.sh [FOLDER]                # default .venv-vllm; PYTHON=python3.12 for another
 #
 # Of its own because vLLM 0.32 needs a transformers older than 5.20. cmoe-hf is not installed there,
-# nor need it be: vLLM's Transformers backend runs the two Python files in the carved folder.
+# nor need it be: vLLM's Transformers backend runs the Python files in the carved folder.
 set -eu
 
 FOLDER=${1:-.venv-vllm}
@@ -32,7 +32,7 @@ fi
 
 cat <<END
 
-Ready. To serve the carved model in the folder OUT (trust-remote-code runs its two Python files):
+Ready. To serve the carved model in the folder OUT (trust-remote-code runs its Python files):
 
     ${SETTINGS}$FOLDER/bin/vllm serve OUT --trust-remote-code --model-impl transformers
 
